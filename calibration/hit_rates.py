@@ -1,6 +1,8 @@
-"""How often each head's candidate of each rank is the token that the backbone emits."""
+"""Which of each head's candidates is the token that the backbone emits: by rank, and by path of ranks."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import numpy as np
 import torch
@@ -8,7 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..runtime.heads import HeadSet
+from ..runtime.tree import RankPath
 from .train import Examples
+
+MISS = -1
+NO_LABEL = -2
 
 
 def head_logits(heads: HeadSet, head: int, hidden: Tensor, root_embedding: Tensor, projection: Tensor) -> Tensor:
@@ -29,18 +35,17 @@ def draft_projection(heads: HeadSet, head: int, output_weight: Tensor) -> Tensor
     return (output_weight if heads.token_map is None else output_weight[torch.from_numpy(heads.token_map)]).float()
 
 
-def hit_rates(
+def hit_ranks(
     heads: HeadSet, examples: Examples, embedding: Tensor, output_weight: Tensor, ranks: int = 10, batch: int = 2048
 ) -> np.ndarray:
-    """Share of positions whose label is the candidate of rank r of head h, float64 [K, ranks].
+    """Rank of each position's label among the candidates of each head, int64 [n, K]; ``MISS`` or ``NO_LABEL`` where it has none.
 
-    Each head is counted over all positions that have a label; a label outside the draft vocabulary is a miss.
+    A label outside the draft vocabulary is a miss.
     """
     tokens = np.arange(len(output_weight)) if heads.token_map is None else heads.token_map
     token_map = torch.from_numpy(tokens)
     projections = [draft_projection(heads, head, output_weight) for head in range(heads.config.num_heads)]
-    hits = np.zeros((heads.config.num_heads, ranks))
-    counts = np.zeros(heads.config.num_heads)
+    found = np.full((len(examples.roots), heads.config.num_heads), NO_LABEL)
     with torch.no_grad():
         for start in range(0, len(examples.roots), batch):
             hidden = examples.hidden[start : start + batch].float()
@@ -48,7 +53,35 @@ def hit_rates(
             labels = examples.labels[start : start + batch]
             for head in range(heads.config.num_heads):
                 top = token_map[head_logits(heads, head, hidden, roots, projections[head]).topk(ranks, -1).indices]
-                valid = labels[:, head] >= 0
-                hits[head] += (top == labels[:, head : head + 1])[valid].sum(0).numpy()
-                counts[head] += int(valid.sum())
-    return hits / np.maximum(counts, 1)[:, None]
+                hits = (top == labels[:, head : head + 1]).numpy()
+                rank = np.where(hits.any(1), hits.argmax(1), MISS)
+                found[start : start + batch, head] = np.where(labels[:, head].numpy() >= 0, rank, NO_LABEL)
+    return found
+
+
+def rates_by_rank(found: np.ndarray, ranks: int = 10) -> np.ndarray:
+    """Share of positions whose label is the candidate of rank r of head h, float64 [K, ranks], from :func:`hit_ranks`.
+
+    Each head is counted over all positions that have a label.
+    """
+    hits = np.stack([(found == rank).sum(0) for rank in range(ranks)], 1)
+    return hits / np.maximum((found != NO_LABEL).sum(0), 1)[:, None]
+
+
+def rates_by_path(found: np.ndarray) -> dict[RankPath, float]:
+    """Share of positions whose next labels are the candidates on a path of ranks, from :func:`hit_ranks`.
+
+    Heads hit together: where the first guess is right the second is right more often than on average, so the product of their
+    rates underrates deep paths. Every path that was right at least once is here. Positions without a label for the first head
+    are left out.
+    """
+    positions = found[found[:, 0] != NO_LABEL]
+    counts: Counter[RankPath] = Counter()
+    for row in positions.tolist():
+        path: RankPath = ()
+        for rank in row:
+            if rank < 0:
+                break
+            path = (*path, rank)
+            counts[path] += 1
+    return {path: count / len(positions) for path, count in counts.items()}

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -158,6 +158,16 @@ def best_tree(hit_rates: Sequence[Sequence[float]], rows: int) -> Tree:
         if len(child) <= len(hit_rates):
             heapq.heappush(open_paths, (-_path_value(child, hit_rates), child))
     return Tree.from_choices(chosen)
+
+
+def tree_of_paths(path_rates: Mapping[RankPath, float], rows: int) -> Tree:
+    """The tree of at most ``rows`` rows with the largest expected number of accepted tokens.
+
+    ``path_rates``: how often a path of ranks is what the backbone emits. A path is right at most as often as what it begins
+    with, so the most frequent paths, shorter ones first, are closed under prefixes and no other choice has a larger sum.
+    """
+    order = sorted(path_rates, key=lambda path: (-path_rates[path], len(path), path))
+    return Tree.from_choices(order[: rows - 1])
 
 
 def _path_value(path: RankPath, hit_rates: Sequence[Sequence[float]]) -> float:

@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--autocast", action="store_true", help="train in bfloat16, for processors that have it")
     parser.add_argument("--max-new-tokens", type=int, default=400, help="length of an answer at most")
     parser.add_argument("--slots", type=int, default=48, help="answers generated at a time")
     parser.add_argument("--tree-rows", type=int, default=5, help="rows of the tree that is stored with the heads")
@@ -93,13 +94,13 @@ def train(plan: TrainPlan, config: TrainConfig) -> dict[str, Any]:
         BundleExistsError: the output exists and ``plan.force`` is false.
         CheckpointError, UnsupportedArchitectureError: the backbone can't be exported.
     """
-    from ..calibration.hit_rates import hit_rates
+    from ..calibration.hit_rates import hit_ranks, rates_by_path, rates_by_rank
     from ..calibration.train import load_examples, train_heads
     from ..export.backbone import load_backbone
     from ..runtime.bundle import refuse_existing
     from ..runtime.heads_file import write_heads
     from ..runtime.session import load
-    from ..runtime.tree import best_tree, expected_acceptance
+    from ..runtime.tree import tree_of_paths
     from .console import Progress
     from .prompt_source import packaged_prompts
 
@@ -124,18 +125,19 @@ def train(plan: TrainPlan, config: TrainConfig) -> dict[str, Any]:
             progress=lambda step, total, loss: progress.update(step, note=f"loss {loss:.3f}", total=total),
         )
     ranks = min(RANKS, heads.config.draft_vocab_size)
-    rates = {
-        part: hit_rates(heads, data, embedding, output_weight, ranks).round(4).tolist()
+    found = {
+        part: hit_ranks(heads, data, embedding, output_weight, ranks)
         for part, data in (("train", examples), ("heldout", heldout))
     }
-    tree = best_tree(rates["heldout"], plan.tree_rows)
+    path_rates = rates_by_path(found["heldout"])
+    tree = tree_of_paths(path_rates, plan.tree_rows)
     report = {
         "tokens": tokens,
         "training": asdict(config),
         "data": {part: json.loads((plan.work / part / "data.json").read_text("utf-8")) for part in ("train", "heldout")},
-        "hit_rates": rates,
+        "hit_rates": {part: rates_by_rank(ranked, ranks).round(4).tolist() for part, ranked in found.items()},
         "tree": tree.choices(),
-        "expected_acceptance_length": round(expected_acceptance(tree, rates["heldout"]), 3),
+        "expected_acceptance_length": round(1 + sum(path_rates[path] for path in tree.paths[1:]), 3),
     }
     write_heads(heads, plan.output, report, force=plan.force)
     return report

@@ -12,13 +12,15 @@ import pytest
 from medusa_deploy.runtime import ROOT_ONLY, Session, Tree
 from medusa_deploy.runtime.heads import HeadConfig, HeadSet
 from medusa_deploy.runtime.heads_file import read_heads_folder
+from medusa_deploy.runtime.tree import tree_of_paths
 from support.tiny import HEADS, HIDDEN, VOCAB
 
 torch: Any = pytest.importorskip("torch")
 
-from medusa_deploy.calibration.hit_rates import draft_projection, head_logits, hit_rates  # noqa: E402
+from medusa_deploy.calibration.hit_rates import MISS, NO_LABEL, draft_projection, head_logits, rates_by_path  # noqa: E402
 from medusa_deploy.calibration.train import IGNORE, Examples, TrainableHeads, TrainConfig  # noqa: E402
 from medusa_deploy.export.heads import HeadStack  # noqa: E402
+from support.learnable import hit_rates  # noqa: E402
 
 _V, _H, _K = 20, 8, 2
 
@@ -84,7 +86,8 @@ def test_trained_exported_and_counted_heads_compute_the_same(kind: Any, layers: 
     embedding, output_weight = torch.randn(_V, _H), torch.randn(_V, _H)
     token_map = torch.tensor([1, 2, 3, 5, 8, 13])
     config = TrainConfig(kind=kind, num_heads=_K, num_layers=layers)
-    trained = TrainableHeads(config, embedding, output_weight[token_map]).eval()
+    sizes = [2.0 ** torch.randint(-3, 4, (_H,)) for _ in range(2)]  # powers of two: half precision keeps the quotients
+    trained = TrainableHeads(config, embedding, output_weight[token_map], *sizes).eval()
     for parameter in trained.parameters():
         torch.nn.init.normal_(parameter)
         parameter.data = parameter.data.half().float()  # what the record keeps of it
@@ -176,7 +179,21 @@ def test_rates_fall_with_the_rank_of_a_trained_head() -> None:
         data.roots,
         data.labels,
     )
-    heads = train_heads(noisy, *backbone(), replace(CONFIG, epochs=3))
+    heads = train_heads(noisy, *backbone(), replace(CONFIG, epochs=12))
     rates = hit_rates(heads, noisy, *backbone(), ranks=4)
     assert (np.diff(rates, axis=1) < 0).all()
     assert (rates.sum(1) <= 1).all()
+
+
+def test_paths_are_counted_as_far_as_every_head_was_right() -> None:
+    found = np.array([[0, 0, 1], [0, 0, MISS], [0, MISS, 0], [1, 0, NO_LABEL], [MISS, 0, 0], [NO_LABEL, NO_LABEL, NO_LABEL]])
+    assert rates_by_path(found) == {(0,): 3 / 5, (0, 0): 2 / 5, (0, 0, 1): 1 / 5, (1,): 1 / 5, (1, 0): 1 / 5}
+
+
+def test_a_tree_of_counted_paths_promises_what_decoding_accepts_on_average() -> None:
+    """Summed over positions: the deepest path of the tree that is right there."""
+    found = np.random.default_rng(0).integers(MISS, 3, (500, 3))
+    rates = rates_by_path(found)
+    tree = tree_of_paths(rates, 8)
+    accepted = [max(len(path) for path in tree.paths if all(row[: len(path)] == path)) for row in found]
+    assert sum(rates[path] for path in tree.paths[1:]) == pytest.approx(np.mean(accepted))

@@ -12,11 +12,10 @@ torch = pytest.importorskip("torch")
 
 from medusa_deploy.calibration import distill as distill_module  # noqa: E402
 from medusa_deploy.calibration.distill import Answer  # noqa: E402
-from medusa_deploy.calibration.hit_rates import hit_rates  # noqa: E402
 from medusa_deploy.calibration.train import IGNORE, Examples, draft_vocabulary, load_examples, train_heads  # noqa: E402
 from medusa_deploy.runtime.errors import TrainingError  # noqa: E402
 from medusa_deploy.runtime.heads import HeadSet  # noqa: E402
-from support.learnable import CONFIG, HEADS, HIDDEN, VOCAB, backbone, examples, same_tensors  # noqa: E402
+from support.learnable import CONFIG, HEADS, HIDDEN, VOCAB, backbone, examples, hit_rates, same_tensors  # noqa: E402
 
 
 def _train(config: object = CONFIG, data: Examples | None = None, **options: object) -> HeadSet:
@@ -36,6 +35,21 @@ def test_only_grounded_heads_learn_what_the_root_tells() -> None:
     plain = hit_rates(_train(data=data), unseen, *backbone(), ranks=1)
     assert (grounded > 0.98).all()
     assert (plain < 0.3).all()
+
+
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+def test_inputs_of_very_different_sizes_are_learnt_alike(scale: float) -> None:
+    """An embedding is often a tenth of a hidden state in size; both must be learnt, and the exported record must see them raw."""
+    embedding, output_weight = backbone()
+    data, unseen = examples(told_by="root"), examples(told_by="root", seed=1)
+    heads = train_heads(data, embedding * scale, output_weight, replace(CONFIG, kind="grounded"))
+    rates = hit_rates(heads, unseen, embedding * scale, output_weight, ranks=1)
+    assert (rates > 0.98).all()
+
+
+def test_autocast_learns_the_same_task() -> None:
+    heads = _train(replace(CONFIG, autocast=True))
+    assert (hit_rates(heads, examples(seed=1), *backbone(), ranks=1) > 0.98).all()
 
 
 def test_heads_are_a_valid_record_in_half_precision() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from medusa_deploy.runtime.errors import TreeError
-from medusa_deploy.runtime.tree import MAX_ROWS, ROOT_ONLY, RankPath, Tree, best_tree, chain, expected_acceptance
+from medusa_deploy.runtime.tree import MAX_ROWS, ROOT_ONLY, RankPath, Tree, best_tree, chain, expected_acceptance, tree_of_paths
 from support.trees import prefix_closed
 
 T, F = True, False
@@ -161,3 +161,25 @@ def test_the_best_tree_follows_the_hit_rates() -> None:
     assert best_tree([[0.6, 0.1], [0.5, 0.1]], 3) == chain(2)
     assert best_tree([[0.5, 0.4], [0.1, 0.1]], 3) == Tree.from_choices([(0,), (1,)])
     assert expected_acceptance(chain(2), [[0.6, 0.1], [0.5, 0.1]]) == pytest.approx(1 + 0.6 + 0.3)
+
+
+@given(st.lists(st.tuples(*[st.integers(-1, 2)] * 3), min_size=1, max_size=12), st.integers(1, 5))
+def test_the_tree_of_counted_paths_is_as_good_as_any(found: list[tuple[int, ...]], rows: int) -> None:
+    """Counts of real hits: a path was right whenever a longer one was."""
+    right = [row[: row.index(-1)] if -1 in row else row for row in found]
+    paths = {row[:depth] for row in right for depth in range(1, len(row) + 1)}
+    counts = {path: sum(row[: len(path)] == path for row in right) / len(found) for path in paths}
+    tree = tree_of_paths(counts, rows)
+    assert tree.rows == min(rows, 1 + len(paths))
+    closed = [
+        chosen
+        for chosen in itertools.combinations(paths, tree.rows - 1)
+        if all(len(path) == 1 or path[:-1] in chosen for path in chosen)
+    ]
+    best = max((sum(counts[path] for path in chosen) for chosen in closed), default=0.0)
+    assert sum(counts[path] for path in tree.paths[1:]) == pytest.approx(best)
+
+
+def test_heads_that_hit_together_make_a_deeper_tree() -> None:
+    assert tree_of_paths({(0,): 0.4, (0, 0): 0.3, (1,): 0.2}, 3) == chain(2)
+    assert tree_of_paths({(0,): 0.4, (0, 0): 0.1, (1,): 0.2}, 3) == Tree.from_choices([(0,), (1,)])

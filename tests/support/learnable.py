@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
+from medusa_deploy.calibration.hit_rates import hit_ranks, rates_by_rank
 from medusa_deploy.calibration.train import Examples, TrainConfig
 
 VOCAB, HIDDEN, HEADS = 16, 32, 2
@@ -35,3 +37,8 @@ def same_tensors(one: Any, other: Any) -> bool:
     """Whether two head sets hold the same bytes."""
     tensors, others = one.tensors, other.tensors
     return tensors.keys() == others.keys() and all(tensors[name].tobytes() == others[name].tobytes() for name in tensors)
+
+
+def hit_rates(*arguments: Any, ranks: int, **options: Any) -> np.ndarray:
+    """Hit rates [K, ranks] of heads on examples: the two halves of counting them in one call."""
+    return rates_by_rank(hit_ranks(*arguments, ranks=ranks, **options), ranks)
