@@ -65,7 +65,7 @@ def rates_by_rank(found: np.ndarray, ranks: int = 10) -> np.ndarray:
     Each head is counted over all positions that have a label.
     """
     hits = np.stack([(found == rank).sum(0) for rank in range(ranks)], 1)
-    return hits / np.maximum((found != NO_LABEL).sum(0), 1)[:, None]
+    return np.asarray(hits / np.maximum((found != NO_LABEL).sum(0), 1)[:, None])
 
 
 def rates_by_path(found: np.ndarray) -> dict[RankPath, float]:

@@ -84,7 +84,9 @@ def draft_vocabulary(tokens: Tensor, size: int) -> Tensor:
 
 def root_mean_square(rows: Tensor) -> Tensor:
     """Typical size of each dimension of ``rows`` [n, H], float32 [H]; 1 where a dimension is always 0."""
-    total = sum((part.float().square().sum(0) for part in rows.split(4096)), torch.zeros(rows.shape[1]))
+    total = torch.zeros(rows.shape[1])
+    for start in range(0, len(rows), 4096):  # a float32 copy of all rows would be the largest thing in memory
+        total += rows[start : start + 4096].float().square().sum(0)
     size = (total / len(rows)).sqrt()
     return torch.where(size > 0, size, torch.ones(()))
 
