@@ -1,8 +1,9 @@
-"""Which of each head's candidates is the token that the backbone emits: by rank, and by path of ranks."""
+"""How often heads are right: by rank, by path of ranks, and by how sure they are."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +16,19 @@ from .train import Examples
 
 MISS = -1
 NO_LABEL = -2
+_PRIOR = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Hits:
+    """Candidates of n positions against what the backbone emitted.
+
+    ``ranks`` int64 [n, K]: rank of each position's label among the candidates of each head, ``MISS`` or ``NO_LABEL``.
+    ``log_probs`` float32 [n, K, k]: of the candidates, best first.
+    """
+
+    ranks: np.ndarray
+    log_probs: np.ndarray
 
 
 def head_logits(heads: HeadSet, head: int, hidden: Tensor, root_embedding: Tensor, projection: Tensor) -> Tensor:
@@ -35,47 +49,50 @@ def draft_projection(heads: HeadSet, head: int, output_weight: Tensor) -> Tensor
     return (output_weight if heads.token_map is None else output_weight[torch.from_numpy(heads.token_map)]).float()
 
 
-def hit_ranks(
+def find_hits(
     heads: HeadSet, examples: Examples, embedding: Tensor, output_weight: Tensor, ranks: int = 10, batch: int = 2048
-) -> np.ndarray:
-    """Rank of each position's label among the candidates of each head, int64 [n, K]; ``MISS`` or ``NO_LABEL`` where it has none.
+) -> Hits:
+    """Look for each position's labels among the ``ranks`` best candidates of each head.
 
     A label outside the draft vocabulary is a miss.
     """
     tokens = np.arange(len(output_weight)) if heads.token_map is None else heads.token_map
     token_map = torch.from_numpy(tokens)
-    projections = [draft_projection(heads, head, output_weight) for head in range(heads.config.num_heads)]
-    found = np.full((len(examples.roots), heads.config.num_heads), NO_LABEL)
+    count, positions = heads.config.num_heads, len(examples.roots)
+    projections = [draft_projection(heads, head, output_weight) for head in range(count)]
+    found = Hits(np.full((positions, count), NO_LABEL), np.empty((positions, count, ranks), np.float32))
     with torch.no_grad():
-        for start in range(0, len(examples.roots), batch):
-            hidden = examples.hidden[start : start + batch].float()
-            roots = embedding[examples.roots[start : start + batch]].float()
-            labels = examples.labels[start : start + batch]
-            for head in range(heads.config.num_heads):
-                top = token_map[head_logits(heads, head, hidden, roots, projections[head]).topk(ranks, -1).indices]
-                hits = (top == labels[:, head : head + 1]).numpy()
+        for start in range(0, positions, batch):
+            part = slice(start, start + batch)
+            hidden, roots = examples.hidden[part].float(), embedding[examples.roots[part]].float()
+            labels = examples.labels[part]
+            for head in range(count):
+                logits = head_logits(heads, head, hidden, roots, projections[head])
+                best = logits.log_softmax(-1).topk(ranks, -1)
+                hits = (token_map[best.indices] == labels[:, head : head + 1]).numpy()
                 rank = np.where(hits.any(1), hits.argmax(1), MISS)
-                found[start : start + batch, head] = np.where(labels[:, head].numpy() >= 0, rank, NO_LABEL)
+                found.ranks[part, head] = np.where(labels[:, head].numpy() >= 0, rank, NO_LABEL)
+                found.log_probs[part, head] = best.values.numpy()
     return found
 
 
-def rates_by_rank(found: np.ndarray, ranks: int = 10) -> np.ndarray:
-    """Share of positions whose label is the candidate of rank r of head h, float64 [K, ranks], from :func:`hit_ranks`.
+def rates_by_rank(found: Hits, ranks: int = 10) -> np.ndarray:
+    """Share of positions whose label is the candidate of rank r of head h, float64 [K, ranks]
 
     Each head is counted over all positions that have a label.
     """
-    hits = np.stack([(found == rank).sum(0) for rank in range(ranks)], 1)
-    return np.asarray(hits / np.maximum((found != NO_LABEL).sum(0), 1)[:, None])
+    hits = np.stack([(found.ranks == rank).sum(0) for rank in range(ranks)], 1)
+    return np.asarray(hits / np.maximum((found.ranks != NO_LABEL).sum(0), 1)[:, None])
 
 
-def rates_by_path(found: np.ndarray) -> dict[RankPath, float]:
-    """Share of positions whose next labels are the candidates on a path of ranks, from :func:`hit_ranks`.
+def rates_by_path(found: Hits) -> dict[RankPath, float]:
+    """Share of positions whose next labels are the candidates on a path of ranks
 
     Heads hit together: where the first guess is right the second is right more often than on average, so the product of their
     rates underrates deep paths. Every path that was right at least once is here. Positions without a label for the first head
     are left out.
     """
-    positions = found[found[:, 0] != NO_LABEL]
+    positions = found.ranks[found.ranks[:, 0] != NO_LABEL]
     counts: Counter[RankPath] = Counter()
     for row in positions.tolist():
         path: RankPath = ()
@@ -85,3 +102,42 @@ def rates_by_path(found: np.ndarray) -> dict[RankPath, float]:
             path = (*path, rank)
             counts[path] += 1
     return {path: count / len(positions) for path, count in counts.items()}
+
+
+def platt_scaling(found: Hits, iterations: int = 30) -> list[tuple[float, float]]:
+    """Slope and offset of each head: log-odds of a candidate being right = slope · log-odds of its probability + offset.
+
+    Fitted by logistic regression over all candidates (J. Platt, Probabilistic outputs for support vector machines, 1999), at
+    positions where the heads before were right: that is where a head's candidates count. A weak prior holds slope 1 and offset 0
+    where there is nothing to learn from.
+    """
+    scaling = []
+    for head in range(found.ranks.shape[1]):
+        counts = (found.ranks[:, :head] >= 0).all(1) & (found.ranks[:, head] != NO_LABEL)
+        log_probs = found.log_probs[counts, head].astype(np.float64)
+        odds = log_probs - np.log(np.maximum(-np.expm1(log_probs), 1e-6))
+        right = found.ranks[counts, head, None] == np.arange(log_probs.shape[1])
+        slope, offset = _logistic_regression(odds.ravel(), right.ravel(), iterations)
+        scaling.append((round(max(slope, 0.0), 4), round(offset, 4)))
+    return scaling
+
+
+def _logistic_regression(x: np.ndarray, y: np.ndarray, iterations: int) -> tuple[float, float]:
+    """Slope and offset of the largest posterior, by Newton's method with step halving, under normal priors around 1 and 0."""
+    prior = np.array([1.0, 0.0])
+    features = np.stack([x, np.ones_like(x)], 1)
+
+    def loss(weights: np.ndarray) -> float:
+        z = features @ weights
+        return float(np.sum(np.logaddexp(0, z) - y * z) + _PRIOR / 2 * np.sum((weights - prior) ** 2))
+
+    weights = prior.copy()
+    for _ in range(iterations):
+        p = 1 / (1 + np.exp(-(features @ weights).clip(-30, 30)))
+        gradient = features.T @ (p - y) + _PRIOR * (weights - prior)
+        curvature = (features * (p * (1 - p))[:, None]).T @ features + _PRIOR * np.eye(2)
+        step, size = np.linalg.solve(curvature, gradient), 1.0
+        while size > 1e-6 and loss(weights - size * step) > loss(weights):
+            size /= 2
+        weights = weights - size * step
+    return float(weights[0]), float(weights[1])

@@ -79,7 +79,8 @@ def export_bundle(
         report("tracing")
         variants = _write_graphs(backbone, stack, rows, staging, report)
         text = write_text_files(backbone, staging)
-        manifest = _manifest(backbone, head_set, top_k, text, variants, _NUMPY_DTYPES[dtype])
+        scaling = () if read is None else read.platt_scaling
+        manifest = _manifest(backbone, head_set, scaling, top_k, text, variants, _NUMPY_DTYPES[dtype])
         limits = Limits(capacity, rows, max_rows, batch, min(prefill_chunk, capacity))
         checks = _check(staging, manifest, limits, backbone, stack, report)
         report("hashing")
@@ -88,7 +89,7 @@ def export_bundle(
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnx", "onnxruntime")},
             "check": {name: asdict(check) for name, check in checks.items()},
             "warnings": warnings,
-            "heads": None if read is None else {"layout": read.layout, "hit_rates": read.hit_rates},
+            "heads": None if read is None else {"layout": read.layout, **read.measured},
         }
         complete = Manifest(
             **{**manifest, "limits": limits, "files": record_files(staging), "provenance": provenance},
@@ -123,7 +124,13 @@ def _write_graphs(backbone: Backbone, stack: HeadStack, rows: int, staging: Path
 
 
 def _manifest(
-    backbone: Backbone, heads: HeadSet, top_k: int, text: TextFacts, variants: dict[str, str], dtype: str
+    backbone: Backbone,
+    heads: HeadSet,
+    scaling: tuple[tuple[float, float], ...],
+    top_k: int,
+    text: TextFacts,
+    variants: dict[str, str],
+    dtype: str,
 ) -> dict[str, Any]:
     shape, config = backbone.shape, heads.config
     return {
@@ -136,7 +143,9 @@ def _manifest(
             shape.head_dim,
             shape.vocab_size,
         ),
-        "heads": HeadFacts(config.kind, config.num_heads, top_k, config.projection, config.draft_vocab_size or shape.vocab_size),
+        "heads": HeadFacts(
+            config.kind, config.num_heads, top_k, config.projection, config.draft_vocab_size or shape.vocab_size, scaling
+        ),
         "text": text,
         "dtype": dtype,
         "variants": variants,

@@ -28,7 +28,16 @@ import numpy as np
 
 from ..runtime.errors import HeadsError, HeadsMismatchError
 from ..runtime.heads import HeadConfig, HeadSet, Projection
-from ..runtime.heads_file import CONFIG_NAME, FORMAT, TENSORS_NAME, check_tensors, named_trees, read_heads_folder, read_json
+from ..runtime.heads_file import (
+    CONFIG_NAME,
+    FORMAT,
+    TENSORS_NAME,
+    check_tensors,
+    named_trees,
+    platt_scaling,
+    read_heads_folder,
+    read_json,
+)
 from .head_names import HeadNames, find_names
 from .head_tensors import TensorFiles, find_tensors
 
@@ -37,8 +46,9 @@ _OTHER_BACKBONE = "heads belong to the backbone that they were trained on: give 
 
 @dataclass(frozen=True, slots=True)
 class ReadHeads:
-    """Heads as read, the letter of their layout, what was odd about them, and what came with them: trees by name, hit rates.
+    """Heads as read, and what came with them.
 
+    ``layout``: its letter. ``trees`` by name, ``platt_scaling``, and ``measured``: the maker's counts of hits, kept as they are.
     Heads over a shared projection don't always say how large the vocabulary is: ``draft_vocab_size`` is 0 then.
     """
 
@@ -46,7 +56,8 @@ class ReadHeads:
     layout: str
     warnings: tuple[str, ...] = ()
     trees: Mapping[str, list[list[int]]] = field(default_factory=dict)
-    hit_rates: Any = None
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    platt_scaling: tuple[tuple[float, float], ...] = ()
 
     @property
     def tree(self) -> list[list[int]] | None:
@@ -66,7 +77,10 @@ def read_heads(source: Path | str) -> ReadHeads:
     config, warnings = _config(folder)
     if config.get("format") == FORMAT and (source.is_dir() or source.name == TENSORS_NAME):
         heads = read_heads_folder(folder)
-        return ReadHeads(heads, "g", trees=named_trees(config, heads.config.num_heads), hit_rates=config.get("hit_rates"))
+        count = heads.config.num_heads
+        measured: dict[str, Any] = {name: config[name] for name in ("hit_rates", "path_rates") if name in config}
+        scaling = platt_scaling(config, count)
+        return ReadHeads(heads, "g", trees=named_trees(config, count), measured=measured, platt_scaling=scaling)
     with find_tensors(source) as files:
         names = find_names(files.parts, source)
         heads = _assemble(files, names, config, warnings)

@@ -7,11 +7,11 @@ import time
 import numpy as np
 
 from .acceptance import Acceptance, accept
+from .draft import Candidates
 from .errors import NumericsError
 from .executor import Executor, StepBuffers, Wanted
 from .sequence import Sequence
 from .slots import SlotPool
-from .tree import ROOT_ONLY, Tree
 
 
 class Decoder:
@@ -39,7 +39,7 @@ class Decoder:
             chunk = prompt[start : start + self.prefill_chunk]
             wanted = self._wanted([sequence]) if start + len(chunk) == len(prompt) else Wanted()
             buffers = self.executor.prefill(sequence.slot, chunk, start, wanted)
-        tokens = self._accept(sequence, buffers, 0, ROOT_ONLY).tokens
+        tokens = self._accept(sequence, buffers, 0).tokens
         self.slots.advance(sequence.slot, len(prompt))
         self._commits[sequence.slot] = len(prompt) + self._in_place
         sequence.stats.prompt_tokens = len(prompt)
@@ -50,7 +50,7 @@ class Decoder:
         """One step of every sequence. Returns the tokens that each emitted."""
         started, engine = time.perf_counter(), self.executor.engine_seconds
         wanted = self._wanted(sequences)
-        buffers = self.executor.buffers(max(sequence.tree.rows for sequence in sequences), wanted)
+        buffers = self.executor.buffers(max(sequence.drafter.rows for sequence in sequences), wanted)
         self._idle_others(sequences, buffers)
         for sequence in sequences:
             self._draft(sequence, buffers)
@@ -60,7 +60,7 @@ class Decoder:
         self._commits[:] = self.slots.lengths[:, None] + self._in_place
         if wanted.heads and np.isnan(buffers.log_probs[[sequence.slot for sequence in sequences], 0, 0]).any():
             raise NumericsError("the engine returned NaN", hint="verify the bundle: medusa-deploy verify BUNDLE")
-        accepted = [self._accept(s, buffers, s.slot, s.tree) for s in sequences]
+        accepted = [self._accept(s, buffers, s.slot) for s in sequences]
         emitted = [self._commit(s, outcome) for s, outcome in zip(sequences, accepted, strict=True)]
         for sequence in sequences:
             sequence.stats.decode_seconds += time.perf_counter() - started
@@ -69,7 +69,7 @@ class Decoder:
 
     def _wanted(self, sequences: list[Sequence]) -> Wanted:
         on_host = [not sequence.params.plain_argmax for sequence in sequences]
-        drafting = [sequence.tree.rows > 1 for sequence in sequences]
+        drafting = [sequence.drafter.rows > 1 for sequence in sequences]
         return Wanted(
             heads=any(d and not h for d, h in zip(drafting, on_host, strict=True)),
             logits=any(on_host),
@@ -83,42 +83,42 @@ class Decoder:
                 buffers.idle(slot, int(self.slots.lengths[slot]))
 
     def _draft(self, sequence: Sequence, buffers: StepBuffers) -> None:
-        """Fill the slot's rows: the root, then one row per tree path with that path's candidate."""
-        slot, tree, length = sequence.slot, sequence.tree, int(self.slots.lengths[sequence.slot])
-        rows = tree.rows
+        """Fill the slot's rows: the root, then what the sequence drafts below it."""
+        slot, length = sequence.slot, int(self.slots.lengths[sequence.slot])
+        sequence.draft = sequence.drafter.draft(sequence.candidates)
+        shape = sequence.draft.shape
+        rows = shape.rows
         buffers.tokens[slot, 0] = sequence.root
-        if rows > 1:
-            assert sequence.candidates is not None
-            buffers.tokens[slot, 1:rows] = sequence.candidates[tree.slots[0], tree.slots[1]]
+        buffers.tokens[slot, 1:rows] = sequence.draft.tokens
         if rows < buffers.rows:
             buffers.ancestors[slot] = False
             buffers.tokens[slot, rows:] = 0
             buffers.positions[slot, rows:] = length
-        buffers.ancestors[slot, :rows, :rows] = tree.ancestors
-        buffers.positions[slot, :rows] = length + tree.depths
+        buffers.ancestors[slot, :rows, :rows] = shape.ancestors
+        buffers.positions[slot, :rows] = length + shape.depths
         buffers.forced[slot] = 1
         buffers.write_index[slot] = self.margin + length
 
-    def _accept(self, sequence: Sequence, buffers: StepBuffers, index: int, tree: Tree) -> Acceptance:
+    def _accept(self, sequence: Sequence, buffers: StepBuffers, index: int) -> Acceptance:
         """Which rows survive, and what is emitted: read from the graph for plain argmax, decided on the host otherwise.
 
-        ``tree``: what was verified; a prefill's last row stands alone, as a root does. Then the heads' candidates at the last
-        accepted row become the sequence's.
+        Then the heads' candidates at the last accepted row become the sequence's.
         """
-        drafting = sequence.tree.rows > 1
+        drafting, shape = sequence.drafter.rows > 1, sequence.draft.shape
         if sequence.params.plain_argmax:
-            path = tree.row_paths[int(buffers.last_row[index])] if tree.rows > 1 else ()
+            path = shape.row_paths[int(buffers.last_row[index])] if shape.rows > 1 else ()
             emitted = [int(buffers.tokens[index, row]) for row in path] + [int(buffers.next_token[index])]
             outcome = Acceptance(path=path, tokens=emitted)
             if drafting:
-                sequence.candidates = buffers.candidates[index].copy()
+                sequence.candidates = Candidates(buffers.candidates[index].copy(), buffers.log_probs[index].copy())
         else:
             tokens, logits = buffers.tokens[index], buffers.logits[index]
-            outcome = accept(sequence.params, tree.parents, tokens, logits, sequence.tokens, sequence.prompt_length)
+            outcome = accept(sequence.params, shape.parents, tokens, logits, sequence.tokens, sequence.prompt_length)
             if drafting:
                 last = outcome.path[-1] if outcome.path else 0
                 state, root = buffers.hidden[index, last][None], np.array([outcome.tokens[-1]], np.int64)
-                sequence.candidates = self.executor.propose(state, root)[0][0]
+                tokens, log_probs = self.executor.propose(state, root)
+                sequence.candidates = Candidates(tokens[0], log_probs[0])
         if sequence.keep_hidden:
             sequence.hidden.extend(buffers.hidden[index, row].copy() for row in (0, *outcome.path))
         return outcome
@@ -133,5 +133,5 @@ class Decoder:
         commit[:] = length + 1 + accepted + self._in_place
         if accepted:
             commit[self.margin - accepted :] = [self.margin + length + row for row in outcome.path]
-        sequence.stats.add_step(sequence.tree.rows, accepted, len(kept))
+        sequence.stats.add_step(sequence.draft, accepted, len(kept))
         return kept

@@ -1,13 +1,15 @@
 """Medusa heads on disk, in this project's own layout: a folder with ``heads.safetensors`` and ``config.json``.
 
 ``config.json`` holds ``format``, ``format_version`` and the fields of :class:`.heads.HeadConfig`; beside them may stand
-``tree`` (the choices that suit these heads), ``trees`` (more of them, by name), and whatever the maker wants to record
-(hit rates, the command and the data that made them). Tensors have the canonical names of :class:`.heads.HeadSet`.
+``tree`` (the choices that suit these heads), ``trees`` (more of them, by name), ``platt_scaling`` (for each head a slope and an
+offset: how sure it is against how often it is right), and whatever the maker wants to record (hit rates, the command and the
+data that made them). Tensors have the canonical names of :class:`.heads.HeadSet`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +36,8 @@ def write_heads(heads: HeadSet, folder: Path | str, extra: Mapping[str, Any] | N
     """Write ``heads`` and what ``extra`` says about them into ``folder``; complete or not at all.
 
     Raises:
-        HeadsError: the tensors don't match their config, or aren't finite; or ``extra`` has a field of the format.
+        HeadsError: the tensors don't match their config, or aren't finite; or ``extra`` has a field of the format, or
+            a bad scaling.
         TreeError: a tree in ``extra`` breaks a rule, or is deeper than the heads.
         BundleExistsError, OutputError: the folder can't be written.
     """
@@ -45,6 +48,7 @@ def write_heads(heads: HeadSet, folder: Path | str, extra: Mapping[str, Any] | N
         raise HeadsError(f"extra fields {sorted(taken)} are fields of the format", hint="give them other names")
     config.update(extra or {})
     named_trees(config, heads.config.num_heads)
+    platt_scaling(config, heads.config.num_heads)
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in heads.tensors.items()}
     data = _safetensors().numpy.save(tensors, metadata={"format": FORMAT})
     with staged_folder(Path(folder), force=force) as staging:
@@ -130,6 +134,25 @@ def named_trees(config: Mapping[str, Any], num_heads: int) -> dict[str, list[lis
             )
         named[name] = tree.choices()
     return named
+
+
+def platt_scaling(config: Mapping[str, Any], num_heads: int) -> tuple[tuple[float, float], ...]:
+    """Slope and offset of each head, from a heads config (:data:`.draft.PlattScaling`); empty when it doesn't say.
+
+    Raises:
+        HeadsError: the field isn't a list of as many pairs as there are heads, or a slope is negative.
+    """
+    pairs = config.get("platt_scaling", [])
+    scaling = []
+    for pair in pairs if isinstance(pairs, list) else [None]:
+        match pair:
+            case [float(slope), float(offset)] if slope >= 0 and math.isfinite(slope + offset):
+                scaling.append((slope, offset))
+            case _:
+                raise HeadsError(f"platt_scaling holds {pair!r:.40}", hint="a list of pairs such as [0.7, -1.0], one a head")
+    if len(scaling) not in (0, num_heads):
+        raise HeadsError(f"platt_scaling has {len(scaling)} pairs for {num_heads} heads", hint="one pair a head")
+    return tuple(scaling)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 from .errors import BundleSchemaError, TreeError
 from .tree import Tree
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 << 20
 
@@ -30,13 +30,18 @@ class BackboneFacts:
 
 @dataclass(frozen=True, slots=True)
 class HeadFacts:
-    """Number and form of the Medusa heads; ``top_k`` candidates leave the graph per head."""
+    """Number and form of the Medusa heads; ``top_k`` candidates leave the graph per head.
+
+    ``platt_scaling``: how sure each head is against how often it is right (:data:`.draft.PlattScaling`); empty where nobody
+    measured it.
+    """
 
     kind: str
     num_heads: int
     top_k: int
     projection: str
     draft_vocab_size: int
+    platt_scaling: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,11 @@ def parse_manifest(text: str | bytes) -> Manifest:
     version = raw.get("schema_version")
     if not _is_int(version) or version < 1:
         raise BundleSchemaError(f"{MANIFEST_NAME} has schema_version {version!r}", hint="export the bundle again")
+    if version < SCHEMA_VERSION:
+        raise BundleSchemaError(
+            f"the bundle has schema version {version}; this program reads version {SCHEMA_VERSION}",
+            hint="export the bundle again",
+        )
     if version > SCHEMA_VERSION:
         raise BundleSchemaError(
             f"the bundle has schema version {version}; this program reads up to {SCHEMA_VERSION}",
@@ -128,7 +138,9 @@ def parse_manifest(text: str | bytes) -> Manifest:
             {
                 **raw,
                 "backbone": _record(BackboneFacts, raw["backbone"]),
-                "heads": _record(HeadFacts, raw["heads"]),
+                "heads": _record(
+                    HeadFacts, {**raw["heads"], "platt_scaling": tuple(map(tuple, raw["heads"]["platt_scaling"]))}
+                ),
                 "limits": _record(Limits, raw["limits"]),
                 "text": _record(TextFacts, {**raw["text"], "eos_token_ids": tuple(raw["text"]["eos_token_ids"])}),
                 "files": {name: _record(FileRecord, entry) for name, entry in raw["files"].items()},
@@ -152,6 +164,9 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
     "tuple[int, ...]": lambda value: all(_is_int(item) for item in value),
     "Mapping[str, Any]": lambda value: isinstance(value, dict),
     "Mapping[str, str]": lambda value: isinstance(value, dict) and all(isinstance(item, str) for item in value.values()),
+    "tuple[tuple[float, float], ...]": lambda value: all(
+        isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(number, float) for number in pair) for pair in value
+    ),
     "Mapping[str, list[list[int]]]": lambda value: (
         isinstance(value, dict) and all(isinstance(item, list) for item in value.values())
     ),
@@ -184,6 +199,8 @@ def _check(manifest: Manifest) -> None:
     small = [name for record in records for name, value in record.items() if isinstance(value, int) and value < 1]
     if small or manifest.dtype not in ("float32", "float16"):
         raise ValueError(f"sizes below 1: {small}" if small else f"unknown dtype {manifest.dtype!r}")
+    if len(heads.platt_scaling) not in (0, heads.num_heads) or any(slope < 0 for slope, _ in heads.platt_scaling):
+        raise ValueError(f"its platt_scaling {heads.platt_scaling} doesn't suit {heads.num_heads} heads")
     if limits.cache_rows < heads.num_heads + limits.capacity + limits.max_rows:
         raise ValueError(
             f"{limits.cache_rows} cache rows can't hold {limits.capacity} tokens and {limits.max_rows} rows of a step"

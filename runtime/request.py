@@ -23,7 +23,9 @@ Message = Mapping[str, str]
 class Request:
     """One thing to generate from: exactly one of ``prompt``, ``messages`` and ``token_ids``.
 
-    ``tree``: None takes the session's, ``ROOT_ONLY`` decodes plainly. ``cancel`` is asked before every step.
+    ``tree``: the same rows in every step; ``ROOT_ONLY`` decodes plainly. Without one, each step verifies the ``rows`` (None: as
+    many as the bundle's tree has) that promise most (:class:`.draft.BestRows`); ``lookup``: whether what the text repeats is
+    among them (:mod:`.lookup`). ``cancel`` is asked before every step.
     ``keep_hidden`` collects the backbone's hidden state behind every emitted token.
     """
 
@@ -36,6 +38,8 @@ class Request:
     include_stop: bool = False
     ignore_eos: bool = False
     tree: Tree | None = None
+    rows: int | None = None
+    lookup: bool = True
     cancel: Callable[[], bool] | None = None
     keep_hidden: bool = False
 

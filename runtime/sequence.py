@@ -7,29 +7,34 @@ from typing import Literal
 
 import numpy as np
 
+from .draft import NOTHING, Candidates, Draft, Drafter
 from .sampling import SamplingParams
-from .tree import ROOT_ONLY, Tree
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(slots=True)
 class Stats:
-    """What a generation cost. ``accepted[a]``: decode steps that accepted ``a`` drafted tokens."""
+    """What a generation cost. ``accepted[a]``: decode steps that accepted ``a`` drafted tokens.
+
+    ``lookup_steps``: decode steps that had rows from an earlier occurrence of the newest tokens.
+    """
 
     prompt_tokens: int = 0
     steps: int = 0
     emitted: int = 0
     rows: int = 0
     accepted: dict[int, int] = field(default_factory=dict)
+    lookup_steps: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     engine_seconds: float = 0.0
 
-    def add_step(self, rows: int, accepted: int, emitted: int) -> None:
+    def add_step(self, draft: Draft, accepted: int, emitted: int) -> None:
         """Count one decode step that kept ``emitted`` tokens."""
         self.steps += 1
-        self.rows += rows
+        self.rows += draft.shape.rows
+        self.lookup_steps += draft.looked_up
         self.emitted += emitted
         self.accepted[accepted] = self.accepted.get(accepted, 0) + 1
 
@@ -54,7 +59,8 @@ class Stats:
 class Sequence:
     """Tokens of one request. ``tokens`` is the only truth of what was emitted; the newest one is the next step's root.
 
-    ``candidates`` int64 [K, k]: what the heads proposed at the row of the root. ``hidden``: the backbone's states [H] behind the
+    ``candidates``: what the heads proposed at the row of the root. ``draft``: the rows that the newest step
+    verifies; a prefill's last row stands alone, as a root does. ``hidden``: the backbone's states [H] behind the
     emitted tokens, when they were asked for; the last step may have added more than were emitted.
     """
 
@@ -64,9 +70,10 @@ class Sequence:
     params: SamplingParams
     max_new_tokens: int
     eos_token_ids: frozenset[int]
-    tree: Tree = ROOT_ONLY
+    drafter: Drafter
     keep_hidden: bool = False
-    candidates: np.ndarray | None = None
+    candidates: Candidates | None = None
+    draft: Draft = NOTHING
     hidden: list[np.ndarray] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stats: Stats = field(default_factory=Stats)

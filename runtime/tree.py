@@ -18,11 +18,9 @@ Worked example, ``Tree.from_choices([(0,), (1,), (0, 0)])``::
 
 from __future__ import annotations
 
-import heapq
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -33,19 +31,54 @@ MAX_ROWS = 512
 
 
 @dataclass(frozen=True)
-class Tree:
-    """A compiled tree of N rows.
+class Shape:
+    """How the N rows of a step hang together, in breadth order: row 0 is the root, a parent stands before its children.
 
-    ``paths``: row to path of ranks. ``parents`` int64 [N]: row to parent row, -1 for the root. ``depths`` int64 [N].
+    ``parents`` int64 [N]: row to parent row, -1 for the root. ``depths`` int64 [N].
     ``ancestors`` bool [N, N]: ``[i, j]`` when row j is row i or an ancestor of it.
-    ``ranks`` int64 [N]: rank of a row's token among its head's candidates (0 for the root, where it means nothing).
+    """
+
+    parents: np.ndarray = field(repr=False, compare=False)
+    depths: np.ndarray = field(repr=False, compare=False)
+    ancestors: np.ndarray = field(repr=False, compare=False)
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def of(parents: tuple[int, ...]) -> Shape:
+        """The shape in which row i hangs below ``parents[i]``; equal parents give the same object."""
+        depths = np.zeros(len(parents), np.int64)
+        ancestors = np.eye(len(parents), dtype=bool)
+        for row, parent in enumerate(parents[1:], start=1):
+            depths[row] = depths[parent] + 1
+            ancestors[row] |= ancestors[parent]
+        return Shape(np.array(parents, np.int64), depths, ancestors)
+
+    @property
+    def rows(self) -> int:
+        """N, the root included."""
+        return len(self.parents)
+
+    @property
+    def depth(self) -> int:
+        """The most drafted tokens that one step can accept."""
+        return int(self.depths[-1])
+
+    @cached_property
+    def row_paths(self) -> tuple[tuple[int, ...], ...]:
+        """For each row: the rows from below the root down to it."""
+        return tuple(tuple(int(row) for row in np.flatnonzero(self.ancestors[i])[1:]) for i in range(self.rows))
+
+
+@dataclass(frozen=True)
+class Tree(Shape):
+    """A compiled tree: a shape whose rows are candidates of the heads.
+
+    ``paths``: row to path of ranks. ``ranks`` int64 [N]: rank of a row's token among its head's candidates (0 for the root,
+    where it means nothing).
     """
 
     paths: tuple[RankPath, ...]
-    parents: np.ndarray = field(repr=False, compare=False)
-    depths: np.ndarray = field(repr=False, compare=False)
     ranks: np.ndarray = field(repr=False, compare=False)
-    ancestors: np.ndarray = field(repr=False, compare=False)
 
     @classmethod
     def from_choices(cls, choices: Iterable[Sequence[int]]) -> Tree:
@@ -66,40 +99,20 @@ class Tree:
             raise TreeError(f"a tree of {len(paths)} rows is over the limit of {MAX_ROWS}", hint="prune the tree")
         paths.sort(key=lambda path: (len(path), path))
         row_of = {path: row for row, path in enumerate(paths)}
-        parents = np.full(len(paths), -1, np.int64)
-        ancestors = np.eye(len(paths), dtype=bool)
-        for row, path in enumerate(paths[1:], start=1):
-            parent = row_of.get(path[:-1])
-            if parent is None:
+        for path in paths[1:]:
+            if path[:-1] not in row_of:
                 raise TreeError(
                     f"path {list(path)} has no parent {list(path[:-1])}",
                     hint="a tree is prefix-closed: add every prefix of every path",
                 )
-            parents[row] = parent
-            ancestors[row] |= ancestors[parent]
-        depths = np.array([len(path) for path in paths], np.int64)
+        shape = Shape.of((-1, *(row_of[path[:-1]] for path in paths[1:])))
         ranks = np.array([path[-1] if path else 0 for path in paths], np.int64)
-        return cls(tuple(paths), parents, depths, ranks, ancestors)
-
-    @property
-    def rows(self) -> int:
-        """N, the root included."""
-        return len(self.paths)
-
-    @property
-    def depth(self) -> int:
-        """The most drafted tokens that one step can accept."""
-        return int(self.depths[-1])
+        return cls(shape.parents, shape.depths, shape.ancestors, tuple(paths), ranks)
 
     @cached_property
     def slots(self) -> np.ndarray:
         """int64 [N-1]: where a drafted row's token lies in the flattened candidates, given as (depth - 1, rank) pairs."""
         return np.stack([self.depths[1:] - 1, self.ranks[1:]])
-
-    @cached_property
-    def row_paths(self) -> tuple[tuple[int, ...], ...]:
-        """For each row: the rows from below the root down to it."""
-        return tuple(tuple(int(row) for row in np.flatnonzero(self.ancestors[i])[1:]) for i in range(self.rows))
 
     def choices(self) -> list[list[int]]:
         """The tree as Medusa writes it: all paths but the root, in row order."""
@@ -140,26 +153,6 @@ def chain(depth: int) -> Tree:
     return Tree.from_choices([(0,) * length for length in range(1, depth + 1)])
 
 
-def best_tree(hit_rates: Sequence[Sequence[float]], rows: int) -> Tree:
-    """The tree of ``rows`` rows with the largest expected number of accepted tokens.
-
-    ``hit_rates[h][r]``: how often the candidate of rank r of head h is the token that the backbone emits. A path's value
-    is the product of its hit rates (heads taken as independent, arXiv 2401.10774, section 2.3.3); values fall along every
-    path and along ranks, so taking the best open path ``rows - 1`` times is optimal.
-    """
-    open_paths: list[tuple[float, RankPath]] = [(-hit_rates[0][0], (0,))]
-    chosen: list[RankPath] = []
-    while open_paths and len(chosen) < rows - 1:
-        _, path = heapq.heappop(open_paths)
-        chosen.append(path)
-        sibling, child = (*path[:-1], path[-1] + 1), (*path, 0)
-        if sibling[-1] < len(hit_rates[len(path) - 1]):
-            heapq.heappush(open_paths, (-_path_value(sibling, hit_rates), sibling))
-        if len(child) <= len(hit_rates):
-            heapq.heappush(open_paths, (-_path_value(child, hit_rates), child))
-    return Tree.from_choices(chosen)
-
-
 def tree_of_paths(path_rates: Mapping[RankPath, float], rows: int) -> Tree:
     """The tree of at most ``rows`` rows with the largest expected number of accepted tokens.
 
@@ -168,12 +161,3 @@ def tree_of_paths(path_rates: Mapping[RankPath, float], rows: int) -> Tree:
     """
     order = sorted(path_rates, key=lambda path: (-path_rates[path], len(path), path))
     return Tree.from_choices(order[: rows - 1])
-
-
-def _path_value(path: RankPath, hit_rates: Sequence[Sequence[float]]) -> float:
-    return math.prod(hit_rates[depth][rank] for depth, rank in enumerate(path))
-
-
-def expected_acceptance(tree: Tree, hit_rates: Sequence[Sequence[float]]) -> float:
-    """Mean acceptance length (1 + accepted) that ``hit_rates`` predict for ``tree``, heads taken as independent."""
-    return sum(_path_value(path, hit_rates) for path in tree.paths)

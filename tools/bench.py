@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -18,24 +19,29 @@ HELP = "measure plain against Medusa decoding, interleaved"
 
 Advance = Callable[[int, str], object]
 _WARMUP_TOKENS = 16
+_TITLES = {"plain": "plain", "medusa": "Medusa", "heads_only": "without lookup", "fixed_tree": "on a fixed tree"}
 
 
 def bench(
     session: Session,
     prompts: Sequence[list[int]],
     *,
+    rows: int | None = None,
     tree: Tree | None = None,
     max_new_tokens: int = 128,
     repeats: int = 3,
     warmup: int = 1,
     progress: Advance = lambda _done, _note: None,
 ) -> dict[str, Any]:
-    """Decode every prompt plainly and with ``tree`` (None: the bundle's), greedily, ``repeats`` times.
+    """Decode every prompt in several ways, greedily, ``repeats`` times.
 
-    The two follow each other on each prompt and take turns in going first, so that what else the machine does hits both.
-    Rates are of decoding: tokens after the first, over the wall time of the steps. A prompt's value is the median of its
-    repeats, a report's the median of its prompts; ``overall`` divides sums. ``progress(done, note)`` follows each of the
-    prompts × repeats × 2 runs.
+    ``plain``; ``medusa``, as sessions draft by default, with ``rows`` rows a step (None: as many as the bundle's tree has);
+    ``heads_only``, the same without prompt lookup; with a ``tree``, ``fixed_tree``: these rows in every step.
+    The ways follow each other on each prompt and take turns in going first, so that what else the machine does hits them all.
+    Rates are of decoding: tokens after the first, over the wall time of the steps. A prompt's time is the median of its repeats;
+    a way's rate is all prompts' tokens over all prompts' time, and ``speedup`` the ratio of two such rates. ``median_speedup`` is
+    the median of the prompts' own ratios: text that repeats itself raises the first more than the second.
+    ``progress(done, note)`` follows each of the prompts × repeats × ways runs.
 
     Raises:
         CapacityError, TreeError: a prompt or the tree doesn't fit.
@@ -45,83 +51,99 @@ def bench(
     from ..runtime.tree import ROOT_ONLY
     from .environment import plain_step_bytes
     from .prompt_source import check_room
-    from .timed_run import timed_run
+    from .timed_run import Way, timed_run
 
     if not prompts or repeats < 1 or max_new_tokens < 2:
         raise UsageError(
             f"{len(prompts)} prompts, {repeats} repeats, {max_new_tokens} tokens", hint="at least 1 prompt, 1 repeat and 2 tokens"
         )
     check_room(session, list(prompts), max_new_tokens)
-    trees = {"plain": ROOT_ONLY, "medusa": tree or session.tree}
+    rows = rows or session.tree.rows
+    ways = {"plain": Way(ROOT_ONLY), "medusa": Way(rows=rows, lookup=True), "heads_only": Way(rows=rows)}
+    if tree is not None:
+        ways["fixed_tree"] = Way(tree)
     for _ in range(warmup):
-        for candidate in trees.values():
-            timed_run(session, prompts[0], candidate, min(max_new_tokens, _WARMUP_TOKENS))
-    runs: dict[str, list[list[TimedRun]]] = {name: [[] for _ in prompts] for name in trees}
+        for way in ways.values():
+            timed_run(session, prompts[0], way, min(max_new_tokens, _WARMUP_TOKENS))
+    runs: dict[str, list[list[TimedRun]]] = {name: [[] for _ in prompts] for name in ways}
     done = 0
     for repeat in range(repeats):
         for index, prompt in enumerate(prompts):
-            for name in ("plain", "medusa") if (repeat + index) % 2 == 0 else ("medusa", "plain"):
-                runs[name][index].append(timed_run(session, prompt, trees[name], max_new_tokens))
+            first = (repeat + index) % len(ways)
+            for name in [*ways, *ways][first : first + len(ways)]:
+                runs[name][index].append(timed_run(session, prompt, ways[name], max_new_tokens))
                 progress(done := done + 1, f"prompt {index + 1}, {name}")
-    report = summarise(runs["plain"], runs["medusa"], trees["medusa"])
+    report = summarise(runs)
+    report["medusa"]["rows"] = report["heads_only"]["rows"] = rows
+    if tree is not None:
+        report["fixed_tree"] |= {"rows": tree.rows, "choices": tree.choices()}
     seconds = report["plain"]["ms_per_step"] / 1e3
     report["bandwidth_gb_s"] = plain_step_bytes(session.manifest) / seconds / 1e9
     return {"prompts": len(prompts), "repeats": repeats, "max_new_tokens": max_new_tokens, **report}
 
 
-def summarise(plain: Sequence[Sequence[TimedRun]], medusa: Sequence[Sequence[TimedRun]], tree: Tree) -> dict[str, Any]:
-    """The report of the runs [prompt][repeat] of both kinds.
+def summarise(runs: Mapping[str, Sequence[Sequence[TimedRun]]]) -> dict[str, Any]:
+    """The report of the runs [prompt][repeat] of each way; ``plain`` and ``medusa`` are among them.
 
     Raises:
         UsageError: no prompt led to a decode step.
     """
     from ..runtime.errors import UsageError
 
-    measured = [index for index in range(len(plain)) if all(run.step_seconds for run in (*plain[index], *medusa[index]))]
+    by_prompt = [[run for repeats in of_prompt for run in repeats] for of_prompt in zip(*runs.values(), strict=True)]
+    measured = [index for index, flat in enumerate(by_prompt) if all(run.step_seconds for run in flat)]
     if not measured:
         raise UsageError("every prompt ended at its first token: there is no decoding to measure", hint="give other prompts")
-    each = [_one_prompt(plain[index], medusa[index]) | {"prompt": index} for index in measured]
-    kinds = {"plain": [plain[index] for index in measured], "medusa": [medusa[index] for index in measured]}
-    sides = {name: _side(runs, [prompt[f"{name}_tokens_per_s"] for prompt in each]) for name, runs in kinds.items()}
-    steps = [run.accepted for runs in kinds["medusa"] for run in runs]
-    histogram = [sum(accepted.get(count, 0) for accepted in steps) for count in range(tree.depth + 1)]
-    different = [index for index in range(len(plain)) if len({tuple(run.tokens) for run in (*plain[index], *medusa[index])}) > 1]
+    kept = {name: [each[index] for index in measured] for name, each in runs.items()}
+    each = [{"prompt": index, **_one_prompt({name: kept[name][at] for name in kept})} for at, index in enumerate(measured)]
+    different = [index for index, flat in enumerate(by_prompt) if len({tuple(run.tokens) for run in flat}) > 1]
+    sides = {name: _side(of_prompt) for name, of_prompt in kept.items()}
+    for name in sides.keys() - {"plain"}:
+        sides[name] |= {
+            "speedup": sides[name]["tokens_per_s"] / sides["plain"]["tokens_per_s"],
+            "median_speedup": median(prompt[f"{name}_speedup"] for prompt in each),
+            "overhead": sides[name]["ms_per_step"] / sides["plain"]["ms_per_step"],
+            **_acceptance(kept[name]),
+        }
     return {
-        "plain": sides["plain"],
-        "medusa": {
-            **sides["medusa"],
-            "rows": tree.rows,
-            "depth": tree.depth,
-            "mean_acceptance_length": 1 + sum(count * steps for count, steps in enumerate(histogram)) / sum(histogram),
-            "accepted_histogram": histogram,
-            "tree": tree.choices(),
-        },
-        "speedup": median(prompt["speedup"] for prompt in each),
-        "overall": _overall(kinds, decoding=True),
-        "with_prefill": _overall(kinds, decoding=False),
-        "overhead": sides["medusa"]["ms_per_step"] / sides["plain"]["ms_per_step"],
-        "host_fraction": sides["medusa"]["host_fraction"],
-        "equal": {"prompts": len(plain) - len(different), "of": len(plain), "different": different},
+        **sides,
+        **{key: sides["medusa"][key] for key in ("speedup", "median_speedup", "overhead", "host_fraction")},
+        "equal": {"prompts": len(by_prompt) - len(different), "of": len(by_prompt), "different": different},
         "per_prompt": each,
     }
 
 
-def _one_prompt(plain: Sequence[TimedRun], medusa: Sequence[TimedRun]) -> dict[str, Any]:
-    rates = [median(run.decoded / run.decode_seconds for run in runs) for runs in (plain, medusa)]
+def _acceptance(runs: Sequence[Sequence[TimedRun]]) -> dict[str, Any]:
+    steps: Counter[int] = Counter()
+    for repeats in runs:
+        for run in repeats:
+            steps.update(run.accepted)
+    histogram = [steps[count] for count in range(max(steps) + 1)]
+    drafted = sum(count * steps for count, steps in enumerate(histogram))
+    return {"mean_acceptance_length": 1 + drafted / sum(histogram), "accepted_histogram": histogram}
+
+
+def _one_prompt(runs: Mapping[str, Sequence[TimedRun]]) -> dict[str, Any]:
+    """Rates of one prompt, by way."""
+    plain, medusa = runs["plain"][0], runs["medusa"][0]
+    rates = {name: median(run.decoded / run.decode_seconds for run in repeats) for name, repeats in runs.items()}
     return {
-        "tokens": len(plain[0].tokens),
-        "plain_tokens_per_s": rates[0],
-        "medusa_tokens_per_s": rates[1],
-        "speedup": rates[1] / rates[0],
-        "tokens_per_step": medusa[0].decoded / len(medusa[0].step_seconds),
+        "tokens": len(plain.tokens),
+        **{f"{name}_tokens_per_s": rate for name, rate in rates.items()},
+        **{f"{name}_speedup": rates[name] / rates["plain"] for name in rates if name != "plain"},
+        "tokens_per_step": medusa.decoded / len(medusa.step_seconds),
     }
 
 
-def _side(runs: Sequence[Sequence[TimedRun]], rates: Sequence[float]) -> dict[str, Any]:
-    """One kind's numbers; ``host_fraction`` is the share of the decoding wall time that the engine didn't take."""
+def _side(runs: Sequence[Sequence[TimedRun]]) -> dict[str, Any]:
+    """One way's numbers; ``host_fraction`` is the share of the decoding wall time that the engine didn't take."""
     flat = [run for repeats in runs for run in repeats]
+    decoding = sum(median(run.decode_seconds for run in repeats) for repeats in runs)
+    prefill = sum(median(run.prefill_seconds for run in repeats) for repeats in runs)
+    decoded = sum(repeats[0].decoded for repeats in runs)
     return {
-        "tokens_per_s": median(rates),
+        "tokens_per_s": decoded / decoding,
+        "tokens_per_s_with_prefill": (decoded + len(runs)) / (decoding + prefill),
         "ms_per_step": 1e3 * median(seconds for run in flat for seconds in run.step_seconds),
         "steps": sum(len(run.step_seconds) for run in flat),
         "prefill_ms": 1e3 * median(run.prefill_seconds for run in flat),
@@ -129,23 +151,9 @@ def _side(runs: Sequence[Sequence[TimedRun]], rates: Sequence[float]) -> dict[st
     }
 
 
-def _overall(kinds: Mapping[str, Sequence[Sequence[TimedRun]]], *, decoding: bool) -> dict[str, float]:
-    """Tokens over seconds, summed over all runs; with the prefill and the token that it emits unless ``decoding``."""
-    rates = {}
-    for name, runs in kinds.items():
-        flat = [run for repeats in runs for run in repeats]
-        tokens = sum(run.decoded if decoding else len(run.tokens) for run in flat)
-        rates[name] = tokens / sum(run.decode_seconds + (0 if decoding else run.prefill_seconds) for run in flat)
-    return {
-        "plain_tokens_per_s": rates["plain"],
-        "medusa_tokens_per_s": rates["medusa"],
-        "speedup": rates["medusa"] / rates["plain"],
-    }
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
-    from .console import add_json_argument
+    from .console import add_json_argument, positive_int
     from .prompt_source import add_prompt_arguments
 
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
@@ -153,8 +161,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens per prompt (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="times every prompt runs (default: %(default)s)")
     parser.add_argument(
-        "--tree", metavar="NAME|FILE", help="a tree of the bundle, or as in verify --trees (default: the bundle's own)"
+        "--tree", metavar="NAME|FILE", help="also measure a fixed tree: one of the bundle's, or as in verify --trees"
     )
+    parser.add_argument("--rows", type=positive_int, metavar="N", help="rows of a step (default: as the bundle's tree)")
     parser.add_argument(
         "--sweep", action="store_true", help="also measure the step time for 1 to 16 rows, and the tree size it suggests"
     )
@@ -165,7 +174,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Bench and print; 1 when the two kinds of decoding emitted different tokens."""
+    """Bench and print; 1 when the ways of decoding emitted different tokens."""
     from ..runtime.session import load
     from .console import Progress, emit
     from .environment import environment
@@ -174,8 +183,9 @@ def run(args: argparse.Namespace) -> int:
     session = load(args.bundle, threads=args.threads, variant=args.variant)
     tree, note = _tree(session.manifest, args.tree, args.seed)
     prompts = prompts_for(session, args.prompts, args.count, args.seed)
-    with Progress("bench", 2 * len(prompts) * args.repeats) as bar:
-        report = bench(session, prompts, tree=tree, max_new_tokens=args.max_new_tokens, repeats=args.repeats, progress=bar.update)
+    with Progress("bench", (3 + (tree is not None)) * len(prompts) * args.repeats) as bar:
+        options = {"max_new_tokens": args.max_new_tokens, "repeats": args.repeats, "progress": bar.update}
+        report = bench(session, prompts, rows=args.rows, tree=tree, **options)
         if args.sweep:
             from .row_sweep import row_sweep
 
@@ -187,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tree(manifest: Manifest, name: str | None, seed: int) -> tuple[Tree | None, str]:
-    """The tree asked for (None: the bundle's own), and what was cut from it to fit."""
+    """The tree asked for, and what was cut from it to fit."""
     from .tree_set import trees_for
 
     if name is None:
@@ -204,30 +214,9 @@ def describe(report: Mapping[str, Any]) -> str:
     plain, medusa, equal = report["plain"], report["medusa"], report["equal"]
     headline = (
         f"{medusa['tokens_per_s']:.1f} tokens/s with Medusa, {plain['tokens_per_s']:.1f} plain: {report['speedup']:.2f}× "
-        f"(median of {len(report['per_prompt'])} prompts; {report['overall']['speedup']:.2f}× overall)"
+        f"over {len(report['per_prompt'])} prompts (median prompt {report['median_speedup']:.2f}×)"
     )
-    rows = [
-        [
-            "plain",
-            f"{plain['tokens_per_s']:.1f}",
-            "1.00×",
-            "1.00",
-            1,
-            f"{plain['ms_per_step']:.2f}",
-            "1.00×",
-            f"{plain['host_fraction']:.1%}",
-        ],
-        [
-            "Medusa",
-            f"{medusa['tokens_per_s']:.1f}",
-            f"{report['speedup']:.2f}×",
-            f"{medusa['mean_acceptance_length']:.2f}",
-            medusa["rows"],
-            f"{medusa['ms_per_step']:.2f}",
-            f"{report['overhead']:.2f}×",
-            f"{medusa['host_fraction']:.1%}",
-        ],
-    ]
+    rows = [_row(title, report[name]) for name, title in _TITLES.items() if name in report]
     headers = ["", "tokens/s", "speed-up", "mean acceptance length", "rows a step", "ms a step", "overhead", "outside the engine"]
     lines = [headline, "", table(rows, headers), ""]
     lines.append(f"steps by drafted tokens accepted (0, 1, …): {medusa['accepted_histogram']}")
@@ -243,3 +232,10 @@ def describe(report: Mapping[str, Any]) -> str:
 
         lines += ["", describe_sweep(report["sweep"])]
     return "\n".join(lines)
+
+
+def _row(title: str, side: Mapping[str, Any]) -> list[Any]:
+    """One way's line; plain decoding is what the others are measured by."""
+    speedup, overhead, length = side.get("speedup", 1.0), side.get("overhead", 1.0), side.get("mean_acceptance_length", 1.0)
+    times = [f"{side['ms_per_step']:.2f}", f"{overhead:.2f}×", f"{side['host_fraction']:.1%}"]
+    return [title, f"{side['tokens_per_s']:.1f}", f"{speedup:.2f}×", f"{length:.2f}", side.get("rows", 1), *times]

@@ -40,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ignore-eos", action="store_true", help="don't end at an end-of-sequence token")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--plain", action="store_true", help="decode without speculation")
-    how.add_argument("--tree", metavar="TREE", help="a tree by name, or a JSON file of choices (default: the bundle's)")
+    how.add_argument(
+        "--tree", metavar="TREE", help="the same rows in every step: a tree by name, or a JSON file of choices"
+    )
+    how.add_argument("--rows", type=positive_int, metavar="N", help="rows of a step, the root included (default: the bundle's)")
+    parser.add_argument("--no-lookup", action="store_true", help="draft from the heads alone, not from what the text repeats")
     parser.add_argument("--threads", type=positive_int, help="CPU threads (default: all cores)")
     parser.add_argument("--no-hashes", action="store_true", help="don't read the whole bundle to check it first")
     sampling = parser.add_argument_group("choice of tokens")
@@ -147,7 +151,8 @@ def _options(session: Session, args: argparse.Namespace, prompt: str | None) -> 
     given: dict[str, Any] = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
     params = SamplingParams(**given, logit_bias=dict(args.logit_bias))
     options: dict[str, Any] = {**_prompt_option(session, args, prompt), "params": params, "stop": tuple(args.stop)}
-    options |= {"ignore_eos": args.ignore_eos, "tree": ROOT_ONLY if args.plain else _tree(session, args.tree)}
+    options |= {"ignore_eos": args.ignore_eos, "lookup": not args.no_lookup, "rows": args.rows}
+    options["tree"] = ROOT_ONLY if args.plain else _tree(session, args.tree)
     room = session.manifest.limits.capacity - len(session.encode(Request(**options)))
     options["max_new_tokens"] = args.max_new_tokens or max(1, min(_MAX_NEW_TOKENS, room))
     return options

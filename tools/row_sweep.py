@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from ..runtime.executor import Wanted
 from ..runtime.manifest import Manifest
 from ..runtime.session import Session
-from ..runtime.tree import Tree, best_tree, expected_acceptance
+from ..runtime.tree import RankPath, Tree, tree_of_paths
 from .probe import Probe
 
 MOST_ROWS = 16
@@ -24,7 +24,7 @@ def row_sweep(
 ) -> dict[str, Any]:
     """Median step time in ms for 1 … 16 rows behind a context of random tokens, sizes interleaved over ``rounds``.
 
-    One row runs as plain decoding does, without the heads. With hit rates in the bundle, ``suggestions`` holds the best tree
+    One row runs as plain decoding does, without the heads. With path rates in the bundle, ``suggestions`` holds the best tree
     of each size and what it promises over plain decoding: expected tokens a step ÷ step time.
     """
     manifest = session.manifest
@@ -45,26 +45,28 @@ def row_sweep(
             progress(turn, "")
     milliseconds = {tree.rows: 1e3 * median(times) for tree, times in zip(trees, seconds, strict=True)}
     report: dict[str, Any] = {"context": len(context), "rounds": rounds, "ms_by_rows": milliseconds}
-    rates = hit_rates(manifest)
-    if rates is not None:
+    rates = path_rates(manifest)
+    if rates:
         report["suggestions"] = suggest(rates, milliseconds)
     return report
 
 
-def hit_rates(manifest: Manifest) -> list[list[float]] | None:
-    """Held-out hit rates [K][rank] that came with the heads, if the bundle recorded them."""
+def path_rates(manifest: Manifest) -> dict[RankPath, float]:
+    """How often paths of ranks were right on held-out answers, if the heads' maker counted them."""
     heads = manifest.provenance.get("heads")
-    rates = heads.get("hit_rates") if isinstance(heads, Mapping) else None
-    found = rates.get("heldout") if isinstance(rates, Mapping) else rates
-    return found if isinstance(found, list) and found else None
+    pairs = heads.get("path_rates", ()) if isinstance(heads, Mapping) else ()
+    return {tuple(path): rate for path, rate in pairs}
 
 
-def suggest(rates: Sequence[Sequence[float]], milliseconds: Mapping[int, float]) -> list[dict[str, Any]]:
-    """For each size: the best tree, its expected tokens a step, and the speed-up that follows from the step times."""
+def suggest(rates: Mapping[RankPath, float], milliseconds: Mapping[int, float]) -> list[dict[str, Any]]:
+    """For each size: the best tree, its expected tokens a step, and the speed-up that follows from the step times.
+
+    A fixed tree, that is: rows that follow the context (:mod:`..runtime.draft`) accept more.
+    """
     suggestions = []
     for rows, taken in milliseconds.items():
-        tree = best_tree(rates, rows)
-        expected = expected_acceptance(tree, rates)
+        tree = tree_of_paths(rates, rows)
+        expected = 1 + sum(rates[path] for path in tree.paths[1:])
         suggestions.append(
             {"rows": rows, "tokens_per_step": expected, "speedup": expected * milliseconds[1] / taken, "choices": tree.choices()}
         )
@@ -88,5 +90,5 @@ def describe_sweep(report: Mapping[str, Any]) -> str:
         best = max(expected.values(), key=lambda entry: entry["speedup"])
         lines.append(f"best size: {best['rows']} rows, {best['speedup']:.2f}× expected")
     else:
-        lines.append("the bundle holds no hit rates, so no size is suggested")
+        lines.append("the bundle holds no path rates, so no size is suggested")
     return "\n".join(lines)

@@ -5,9 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..runtime.session import Session
 from ..runtime.tree import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a run drafts: on a tree, or the best rows of each step (None), with or without what the text repeats."""
+
+    tree: Tree | None = None
+    rows: int | None = None
+    lookup: bool = False
 
 
 @dataclass(slots=True)
@@ -34,13 +44,15 @@ class TimedRun:
         return sum(self.step_seconds)
 
 
-def timed_run(session: Session, prompt: Sequence[int], tree: Tree, max_new_tokens: int) -> TimedRun:
-    """Generate greedily from token ids with ``tree``, to the end-of-sequence token or ``max_new_tokens``."""
+def timed_run(session: Session, prompt: Sequence[int], way: Way, max_new_tokens: int) -> TimedRun:
+    """Generate greedily from token ids, drafting in this way, to the end-of-sequence token or ``max_new_tokens``."""
     run = TimedRun()
     executor = session.executor
     before = time.perf_counter()
     engine = 0.0
-    for index, chunk in enumerate(session.stream(token_ids=prompt, tree=tree, max_new_tokens=max_new_tokens)):
+    options: dict[str, Any] = {"tree": way.tree, "rows": way.rows, "lookup": way.lookup, "max_new_tokens": max_new_tokens}
+    chunks = session.stream(token_ids=prompt, **options)
+    for index, chunk in enumerate(chunks):
         now = time.perf_counter()
         if chunk.finish_reason is not None:
             assert chunk.stats is not None

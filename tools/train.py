@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 HELP = "train Medusa heads on the backbone's own answers"
 RANKS = 10
+_RATED_PATHS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def train(plan: TrainPlan, config: TrainConfig) -> dict[str, Any]:
         BundleExistsError: the output exists and ``plan.force`` is false.
         CheckpointError, UnsupportedArchitectureError: the backbone can't be exported.
     """
-    from ..calibration.hit_rates import hit_ranks, rates_by_path, rates_by_rank
+    from ..calibration.hit_rates import find_hits, platt_scaling, rates_by_path, rates_by_rank
     from ..calibration.train import load_examples, train_heads
     from ..export.backbone import load_backbone
     from ..runtime.bundle import refuse_existing
@@ -126,7 +127,7 @@ def train(plan: TrainPlan, config: TrainConfig) -> dict[str, Any]:
         )
     ranks = min(RANKS, heads.config.draft_vocab_size)
     found = {
-        part: hit_ranks(heads, data, embedding, output_weight, ranks)
+        part: find_hits(heads, data, embedding, output_weight, ranks)
         for part, data in (("train", examples), ("heldout", heldout))
     }
     path_rates = rates_by_path(found["heldout"])
@@ -135,7 +136,9 @@ def train(plan: TrainPlan, config: TrainConfig) -> dict[str, Any]:
         "tokens": tokens,
         "training": asdict(config),
         "data": {part: json.loads((plan.work / part / "data.json").read_text("utf-8")) for part in ("train", "heldout")},
-        "hit_rates": {part: rates_by_rank(ranked, ranks).round(4).tolist() for part, ranked in found.items()},
+        "hit_rates": {part: rates_by_rank(hits, ranks).round(4).tolist() for part, hits in found.items()},
+        "path_rates": [[list(path), round(path_rates[path], 5)] for path in tree_of_paths(path_rates, _RATED_PATHS).paths[1:]],
+        "platt_scaling": platt_scaling(found["heldout"]),
         "tree": tree.choices(),
         "expected_acceptance_length": round(1 + sum(path_rates[path] for path in tree.paths[1:]), 3),
     }

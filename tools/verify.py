@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 HELP = "compare speculative with plain decoding, token for token, over many trees"
 
 Advance = Callable[[int, str], object]
+BEST_ROWS = "best-rows"
 _COUNTS = ("prompts", "tokens_compared", "divergences", "explained", "unexplained")
 
 
@@ -26,6 +27,7 @@ def verify(
     prompts: Sequence[list[int]],
     *,
     trees: Mapping[str, Tree],
+    best_rows: bool = False,
     max_new_tokens: int = 64,
     sample: SamplingParams | None = None,
     reference: Reference | None = None,
@@ -34,13 +36,16 @@ def verify(
 ) -> dict[str, Any]:
     """Decode every prompt plainly once, then with every tree, and compare.
 
+    ``best_rows`` adds a run without a tree, as sessions draft by default: the rows that promise most in each step, prompt lookup
+    included.
+
     Sequences run to ``max_new_tokens``, past end-of-sequence tokens. Where a tree first differs from plain decoding, the
     position is computed again in several ways and the difference is explained by their measured noise, or it isn't
     (:mod:`.near_tie`). What follows a divergence isn't compared: its context differs.
 
     ``sample``: sampling parameters with a seed (prompt i takes seed + i); None decodes greedily. ``reference``: another
     implementation to hold plain greedy decoding against. ``tolerance``: largest noise that counts as rounding, as a share of
-    the largest logit; None takes the dtype's. ``progress(done, note)`` follows each run: 1 + trees + reference a prompt.
+    the largest logit; None takes the dtype's. ``progress(done, note)`` follows each run, of each way and each prompt.
 
     Raises:
         CapacityError: a prompt and its answer don't fit.
@@ -49,10 +54,12 @@ def verify(
     from .comparison import Comparison, Tally
     from .near_tie import TOLERANCE
     from .prompt_source import check_room
+    from .timed_run import Way
 
     check_room(session, list(prompts), max_new_tokens)
     comparison = Comparison(session, TOLERANCE[session.manifest.dtype] if tolerance is None else tolerance)
-    tallies = {name: Tally() for name in trees}
+    ways = {name: Way(tree) for name, tree in trees.items()} | ({BEST_ROWS: Way(lookup=True)} if best_rows else {})
+    tallies = {name: Tally() for name in ways}
     against = Tally()
     done, started = 0, time.perf_counter()
     for index, prompt in enumerate(prompts):
@@ -62,15 +69,18 @@ def verify(
             options["params"] = params
         plain = session.generate(speculative=False, **options).token_ids
         progress(done := done + 1, f"prompt {index + 1}, plain")
-        for name, tree in trees.items():
-            run = session.generate(tree=tree, **options)
+        for name, way in ways.items():
+            run = session.generate(tree=way.tree, lookup=way.lookup, **options)
             tallies[name].count(run.stats)
-            comparison.add(tallies[name], index, prompt, plain, run.token_ids, params, tree)
+            comparison.add(tallies[name], index, prompt, plain, run.token_ids, params, way.tree or session.tree)
             progress(done := done + 1, f"prompt {index + 1}, {name}")
         if reference is not None:
             comparison.add(against, index, prompt, plain, reference.generate(prompt, max_new_tokens), params, reference)
             progress(done := done + 1, f"prompt {index + 1}, reference")
-    shapes = {name: {"rows": tree.rows, "depth": tree.depth, "choices": tree.choices()} for name, tree in trees.items()}
+    shapes: dict[str, dict[str, Any]] = {
+        name: {"rows": tree.rows, "depth": tree.depth, "choices": tree.choices()} for name, tree in trees.items()
+    }
+    shapes[BEST_ROWS] = {"rows": session.tree.rows, "depth": session.manifest.heads.num_heads}
     report: dict[str, Any] = {
         "mode": "greedy" if sample is None else sample.mode,
         "prompts": len(prompts),
@@ -98,7 +108,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trees",
         default="",
         metavar="A,B,…",
-        help="root, chain, published, narrow, wide, random, the bundle's, or JSON files of choices (default: all but files)",
+        help="root, chain, published, narrow, wide, random, the bundle's, JSON files of choices, or best-rows: rows chosen in "
+        "each step (default: all but files)",
     )
     parser.add_argument(
         "--reference", type=Path, metavar="MODEL", help="also compare with transformers' greedy generate of this model"
@@ -124,18 +135,22 @@ def run(args: argparse.Namespace) -> int:
     from .console import Progress, emit
     from .environment import environment
     from .prompt_source import prompts_for
-    from .tree_set import trees_for
+    from .tree_set import TreeSet, trees_for
 
     session = load(args.bundle, threads=args.threads, variant=args.variant)
-    chosen = trees_for(session.manifest, [name for name in args.trees.split(",") if name], args.seed)
+    names = [name for name in args.trees.split(",") if name]
+    best_rows = BEST_ROWS in names or not names
+    fixed = [name for name in names if name != BEST_ROWS]
+    chosen = trees_for(session.manifest, fixed, args.seed) if fixed or not names else TreeSet()
     prompts = prompts_for(session, args.prompts, args.count, args.seed)
     reference = None
     if args.reference is not None:
         from .reference import load_reference
 
         reference = load_reference(args.reference, session.manifest.dtype)
-    options: dict[str, Any] = {"trees": chosen.trees, "max_new_tokens": args.max_new_tokens, "tolerance": args.tolerance}
-    runs = len(prompts) * (1 + len(chosen.trees))
+    options: dict[str, Any] = {"trees": chosen.trees, "best_rows": best_rows}
+    options |= {"max_new_tokens": args.max_new_tokens, "tolerance": args.tolerance}
+    runs = len(prompts) * (1 + len(chosen.trees) + best_rows)
     with Progress("verify", runs + len(prompts) * (reference is not None)) as bar:
         report = verify(session, prompts, reference=reference, progress=bar.update, **options)
         if args.sampled:

@@ -17,7 +17,15 @@ from support.tiny import HEADS, HIDDEN, VOCAB
 
 torch: Any = pytest.importorskip("torch")
 
-from medusa_deploy.calibration.hit_rates import MISS, NO_LABEL, draft_projection, head_logits, rates_by_path  # noqa: E402
+from medusa_deploy.calibration.hit_rates import (  # noqa: E402
+    MISS,
+    NO_LABEL,
+    Hits,
+    draft_projection,
+    head_logits,
+    platt_scaling,
+    rates_by_path,
+)
 from medusa_deploy.calibration.train import IGNORE, Examples, TrainableHeads, TrainConfig  # noqa: E402
 from medusa_deploy.export.heads import HeadStack  # noqa: E402
 from support.learnable import hit_rates  # noqa: E402
@@ -185,15 +193,58 @@ def test_rates_fall_with_the_rank_of_a_trained_head() -> None:
     assert (rates.sum(1) <= 1).all()
 
 
+def ranked(ranks: np.ndarray) -> Hits:
+    return Hits(ranks, np.zeros((*ranks.shape, 1), np.float32))
+
+
 def test_paths_are_counted_as_far_as_every_head_was_right() -> None:
     found = np.array([[0, 0, 1], [0, 0, MISS], [0, MISS, 0], [1, 0, NO_LABEL], [MISS, 0, 0], [NO_LABEL, NO_LABEL, NO_LABEL]])
-    assert rates_by_path(found) == {(0,): 3 / 5, (0, 0): 2 / 5, (0, 0, 1): 1 / 5, (1,): 1 / 5, (1, 0): 1 / 5}
+    assert rates_by_path(ranked(found)) == {(0,): 3 / 5, (0, 0): 2 / 5, (0, 0, 1): 1 / 5, (1,): 1 / 5, (1, 0): 1 / 5}
 
 
 def test_a_tree_of_counted_paths_promises_what_decoding_accepts_on_average() -> None:
     """Summed over positions: the deepest path of the tree that is right there."""
     found = np.random.default_rng(0).integers(MISS, 3, (500, 3))
-    rates = rates_by_path(found)
+    rates = rates_by_path(ranked(found))
     tree = tree_of_paths(rates, 8)
     accepted = [max(len(path) for path in tree.paths if all(row[: len(path)] == path)) for row in found]
     assert sum(rates[path] for path in tree.paths[1:]) == pytest.approx(np.mean(accepted))
+
+
+# -- how far to trust a head ---------------------------------------------------------------------------------------
+
+
+def _answered(rng: np.random.Generator, slope: float, offset: float, positions: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks and log-probabilities of a head whose candidates are right as often as the scaling says."""
+    first = rng.uniform(0.1, 0.9, positions)
+    chances = np.stack([first, (1 - first) * rng.uniform(0.1, 0.5, positions)], 1)
+    right = 1 / (1 + np.exp(-(slope * np.log(chances / (1 - chances)) + offset)))
+    drawn = rng.random(positions)
+    rank = np.where(drawn < right[:, 0], 0, np.where(drawn < right.sum(1), 1, MISS))
+    return rank, np.log(chances).astype(np.float32)
+
+
+def test_scaling_is_found_again() -> None:
+    ranks, log_probs = _answered(np.random.default_rng(0), 0.6, -1.2)
+    [(slope, offset)] = platt_scaling(Hits(ranks[:, None], log_probs[:, None]))
+    assert (slope, offset) == (pytest.approx(0.6, abs=0.05), pytest.approx(-1.2, abs=0.08))
+
+
+def test_a_head_is_judged_where_the_heads_before_it_were_right() -> None:
+    """The second head is right as often as it says behind a right token, and never behind a wrong one."""
+    rng = np.random.default_rng(1)
+    first, second = _answered(rng, 1.0, -0.5), _answered(rng, 1.0, 0.0)
+    ranks = np.stack([first[0], np.where(first[0] >= 0, second[0], MISS)], 1)
+    scaling = platt_scaling(Hits(ranks, np.stack([first[1], second[1]], 1)))
+    np.testing.assert_allclose(scaling, [(1.0, -0.5), (1.0, 0.0)], atol=0.1)
+
+
+def test_nothing_to_learn_from_leaves_heads_as_they_are() -> None:
+    nothing = np.full((5, 2), NO_LABEL)
+    assert platt_scaling(Hits(nothing, np.zeros((5, 2, 3), np.float32))) == [(1.0, 0.0)] * 2
+
+
+def test_a_head_that_is_right_when_it_is_unsure_gets_no_negative_slope() -> None:
+    ranks, log_probs = _answered(np.random.default_rng(2), -1.0, 0.0)
+    [(slope, _)] = platt_scaling(Hits(ranks[:, None], log_probs[:, None]))
+    assert slope == 0

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings, strategies as st
 
 from medusa_deploy.runtime import Request, SamplingParams
 from medusa_deploy.runtime.decode import Decoder
+from medusa_deploy.runtime.draft import FixedTree
 from medusa_deploy.runtime.errors import NumericsError
 from medusa_deploy.runtime.sampling import draw, scores, uniform, weights
 from medusa_deploy.runtime.sequence import Sequence
@@ -170,17 +171,18 @@ def test_an_end_of_sequence_token_inside_an_accepted_path_cuts_it() -> None:
     assert generation.finish_reason == "stop"
 
 
-@given(tree=_trees, count=st.integers(1, 50))
-def test_statistics_add_up(tree: Tree, count: int) -> None:
-    stats = fake_session().generate(token_ids=[5, 6], max_new_tokens=count, tree=tree).stats
+@given(tree=_trees, count=st.integers(1, 50), lookup=st.booleans())
+def test_statistics_add_up(tree: Tree, count: int, lookup: bool) -> None:
+    stats = fake_session().generate(token_ids=[5, 6], max_new_tokens=count, tree=tree, lookup=lookup).stats
+    depth = min(tree.rows - 1, HEADS) if lookup else tree.depth
     drafted = sum(accepted * steps for accepted, steps in stats.accepted.items())
     assert stats.prompt_tokens == 2
     assert stats.steps == sum(stats.accepted.values())
     assert stats.rows == stats.steps * tree.rows
     assert stats.emitted == count - 1  # the first token comes from the prefill
-    assert 0 <= stats.steps + drafted - stats.emitted <= tree.depth  # what the last step had over
+    assert 0 <= stats.steps + drafted - stats.emitted <= depth  # what the last step had over
     assert stats.mean_acceptance_length == (1 + drafted / stats.steps if stats.steps else 1)
-    assert max(stats.accepted, default=0) <= tree.depth
+    assert max(stats.accepted, default=0) <= depth
 
 
 # -- step by step --------------------------------------------------------------------------------------------------
@@ -189,7 +191,8 @@ def test_statistics_add_up(tree: Tree, count: int) -> None:
 def _open(session: Any, prompt: list[int], **fields: Any) -> tuple[Decoder, Sequence]:
     limits = session.manifest.limits
     decoder = Decoder(session.executor, session.slots, HEADS, limits.prefill_chunk)
-    fields = {"params": SamplingParams(), "max_new_tokens": 40, "eos_token_ids": frozenset(), "tree": WIDE, **fields}
+    defaults = {"params": SamplingParams(), "max_new_tokens": 40, "eos_token_ids": frozenset(), "drafter": FixedTree(WIDE)}
+    fields = {**defaults, **fields}
     return decoder, Sequence(slot=session.slots.acquire(), tokens=list(prompt), prompt_length=len(prompt), **fields)
 
 

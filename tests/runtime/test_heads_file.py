@@ -16,6 +16,7 @@ from medusa_deploy.runtime.heads_file import (
     MAX_CONFIG_BYTES,
     TENSORS_NAME,
     named_trees,
+    platt_scaling,
     read_heads_config,
     read_heads_folder,
     write_heads,
@@ -229,6 +230,23 @@ def test_bad_trees_are_refused(tmp_path: Path, fields: dict[str, Any], error: ty
     with pytest.raises(error, match=message):
         write_heads(make_heads(), tmp_path / "heads", fields)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([[0.7, -1.0]], "1 pairs for 2 heads"),
+        ({"0": [0.7, -1.0]}, "platt_scaling holds"),
+        ([[0.7], [0.7, -1.0]], "platt_scaling holds"),
+        ([[0.7, float("nan")], [0.7, -1.0]], "platt_scaling holds"),
+        ([[-0.7, 0.0], [0.7, -1.0]], "platt_scaling holds"),
+    ],
+)
+def test_a_bad_scaling_is_refused(tmp_path: Path, pairs: Any, message: str) -> None:
+    with pytest.raises(HeadsError, match=message):
+        write_heads(make_heads(), tmp_path / "heads", {"platt_scaling": pairs})
+    assert list(tmp_path.iterdir()) == []
+    assert platt_scaling({"platt_scaling": [[0.7, -1.0]]}, 1) == ((0.7, -1.0),)
 
 
 def test_named_trees_are_kept_and_tree_is_the_default() -> None:

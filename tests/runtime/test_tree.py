@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
 from medusa_deploy.runtime.errors import TreeError
-from medusa_deploy.runtime.tree import MAX_ROWS, ROOT_ONLY, RankPath, Tree, best_tree, chain, expected_acceptance, tree_of_paths
+from medusa_deploy.runtime.tree import MAX_ROWS, ROOT_ONLY, RankPath, Tree, chain, tree_of_paths
 from support.trees import prefix_closed
 
 T, F = True, False
@@ -131,36 +130,6 @@ def test_a_tree_must_not_ask_heads_for_more_than_they_give() -> None:
         tree.check_fits(heads=2, top_k=3)
     assert "--top-k 4" in caught.value.hint
     ROOT_ONLY.check_fits(heads=1, top_k=1)
-
-
-def _brute_force(rates: list[list[float]], rows: int) -> float:
-    """The best expected acceptance over all prefix-closed sets of ``rows`` rows."""
-    paths = [path for depth in range(1, len(rates) + 1) for path in itertools.product(*(range(len(r)) for r in rates[:depth]))]
-    values = {path: math.prod(rates[depth][rank] for depth, rank in enumerate(path)) for path in paths}
-    best = 0.0
-    for chosen in itertools.combinations(paths, min(rows - 1, len(paths))):
-        if all(len(path) == 1 or path[:-1] in chosen for path in chosen):
-            best = max(best, 1.0 + sum(values[path] for path in chosen))
-    return best
-
-
-_rates = st.lists(st.floats(0.01, 1.0), min_size=1, max_size=3).map(
-    lambda row: sorted((rate / len(row) for rate in row), reverse=True)
-)
-
-
-@given(st.lists(_rates, min_size=1, max_size=2), st.integers(1, 6))
-def test_the_best_tree_is_as_good_as_any(rates: list[list[float]], rows: int) -> None:
-    tree = best_tree(rates, rows)
-    available = 1 + sum(math.prod(len(row) for row in rates[:depth]) for depth in range(1, len(rates) + 1))
-    assert tree.rows == min(rows, available)
-    assert expected_acceptance(tree, rates) == pytest.approx(_brute_force(rates, rows))
-
-
-def test_the_best_tree_follows_the_hit_rates() -> None:
-    assert best_tree([[0.6, 0.1], [0.5, 0.1]], 3) == chain(2)
-    assert best_tree([[0.5, 0.4], [0.1, 0.1]], 3) == Tree.from_choices([(0,), (1,)])
-    assert expected_acceptance(chain(2), [[0.6, 0.1], [0.5, 0.1]]) == pytest.approx(1 + 0.6 + 0.3)
 
 
 @given(st.lists(st.tuples(*[st.integers(-1, 2)] * 3), min_size=1, max_size=12), st.integers(1, 5))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medusa_deploy.calibration.hit_rates import hit_ranks, rates_by_rank
+from medusa_deploy.calibration.hit_rates import find_hits, rates_by_rank
 from medusa_deploy.calibration.train import Examples, TrainConfig
 
 VOCAB, HIDDEN, HEADS = 16, 32, 2
@@ -41,4 +41,4 @@ def same_tensors(one: Any, other: Any) -> bool:
 
 def hit_rates(*arguments: Any, ranks: int, **options: Any) -> np.ndarray:
     """Hit rates [K, ranks] of heads on examples: the two halves of counting them in one call."""
-    return rates_by_rank(hit_ranks(*arguments, ranks=ranks, **options), ranks)
+    return rates_by_rank(find_hits(*arguments, ranks=ranks, **options), ranks)

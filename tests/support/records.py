@@ -21,7 +21,7 @@ def manifest(
     files = ("onnx/step.onnx", "onnx/step.cpu.onnx", "onnx/heads.onnx", "onnx/weights.bin")
     return Manifest(
         backbone=BackboneFacts("TinyForCausalLM", 2, HIDDEN, 4, 2, 16, VOCAB),
-        heads=HeadFacts("medusa", HEADS, TOP_K, "shared", VOCAB),
+        heads=HeadFacts("medusa", HEADS, TOP_K, "shared", VOCAB, ((0.7, -1.0),) * HEADS),
         limits=Limits(capacity, cache_rows(capacity, HEADS, max_rows), max_rows, batch, prefill_chunk),
         text=TextFacts(eos_token_ids=(EOS,)),
         dtype="float32",

@@ -19,7 +19,7 @@ from medusa_deploy.tools.console import write_json
 from medusa_deploy.tools.environment import plain_step_bytes
 from medusa_deploy.tools.prompt_source import random_prompts
 from medusa_deploy.tools.row_sweep import describe_sweep, row_sweep, suggest
-from medusa_deploy.tools.timed_run import TimedRun, timed_run
+from medusa_deploy.tools.timed_run import TimedRun, Way, timed_run
 from support.records import manifest
 
 PROMPTS = random_prompts(128, 256, 2, seed=5)
@@ -41,7 +41,8 @@ KEYS = [
     "medusa.mean_acceptance_length",
     "medusa.accepted_histogram",
     "speedup",
-    "overall.speedup",
+    "median_speedup",
+    "heads_only.speedup",
     "overhead",
     "host_fraction",
     "bandwidth_gb_s",
@@ -61,8 +62,8 @@ def timed(tokens: int, steps: list[float], accepted: dict[int, int], first_token
 
 
 def test_a_timed_run_accounts_for_every_token_and_step(tiny_session: Session):
-    run = timed_run(tiny_session, PROMPTS[0], chain(3), 20)
-    expected = tiny_session.generate(token_ids=PROMPTS[0], tree=chain(3), max_new_tokens=20)
+    run = timed_run(tiny_session, PROMPTS[0], Way(chain(3)), 20)
+    expected = tiny_session.generate(token_ids=PROMPTS[0], tree=chain(3), lookup=False, max_new_tokens=20)
     assert run.tokens == expected.token_ids
     assert len(run.step_seconds) == expected.stats.steps == sum(run.accepted.values())
     assert 0 < run.engine_seconds < run.decode_seconds
@@ -95,50 +96,64 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["bench.json"]
 
 
-def test_both_kinds_take_turns_in_going_first(tiny_session: Session, monkeypatch: pytest.MonkeyPatch):
+def test_the_ways_take_turns_in_going_first(tiny_session: Session, monkeypatch: pytest.MonkeyPatch):
     order: list[tuple[int, str]] = []
 
-    def spy(_session: Any, prompt: list[int], tree: Any, _tokens: int) -> TimedRun:
-        order.append((prompt[0], "plain" if tree is ROOT_ONLY else "medusa"))
+    def spy(_session: Any, prompt: list[int], way: Way, _tokens: int) -> TimedRun:
+        order.append((prompt[0], "plain" if way.tree is ROOT_ONLY else "medusa" if way.lookup else "heads"))
         return timed(4, [0.1, 0.1], {1: 2})
 
     monkeypatch.setattr("medusa_deploy.tools.timed_run.timed_run", spy)
     bench(tiny_session, [[1], [2]], max_new_tokens=8, repeats=2, warmup=0)
-    plain, medusa = "plain", "medusa"
-    assert order == [(1, plain), (1, medusa), (2, medusa), (2, plain), (1, medusa), (1, plain), (2, plain), (2, medusa)]
+    plain, medusa, heads = "plain", "medusa", "heads"
+    turns = [(1, plain), (1, medusa), (1, heads), (2, medusa), (2, heads), (2, plain)]
+    turns += [(1, medusa), (1, heads), (1, plain), (2, heads), (2, plain), (2, medusa)]
+    assert order == turns
+
+
+def three(plain: list[list[TimedRun]], medusa: list[list[TimedRun]]) -> dict[str, list[list[TimedRun]]]:
+    return {"plain": plain, "medusa": medusa, "heads_only": plain}
 
 
 def test_the_arithmetic():
     plain = [[timed(4, [0.1] * 4, {0: 4}), timed(4, [0.2] * 4, {0: 4}), timed(4, [0.1] * 4, {0: 4})]]
     medusa = [[timed(4, [0.12] * 2, {1: 2}), timed(4, [0.12, 0.12], {0: 1, 2: 1}), timed(4, [0.3] * 2, {1: 2})]]
-    report = summarise(plain, medusa, chain(3))
+    report = summarise(three(plain, medusa))
     assert report["plain"]["tokens_per_s"] == pytest.approx(10)
     assert report["medusa"]["tokens_per_s"] == pytest.approx(4 / 0.24)
     assert report["speedup"] == pytest.approx(4 / 0.24 / 10)
     assert report["plain"]["ms_per_step"] == pytest.approx(100)
     assert report["overhead"] == pytest.approx(1.2)
-    assert report["medusa"]["accepted_histogram"] == [1, 4, 1, 0]
+    assert report["heads_only"]["speedup"] == report["heads_only"]["overhead"] == 1
+    assert report["medusa"]["accepted_histogram"] == [1, 4, 1]
     assert report["medusa"]["mean_acceptance_length"] == pytest.approx(2)
     assert report["host_fraction"] == pytest.approx(0.1)
-    assert report["overall"]["speedup"] == pytest.approx((12 / 1.08) / (12 / 1.6))
-    assert report["with_prefill"]["plain_tokens_per_s"] == pytest.approx(15 / (1.6 + 1.5))
+    assert report["plain"]["tokens_per_s_with_prefill"] == pytest.approx(5 / (0.4 + 0.5))
     assert report["equal"]["prompts"] == 1
+
+
+def test_the_speed_up_is_of_all_prompts_together_and_the_median_of_each():
+    plain = [[timed(4, [0.1] * 4, {0: 4})], [timed(4, [0.1] * 4, {0: 4})], [timed(40, [0.1] * 40, {0: 40})]]
+    medusa = [[timed(4, [0.1] * 4, {0: 4})], [timed(4, [0.1] * 2, {1: 2})], [timed(40, [0.1] * 10, {3: 10})]]
+    report = summarise(three(plain, medusa))
+    assert report["speedup"] == pytest.approx(48 / 16)
+    assert report["median_speedup"] == pytest.approx(2)
 
 
 def test_different_output_is_shown():
     plain = [[timed(4, [0.1], {0: 4})], [timed(4, [0.1], {0: 4})]]
     medusa = [[timed(4, [0.1], {1: 2})], [timed(4, [0.1], {1: 2}, first_token=8)]]
-    report = summarise(plain, medusa, chain(1)) | {"bandwidth_gb_s": 1.0}
+    report = summarise(three(plain, medusa)) | {"bandwidth_gb_s": 1.0}
     assert report["equal"] == {"prompts": 1, "of": 2, "different": [1]}
     assert "DIFFERENT output for prompt 2" in describe(report)
 
 
 def test_prompts_that_end_at_once_are_left_out():
     ended, went_on = timed(0, [], {}), timed(4, [0.1] * 4, {0: 4})
-    report = summarise([[ended], [went_on]], [[ended], [went_on]], chain(1))
+    report = summarise(three([[ended], [went_on]], [[ended], [went_on]]))
     assert [prompt["prompt"] for prompt in report["per_prompt"]] == [1]
     with pytest.raises(UsageError, match="first token"):
-        summarise([[ended]], [[ended]], chain(1))
+        summarise(three([[ended]], [[ended]]))
 
 
 @pytest.mark.parametrize("options", [{"prompts": []}, {"repeats": 0}, {"max_new_tokens": 1}])
@@ -154,21 +169,22 @@ def test_a_tree_from_a_file_is_used(tiny_session: Session, tmp_path: Path):
     assert tree is not None
     assert (tree.choices(), note) == ([[0], [1]], "")
     report = bench(tiny_session, PROMPTS[:1], tree=tree, max_new_tokens=6, repeats=1)
-    assert report["medusa"]["rows"] == 3
-    assert len(report["medusa"]["accepted_histogram"]) == 2
+    assert report["fixed_tree"]["rows"] == 3
+    assert report["fixed_tree"]["choices"] == [[0], [1]]
+    assert len(report["fixed_tree"]["accepted_histogram"]) <= 2
+    assert report["medusa"]["rows"] == tiny_session.tree.rows
 
 
 def test_the_sweep_measures_every_size(tiny_session: Session):
     report = row_sweep(tiny_session, rounds=2)
     assert list(report["ms_by_rows"]) == list(range(1, 17))
     assert min(report["ms_by_rows"].values()) > 0
-    assert "no hit rates" in describe_sweep(report)
+    assert "no path rates" in describe_sweep(report)
     assert tiny_session.slots.free == 1
 
 
 def test_the_sweep_suggests_the_size_that_pays():
-    rates = [[0.5, 0.2], [0.4, 0.1]]
-    suggestions = suggest(rates, {1: 10.0, 2: 10.0, 3: 10.0, 4: 20.0})
+    suggestions = suggest({(0,): 0.5, (1,): 0.2, (0, 0): 0.2}, {1: 10.0, 2: 10.0, 3: 10.0, 4: 20.0})
     assert [entry["tokens_per_step"] for entry in suggestions] == pytest.approx([1, 1.5, 1.7, 1.9])
     assert [entry["speedup"] for entry in suggestions] == pytest.approx([1, 1.5, 1.7, 0.95])
     assert "best size: 3 rows, 1.70×" in describe_sweep(

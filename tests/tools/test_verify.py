@@ -55,6 +55,13 @@ def test_a_right_bundle_has_nothing_unexplained(tiny_session: Session, trees: Tr
     assert seen == list(range(1, len(PROMPTS) * 7 + 1))
 
 
+def test_rows_chosen_in_each_step_are_verified_too(tiny_session: Session):
+    report = verify(tiny_session, PROMPTS[:1], trees={}, best_rows=True, max_new_tokens=TOKENS)
+    assert report["unexplained"] == 0
+    assert list(report["trees"]) == ["best-rows"]
+    assert report["trees"]["best-rows"]["rows"] == tiny_session.tree.rows
+
+
 def test_sampled_tokens_are_equal_for_equal_seeds(tiny_session: Session, trees: TreeSet):
     sample = SamplingParams(mode="sample", seed=11)
     report = verify(tiny_session, PROMPTS, trees={"wide": trees.trees["wide"]}, max_new_tokens=TOKENS, sample=sample)
@@ -128,12 +135,12 @@ def test_prompts_without_room_are_refused_before_anything_runs(tiny_session: Ses
 
 def test_the_verb_reports_and_exits_with_0(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "verify.json"
-    options = ["--count", "1", "--max-new-tokens", "6", "--trees", "chain,wide", "--sampled", "--json", str(output)]
+    options = ["--count", "1", "--max-new-tokens", "6", "--trees", "chain,best-rows,wide", "--sampled", "--json", str(output)]
     assert cli.main(["verify", str(tiny_bundle), *options]) == 0
     assert "no unexplained divergence" in capsys.readouterr().out
     report = json.loads(output.read_text())
     assert report["unexplained"] == 0
-    assert list(report["trees"]) == list(report["sampled"]["trees"]) == ["chain", "wide"]
+    assert list(report["trees"]) == list(report["sampled"]["trees"]) == ["chain", "wide", "best-rows"]
     assert report["environment"]["bundle"]["variant"] == "cpu"
     assert report["notes"] == {}
 
@@ -151,7 +158,7 @@ def test_the_verb_exits_with_1_when_something_is_unexplained(
 def _never_right(accept: Any) -> Any:
     def wrong(self: Decoder, sequence: Any, *arguments: Any, **options: Any) -> Any:
         outcome = accept(self, sequence, *arguments, **options)
-        if sequence.tree.rows == 1:
+        if sequence.drafter.rows == 1:
             return outcome
         return dataclasses.replace(outcome, tokens=[*outcome.tokens[:-1], (outcome.tokens[-1] + 1) % 128])
 

@@ -1,0 +1,140 @@
+"""Which rows a step verifies below the root."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from .lookup import PromptLookup
+from .tree import ROOT_ONLY, Shape, Tree
+
+PlattScaling = Sequence[tuple[float, float]]
+"""For each head (slope, offset): log-odds that a candidate is right = slope · log-odds of its probability + offset."""
+
+UNKNOWN_SCALING = (0.7, -1.0)
+"""Where nobody measured the heads: they are surer than right, as those of the published recipe were found to be."""
+
+_SMALLEST = 1e-6
+_TokenPath = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Rows of one sequence in one step. ``tokens`` int64 [N - 1]: of all rows but the root.
+
+    ``looked_up``: whether the text's own repetition had a say.
+    """
+
+    shape: Shape
+    tokens: np.ndarray
+    looked_up: bool = False
+
+
+NOTHING = Draft(ROOT_ONLY, np.zeros(0, np.int64))
+"""The root alone, as in plain decoding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What the heads propose at the root's row: ``tokens`` int64 [K, k] and ``log_probs`` float32 [K, k], best first."""
+
+    tokens: np.ndarray
+    log_probs: np.ndarray
+
+
+class Drafter(Protocol):
+    """Drafts for one sequence; a step of one row, the root, needs no candidates."""
+
+    @property
+    def rows(self) -> int:
+        """N of a step at most."""
+        ...
+
+    def draft(self, candidates: Candidates | None) -> Draft:
+        """The rows of the next step."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FixedTree:
+    """The candidates on the same tree in every step (arXiv 2401.10774, section 2.1.2)."""
+
+    tree: Tree
+
+    @property
+    def rows(self) -> int:
+        """N of every step."""
+        return self.tree.rows
+
+    def draft(self, candidates: Candidates | None) -> Draft:
+        """The tree, filled."""
+        if self.rows == 1:
+            return NOTHING
+        assert candidates is not None
+        return Draft(self.tree, candidates.tokens[self.tree.slots[0], self.tree.slots[1]])
+
+
+class BestRows:
+    """The most promising rows in every step: by the heads' own probabilities, and by what the text repeats.
+
+    The probability that a path of candidates is right is the product of its candidates' probabilities after Platt scaling,
+    which was fitted where the tokens before were right. The number of rows is the same in every step.
+    """
+
+    def __init__(self, rows: int, scaling: PlattScaling, lookup: PromptLookup | None = None) -> None:
+        """``scaling``: of each head; empty where nobody measured them."""
+        self.rows = rows
+        self._lookup = lookup
+        self._slopes, self._offsets = (np.array(part)[:, None] for part in zip(*(scaling or [UNKNOWN_SCALING]), strict=True))
+
+    def draft(self, candidates: Candidates | None) -> Draft:
+        """The rows - 1 paths that are most likely right, parents before children."""
+        if self.rows == 1:
+            return NOTHING
+        assert candidates is not None
+        tokens, chances = candidates.tokens.tolist(), self._chances(candidates.log_probs).tolist()
+        paths = _best_paths(tokens, chances, self.rows - 1)
+        continuation = self._lookup.continuation(len(tokens)) if self._lookup is not None else []
+        so_far: _TokenPath = ()
+        chance = 1.0
+        for depth, (token, rate) in enumerate(continuation):
+            so_far = (*so_far, token)
+            chance *= chances[depth][tokens[depth].index(token)] if token in tokens[depth] else 0.0
+            paths[so_far] = 1 - (1 - chance) * (1 - rate)  # right unless both are wrong
+        # Chances never rise along a path, so the best paths, shorter ones first among equals, are closed under prefixes.
+        best = sorted(paths, key=lambda path: (-paths[path], len(path)))[: self.rows - 1]
+        return _compiled(best, looked_up=bool(continuation))
+
+    def _chances(self, log_probs: np.ndarray) -> np.ndarray:
+        """Probabilities [K, k] after scaling; they fall with the rank."""
+        odds = np.exp(-log_probs.astype(np.float64)) - 1  # (1 - p) / p
+        scaled = self._offsets - self._slopes * np.log(np.clip(odds, _SMALLEST, 1 / _SMALLEST))
+        return np.asarray(1 / (1 + np.exp(-scaled)))
+
+
+def _best_paths(tokens: list[list[int]], chances: list[list[float]], count: int) -> dict[_TokenPath, float]:
+    """The ``count`` likeliest paths of candidates, best first, and their probabilities; all there are if that is fewer."""
+    found: dict[_TokenPath, float] = {}
+    # Open paths as (-chance, depth, rank, chance of the parent, tokens of the parent).
+    waiting: list[tuple[float, int, int, float, _TokenPath]] = [(-chances[0][0], 0, 0, 1.0, ())]
+    while waiting and len(found) < count:
+        negative, depth, rank, of_parent, parent = heapq.heappop(waiting)
+        path = (*parent, tokens[depth][rank])
+        found[path] = -negative
+        if rank + 1 < len(tokens[depth]):
+            heapq.heappush(waiting, (-of_parent * chances[depth][rank + 1], depth, rank + 1, of_parent, parent))
+        if depth + 1 < len(tokens):
+            heapq.heappush(waiting, (negative * chances[depth + 1][0], depth + 1, 0, -negative, path))
+    return found
+
+
+def _compiled(paths: list[_TokenPath], *, looked_up: bool) -> Draft:
+    """Rows in breadth order for prefix-closed paths of tokens."""
+    paths.sort(key=len)
+    row_of = {path: row for row, path in enumerate([(), *paths])}
+    shape = Shape.of((-1, *(row_of[path[:-1]] for path in paths)))
+    return Draft(shape, np.array([path[-1] for path in paths], np.int64), looked_up)
