@@ -122,17 +122,14 @@ def parse_manifest(text: str | bytes) -> Manifest:
     version = raw.get("schema_version")
     if not _is_int(version) or version < 1:
         raise BundleSchemaError(f"{MANIFEST_NAME} has schema_version {version!r}", hint="export the bundle again")
-    if version < SCHEMA_VERSION:
-        raise BundleSchemaError(
-            f"the bundle has schema version {version}; this program reads version {SCHEMA_VERSION}",
-            hint="export the bundle again",
-        )
     if version > SCHEMA_VERSION:
         raise BundleSchemaError(
             f"the bundle has schema version {version}; this program reads up to {SCHEMA_VERSION}",
             hint="upgrade medusa-deploy, or export the bundle again with this version",
         )
     try:
+        if version == 1:  # heads that nobody measured
+            raw = {**raw, "schema_version": SCHEMA_VERSION, "heads": {"platt_scaling": [], **raw["heads"]}}
         manifest: Manifest = _record(
             Manifest,
             {

@@ -44,6 +44,23 @@ def test_a_newer_schema_says_to_upgrade() -> None:
     assert "upgrade" in caught.value.hint
 
 
+def test_the_first_schema_is_read_as_heads_that_nobody_measured() -> None:
+    raw = copy.deepcopy(GOOD)
+    del raw["heads"]["platt_scaling"]
+    raw["schema_version"] = 1
+    read = parse_manifest(json.dumps(raw))
+    assert read.heads.platt_scaling == ()
+    assert read.schema_version == SCHEMA_VERSION
+    with pytest.raises(BundleSchemaError):
+        parse_manifest(json.dumps({**raw, "schema_version": 2}))
+
+
+@pytest.mark.parametrize("pairs", [[[0.7, -1.0]], [[0.7]] * 3, [[-0.7, 0.0]] * 3, [[0.7, "x"]] * 3, [0.7, -1.0], None])
+def test_a_scaling_that_does_not_suit_the_heads_is_refused(pairs: object) -> None:
+    with pytest.raises(BundleSchemaError):
+        parse_manifest(_changed(("heads", "platt_scaling"), pairs))
+
+
 def test_a_newer_schema_is_named_before_its_unknown_fields() -> None:
     raw = {**GOOD, "schema_version": SCHEMA_VERSION + 1, "from_the_future": {}}
     with pytest.raises(BundleSchemaError, match="upgrade|reads up to"):
