@@ -94,6 +94,24 @@ def open_bundle(folder: Path | str, *, check_hashes: bool = True) -> Bundle:
     return bundle
 
 
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Commit ``manifest``: it replaces the one in ``folder`` in one step.
+
+    Raises:
+        OutputError: the file system refused; the old manifest is still there.
+    """
+    path = folder / MANIFEST_NAME
+    temporary = folder / f".{MANIFEST_NAME}.partial"
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(manifest.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise _output_error(path, error) from error
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:

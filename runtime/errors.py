@@ -70,12 +70,20 @@ class BundleSchemaError(BundleError):
     """The manifest's schema version is newer than this program, or a field is missing or has a wrong type."""
 
 
+class BundleBusyError(BundleError):
+    """Another process is building engines into the bundle."""
+
+
 class BundleIntegrityError(BundleError):
     """A file of the bundle is missing, truncated, or its sha256 isn't the manifest's."""
 
 
 class OutputError(DeployError):
     """Writing failed (disk full, no permission); nothing half-written was left behind."""
+
+
+class EngineError(DeployError):
+    """TensorRT can't parse or build a graph of the bundle."""
 
 
 # -- running -------------------------------------------------------------------------------------------------------

@@ -76,7 +76,11 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A bundle's contents. ``variants``: target name to the step graph's relative path (``standard``, ``cpu``)."""
+    """A bundle's contents.
+
+    ``variants``: name to the step graph's relative path (``standard``, ``cpu``). ``engines``: target to the relative path of its
+    engine's record (:mod:`.engine_record`).
+    """
 
     backbone: BackboneFacts
     heads: HeadFacts
@@ -89,6 +93,7 @@ class Manifest:
     default_tree: str
     files: Mapping[str, FileRecord]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    engines: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def tree(self, name: str | None = None) -> Tree:
@@ -128,8 +133,8 @@ def parse_manifest(text: str | bytes) -> Manifest:
             hint="upgrade medusa-deploy, or export the bundle again with this version",
         )
     try:
-        if version == 1:  # heads that nobody measured
-            raw = {**raw, "schema_version": SCHEMA_VERSION, "heads": {"platt_scaling": [], **raw["heads"]}}
+        if version == 1:  # heads that nobody measured, and no engines
+            raw = {"engines": {}, **raw, "schema_version": SCHEMA_VERSION, "heads": {"platt_scaling": [], **raw["heads"]}}
         manifest: Manifest = _record(
             Manifest,
             {
@@ -185,7 +190,8 @@ def _record(kind: type[Any], raw: Mapping[str, Any]) -> Any:
 
 def _check(manifest: Manifest) -> None:
     """Rules between fields; raises ValueError or TreeError."""
-    names = [*manifest.variants.values(), manifest.heads_graph, manifest.text.tokenizer, manifest.text.chat_template]
+    graphs = [*manifest.variants.values(), *manifest.engines.values(), manifest.heads_graph]
+    names = [*graphs, manifest.text.tokenizer, manifest.text.chat_template]
     missing = [name for name in names if name is not None and name not in manifest.files]
     if missing or "standard" not in manifest.variants:
         raise ValueError(f"it names files that it doesn't list: {missing or 'the standard graph'}")

@@ -50,6 +50,7 @@ def inspect_bundle(bundle: Path | str, *, check_hashes: bool = True) -> dict[str
         **{name: asdict(getattr(manifest, name)) for name in ("backbone", "heads", "limits", "text")},
         "dtype": manifest.dtype,
         "variants": dict(manifest.variants),
+        "engines": dict(manifest.engines),
         "default_tree": manifest.default_tree,
         "trees": trees,
         "cache_bytes_per_slot": slot,
@@ -89,6 +90,7 @@ def report_text(report: dict[str, Any]) -> str:
             "cache": f"{human_bytes(report['cache_bytes_per_slot'])} a slot, {human_bytes(report['cache_bytes'])} for all",
             "text": _text_line(text),
             "variants": ", ".join(f"{name} ({path})" for name, path in report["variants"].items()),
+            "engines": ", ".join(f"{target} ({path})" for target, path in report["engines"].items()) or "none",
             "made by": f"{made.get('created_by', 'unknown')}{f' with {versions}' if versions else ''}",
         }
     )

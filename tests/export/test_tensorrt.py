@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from medusa_deploy.export.engine import build_engines
 from medusa_deploy.export.exporter import export_bundle
+from medusa_deploy.export.tensorrt import TensorRT
 from medusa_deploy.runtime import step_io
 from medusa_deploy.runtime.bundle import Bundle, open_bundle
+from medusa_deploy.runtime.engine_record import parse_engine_record
+from medusa_deploy.runtime.errors import EngineError, UsageError
 from medusa_deploy.runtime.heads import HeadConfig, HeadKind, HeadSet
 from medusa_deploy.runtime.heads_file import write_heads
 from support.families import Family, make_family
 
-trt = pytest.importorskip("tensorrt_rtx")
+pytest.importorskip("tensorrt_rtx")
 pytestmark = [pytest.mark.tensorrt, pytest.mark.slow]
 
 HIDDEN, VOCAB, DRAFT, LAYERS, CHUNK = 256, 512, 128, 2, 32
@@ -50,75 +55,62 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return open_bundle(folder / "bundle")
 
 
-class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-    """Keeps errors, so that a failed build says why."""
-
-    def __init__(self) -> None:
-        trt.ILogger.__init__(self)
-        self.errors: list[str] = []
-
-    def log(self, severity: Any, message: str) -> None:
-        if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-            self.errors.append(message)
+def mha_kernels(plan: Path) -> int:
+    """Fused attention kernels in a plan, by the names that it holds; a smoke test, not a contract."""
+    return len(set(re.findall(rb"_gemm_mha_v2_0x[0-9a-f]+", plan.read_bytes())))
 
 
-def parse(path: Path) -> tuple[Any, Any, Logger]:
-    logger = Logger()
-    builder = trt.Builder(logger)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, logger)
-    assert parser.parse_from_file(str(path)), [parser.get_error(index).desc() for index in range(parser.num_errors)]
-    return builder, network, logger
-
-
-def add_profile(builder: Any, network: Any, config: Any, rows: tuple[int, int, int], logit_rows: tuple[int, int, int]) -> None:
-    """A profile over B 1 … 2, the given N and R (min, opt, max), and any T."""
-    profile = builder.create_optimization_profile()
-    cache_rows = network.get_input(network.num_inputs - 1).shape[2]
-    sizes = {"B": (1, 1, 2), "N": rows, "R": logit_rows, "T": (16, 64, cache_rows)}
-    axes = {
-        step_io.TOKENS: "BN",
-        step_io.POSITIONS: "BN",
-        step_io.ANCESTORS: "BNN",
-        step_io.FORCED: "B",
-        step_io.WRITE_INDEX: "B",
-        step_io.COLUMNS: "T",
-        step_io.LOGIT_ROWS: "BR",
-        step_io.COMMIT: "B",
-    }
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        dynamic = axes.get(tensor.name, "B")
-        fixed = list(tensor.shape)[len(dynamic) :]
-        assert all(size > 0 for size in fixed), tensor.name
-        shapes = [[*(sizes[axis][which] for axis in dynamic), *fixed] for which in range(3)]
-        profile.set_shape(tensor.name, *shapes)
-    config.add_optimization_profile(profile)
-
-
-def test_the_step_graph_builds_for_an_rtx_4090_class_gpu(bundle: Bundle) -> None:
-    builder, network, logger = parse(bundle.path(bundle.manifest.variants["standard"]))
+def test_the_step_graph_updates_its_caches_in_place(bundle: Bundle) -> None:
+    graph = TensorRT("tensorrt-rtx").parse(bundle.path(bundle.manifest.variants["standard"]))
+    network = graph._network
     layers = Counter(network.get_layer(index).type.name for index in range(network.num_layers))
     assert layers["KV_CACHE_UPDATE"] == 2 * LAYERS
-    names = {network.get_input(index).name for index in range(network.num_inputs)}
-    assert set(step_io.past_names(LAYERS)) < names
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
-    add_profile(builder, network, config, rows=(1, 8, 16), logit_rows=(1, 8, 16))
-    add_profile(builder, network, config, rows=(1, CHUNK, CHUNK), logit_rows=(1, 1, 1))
-    plan = builder.build_serialized_network(network, config)
-    assert plan is not None, logger.errors
-    assert plan.nbytes > 100_000
+    assert {tensor.name for tensor in graph.inputs} > set(step_io.past_names(LAYERS))
+    assert {tensor.name for tensor in graph.outputs} > set(step_io.present_names(LAYERS))
 
 
-def test_the_heads_graph_builds(bundle: Bundle) -> None:
-    builder, network, logger = parse(bundle.path(bundle.manifest.heads_graph))
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
-    profile = builder.create_optimization_profile()
-    profile.set_shape(step_io.ROOT_HIDDEN, [1, HIDDEN], [1, HIDDEN], [2, HIDDEN])
-    profile.set_shape(step_io.ROOT_TOKEN, [1], [1], [2])
-    config.add_optimization_profile(profile)
-    assert builder.build_serialized_network(network, config) is not None, logger.errors
+def test_an_engine_is_built_for_an_rtx_4090_class_gpu(bundle: Bundle) -> None:
+    seen: list[tuple[int, int, str]] = []
+
+    def advance(*step: Any) -> bool:
+        seen.append(step)
+        return True
+
+    [built] = build_engines(bundle.folder, ["sm_89"], rows=[1, 8], advance=advance)
+    opened = open_bundle(bundle.folder)
+    record = parse_engine_record(opened.path(opened.manifest.engines["sm_89"]).read_bytes())
+    folder = Path(built["folder"])
+    assert seen, "the builder said nothing of its progress"
+    assert [profile.name for profile in record.profiles] == ["prefill", "rows-1", "rows-8"]
+    assert record.graph_sha256 == opened.manifest.files["onnx/step.onnx"].sha256
+    caches = {tensor.name: tensor for tensor in record.inputs if tensor.name.startswith("past_")}
+    assert len(caches) == 2 * LAYERS
+    assert {tensor.dtype for tensor in caches.values()} == {"float16"}
+    assert {name.replace("past", "present") for name in caches} < {tensor.name for tensor in record.outputs}
+    assert mha_kernels(folder / record.plan) >= 1
+    assert (folder / record.heads_plan).stat().st_size > 10_000
+    [kept] = build_engines(bundle.folder, ["sm_89"], rows=[1, 8], resume=True)
+    assert kept["kept"]
+
+
+def test_a_stopped_build_leaves_the_bundle_as_it_was(bundle: Bundle) -> None:
+    before = (bundle.folder / "manifest.json").read_bytes()
+    with pytest.raises(EngineError, match="was stopped"):
+        build_engines(bundle.folder, ["sm_86"], rows=[1], advance=lambda *_step: False)
+    assert (bundle.folder / "manifest.json").read_bytes() == before
+    assert not list((bundle.folder / "engines").glob("*86*"))
+
+
+def test_a_graph_that_the_parser_refuses_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(b"no graph")
+    with pytest.raises(EngineError, match="can't parse broken.onnx"):
+        TensorRT("tensorrt-rtx").parse(path)
+
+
+def test_targets_are_those_of_the_package() -> None:
+    found = TensorRT("tensorrt-rtx")
+    assert {"sm_80", "sm_86", "sm_89", "sm_120", "here"} <= set(found.targets)
+    with pytest.raises(UsageError, match="sm_90") as caught:
+        found.check_target("sm_90")
+    assert "sm_89" in caught.value.hint
