@@ -75,7 +75,7 @@ def test_drafts_are_accepted_in_every_lossless_mode() -> None:
         SamplingParams(mode="sample", temperature=0.3, seed=1),
         SamplingParams(presence_penalty=0.1),
     ):
-        stats = session.generate(token_ids=[1, 2, 3], max_new_tokens=60, params=params).stats
+        stats = session.generate(token_ids=[1, 2, 3], max_new_tokens=60, params=params, tree=WIDE).stats
         assert stats.mean_acceptance_length > 1.5
         assert max(stats.accepted) == HEADS
 
@@ -160,13 +160,13 @@ def test_an_end_of_sequence_token_ends_the_answer_wherever_it_is(prompt: list[in
 
 def test_an_end_of_sequence_token_inside_an_accepted_path_cuts_it() -> None:
     plain = fake_session(tree=WIDE)
-    emitted = [chunk.token_ids for chunk in plain.stream(token_ids=[1, 2, 3], max_new_tokens=60)]
+    emitted = [chunk.token_ids for chunk in plain.stream(token_ids=[1, 2, 3], max_new_tokens=60, tree=WIDE)]
     step = next(index for index, tokens in enumerate(emitted) if len(tokens) == HEADS + 1)
     answer, before = [token for tokens in emitted for token in tokens], sum(map(len, emitted[:step]))
     inner = answer[before + 1]
     assert answer.index(inner) == before + 1, "the token must not occur earlier for this test to mean anything"
     session = fake_session(tree=WIDE, eos_token_ids=(inner,))
-    generation = session.generate(token_ids=[1, 2, 3], max_new_tokens=60)
+    generation = session.generate(token_ids=[1, 2, 3], max_new_tokens=60, tree=WIDE)
     assert generation.token_ids == answer[: before + 2]
     assert generation.finish_reason == "stop"
 
