@@ -77,7 +77,7 @@ def find_hits(
 
 
 def rates_by_rank(found: Hits, ranks: int = 10) -> np.ndarray:
-    """Share of positions whose label is the candidate of rank r of head h, float64 [K, ranks]
+    """Share of positions whose label is the candidate of rank r of head h, float64 [K, ranks].
 
     Each head is counted over all positions that have a label.
     """
@@ -86,7 +86,7 @@ def rates_by_rank(found: Hits, ranks: int = 10) -> np.ndarray:
 
 
 def rates_by_path(found: Hits) -> dict[RankPath, float]:
-    """Share of positions whose next labels are the candidates on a path of ranks
+    """Share of positions whose next labels are the candidates on a path of ranks.
 
     Heads hit together: where the first guess is right the second is right more often than on average, so the product of their
     rates underrates deep paths. Every path that was right at least once is here. Positions without a label for the first head

@@ -80,21 +80,25 @@ def plan_engines(
     Raises:
         BundleError, UsageError, MissingDependencyError: the bundle, a target or a size won't do.
     """
+    return _plan(open_bundle(bundle, check_hashes=False), _backend_for(targets, backend), targets, rows, prefill)
+
+
+def _backend_for(targets: Sequence[str], backend: str) -> TensorRT:
     tensorrt = TensorRT(backend)
     for target in targets:
         tensorrt.check_target(target)
-    return _plan(open_bundle(bundle, check_hashes=False), targets, backend, rows, prefill)
+    return tensorrt
 
 
 def _plan(
-    bundle: Bundle, targets: Sequence[str], backend: str, rows: Sequence[int] | None, prefill: int | None
+    bundle: Bundle, tensorrt: TensorRT, targets: Sequence[str], rows: Sequence[int] | None, prefill: int | None
 ) -> EnginePlan:
     manifest = bundle.manifest
     if manifest.dtype != "float16":
         raise UsageError(f"the bundle's graph is {manifest.dtype}", hint="TensorRT engines are built of: export --dtype fp16")
     weights = sum(record.size for name, record in manifest.files.items() if name.endswith("weights.bin"))
     profiles = profiles_for(manifest, default_rows(manifest) if rows is None else rows, prefill)
-    return EnginePlan(backend, tuple(dict.fromkeys(targets)), profiles, weights)
+    return EnginePlan(tensorrt.backend, tuple(dict.fromkeys(targets)), profiles, weights)
 
 
 def build_engines(
@@ -122,13 +126,11 @@ def build_engines(
         EngineError: TensorRT refused.
         UsageError, MissingDependencyError, OutputError: a target, a size, a package or the file system won't do.
     """
-    tensorrt = TensorRT(backend)
-    for target in targets:
-        tensorrt.check_target(target)
+    tensorrt = _backend_for(targets, backend)
     reports = []
     with _locked(Path(bundle)):
         opened = open_bundle(bundle)
-        plan = _plan(opened, targets, backend, rows, prefill)
+        plan = _plan(opened, tensorrt, targets, rows, prefill)
         for target in plan.targets:
             started = time.perf_counter()
             folder = opened.folder / ENGINES / target

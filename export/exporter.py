@@ -14,6 +14,7 @@ import numpy as np
 from .. import __version__
 from ..runtime import step_io
 from ..runtime.bundle import record_files, staged_folder
+from ..runtime.draft import PlattScaling
 from ..runtime.errors import UsageError
 from ..runtime.executor import CacheLayout
 from ..runtime.heads import HeadConfig, HeadSet
@@ -126,7 +127,7 @@ def _write_graphs(backbone: Backbone, stack: HeadStack, rows: int, staging: Path
 def _manifest(
     backbone: Backbone,
     heads: HeadSet,
-    scaling: tuple[tuple[float, float], ...],
+    scaling: PlattScaling,
     top_k: int,
     text: TextFacts,
     variants: dict[str, str],

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from ..runtime.draft import PlattScaling
 from ..runtime.errors import HeadsError, HeadsMismatchError
 from ..runtime.heads import HeadConfig, HeadSet, Projection
 from ..runtime.heads_file import (
@@ -57,7 +58,7 @@ class ReadHeads:
     warnings: tuple[str, ...] = ()
     trees: Mapping[str, list[list[int]]] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
-    platt_scaling: tuple[tuple[float, float], ...] = ()
+    platt_scaling: PlattScaling = ()
 
     @property
     def tree(self) -> list[list[int]] | None:

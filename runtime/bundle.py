@@ -109,6 +109,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise _output_error(path, error) from error
 
 

@@ -3,30 +3,51 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from .lookup import PromptLookup
 from .tree import ROOT_ONLY, Shape, Tree
 
-PlattScaling = Sequence[tuple[float, float]]
-"""For each head (slope, offset): log-odds that a candidate is right = slope · log-odds of its probability + offset."""
+PlattScaling = tuple[tuple[float, float], ...]
+"""For each head (slope, offset): log-odds that a candidate is right = slope · log-odds of its probability + offset.
 
-UNKNOWN_SCALING = (0.7, -1.0)
-"""Where nobody measured the heads: they are surer than right, as those of the published recipe were found to be."""
+Empty where nobody measured the heads.
+"""
+
+UNKNOWN_SCALING = ((0.7, -1.0),)
+"""Of all heads that nobody measured: surer than right, as both sets of heads in the repository were found to be."""
 
 _SMALLEST = 1e-6
 _TokenPath = tuple[int, ...]
+
+
+def parse_platt_scaling(pairs: Any, heads: int) -> PlattScaling:
+    """The scaling of ``heads`` heads as JSON holds it: a list of [slope, offset].
+
+    Raises:
+        ValueError: it isn't one, a number is not finite, a slope is negative, or there are more or fewer pairs than heads.
+    """
+    scaling = []
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
+        match pair:
+            case [float(slope), float(offset)] if slope >= 0 and math.isfinite(slope + offset):
+                scaling.append((slope, offset))
+            case _:
+                raise ValueError(f"platt_scaling holds {pair!r:.40}")
+    if len(scaling) not in (0, heads):
+        raise ValueError(f"platt_scaling has {len(scaling)} pairs for {heads} heads")
+    return tuple(scaling)
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
     """Rows of one sequence in one step. ``tokens`` int64 [N - 1]: of all rows but the root.
 
-    ``looked_up``: whether the text's own repetition had a say.
+    ``looked_up``: whether the text's own repetition was among what the rows were chosen from.
     """
 
     shape: Shape
@@ -86,10 +107,10 @@ class BestRows:
     """
 
     def __init__(self, rows: int, scaling: PlattScaling, lookup: PromptLookup | None = None) -> None:
-        """``scaling``: of each head; empty where nobody measured them."""
+        """``rows``: N, the root included. ``scaling``: of each head."""
         self.rows = rows
         self._lookup = lookup
-        self._slopes, self._offsets = (np.array(part)[:, None] for part in zip(*(scaling or [UNKNOWN_SCALING]), strict=True))
+        self._slopes, self._offsets = (np.array(part)[:, None] for part in zip(*(scaling or UNKNOWN_SCALING), strict=True))
 
     def draft(self, candidates: Candidates | None) -> Draft:
         """The rows - 1 paths that are most likely right, parents before children."""
@@ -110,10 +131,10 @@ class BestRows:
         return _compiled(best, looked_up=bool(continuation))
 
     def _chances(self, log_probs: np.ndarray) -> np.ndarray:
-        """Probabilities [K, k] after scaling; they fall with the rank."""
+        """Probabilities [K, k] after scaling; they fall with the rank. NaN counts as hopeless: the engine's call reports it."""
         odds = np.exp(-log_probs.astype(np.float64)) - 1  # (1 - p) / p
         scaled = self._offsets - self._slopes * np.log(np.clip(odds, _SMALLEST, 1 / _SMALLEST))
-        return np.asarray(1 / (1 + np.exp(-scaled)))
+        return np.asarray(np.nan_to_num(1 / (1 + np.exp(-scaled)), nan=0.0))
 
 
 def _best_paths(tokens: list[list[int]], chances: list[list[float]], count: int) -> dict[_TokenPath, float]:

@@ -9,7 +9,6 @@ data that made them). Tensors have the canonical names of :class:`.heads.HeadSet
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .bundle import staged_folder
+from .draft import PlattScaling, parse_platt_scaling
 from .errors import HeadsError, MissingDependencyError, TreeError
 from .heads import HeadSet, config_from_json, expected_shapes
 from .json_file import read_json_file
@@ -136,23 +136,16 @@ def named_trees(config: Mapping[str, Any], num_heads: int) -> dict[str, list[lis
     return named
 
 
-def platt_scaling(config: Mapping[str, Any], num_heads: int) -> tuple[tuple[float, float], ...]:
-    """Slope and offset of each head, from a heads config (:data:`.draft.PlattScaling`); empty when it doesn't say.
+def platt_scaling(config: Mapping[str, Any], num_heads: int) -> PlattScaling:
+    """Slope and offset of each head, from a heads config; empty when it doesn't say.
 
     Raises:
         HeadsError: the field isn't a list of as many pairs as there are heads, or a slope is negative.
     """
-    pairs = config.get("platt_scaling", [])
-    scaling = []
-    for pair in pairs if isinstance(pairs, list) else [None]:
-        match pair:
-            case [float(slope), float(offset)] if slope >= 0 and math.isfinite(slope + offset):
-                scaling.append((slope, offset))
-            case _:
-                raise HeadsError(f"platt_scaling holds {pair!r:.40}", hint="a list of pairs such as [0.7, -1.0], one a head")
-    if len(scaling) not in (0, num_heads):
-        raise HeadsError(f"platt_scaling has {len(scaling)} pairs for {num_heads} heads", hint="one pair a head")
-    return tuple(scaling)
+    try:
+        return parse_platt_scaling(config.get("platt_scaling", []), num_heads)
+    except ValueError as error:
+        raise HeadsError(str(error), hint="a list of pairs such as [0.7, -1.0], one a head") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeGuard
 
+from .draft import PlattScaling, parse_platt_scaling
 from .errors import BundleSchemaError, TreeError
 from .tree import Tree
 
@@ -32,8 +33,7 @@ class BackboneFacts:
 class HeadFacts:
     """Number and form of the Medusa heads; ``top_k`` candidates leave the graph per head.
 
-    ``platt_scaling``: how sure each head is against how often it is right (:data:`.draft.PlattScaling`); empty where nobody
-    measured it.
+    ``platt_scaling``: how sure each head is against how often it is right.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class HeadFacts:
     top_k: int
     projection: str
     draft_vocab_size: int
-    platt_scaling: tuple[tuple[float, float], ...] = ()
+    platt_scaling: PlattScaling = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +135,14 @@ def parse_manifest(text: str | bytes) -> Manifest:
     try:
         if version == 1:  # heads that nobody measured, and no engines
             raw = {"engines": {}, **raw, "schema_version": SCHEMA_VERSION, "heads": {"platt_scaling": [], **raw["heads"]}}
+        heads = raw["heads"]
+        scaling = parse_platt_scaling(heads["platt_scaling"], heads["num_heads"])
         manifest: Manifest = _record(
             Manifest,
             {
                 **raw,
                 "backbone": _record(BackboneFacts, raw["backbone"]),
-                "heads": _record(
-                    HeadFacts, {**raw["heads"], "platt_scaling": tuple(map(tuple, raw["heads"]["platt_scaling"]))}
-                ),
+                "heads": _record(HeadFacts, {**heads, "platt_scaling": scaling}),
                 "limits": _record(Limits, raw["limits"]),
                 "text": _record(TextFacts, {**raw["text"], "eos_token_ids": tuple(raw["text"]["eos_token_ids"])}),
                 "files": {name: _record(FileRecord, entry) for name, entry in raw["files"].items()},
@@ -166,9 +166,6 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
     "tuple[int, ...]": lambda value: all(_is_int(item) for item in value),
     "Mapping[str, Any]": lambda value: isinstance(value, dict),
     "Mapping[str, str]": lambda value: isinstance(value, dict) and all(isinstance(item, str) for item in value.values()),
-    "tuple[tuple[float, float], ...]": lambda value: all(
-        isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(number, float) for number in pair) for pair in value
-    ),
     "Mapping[str, list[list[int]]]": lambda value: (
         isinstance(value, dict) and all(isinstance(item, list) for item in value.values())
     ),
@@ -202,8 +199,6 @@ def _check(manifest: Manifest) -> None:
     small = [name for record in records for name, value in record.items() if isinstance(value, int) and value < 1]
     if small or manifest.dtype not in ("float32", "float16"):
         raise ValueError(f"sizes below 1: {small}" if small else f"unknown dtype {manifest.dtype!r}")
-    if len(heads.platt_scaling) not in (0, heads.num_heads) or any(slope < 0 for slope, _ in heads.platt_scaling):
-        raise ValueError(f"its platt_scaling {heads.platt_scaling} doesn't suit {heads.num_heads} heads")
     if limits.cache_rows < heads.num_heads + limits.capacity + limits.max_rows:
         raise ValueError(
             f"{limits.cache_rows} cache rows can't hold {limits.capacity} tokens and {limits.max_rows} rows of a step"

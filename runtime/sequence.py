@@ -17,7 +17,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 class Stats:
     """What a generation cost. ``accepted[a]``: decode steps that accepted ``a`` drafted tokens.
 
-    ``lookup_steps``: decode steps that had rows from an earlier occurrence of the newest tokens.
+    ``lookup_steps``: decode steps for which an earlier occurrence of the newest tokens was found.
     """
 
     prompt_tokens: int = 0
@@ -59,9 +59,9 @@ class Stats:
 class Sequence:
     """Tokens of one request. ``tokens`` is the only truth of what was emitted; the newest one is the next step's root.
 
-    ``candidates``: what the heads proposed at the row of the root. ``draft``: the rows that the newest step
-    verifies; a prefill's last row stands alone, as a root does. ``hidden``: the backbone's states [H] behind the
-    emitted tokens, when they were asked for; the last step may have added more than were emitted.
+    ``candidates``: what the heads proposed at the row of the root. ``draft``: the rows that the newest step verifies; a prefill's
+    last row stands alone, as a root does. ``hidden``: the backbone's states [H] behind the emitted tokens, when they were asked
+    for; the last step may have added more than were emitted.
     """
 
     slot: int

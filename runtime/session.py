@@ -167,7 +167,7 @@ class Session:
                 hint="shorten the prompt, ask for fewer tokens, or export with a larger --capacity",
             )
         request.params.validate(manifest.backbone.vocab_size)
-        rows = self._rows(request)
+        drafter = self._drafter(request, ids)
         if request.stop and self.codec is None:
             raise PromptError("stop strings need a tokenizer, and the bundle has no tokenizer", hint="drop stop=…")
         stops = StopChecker(request.stop, include_stop=request.include_stop)
@@ -181,42 +181,36 @@ class Session:
             params=request.params.resolved(),
             max_new_tokens=request.max_new_tokens,
             eos_token_ids=eos,
-            drafter=self._drafter(request, rows, ids),
+            drafter=drafter,
             keep_hidden=request.keep_hidden,
         )
         return Run(sequence, decoder, stops, request.cancel)
 
-    def _rows(self, request: Request) -> int:
-        """Rows of a step, the root included: of the request's tree, as many as it asks for, or as many as the bundle's tree."""
+    def _drafter(self, request: Request, tokens: list[int]) -> Drafter:
+        """What the request's steps verify: its tree, as many rows as it asks for, or as many as the bundle's tree has."""
         manifest = self.manifest
-        if request.tree is not None:
-            if request.rows is not None:
-                raise UsageError(f"got a tree and {request.rows} rows", hint="give one of them: a tree has its own number")
-            request.tree.check_fits(manifest.heads.num_heads, manifest.heads.top_k)
-            rows = request.tree.rows
+        drafter: Drafter
+        if request.tree is None:
+            rows = self.tree.rows if request.rows is None else request.rows
+            if not isinstance(rows, int) or rows < 1:
+                raise UsageError(f"rows is {rows}", hint="at least 1: the root")
+            drafter = BestRows(rows, manifest.heads.platt_scaling, PromptLookup(tokens) if request.lookup else None)
         elif request.rows is None:
-            rows = self.tree.rows
-        elif not isinstance(request.rows, int) or request.rows < 1:
-            raise UsageError(f"rows is {request.rows}", hint="at least 1: the root")
+            request.tree.check_fits(manifest.heads.num_heads, manifest.heads.top_k)
+            drafter = FixedTree(request.tree)
         else:
-            rows = request.rows
-        if rows > 1 and not self._drafts:
+            raise UsageError(f"got a tree and {request.rows} rows", hint="give one of them: a tree has its own number")
+        if drafter.rows > 1 and not self._drafts:
             raise UsageError(
                 f"the variant 'cpu' can't verify trees of {self.slots.slots} slots",
                 hint="load the variant 'standard', or decode plainly",
             )
-        if rows > manifest.limits.max_rows:
+        if drafter.rows > manifest.limits.max_rows:
             raise CapacityError(
-                f"a step of {rows} rows, the bundle allows {manifest.limits.max_rows}",
+                f"a step of {drafter.rows} rows, the bundle allows {manifest.limits.max_rows}",
                 hint="use fewer rows or a smaller tree, or export with a larger --max-rows",
             )
-        return rows
-
-    def _drafter(self, request: Request, rows: int, tokens: list[int]) -> Drafter:
-        if request.tree is not None:
-            return FixedTree(request.tree)
-        lookup = PromptLookup(tokens) if request.lookup and rows > 1 else None
-        return BestRows(rows, self.manifest.heads.platt_scaling, lookup)
+        return drafter
 
 
 def _integers(token_ids: SequenceOf[int]) -> list[int]:

@@ -19,6 +19,11 @@ class Way:
     rows: int | None = None
     lookup: bool = False
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """As fields of a request."""
+        return {"tree": self.tree, "rows": self.rows, "lookup": self.lookup}
+
 
 @dataclass(slots=True)
 class TimedRun:
@@ -50,8 +55,7 @@ def timed_run(session: Session, prompt: Sequence[int], way: Way, max_new_tokens:
     executor = session.executor
     before = time.perf_counter()
     engine = 0.0
-    options: dict[str, Any] = {"tree": way.tree, "rows": way.rows, "lookup": way.lookup, "max_new_tokens": max_new_tokens}
-    chunks = session.stream(token_ids=prompt, **options)
+    chunks = session.stream(token_ids=prompt, max_new_tokens=max_new_tokens, **way.options)
     for index, chunk in enumerate(chunks):
         now = time.perf_counter()
         if chunk.finish_reason is not None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from medusa_deploy.export import engine, tensorrt
-from medusa_deploy.export.engine import build_engines, default_rows, plan_engines, profiles_for
-from medusa_deploy.runtime.bundle import open_bundle, write_manifest
+from medusa_deploy.export import tensorrt
+from medusa_deploy.export.engine import build_engines, default_rows, profiles_for
+from medusa_deploy.runtime.bundle import open_bundle
 from medusa_deploy.runtime.engine_record import RECORD_VERSION, TensorRecord, parse_engine_record
 from medusa_deploy.runtime.errors import (
     BundleBusyError,
@@ -25,72 +23,18 @@ from medusa_deploy.runtime.errors import (
     MissingDependencyError,
     UsageError,
 )
-from medusa_deploy.tools import cli
+from support.fake_tensorrt import FakeGraph, FakeTensorRT, fake_tensorrt, half_precision_bundle, state
 from support.records import manifest, write_stub_bundle
-
-SHAPES = {
-    "tokens": (-1, -1), "positions": (-1, -1), "ancestors": (-1, -1, -1), "forced": (-1,), "write_index": (-1,), "columns": (-1,),
-    "logit_rows": (-1, -1), "commit": (-1, 3), "past_key.0": (-1, 2, 280, 16),
-}  # fmt: skip
-
-
-class FakeGraph:
-    """Checks what it is given and writes a plan of a few bytes."""
-
-    def __init__(self, path: Path, during: Callable[[str], None]) -> None:
-        self.path, self.during = path, during
-        self.profiles: list[dict[str, Any]] = []
-        self.warnings = ("a warning",)
-        self.outputs = (TensorRecord("last_row", "int64", (-1,)),)
-
-    @property
-    def inputs(self) -> tuple[TensorRecord, ...]:
-        return tuple(TensorRecord(name, "int64", shape) for name, shape in SHAPES.items())
-
-    def add_profile(self, shapes: dict[str, Any]) -> None:
-        self.profiles.append(shapes)
-
-    def build(self, target: str, output: Path, advance: Any) -> None:
-        self.during(target)
-        assert advance(1, 2, "tactics") is True
-        output.write_text(f"{self.path.name} for {target}, {len(self.profiles)} profiles")
-
-
-class FakeTensorRT:
-    """Stands in for the adapter; ``during`` runs inside every build."""
-
-    during: Callable[[str], None] = staticmethod(lambda _target: None)
-    version = "1.0"
-
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
-        self.graphs: list[FakeGraph] = []
-
-    def check_target(self, target: str) -> None:
-        if not target.startswith("sm_"):
-            raise UsageError(target)
-
-    def parse(self, path: Path) -> FakeGraph:
-        self.graphs.append(FakeGraph(path, type(self).during))
-        return self.graphs[-1]
 
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> type[FakeTensorRT]:
-    fake = type("Fake", (FakeTensorRT,), {})
-    monkeypatch.setattr(engine, "TensorRT", fake)
-    return fake
+    return fake_tensorrt(monkeypatch)
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    folder = write_stub_bundle(tmp_path / "bundle")
-    write_manifest(folder, dataclasses.replace(open_bundle(folder).manifest, dtype="float16"))
-    return folder
-
-
-def state(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return half_precision_bundle(tmp_path / "bundle")
 
 
 def test_every_size_of_a_step_gets_a_profile() -> None:
@@ -230,32 +174,3 @@ def test_a_broken_record_is_refused(bundle: Path, made: type[FakeTensorRT], chan
     changed = {name: value for name, value in {**raw, **change}.items() if value is not ...}
     with pytest.raises(BundleSchemaError):
         parse_engine_record(json.dumps(changed))
-
-
-# -- the verb ------------------------------------------------------------------------------------------------------
-
-
-def test_the_verb_builds_and_reports(bundle: Path, made: type[FakeTensorRT], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["build", str(bundle), "--target", "sm_89,SM_86", "--rows", "1,8"]) == 0
-    shown = capsys.readouterr().out
-    assert "sm_89" in shown
-    assert "sm_86" in shown
-    assert cli.main(["build", str(bundle), "--target", "sm_89", "--rows", "1,8", "--resume"]) == 0
-    assert "up to date" in capsys.readouterr().out
-    assert cli.main(["build", str(bundle), "--target", "sm_89"]) == 1
-    assert "exists" in capsys.readouterr().err
-    assert cli.main(["inspect", str(bundle)]) == 0
-    assert "sm_86 (engines/sm_86/engine.json)" in capsys.readouterr().out
-
-
-def test_a_dry_run_builds_nothing(bundle: Path, made: type[FakeTensorRT], capsys: pytest.CaptureFixture[str]) -> None:
-    before = state(bundle)
-    assert cli.main(["build", str(bundle), "--target", "sm_89", "--dry-run"]) == 0
-    assert "rows-16" in capsys.readouterr().out
-    assert state(bundle) == before
-    assert plan_engines(bundle, ["sm_89"], backend="tensorrt-rtx").targets == ("sm_89",)
-
-
-@pytest.mark.parametrize("options", [["--target", ","], ["--target", "sm_89", "--rows", "1,x"], []])
-def test_wrong_usage_of_the_verb(bundle: Path, options: list[str]) -> None:
-    assert cli.main(["build", str(bundle), *options]) == 2

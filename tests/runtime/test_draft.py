@@ -37,13 +37,13 @@ def test_a_fixed_tree_is_filled_with_candidates() -> None:
 
 
 def test_a_root_alone_needs_no_candidates() -> None:
-    for drafter in (FixedTree(ROOT_ONLY), BestRows(1, [])):
+    for drafter in (FixedTree(ROOT_ONLY), BestRows(1, ())):
         draft = drafter.draft(None)
         assert (draft.shape.rows, draft.tokens.tolist()) == (1, [])
 
 
 def test_rows_go_deep_where_heads_are_sure_and_wide_where_they_are_not() -> None:
-    scaling = [(1.0, 0.0)] * 3
+    scaling = ((1.0, 0.0),) * 3
     sure = candidates([0.9, 0.05], [0.9, 0.05], [0.9, 0.05])
     unsure = candidates([0.4, 0.35], [0.3, 0.2], [0.3, 0.2])
     assert paths_of(BestRows(4, scaling).draft(sure)) == [(100,), (100, 110), (100, 110, 120)]
@@ -52,39 +52,47 @@ def test_rows_go_deep_where_heads_are_sure_and_wide_where_they_are_not() -> None
 
 def test_scaling_says_how_far_to_trust_a_head() -> None:
     heads = candidates([0.6, 0.2], [0.9, 0.01])
-    assert paths_of(BestRows(3, [(1.0, 0.0), (1.0, 0.0)]).draft(heads)) == [(100,), (100, 110)]
-    assert paths_of(BestRows(3, [(1.0, 0.0), (1.0, -4.0)]).draft(heads)) == [(100,), (101,)]
+    assert paths_of(BestRows(3, ((1.0, 0.0), (1.0, 0.0))).draft(heads)) == [(100,), (100, 110)]
+    assert paths_of(BestRows(3, ((1.0, 0.0), (1.0, -4.0))).draft(heads)) == [(100,), (101,)]
 
 
 def test_heads_that_nobody_measured_are_trusted_a_little_less_than_they_ask() -> None:
     heads = candidates([0.6, 0.2], [0.9, 0.01])
-    assert paths_of(BestRows(3, []).draft(heads)) == paths_of(BestRows(3, [UNKNOWN_SCALING] * 2).draft(heads))
+    assert paths_of(BestRows(3, ()).draft(heads)) == paths_of(BestRows(3, UNKNOWN_SCALING * 2).draft(heads))
 
 
 def test_a_long_match_takes_the_rows_that_promise_less() -> None:
     heads = candidates(*[[0.9, 0.01]] * 4)
-    draft = BestRows(5, [(1.0, 0.0)] * 4, PromptLookup(LOOP)).draft(heads)
+    draft = BestRows(5, ((1.0, 0.0),) * 4, PromptLookup(LOOP)).draft(heads)
     assert draft.looked_up
     assert paths_of(draft) == [(100,), (5,), (100, 110), (5, 1)]
 
 
 def test_a_weak_match_leaves_the_better_rows() -> None:
     heads = candidates([0.6, 0.3], [0.6, 0.3])
-    drafter = BestRows(4, [(1.0, 0.0)] * 2, PromptLookup([4, 9, 8, 4]))
+    drafter = BestRows(4, ((1.0, 0.0),) * 2, PromptLookup([4, 9, 8, 4]))
     assert paths_of(drafter.draft(heads)) == [(100,), (101,), (100, 110)]
 
 
 def test_a_token_proposed_by_both_is_one_row() -> None:
     heads = candidates([0.5, 0.4, 0.01])
-    drafter = BestRows(3, [(1.0, 0.0)], PromptLookup([101, 7, 101, 3, 7]))
+    drafter = BestRows(3, ((1.0, 0.0),), PromptLookup([101, 7, 101, 3, 7]))
     assert paths_of(drafter.draft(heads)) == [(101,), (100,)]
-    certain = BestRows(2, [(1.0, 0.0)], PromptLookup([6, 7, 101, 3, 6, 7]))
+    certain = BestRows(2, ((1.0, 0.0),), PromptLookup([6, 7, 101, 3, 6, 7]))
     assert paths_of(certain.draft(heads)) == [(101,)]
 
 
 def test_no_more_rows_than_there_are_paths() -> None:
-    draft = BestRows(9, []).draft(candidates([0.5, 0.2]))
+    draft = BestRows(9, ()).draft(candidates([0.5, 0.2]))
     assert paths_of(draft) == [(100,), (101,)]
+
+
+def test_heads_that_return_nan_still_draft_a_tree() -> None:
+    """The next engine call names the fault; drafting mustn't fall over it first."""
+    heads = candidates(*[[0.9, 0.01]] * 4)
+    heads.log_probs[1:] = np.nan
+    paths = paths_of(BestRows(5, (), PromptLookup(LOOP)).draft(heads))
+    assert all(path[:-1] in {(), *paths} for path in paths)
 
 
 _chances = st.lists(st.floats(0.001, 0.999), min_size=3, max_size=3).map(lambda row: sorted(row, reverse=True))
@@ -99,7 +107,7 @@ def test_rows_are_the_best_paths_of_both(
 ) -> None:
     """Breadth order, parents drafted, and no other choice of as many rows promises more."""
     number = st.floats(-2, 2, width=16)
-    scaling = [(abs(data.draw(number)), data.draw(number)) for _ in chances]
+    scaling = tuple((abs(data.draw(number)), data.draw(number)) for _ in chances)
     heads = candidates(*chances)
     paths = paths_of(BestRows(rows, scaling, PromptLookup(text)).draft(heads))
     assert len(paths) == len(set(paths))
