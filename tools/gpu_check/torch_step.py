@@ -1,0 +1,209 @@
+"""The step graph's arithmetic in plain torch, for machines where no executor can run the bundle. Not part of the runtime.
+
+Inputs, outputs and cache rows mean what :mod:`medusa_deploy.runtime.step_io` says. Everything stays on the device and nothing
+depends on a value that the host would have to wait for, so that a call can be captured as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .torch_weights import Heads, Weights
+
+HIDDEN_BIAS = -65504.0
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@dataclass(slots=True)
+class Inputs:
+    """Of one step, as in the step graph. ``commit`` None: nothing is moved. ``logit_rows`` None: logits of all rows."""
+
+    tokens: Tensor
+    positions: Tensor
+    ancestors: Tensor
+    forced: Tensor
+    write_index: Tensor
+    commit: Tensor | None = None
+    logit_rows: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Outputs:
+    """Of one step. Without heads, candidates and log_probs are None."""
+
+    last_row: Tensor
+    next_token: Tensor
+    candidates: Tensor | None
+    log_probs: Tensor | None
+    logits: Tensor
+    hidden: Tensor
+
+
+class TorchStep:
+    """A backbone and its caches (key and value of layer 0, then of layer 1 …), which :meth:`run` updates in place.
+
+    ``attend``: :func:`fused_attention` or :func:`product_attention`. ``wrap`` may compile the parts between attentions.
+    """
+
+    def __init__(
+        self, weights: Weights, caches: list[Tensor], margin: int, attend: Attend | None = None, wrap: Wrap | None = None
+    ) -> None:
+        self.weights, self.caches, self.margin = weights, caches, margin
+        self.attend = attend or fused_attention
+        wrap = wrap or (lambda function: function)
+        self.before, self.after, self.accept = wrap(before_attention), wrap(after_attention), wrap(accept)
+        self.visibility, self.propose = wrap(visibility), wrap(propose)
+
+    def run(self, inputs: Inputs, visible: int, heads: Heads | None = None) -> Outputs:
+        """Move, write and verify; ``visible`` is T, the cache rows that attention reads."""
+        weights, shapes = self.weights, self.weights.shapes
+        rows = self._written_rows(inputs)
+        mask = self.visibility(inputs.ancestors, inputs.write_index, visible, self.margin, weights.dtype)
+        angles = inputs.positions[:, :, None].float() * weights.frequencies  # [B, N, D_h/2]
+        cos, sin = angles.cos()[:, None].to(weights.dtype), angles.sin()[:, None].to(weights.dtype)
+        splits = (shapes.heads, shapes.kv_heads, shapes.kv_heads)
+        x = functional.embedding(inputs.tokens, weights.embedding)
+        for index, layer in enumerate(weights.layers):
+            query, key, value = self.before(x, layer.input_norm, layer.qkv, cos, sin, shapes.head_dim, splits, shapes.eps)
+            caches = self.caches[2 * index : 2 * index + 2]
+            for cache, new in zip(caches, (key, value), strict=True):
+                write(cache, new, rows, inputs.commit)
+            keys, values = (cache[:, :, :visible] for cache in caches)
+            attended = self.attend(query, keys, values, mask)
+            x = self.after(x, attended, layer.out, layer.post_norm, layer.gate_up, layer.down, shapes.eps)
+        hidden = functional.rms_norm(x, (shapes.hidden,), weights.norm, shapes.eps)
+        if inputs.logit_rows is not None:
+            hidden = hidden.gather(1, inputs.logit_rows[:, :, None].expand(-1, -1, shapes.hidden))
+        logits = functional.linear(hidden, weights.projection)
+        last_row, next_token, state = self.accept(inputs.tokens, logits, hidden, inputs.ancestors, inputs.forced)
+        candidates, log_probs = (None, None) if heads is None else self.propose(state, heads)
+        return Outputs(last_row, next_token, candidates, log_probs, logits, hidden)
+
+    def _written_rows(self, inputs: Inputs) -> Tensor:
+        """Cache rows int64 [B, K+N] (or [B, N]) that the moved and the new rows go to."""
+        before = 0 if inputs.commit is None else self.margin
+        offsets = torch.arange(-before, inputs.tokens.shape[1], device=inputs.tokens.device)
+        return inputs.write_index[:, None] + offsets
+
+
+def empty_caches(weights: Weights, slots: int, rows: int) -> list[Tensor]:
+    """Zeroed caches [B, H_kv, S, D_h], two a layer."""
+    shapes = weights.shapes
+    size = (slots, shapes.kv_heads, rows, shapes.head_dim)
+    return [torch.zeros(size, dtype=weights.dtype, device=weights.device) for _ in range(2 * shapes.layers)]
+
+
+def before_attention(
+    x: Tensor, norm: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int, splits: tuple[int, int, int], eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, N, H] to query [B, heads, N, D_h] and key, value [B, H_kv, N, D_h], rotated."""
+    slots, rows = x.shape[:2]
+    normed = functional.rms_norm(x, (x.shape[-1],), norm, eps)
+    merged = functional.linear(normed, qkv).view(slots, rows, -1, head_dim).transpose(1, 2)
+    query, key, value = merged.split(splits, dim=1)
+    return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions over halves: x [B, heads, N, D_h], cos and sin [B, 1, N, D_h/2]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def write(cache: Tensor, new: Tensor, rows: Tensor, commit: Tensor | None) -> None:
+    """Put [moved rows | ``new``] at ``rows``; what moves is read before anything is written."""
+
+    def spread(index: Tensor) -> Tensor:
+        return index[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3])
+
+    if commit is not None:
+        new = torch.cat([cache.gather(2, spread(commit)), new], dim=2)
+    cache.scatter_(2, spread(rows), new)
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Torch's fused kernels; a group of query heads becomes rows of its key head. Returns [B, N, heads·D_h]."""
+    grouped, mask = _grouped(query, key, mask)
+    return _rows_first(functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask), query)
+
+
+def product_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Two batched products around a softmax: for few rows these fill more of a GPU than one block a head does."""
+    grouped, mask = _grouped(query, key, mask)
+    scores = torch.matmul(grouped, key.transpose(2, 3)) * query.shape[-1] ** -0.5 + mask
+    return _rows_first(torch.matmul(scores.softmax(-1, dtype=torch.float32).to(value.dtype), value), query)
+
+
+def _grouped(query: Tensor, key: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    slots, heads, rows, width = query.shape
+    groups = heads // key.shape[1]
+    if groups == 1:
+        return query, mask
+    return query.reshape(slots, key.shape[1], groups * rows, width), mask.repeat(1, 1, groups, 1)
+
+
+def _rows_first(attended: Tensor, query: Tensor) -> Tensor:
+    slots, heads, rows, width = query.shape
+    return attended.reshape(slots, heads, rows, width).transpose(1, 2).reshape(slots, rows, heads * width)
+
+
+def after_attention(
+    x: Tensor, attended: Tensor, out: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor, eps: float
+) -> Tensor:
+    """Output projection, MLP, and both residuals."""
+    x = x + functional.linear(attended, out)
+    return x + mlp(functional.rms_norm(x, (x.shape[-1],), norm, eps), gate_up, down)
+
+
+def mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Gated MLP over merged gate and up."""
+    gate, up = functional.linear(x, gate_up).chunk(2, dim=-1)
+    return functional.linear(functional.silu(gate) * up, down)
+
+
+def visibility(ancestors: Tensor, write_index: Tensor, visible: int, margin: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask [B, 1, N, T]: a row sees the committed rows and its ancestors."""
+    rows = ancestors.shape[1]
+    columns = torch.arange(visible, device=ancestors.device)
+    offset = columns - write_index[:, None]  # [B, T]: which of this step's rows a column is
+    committed = (columns >= margin) & (offset < 0)
+    inside = (offset >= 0) & (offset < rows)
+    own = ancestors.gather(2, offset.clamp(0, rows - 1)[:, None].expand(-1, rows, -1)) & inside[:, None]
+    mask = torch.zeros(own.shape, dtype=dtype, device=own.device)
+    return mask.masked_fill(~(committed[:, None] | own), HIDDEN_BIAS)[:, None]
+
+
+def accept(tokens: Tensor, logits: Tensor, hidden: Tensor, ancestors: Tensor, forced: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The deepest row without a mismatch on its path [B], the argmax there [B], the hidden state there [B, H]."""
+    rows = torch.arange(tokens.shape[1], device=tokens.device)
+    greedy = logits.argmax(-1)
+    last_logit = greedy.shape[1] - 1  # in prefill only the last row has logits
+    proper = ancestors & (rows != rows[:, None])
+    parent = torch.where(proper, rows, 0).amax(-1)
+    mismatch = (tokens != greedy.gather(1, parent.clamp(max=last_logit))) & (rows >= forced[:, None])
+    related = ancestors.float()
+    alive = (related @ mismatch.float()[:, :, None]).squeeze(-1) < 0.5
+    score = related.sum(-1) * (alive & ancestors.diagonal(dim1=1, dim2=2))
+    last_row = score.argmax(-1)
+    at = last_row.clamp(max=last_logit)[:, None]
+    state = hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[-1])).squeeze(1)
+    return last_row, greedy.gather(1, at).squeeze(1), state
+
+
+def propose(state: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
+    """Heads at one row: state [B, H] to candidates int64 and log-probabilities float32 [B, K, k]."""
+    x = functional.linear(state, heads.blocks, heads.bias).view(len(state), heads.count, -1)
+    x = state[:, None] + functional.silu(x)
+    if heads.projection.dim() == 3:
+        logits = torch.bmm(x.transpose(0, 1), heads.projection.transpose(1, 2)).transpose(0, 1)
+    else:
+        logits = functional.linear(x, heads.projection)
+    log_probs, index = logits.float().log_softmax(-1).topk(heads.top_k, dim=-1)
+    return (index if heads.token_map is None else heads.token_map[index]), log_probs
