@@ -7,9 +7,10 @@ import time
 import numpy as np
 
 from .acceptance import Acceptance, accept
+from .ahead import RunAhead
 from .draft import Candidates
 from .errors import NumericsError
-from .executor import Executor, StepBuffers, Wanted
+from .executor import AheadExecutor, Executor, StepBuffers, Wanted
 from .sequence import Sequence
 from .slots import SlotPool
 
@@ -30,10 +31,12 @@ class Decoder:
         # Rows length … length + K - 1 are those just before, so a length plus ``_in_place`` moves nothing.
         self._in_place = np.arange(margin)
         self._commits = np.tile(self._in_place, (slots.slots, 1))
+        self._ahead = RunAhead(executor, slots, margin) if isinstance(executor, AheadExecutor) else None
 
     def prefill(self, sequence: Sequence) -> list[int]:
         """Write the prompt into the sequence's slot, in chunks, and emit the first token. Returns [that token]."""
         started = time.perf_counter()
+        self._leave()
         prompt = np.asarray(sequence.tokens, np.int64)
         for start in range(0, len(prompt), self.prefill_chunk):
             chunk = prompt[start : start + self.prefill_chunk]
@@ -49,23 +52,47 @@ class Decoder:
     def step(self, sequences: list[Sequence]) -> list[list[int]]:
         """One step of every sequence. Returns the tokens that each emitted."""
         started, engine = time.perf_counter(), self.executor.engine_seconds
-        wanted = self._wanted(sequences)
-        buffers = self.executor.buffers(max(sequence.drafter.rows for sequence in sequences), wanted)
-        self._idle_others(sequences, buffers)
+        try:
+            emitted = self._step(sequences)
+        except BaseException:
+            self._leave()
+            raise
         for sequence in sequences:
-            self._draft(sequence, buffers)
-        buffers.commit[:] = self._commits
-        self.executor.step(buffers, wanted)
+            sequence.stats.decode_seconds += time.perf_counter() - started
+            sequence.stats.engine_seconds += self.executor.engine_seconds - engine
+        return emitted
+
+    def _step(self, sequences: list[Sequence]) -> list[list[int]]:
+        wanted = self._wanted(sequences)
+        ahead = self._ahead if self._ahead is not None and self._ahead.suits(sequences) else None
+        if ahead is not None:
+            buffers = ahead.step(sequences, lambda wanted: self._fill(sequences, wanted))
+        else:
+            self._leave()
+            buffers = self._fill(sequences, wanted)
+            self.executor.step(buffers, wanted)
         # The rows are in place now, and where they were copied from is overwritten, even if the outcome is refused below.
         self._commits[:] = self.slots.lengths[:, None] + self._in_place
         if wanted.heads and np.isnan(buffers.log_probs[[sequence.slot for sequence in sequences], 0, 0]).any():
             raise NumericsError("the engine returned NaN", hint="verify the bundle: medusa-deploy verify BUNDLE")
         accepted = [self._accept(s, buffers, s.slot) for s in sequences]
         emitted = [self._commit(s, outcome) for s, outcome in zip(sequences, accepted, strict=True)]
-        for sequence in sequences:
-            sequence.stats.decode_seconds += time.perf_counter() - started
-            sequence.stats.engine_seconds += self.executor.engine_seconds - engine
+        if ahead is not None and ahead.in_flight:  # the next step, already under way, moves what was just accepted
+            self._commits[:] = self.slots.lengths[:, None] + self._in_place
         return emitted
+
+    def _fill(self, sequences: list[Sequence], wanted: Wanted) -> StepBuffers:
+        """Say to the executor what the next step is."""
+        buffers = self.executor.buffers(max(sequence.drafter.rows for sequence in sequences), wanted)
+        self._idle_others(sequences, buffers)
+        for sequence in sequences:
+            self._draft(sequence, buffers)
+        buffers.commit[:] = self._commits
+        return buffers
+
+    def _leave(self) -> None:
+        if self._ahead is not None:
+            self._ahead.leave()
 
     def _wanted(self, sequences: list[Sequence]) -> Wanted:
         on_host = [not sequence.params.plain_argmax for sequence in sequences]

@@ -93,6 +93,18 @@ class ProviderError(DeployError):
     """The execution provider that was asked for isn't the one that runs."""
 
 
+class DeviceError(DeployError):
+    """No driver, no GPU, or the GPU reported a failure."""
+
+
+class DeviceMemoryError(DeviceError):
+    """The GPU has less free memory than is asked for."""
+
+
+class EngineMismatchError(DeployError):
+    """An engine was built for another GPU, by another version, or from another graph than those at hand."""
+
+
 class CapacityError(DeployError):
     """Prompt plus new tokens don't fit into the capacity of a slot."""
 

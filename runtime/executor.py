@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,7 +33,10 @@ class Wanted:
 
 @dataclass(slots=True)
 class StepBuffers:
-    """Inputs and outputs of one kind of call, allocated once; shapes and meanings are in :mod:`.step_io`."""
+    """Inputs and outputs of one kind of call, allocated once; shapes and meanings are in :mod:`.step_io`.
+
+    ``draft_slots`` is read by executors that run ahead.
+    """
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -42,6 +45,7 @@ class StepBuffers:
     write_index: np.ndarray
     logit_rows: np.ndarray
     commit: np.ndarray
+    draft_slots: np.ndarray
     last_row: np.ndarray
     next_token: np.ndarray
     candidates: np.ndarray
@@ -64,6 +68,7 @@ class StepBuffers:
             write_index=np.zeros(slots, int64),
             logit_rows=np.tile(np.arange(rows - logit_rows, rows, dtype=int64), (slots, 1)),
             commit=np.zeros((slots, heads), int64),
+            draft_slots=np.zeros((slots, rows), int64),
             last_row=np.zeros(slots, int64),
             next_token=np.zeros(slots, int64),
             candidates=np.zeros((slots, heads, top_k), int64),
@@ -112,6 +117,34 @@ class Executor(Protocol):
         ...
 
 
+@runtime_checkable
+class AheadExecutor(Executor, Protocol):
+    """An executor that can start a step before the host has read the one before it.
+
+    The steps that it starts itself verify the same tree, in the same slots, as the one that was launched. While steps are in
+    flight, nothing but these four methods is called.
+    """
+
+    def launch(self, buffers: StepBuffers) -> None:
+        """Start the step that ``buffers`` describes, ``draft_slots`` included; returns before it has run."""
+        ...
+
+    def launch_next(self, end: int) -> None:
+        """Start the step that follows from the newest one's outcome, as the device knows it.
+
+        ``end``: the cache row past the last one that the step may write, whatever that outcome is.
+        """
+        ...
+
+    def collect(self) -> StepBuffers:
+        """Wait for the oldest step in flight. Returns its tokens and outputs, valid until two more steps are launched."""
+        ...
+
+    def discard(self) -> None:
+        """Forget the steps in flight, once they have run. What they had to move has been moved."""
+        ...
+
+
 def visible_rows(buffers: StepBuffers, cache_rows: int, granularity: int = 64) -> int:
     """T: cache rows that this step may look at, rounded up so that it changes seldom."""
     end = int(buffers.write_index.max()) + buffers.rows
@@ -123,4 +156,22 @@ def chain_ancestors(rows: int) -> np.ndarray:
     return np.tri(rows, dtype=bool)
 
 
-__all__ = ["CacheLayout", "Executor", "StepBuffers", "Wanted", "chain_ancestors", "step_io", "visible_rows"]
+def kept_rows(commit: np.ndarray, write_index: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``commit`` as the device graph wants it: ``kept`` int64 [B, K] and ``kept_count`` int64 [B].
+
+    ``commit`` int64 [B, K]: cache rows to copy to write_index-K …; ``before`` int64 [B]: the write index of the step whose rows they
+    are. From the first row that isn't in place already, all are kept.
+    """
+    slots, margin = commit.shape
+    order = np.arange(margin)
+    moves = commit != write_index[:, None] - margin + order
+    count = np.where(moves.any(1), margin - moves.argmax(1), 0)
+    taken = order < count[:, None]
+    rows = np.take_along_axis(commit, np.minimum(order + (margin - count)[:, None], margin - 1), 1) - before[:, None]
+    assert slots == len(before) and (rows[taken] >= 0).all(), "only rows of the step before can be out of place"
+    return np.where(taken, rows, 0), count
+
+
+__all__ = [
+    "AheadExecutor", "CacheLayout", "Executor", "StepBuffers", "Wanted", "chain_ancestors", "kept_rows", "step_io", "visible_rows",
+]  # fmt: skip

@@ -25,7 +25,8 @@ class Request:
 
     ``tree``: the same rows in every step; ``ROOT_ONLY`` decodes plainly. Without one, each step verifies the ``rows`` (None: as
     many as the bundle's tree has) that promise most (:class:`.draft.BestRows`); ``lookup``: whether what the text repeats is
-    among them (:mod:`.lookup`). ``cancel`` is asked before every step.
+    among them (:mod:`.lookup`); None: where the host drafts. Executors that run ahead of the host take the bundle's tree where
+    neither ``rows`` nor ``lookup`` asks the host to draft. ``cancel`` is asked before every step.
     ``keep_hidden`` collects the backbone's hidden state behind every emitted token.
     """
 
@@ -39,7 +40,7 @@ class Request:
     ignore_eos: bool = False
     tree: Tree | None = None
     rows: int | None = None
-    lookup: bool = True
+    lookup: bool | None = None
     cancel: Callable[[], bool] | None = None
     keep_hidden: bool = False
 

@@ -9,11 +9,12 @@ from collections.abc import Generator, Iterable, Iterator, Sequence as SequenceO
 from pathlib import Path
 from typing import Any
 
+from .backends import BACKENDS, LoadOptions
 from .bundle import Bundle, open_bundle
 from .decode import Decoder
 from .draft import BestRows, Drafter, FixedTree
 from .errors import CapacityError, PromptError, UsageError
-from .executor import CacheLayout, Executor
+from .executor import AheadExecutor, Executor
 from .lookup import PromptLookup
 from .request import Chunk, Generation, Message, Request, Run
 from .sequence import Sequence
@@ -27,8 +28,13 @@ __all__ = ["Chunk", "Generation", "Message", "Request", "Session", "load"]
 class Session:
     """A loaded bundle. One engine, ``slots`` sequences at a time; calls from several threads take turns step by step."""
 
-    def __init__(self, bundle: Bundle, executor: Executor, slots: int, *, drafts: bool = True) -> None:
-        """``drafts``: whether the executor can verify trees; plain decoding is all there is otherwise."""
+    def __init__(
+        self, bundle: Bundle, executor: Executor, slots: int, *, drafts: bool = True, max_rows: int | None = None
+    ) -> None:
+        """``drafts``: whether the executor can verify trees; plain decoding is all there is otherwise.
+
+        ``max_rows``: the most rows of a step that the executor takes (None: the bundle's limit).
+        """
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.executor = executor
@@ -36,6 +42,7 @@ class Session:
         self.slots = SlotPool(slots, limits.capacity)
         self.tree = self.manifest.tree() if drafts else ROOT_ONLY
         self._drafts = drafts
+        self.max_rows = limits.max_rows if max_rows is None else min(max_rows, limits.max_rows)
         self._decoder = Decoder(executor, self.slots, self.manifest.heads.num_heads, limits.prefill_chunk)
         self._lock = threading.Lock()
         self._codec: Any = None
@@ -187,28 +194,38 @@ class Session:
         return Run(sequence, decoder, stops, request.cancel)
 
     def _drafter(self, request: Request, tokens: list[int]) -> Drafter:
-        """What the request's steps verify: its tree, as many rows as it asks for, or as many as the bundle's tree has."""
-        manifest = self.manifest
+        """What the request's steps verify: its tree, as many rows as it asks for, or as many as the bundle's tree has.
+
+        Greedy requests that leave it open take the bundle's tree where the executor runs ahead: a tree known beforehand needs no
+        word from the host between two steps.
+        """
         drafter: Drafter
-        if request.tree is None:
+        if request.tree is not None and request.rows is not None:
+            raise UsageError(f"got a tree and {request.rows} rows", hint="give one of them: a tree has its own number")
+        if request.tree is not None and request.lookup:
+            raise UsageError("got a tree and lookup=True", hint="a tree's rows come from the heads alone: leave one of them out")
+        open_choice = request.tree is None and request.rows is None and not request.lookup
+        alone = isinstance(self.executor, AheadExecutor) and request.params.plain_argmax and not request.keep_hidden
+        if request.tree is not None or (open_choice and alone):
+            tree = self.tree if request.tree is None else request.tree
+            tree.check_fits(self.manifest.heads.num_heads, self.manifest.heads.top_k)
+            drafter = FixedTree(tree)
+        else:
             rows = self.tree.rows if request.rows is None else request.rows
             if not isinstance(rows, int) or rows < 1:
                 raise UsageError(f"rows is {rows}", hint="at least 1: the root")
-            drafter = BestRows(rows, manifest.heads.platt_scaling, PromptLookup(tokens) if request.lookup else None)
-        elif request.rows is None:
-            request.tree.check_fits(manifest.heads.num_heads, manifest.heads.top_k)
-            drafter = FixedTree(request.tree)
-        else:
-            raise UsageError(f"got a tree and {request.rows} rows", hint="give one of them: a tree has its own number")
+            lookup = None if request.lookup is False else PromptLookup(tokens)
+            drafter = BestRows(rows, self.manifest.heads.platt_scaling, lookup)
         if drafter.rows > 1 and not self._drafts:
             raise UsageError(
                 f"the variant 'cpu' can't verify trees of {self.slots.slots} slots",
                 hint="load the variant 'standard', or decode plainly",
             )
-        if drafter.rows > manifest.limits.max_rows:
+        if drafter.rows > self.max_rows:
+            limit = "bundle allows" if self.max_rows == self.manifest.limits.max_rows else "engine takes"
             raise CapacityError(
-                f"a step of {drafter.rows} rows, the bundle allows {manifest.limits.max_rows}",
-                hint="use fewer rows or a smaller tree, or export with a larger --max-rows",
+                f"a step of {drafter.rows} rows, the {limit} {self.max_rows}",
+                hint="use fewer rows or a smaller tree; or export with a larger --max-rows, and build engines with more --rows",
             )
         return drafter
 
@@ -231,39 +248,36 @@ def _request(prompt: str | None, speculative: bool, options: dict[str, Any]) -> 
 
 
 def load(
-    bundle: Path | str, *, slots: int = 1, threads: int | None = None, variant: str | None = None, check_hashes: bool = True
+    bundle: Path | str,
+    *,
+    backend: str = "cpu",
+    target: str | None = None,
+    slots: int = 1,
+    threads: int | None = None,
+    variant: str | None = None,
+    check_hashes: bool = True,
 ) -> Session:
-    """Load a bundle on the CPU.
+    """Load a bundle.
 
-    ``slots``: sequences at a time. ``threads``: None lets ONNX Runtime take all cores. ``variant``: None takes the CPU variant
-    for one slot and the standard graph for more: with several slots the CPU variant is faster but only decodes plainly, because
-    its fused attention can't verify trees of several slots at once.
+    ``backend``: one of :data:`.backends.BACKENDS`. ``target``: which of the bundle's engines (TensorRT only; None: this GPU's).
+    ``slots``: sequences at a time. ``threads``: of the CPU backend; None lets ONNX Runtime take all cores. ``variant``: which
+    graph the CPU backend runs; None takes the CPU variant for one slot and the standard graph for more: with several slots the
+    CPU variant is faster but only decodes plainly, because its fused attention can't verify trees of several slots at once.
+    ``check_hashes=False`` checks sizes only; engines are hashed before they are loaded in any case.
 
     Raises:
-        UsageError: slots or variant that the bundle doesn't have.
+        UsageError: a backend that doesn't exist, an option that it doesn't take, slots or a variant that the bundle doesn't have.
         BundleError, BundleSchemaError, BundleIntegrityError: the bundle can't be used.
-        MissingDependencyError: onnxruntime isn't installed.
+        MissingDependencyError: a package of the backend isn't installed.
+        DeviceError, DeviceMemoryError: no usable GPU, or not enough of its memory.
+        EngineError, EngineMismatchError: the engine can't be loaded, or wasn't built for this GPU, version or bundle.
     """
-    from .ort import OrtExecutor, OrtModel
-
+    load_backend = BACKENDS.get(backend)
+    if load_backend is None:
+        raise UsageError(f"unknown backend {backend!r}", hint=f"one of {', '.join(BACKENDS)}")
     opened = open_bundle(bundle, check_hashes=check_hashes)
-    manifest = opened.manifest
-    if not 1 <= slots <= manifest.limits.batch:
-        raise UsageError(
-            f"{slots} slots, the bundle allows 1 to {manifest.limits.batch}", hint=f"export with --batch {max(slots, 1)}"
-        )
-    variant = variant or ("cpu" if slots == 1 and "cpu" in manifest.variants else "standard")
-    if variant not in manifest.variants:
-        raise UsageError(f"the bundle has no variant {variant!r}", hint=f"its variants: {', '.join(manifest.variants)}")
-    backbone, heads = manifest.backbone, manifest.heads
-    layout = CacheLayout(backbone.layers, slots, backbone.kv_heads, manifest.limits.cache_rows, backbone.head_dim, manifest.dtype)
-    model = OrtModel(
-        opened.path(manifest.variants[variant]),
-        opened.path(manifest.heads_graph),
-        layout,
-        heads.num_heads,
-        heads.top_k,
-        backbone.hidden_size,
-        backbone.vocab_size,
-    )
-    return Session(opened, OrtExecutor(model, threads), slots, drafts=variant != "cpu" or slots == 1)
+    limits = opened.manifest.limits
+    if not 1 <= slots <= limits.batch:
+        raise UsageError(f"{slots} slots, the bundle allows 1 to {limits.batch}", hint=f"export with --batch {max(slots, 1)}")
+    loaded = load_backend(opened, LoadOptions(backend, target, slots, threads, variant))
+    return Session(opened, loaded.executor, slots, drafts=loaded.drafts, max_rows=loaded.max_rows)

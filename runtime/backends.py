@@ -1,0 +1,79 @@
+"""What can run a bundle: one function a backend. Engines are imported inside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .bundle import Bundle
+from .errors import UsageError
+from .executor import CacheLayout, Executor
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """The arguments of :func:`.session.load` that backends look at."""
+
+    backend: str
+    target: str | None = None
+    slots: int = 1
+    threads: int | None = None
+    variant: str | None = None
+
+    def refuse(self, *names: str) -> None:
+        """Nothing is ignored in silence.
+
+        Raises:
+            UsageError: one of the options ``names``, which the backend doesn't take, is given.
+        """
+        given = [name for name in names if getattr(self, name) is not None]
+        if given:
+            raise UsageError(f"the backend {self.backend} takes no {' or '.join(given)}", hint="leave it out")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An executor; whether it can verify trees, and the most rows of a step that it takes (None: as the bundle says)."""
+
+    executor: Executor
+    drafts: bool = True
+    max_rows: int | None = None
+
+
+def _cpu(bundle: Bundle, options: LoadOptions) -> Loaded:
+    from .ort import OrtExecutor, OrtModel
+
+    options.refuse("target")
+    manifest = bundle.manifest
+    variant = options.variant or ("cpu" if options.slots == 1 and "cpu" in manifest.variants else "standard")
+    if variant not in ("cpu", "standard") or variant not in manifest.variants:
+        known = [name for name in ("cpu", "standard") if name in manifest.variants]
+        raise UsageError(f"the bundle has no variant {variant!r} for the CPU", hint=f"its variants: {', '.join(known)}")
+    backbone, heads = manifest.backbone, manifest.heads
+    rows = manifest.limits.cache_rows
+    model = OrtModel(
+        bundle.path(manifest.variants[variant]),
+        bundle.path(manifest.heads_graph),
+        CacheLayout(backbone.layers, options.slots, backbone.kv_heads, rows, backbone.head_dim, manifest.dtype),
+        heads.num_heads,
+        heads.top_k,
+        backbone.hidden_size,
+        backbone.vocab_size,
+    )
+    return Loaded(OrtExecutor(model, options.threads), drafts=variant != "cpu" or options.slots == 1)
+
+
+def _tensorrt(bundle: Bundle, options: LoadOptions) -> Loaded:
+    from .trt_load import load_executor
+
+    options.refuse("threads", "variant")
+    executor = load_executor(bundle, options.backend, options.target, options.slots)
+    return Loaded(executor, max_rows=executor.max_rows)
+
+
+BACKENDS: dict[str, Callable[[Bundle, LoadOptions], Loaded]] = {
+    "cpu": _cpu,
+    "tensorrt": _tensorrt,
+    "tensorrt-rtx": _tensorrt,
+}
+"""By name, as ``load(..., backend=)`` and ``--backend`` take them."""

@@ -1,0 +1,86 @@
+"""A bundle with an engine that the fakes run, and a machine that seems to have a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+
+from medusa_deploy.export.engine import profiles_for
+from medusa_deploy.runtime import cuda, trt_load
+from medusa_deploy.runtime.bundle import open_bundle, record_files, write_manifest
+from medusa_deploy.runtime.engine_record import EngineRecord, Profile, TensorRecord
+from medusa_deploy.runtime.session import Session, load
+from support.fake_cuda import FakeRuntime
+from support.fake_trt import NUMPY_NAMES, FakeTrt, write_plan
+
+TARGET = "sm_89"
+
+
+def _tensors(values: Any) -> tuple[TensorRecord, ...]:
+    return tuple(
+        TensorRecord(value.name, NUMPY_NAMES[value.type], tuple(s if isinstance(s, int) else -1 for s in value.shape))
+        for value in values
+    )
+
+
+def add_fake_engine(
+    folder: Path, *, rows: Sequence[int] = (1, 4, 8, 16), target: str = TARGET, backend: str = "tensorrt", variant: str = "device"
+) -> Path:
+    """Put an engine into the bundle as ``build`` does: plans that the fake can run, the record, the manifest."""
+    bundle = open_bundle(folder, check_hashes=False)
+    manifest = bundle.manifest
+    graph, heads = (bundle.path(name).resolve() for name in (manifest.variants[variant], manifest.heads_graph))
+    profiles = profiles_for(manifest, rows)
+    place = folder / "engines" / target
+    place.mkdir(parents=True)
+    write_plan(place / "step.plan", graph, profiles)
+    write_plan(place / "heads.plan", heads, [replace(profiles[0], slots=(1, 1, manifest.limits.batch))])
+    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    record = engine_record(backend, target, manifest.files[manifest.variants[variant]].sha256, profiles, session)
+    (place / "engine.json").write_text(record.to_json())
+    files = {f"engines/{target}/{name}": entry for name, entry in record_files(place).items()}
+    engines = {**manifest.engines, target: f"engines/{target}/engine.json"}
+    write_manifest(folder, replace(manifest, files={**manifest.files, **files}, engines=engines))
+    return folder
+
+
+def engine_record(
+    backend: str, target: str, graph_sha256: str, profiles: tuple[Profile, ...], session: onnxruntime.InferenceSession
+) -> EngineRecord:
+    """What ``build`` would write down of the graph that ``session`` runs."""
+    return EngineRecord(
+        backend=backend,
+        backend_version=FakeTrt.__version__,
+        target=target,
+        precision="fp16",
+        weights="inside",
+        plan="step.plan",
+        heads_plan="heads.plan",
+        graph_sha256=graph_sha256,
+        profiles=profiles,
+        inputs=_tensors(session.get_inputs()),
+        outputs=_tensors(session.get_outputs()),
+        warnings=(),
+    )
+
+
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, module: FakeTrt) -> None:
+    """Let this process find ``module`` as TensorRT and its driver as the CUDA runtime."""
+    monkeypatch.setattr(cuda, "_import_runtime", lambda: module.cuda)
+    monkeypatch.setattr(trt_load, "import_backend", lambda _backend: module)
+
+
+def load_fake(folder: Path, monkeypatch: pytest.MonkeyPatch, module: FakeTrt | None = None, **options: Any) -> Session:
+    """The bundle on the fake GPU."""
+    module = module or FakeTrt(FakeRuntime())
+    fake_gpu(monkeypatch, module)
+    options = {"backend": "tensorrt", "check_hashes": False, **options}
+    return load(folder, **options)
+
+
+
