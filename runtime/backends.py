@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .bundle import Bundle
 from .errors import UsageError
 from .executor import CacheLayout, Executor
+from .ort_base import OrtModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Loaded:
 
 
 def _cpu(bundle: Bundle, options: LoadOptions) -> Loaded:
-    from .ort import OrtExecutor, OrtModel
+    from .ort import OrtExecutor
 
     options.refuse("target")
     manifest = bundle.manifest
@@ -49,18 +50,33 @@ def _cpu(bundle: Bundle, options: LoadOptions) -> Loaded:
     if variant not in ("cpu", "standard") or variant not in manifest.variants:
         known = [name for name in ("cpu", "standard") if name in manifest.variants]
         raise UsageError(f"the bundle has no variant {variant!r} for the CPU", hint=f"its variants: {', '.join(known)}")
+    return Loaded(
+        OrtExecutor(_ort_model(bundle, options.slots, variant), options.threads), drafts=variant != "cpu" or options.slots == 1
+    )
+
+
+def _cuda(bundle: Bundle, options: LoadOptions) -> Loaded:
+    from .ort_cuda import OrtDeviceExecutor
+
+    options.refuse("target", "threads")
+    if options.variant not in (None, "standard"):
+        raise UsageError(f"the backend cuda runs the standard graph, not {options.variant!r}", hint="leave the variant out")
+    return Loaded(OrtDeviceExecutor(_ort_model(bundle, options.slots, "standard")))
+
+
+def _ort_model(bundle: Bundle, slots: int, variant: str) -> OrtModel:
+    manifest = bundle.manifest
     backbone, heads = manifest.backbone, manifest.heads
     rows = manifest.limits.cache_rows
-    model = OrtModel(
+    return OrtModel(
         bundle.path(manifest.variants[variant]),
         bundle.path(manifest.heads_graph),
-        CacheLayout(backbone.layers, options.slots, backbone.kv_heads, rows, backbone.head_dim, manifest.dtype),
+        CacheLayout(backbone.layers, slots, backbone.kv_heads, rows, backbone.head_dim, manifest.dtype),
         heads.num_heads,
         heads.top_k,
         backbone.hidden_size,
         backbone.vocab_size,
     )
-    return Loaded(OrtExecutor(model, options.threads), drafts=variant != "cpu" or options.slots == 1)
 
 
 def _tensorrt(bundle: Bundle, options: LoadOptions) -> Loaded:
@@ -73,6 +89,7 @@ def _tensorrt(bundle: Bundle, options: LoadOptions) -> Loaded:
 
 BACKENDS: dict[str, Callable[[Bundle, LoadOptions], Loaded]] = {
     "cpu": _cpu,
+    "cuda": _cuda,
     "tensorrt": _tensorrt,
     "tensorrt-rtx": _tensorrt,
 }

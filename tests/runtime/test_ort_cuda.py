@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medusa_deploy.runtime import ROOT_ONLY, Request, SamplingParams, Session, Tree, ort_cuda
+from medusa_deploy.runtime import ROOT_ONLY, Request, SamplingParams, Session, Tree, load, ort_cuda
 from medusa_deploy.runtime.bundle import Bundle, open_bundle
-from medusa_deploy.runtime.errors import CapacityError, DeployError, ProviderError
+from medusa_deploy.runtime.errors import CapacityError, DeployError, ProviderError, UsageError
 from medusa_deploy.runtime.executor import CacheLayout, Wanted
 from medusa_deploy.runtime.ort import OrtExecutor, OrtModel
 from medusa_deploy.runtime.ort_cuda import OrtDeviceExecutor
@@ -177,6 +177,20 @@ def test_the_installed_package_refuses(bundle: Bundle) -> None:
     if CUDA in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has the CUDA provider")
     assert CUDA in refused(bundle).message
+
+
+def test_a_bundle_is_loaded_on_the_gpu(tiny_bundle: Path, fake: FakeOrt, reference: Session) -> None:
+    session = load(tiny_bundle, backend="cuda", slots=3)
+    assert isinstance(session.executor, OrtDeviceExecutor) and session.executor.device == "cuda"
+    options: dict[str, Any] = {"token_ids": [7, 8, 9], "max_new_tokens": 12, "ignore_eos": True}
+    assert session.generate(**options).token_ids == reference.generate(**options).token_ids
+
+
+@pytest.mark.parametrize("options", [{"variant": "cpu"}, {"target": "sm_89"}, {"threads": 2}], ids=str)
+def test_options_of_other_backends_are_refused(tiny_bundle: Path, fake: FakeOrt, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="the backend cuda"):
+        load(tiny_bundle, backend="cuda", **options)
+    assert fake.asked == []
 
 
 def test_a_session_that_fails_is_named(bundle: Bundle, fake: FakeOrt) -> None:

@@ -140,7 +140,7 @@ def test_random_models_decode_the_same_with_and_without_heads(kind: str) -> None
 
 def test_the_parts_between_attentions_compile_once_a_size() -> None:
     """What a GPU compiles must be whole graphs that serve all layers; here it is traced and run without a code generator."""
-    import torch._dynamo.testing as testing
+    from torch._dynamo import testing
 
     torch._dynamo.reset()
     counter = testing.CompileCounterWithBackend("aot_eager")
@@ -151,8 +151,7 @@ def test_the_parts_between_attentions_compile_once_a_size() -> None:
     tree = Tree.from_choices([(0,), (1,), (0, 0)])
     plain, _ = generate(Loop(TorchStep(weights, caches, 4), tree, 128, heads), [1, 2, 3], 20)
     loop = Loop(TorchStep(weights, caches, 4, wrap=wrap), tree, 128, heads)
-    loop.prefill(np.array([[1, 2, 3]]))
-    loop.advance()
+    generate(loop, [1, 2, 3], 2)
     before = counter.frame_count
     assert generate(loop, [1, 2, 3], 20)[0] == plain
     assert counter.frame_count == before <= 10, "five parts, for the prefill and for the tree"

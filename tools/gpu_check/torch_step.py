@@ -103,7 +103,7 @@ def empty_caches(weights: Weights, slots: int, rows: int) -> list[Tensor]:
 def before_attention(
     x: Tensor, norm: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int, splits: tuple[int, int, int], eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x [B, N, H] to query [B, heads, N, D_h] and key, value [B, H_kv, N, D_h], rotated."""
+    """Input x [B, N, H] to query [B, heads, N, D_h] and key, value [B, H_kv, N, D_h], rotated."""
     slots, rows = x.shape[:2]
     normed = functional.rms_norm(x, (x.shape[-1],), norm, eps)
     merged = functional.linear(normed, qkv).view(slots, rows, -1, head_dim).transpose(1, 2)
@@ -154,9 +154,7 @@ def _rows_first(attended: Tensor, query: Tensor) -> Tensor:
     return attended.reshape(slots, heads, rows, width).transpose(1, 2).reshape(slots, rows, heads * width)
 
 
-def after_attention(
-    x: Tensor, attended: Tensor, out: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor, eps: float
-) -> Tensor:
+def after_attention(x: Tensor, attended: Tensor, out: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor:
     """Output projection, MLP, and both residuals."""
     x = x + functional.linear(attended, out)
     return x + mlp(functional.rms_norm(x, (x.shape[-1],), norm, eps), gate_up, down)

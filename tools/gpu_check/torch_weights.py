@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,10 +41,12 @@ class Weights:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of all matrices."""
         return self.embedding.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where all tensors are."""
         return self.embedding.device
 
 
@@ -60,7 +63,7 @@ class Heads:
     blocks: Tensor
     bias: Tensor
     projection: Tensor
-    token_map: Tensor | None = field(default=None)
+    token_map: Tensor | None = None
 
 
 def random_weights(shapes: Shapes, device: str, dtype: torch.dtype, seed: int = 0, std: float | None = None) -> Weights:
@@ -147,6 +150,17 @@ def heads_of(heads: HeadSet, weights: Weights, top_k: int) -> Heads:
     pairs = [heads.layer(head, 0) for head in range(config.num_heads)]
     blocks, bias = (torch.cat([torch.from_numpy(pair[part]) for pair in pairs]).to(weights.dtype) for part in (0, 1))
     return Heads("shared", config.num_heads, top_k, blocks, bias, weights.projection)
+
+
+def moved(record: Any, device: str) -> Any:
+    """A copy of weights or heads on another device."""
+    if isinstance(record, Tensor):
+        return record.to(device)
+    if isinstance(record, list):
+        return [moved(entry, device) for entry in record]
+    if isinstance(record, (Weights, Layer, Heads)):
+        return replace(record, **{entry.name: moved(getattr(record, entry.name), device) for entry in fields(record)})
+    return record
 
 
 def _frequencies(shapes: Shapes, device: str) -> Tensor:

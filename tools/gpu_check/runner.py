@@ -1,0 +1,144 @@
+"""The command: every stage in a process of its own, their reports merged into one JSON, a table last."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ... import __version__
+from ...runtime.errors import DeployError
+from ..console import say, write_json
+from ..machine import available_cores, cpu_model, memory_bytes
+from .options import Options, command_line, parse
+from .table import describe_check
+
+NAME = "gpu_check.json"
+SCHEMA_VERSION = 1
+_COMPILED = ".compiled"
+_PROGRAM = ["-m", str(__package__)]
+_QUERY = "name,compute_cap,driver_version,memory.total,clocks.max.sm,clocks.max.memory,power.limit"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stages that were asked for; 0 unless ``--strict`` finds one that isn't ok, or nothing can be written."""
+    options = parse(arguments)
+    if options.worker is not None:
+        from .worker import run_stage
+
+        run_stage(options.worker, options, _stage_path(options, options.worker))
+        return 0
+    try:
+        report = check(options)
+    except DeployError as error:
+        say(f"error: {error.message}\nhint: {error.hint}")
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted; what was measured is kept")
+        return 130
+    text = describe_check(report)
+    (options.out / "gpu_check.txt").write_text(text + "\n", "utf-8")
+    print(text)
+    failed = [name for name in options.stages if report["stages"][name]["status"] != "ok"]
+    return 1 if options.strict and failed else 0
+
+
+def check(options: Options) -> dict[str, Any]:
+    """Run the stages one after another and merge their reports into what earlier calls left in ``--out``.
+
+    Raises:
+        OutputError: the folder can't be written to.
+    """
+    path = options.out / NAME
+    report = _earlier(path) | {
+        "schema_version": SCHEMA_VERSION,
+        "medusa_deploy": __version__,
+        "machine": machine_facts(),
+    }
+    report.setdefault("stages", {})
+    write_json(report, path)
+    for stage in options.stages:
+        say(f"{stage} …")
+        entry = _run_apart(stage, options)
+        report["stages"][stage] = entry
+        write_json(report, path)
+        say(f"{stage}: {entry['status']} after {entry['seconds']:.0f} s")
+    shutil.rmtree(options.out / _COMPILED, ignore_errors=True)
+    return report
+
+
+def machine_facts() -> dict[str, Any]:
+    """Host and GPU, without any package."""
+    return {
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "cpu": cpu_model(),
+        "cores": available_cores(),
+        "memory_bytes": memory_bytes()[0],
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "gpu": gpu_facts(),
+    }
+
+
+def gpu_facts() -> list[dict[str, str]]:
+    """What nvidia-smi says of each GPU; nothing where there is no nvidia-smi or it fails."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    command = [program, f"--query-gpu={_QUERY}", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [dict(zip(_QUERY.split(","), (cell.strip() for cell in line.split(",")), strict=False)) for line in said.splitlines()]
+
+
+def _run_apart(stage: str, options: Options) -> dict[str, Any]:
+    """One stage in a process of its own, ended when its time is up; whatever it had found is kept."""
+    path = _stage_path(options, stage)
+    path.unlink(missing_ok=True)
+    started = time.monotonic()
+    command = [sys.executable, "-B", *_PROGRAM, *command_line(options, stage)]
+    # Compiled kernels go where everything goes; stages of one call share them.
+    compiled = {name: str((options.out / _COMPILED).absolute()) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    code: int | None
+    # What it prints belongs to no result.
+    with subprocess.Popen(command, stdout=sys.stderr, env=os.environ | compiled) as process:
+        try:
+            code = process.wait(options.limit)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = None
+        except BaseException:
+            process.kill()
+            raise
+    entry = _earlier(path)
+    path.unlink(missing_ok=True)
+    entry = {"status": "failed", "error": None, "skipped": {}, "wrong": {}, "results": {}} | entry
+    entry["seconds"] = round(time.monotonic() - started, 1)
+    if entry["status"] == "running" or (code != 0 and entry["status"] != "failed"):
+        what = f"stopped after {options.limit:g} s" if code is None else f"the process ended with code {code}"
+        status = "partial" if entry["results"] else "failed"
+        entry |= {"status": status, "error": {"exception": "StageEnded", "message": what}}
+    return {**entry, "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), "device": options.device}
+
+
+def _stage_path(options: Options, stage: str) -> Path:
+    return options.out / f".{stage}.json"
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    """A JSON object that an earlier call or another process wrote; empty when there is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,79 @@
+"""Timing on a device: CUDA graphs and events, or the same calls on a CPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+_WARMUPS = 3
+Work = Callable[[], Any]
+
+
+class Clock:
+    """Captures and times work on ``device`` (cuda or cpu)."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.is_cuda = device == "cuda"
+        # Graphs that never run at the same time may share their memory.
+        self._pool: Any = torch.cuda.graph_pool_handle() if self.is_cuda else None
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def captured(self, work: Work) -> Work:
+        """``work`` as one CUDA graph, after a few ordinary runs; on a CPU ``work`` itself, after one."""
+        if not self.is_cuda:
+            work()
+            return work
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARMUPS):
+                work()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            work()
+        return graph.replay
+
+    def milliseconds(self, work: Work, repeats: int, before: Work = lambda: None) -> list[float]:
+        """The time of each of ``repeats`` runs, ``before`` excluded; on a GPU by events, without waiting in between."""
+        if not self.is_cuda:
+            times = []
+            for _ in range(repeats):
+                before()
+                started = time.perf_counter()
+                work()
+                times.append(1e3 * (time.perf_counter() - started))
+            return times
+        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        for first, last in pairs:
+            before()
+            first.record()
+            work()
+            last.record()
+        torch.cuda.synchronize()
+        return [first.elapsed_time(last) for first, last in pairs]
+
+    def measure(self, work: Work, repeats: int, before: Work = lambda: None) -> dict[str, Any]:
+        """Median and spread of :meth:`milliseconds`, after one run that isn't counted."""
+        times = self.milliseconds(work, repeats + 1, before)[1:]
+        cuts = quantiles(times, n=10) if len(times) > 1 else times * 9
+        return {"ms": median(times), "ms_p10": cuts[0], "ms_p90": cuts[-1], "repeats": repeats}
+
+    def bandwidth(self) -> dict[str, float]:
+        """GB/s of device memory: a copy (bytes read and written), and a sum over float32 (bytes read)."""
+        count = (1 << 28) if self.is_cuda else (1 << 22)
+        source = torch.ones(count, dtype=torch.float32, device=self.device)
+        target = torch.empty_like(source)
+        size = source.numel() * source.element_size()
+        copied = self.measure(lambda: target.copy_(source), 10)["ms"]
+        read = self.measure(source.sum, 10)["ms"]
+        return {"copy_gb_s": 2 * size / copied / 1e6, "read_gb_s": size / read / 1e6}

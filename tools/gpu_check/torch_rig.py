@@ -1,0 +1,139 @@
+"""One size's random weights, caches and heads, and the fastest way found here to run a step of it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...runtime.tree import ROOT_ONLY, Tree
+from ..tree_set import published_choices
+from .options import Options
+from .report import OutOfTimeError, Report, describe
+from .shapes import SIZES
+from .torch_clock import Clock
+from .torch_loop import Loop
+from .torch_step import TorchStep, empty_caches, fused_attention, product_attention
+from .torch_weights import Heads, random_heads, random_weights
+
+MARGIN = 4
+"""K: heads, and the most drafted tokens that a step accepts."""
+
+_TRIAL_REPEATS = 5
+
+
+class Rig:
+    """``notes`` says what was tried and left. Weights and caches serve every number of rows and every way to run.
+
+    Ways differ in attention (fused, products) and in whether what lies between is compiled; each (rows, length) takes the
+    fastest, so that plain decoding, which everything is compared with, is as good as this reference can make it.
+    """
+
+    def __init__(self, size: str, options: Options) -> None:
+        torch.set_grad_enabled(False)
+        self.size, self.shapes, self.options = size, SIZES[size], options
+        self.clock = Clock(options.device)
+        self.notes: list[str] = []
+        self.weights = random_weights(self.shapes, options.device, getattr(torch, options.dtype))
+        rows = max(self.shapes.lengths) + 64
+        self.caches = empty_caches(self.weights, 1, rows)
+        for cache in self.caches:
+            cache.normal_()
+        self.ways = self._ways()
+        self._chosen: dict[tuple[int, int], str] = {}
+        self._heads: dict[str, Heads] = {}
+
+    def _ways(self) -> dict[str, TorchStep]:
+        wraps: dict[str, Callable[..., Any] | None] = {"": None}
+        if self.options.compile and self.clock.is_cuda:
+            wraps["compiled, "] = _compile()
+        attentions = {"fused attention": fused_attention, "attention by products": product_attention}
+        return {
+            f"{prefix}{name}": TorchStep(self.weights, self.caches, MARGIN, attend, wrap)
+            for prefix, wrap in wraps.items()
+            for name, attend in attentions.items()
+        }
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight."""
+        return self.weights.dtype.itemsize
+
+    def heads(self, kind: str) -> Heads:
+        """Four heads with this projection, made when first asked for."""
+        if kind not in self._heads:
+            self._heads = {kind: random_heads(self.weights, kind, count=MARGIN)}  # one kind at a time: memory
+        return self._heads[kind]
+
+    def step_bytes(self, length: int) -> int:
+        """Bytes that a plain step must read: matrices and visible cache rows."""
+        return self.shapes.step_parameters * self.itemsize + self.shapes.cache_bytes(length, self.itemsize)
+
+    def loop(self, way: str, rows: int, length: int, kind: str | None = None) -> Loop:
+        """A loop whose visible cache is ``length`` rows, full when the step has run."""
+        loop = Loop(self.ways[way], published_tree(rows), length, None if kind is None else self.heads(kind))
+        loop.inputs.tokens.random_(0, self.shapes.vocab)
+        self.restart(loop)
+        return loop
+
+    def restart(self, loop: Loop, steps: int = 1) -> None:
+        """Put ``loop`` where ``steps`` more steps, each with every row accepted, still fit into its visible cache."""
+        used = loop.tree.rows + (steps - 1) * (1 + loop.tree.depth if loop.tree.rows > 1 else 1)
+        loop.start(loop.visible - MARGIN - used, torch.ones_like(loop.inputs.tokens[:, 0]))
+
+    def time_step(self, rows: int, length: int, kind: str | None = None) -> dict[str, Any]:
+        """A step of ``rows`` rows behind ``length`` - rows cache rows, closed over itself: median ms and the way it ran."""
+        way = self.best_way(rows, length)
+        loop = self.loop(way, rows, length, kind)
+        replay = self.clock.captured(loop.advance)
+        return {**self.clock.measure(replay, self.options.repeats, lambda: self.restart(loop)), "way": way}
+
+    def best_way(self, rows: int, length: int) -> str:
+        """The fastest of a short trial; a way that fails is left out from then on, with a note."""
+        key = rows, length
+        if key not in self._chosen:
+            times: dict[str, float] = {}
+            for way in list(self.ways):
+                try:
+                    loop = self.loop(way, rows, length)
+                    replay = self.clock.captured(loop.advance)
+                    times[way] = self.clock.measure(replay, _TRIAL_REPEATS, lambda loop=loop: self.restart(loop))["ms"]  # type: ignore[misc]
+                except Exception as error:
+                    if len(self.ways) == 1 or isinstance(error, torch.cuda.OutOfMemoryError):
+                        raise
+                    del self.ways[way]
+                    self.notes.append(f"{way} doesn't run here: {describe(error)}")
+            self._chosen[key] = min(times, key=times.__getitem__)
+        return self._chosen[key]
+
+
+def each_size(options: Options, report: Report, measure: Callable[[Rig, Report], None]) -> None:
+    """Measure one size after another; one that fails, for lack of memory for instance, doesn't keep the next from its turn."""
+    for size in options.sizes:
+        report.check_time(20)
+        try:
+            measure(Rig(size, options), report)
+        except OutOfTimeError:
+            raise
+        except Exception as error:
+            report.skip(size, error)
+        gc.collect()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def published_tree(rows: int) -> Tree:
+    """The first paths of Medusa's published tree of 64 rows, which list the most valuable ones first."""
+    return ROOT_ONLY if rows == 1 else Tree.from_choices(published_choices()[: rows - 1])
+
+
+def _compile() -> Callable[..., Any]:
+    """torch.compile for fixed sizes; every number of rows is one more, and torch's own limit would turn them away."""
+    import torch._dynamo as dynamo
+
+    for name in ("recompile_limit", "cache_size_limit"):
+        if hasattr(dynamo.config, name):
+            setattr(dynamo.config, name, 64)
+    return lambda function: torch.compile(function, dynamic=False, fullgraph=True)

@@ -1,0 +1,42 @@
+"""Runs one stage in this process."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from .options import Options
+from .report import OutOfTimeError, Report, describe
+
+# What a stage keeps of its limit for leaving: the interpreter and a GPU's memory take seconds to go.
+_RESERVE = 30.0
+
+
+def run_stage(name: str, options: Options, path: Path | None = None) -> Report:
+    """Run a stage to its end, its deadline or its first error; its report is at ``path`` all the while.
+
+    The status is ``ok``; ``wrong``: a result is not what it must be; ``partial``: something was skipped or time ran out;
+    ``failed``: an error ended it.
+    """
+    report = Report(path, max(options.limit - _RESERVE, options.limit / 2))
+    report.save()
+    try:
+        stage: Callable[[Options, Report], None] = importlib.import_module(f".{name}", __package__).run
+        stage(options, report)
+        report.status = "partial" if report.skipped else "ok"
+    except OutOfTimeError as error:
+        report.status, report.error = "partial", _facts(error)
+    except Exception as error:  # one stage's error must not hide the others' results
+        report.status, report.error = "failed", _facts(error)
+        traceback.print_exception(error, file=sys.stderr)
+    if report.wrong:
+        report.status = "wrong"
+    report.save()
+    return report
+
+
+def _facts(error: Exception) -> dict[str, str]:
+    return {"exception": type(error).__name__, "message": describe(error)}
