@@ -28,10 +28,12 @@ def options_for(out: Path, *more: str) -> Options:
 @pytest.fixture(scope="module")
 def measured(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All stages, run in this process, as the runner would merge them."""
-    pytest.importorskip("torch")
+    torch = pytest.importorskip("torch")
     out = tmp_path_factory.mktemp("gpu_check")
     options = options_for(out, "--bundle", str(tiny_bundle))
+    torch.set_num_threads(1)
     stages = {name: worker.run_stage(name, options).to_json() | {"device": "cpu"} for name in STAGES}
+    print({name: s["seconds"] for name, s in stages.items()})
     return {"machine": runner.machine_facts(), "stages": json.loads(json.dumps(stages))}
 
 
@@ -129,7 +131,7 @@ def test_a_stage_that_takes_too_long_is_stopped_and_the_others_go_on(tmp_path: P
 def test_what_a_stage_found_before_it_ended_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = options_for(tmp_path)
 
-    def died(stage: str, found: Options) -> list[str]:
+    def died(found: Options, stage: str) -> list[str]:
         report = {"status": "running", "results": {"7b": 1}, "skipped": {}, "wrong": {}, "error": None}
         program = (
             f"import json, pathlib; pathlib.Path({str(tmp_path)!r}, '.{stage}.json').write_text({json.dumps(report)!r}); exit(9)"

@@ -23,6 +23,7 @@ from .table import describe_check
 
 NAME = "gpu_check.json"
 SCHEMA_VERSION = 1
+_STDERR = 2
 _COMPILED = ".compiled"
 _PROGRAM = ["-m", str(__package__)]
 _QUERY = "name,compute_cap,driver_version,memory.total,clocks.max.sm,clocks.max.memory,power.limit"
@@ -108,10 +109,12 @@ def _run_apart(stage: str, options: Options) -> dict[str, Any]:
     started = time.monotonic()
     command = [sys.executable, "-B", *_PROGRAM, *command_line(options, stage)]
     # Compiled kernels go where everything goes; stages of one call share them.
-    compiled = {name: str((options.out / _COMPILED).absolute()) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    compiled = str((options.out / _COMPILED).absolute())
+    path_of_package = os.pathsep.join([str(Path(__file__).absolute().parents[3]), os.environ.get("PYTHONPATH", "")])
+    added = {"TORCHINDUCTOR_CACHE_DIR": compiled, "TRITON_CACHE_DIR": compiled, "PYTHONPATH": path_of_package}
     code: int | None
     # What it prints belongs to no result.
-    with subprocess.Popen(command, stdout=sys.stderr, env=os.environ | compiled) as process:
+    with subprocess.Popen(command, stdout=_STDERR, env=os.environ | added) as process:
         try:
             code = process.wait(options.limit)
         except subprocess.TimeoutExpired:
