@@ -40,7 +40,7 @@ def test_without_a_driver_or_a_device_the_error_says_so(runtime: FakeRuntime) ->
 
 
 def test_without_the_package_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(MissingDependencyError, match="cuda-bindings can't be imported") as caught:
         Cuda()
     assert "pip install" in caught.value.hint
@@ -114,10 +114,9 @@ def test_the_fake_catches_what_a_gpu_would(cuda: Cuda, fault: str) -> None:
     ordinary = np.zeros(16, np.uint8)
     if fault == "freed":
         cuda.free(memory)
+    host, nbytes = ordinary.ctypes.data if fault == "pageable" else source.address, 16 if fault == "beyond" else 8
     with pytest.raises(DeviceFaultError):
-        cuda.upload(
-            memory.address, ordinary.ctypes.data if fault == "pageable" else source.address, 16 if fault == "beyond" else 8, stream
-        )
+        cuda.upload(memory.address, host, nbytes, stream)
 
 
 def test_the_real_package_has_every_call_that_is_made() -> None:

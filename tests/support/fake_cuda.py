@@ -1,8 +1,9 @@
 """A CUDA runtime without a GPU, as unfavourable as a real one may be.
 
 Device memory is bytes behind made-up addresses, 0xFF until somebody writes them. Streams do nothing until somebody waits: a host
-that reads early sees old bytes, and a host that overwrites its own source too early has the new bytes copied. Copies take
-pinned memory only, and every byte must lie in a block that is alive.
+that reads early sees old bytes, and a host that overwrites its own source too early has the new bytes copied. Then a *slow*
+device does what is waited for and no more; a *fast* one does all there is, so that what is reused too early is overwritten.
+Copies take pinned memory only, and every byte must lie in a block that is alive.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ class cudaDeviceAttr(enum.IntEnum):
 
 @dataclass(eq=False)
 class Handle:
-    """A stream, an event or a graph. ``queue``: what a stream has yet to do; ``done``: whether an event was reached."""
+    """A stream (``queue``: what it has yet to do), an event (``done``: whether it was reached), or a graph of ``operations``."""
 
     number: int
+    operations: tuple[Callable[[], None], ...] = ()
     queue: list[Callable[[], None]] = field(default_factory=list)
     captured: list[Callable[[], None]] | None = None
     done: bool = True
@@ -76,10 +78,13 @@ class FakeRuntime:
     cudaEventDefault = 0
     cudaStreamNonBlocking = 1
 
-    def __init__(self, *, memory: int = 1 << 30, capability: tuple[int, int] = (8, 9), devices: int = 1) -> None:
+    def __init__(
+        self, *, memory: int = 1 << 30, capability: tuple[int, int] = (8, 9), devices: int = 1, fast: bool = False
+    ) -> None:
         self.calls: Counter[str] = Counter()
         self.capability, self.devices = capability, devices
         self.total = memory
+        self.fast = fast
         self.driver = True
         self.capture_fails = False
         self.device: dict[int, bytearray] = {}
@@ -118,7 +123,7 @@ class FakeRuntime:
         (stream.queue if stream.captured is None else stream.captured).append(operation)
 
     def _run(self, stream: Handle, until: Handle | None = None) -> None:
-        while stream.queue and not (until is not None and until.done):
+        while stream.queue and (self.fast or until is None or not until.done):
             self._ticks += 1
             stream.queue.pop(0)()
 
@@ -262,12 +267,12 @@ class FakeRuntime:
             return cudaError_t.cudaErrorStreamCaptureUnsupported, None
         self.calls["captures"] += 1
         graph = self._handle()
-        graph.queue = captured
+        graph.operations = tuple(captured)
         return cudaError_t.cudaSuccess, graph
 
     def cudaGraphInstantiate(self, graph: Handle, flags: int) -> _Result:
         launchable = self._handle()
-        launchable.queue = list(graph.queue)
+        launchable.operations = graph.operations
         return cudaError_t.cudaSuccess, launchable
 
     def cudaGraphDestroy(self, graph: Handle) -> _Result:
@@ -279,7 +284,7 @@ class FakeRuntime:
     def cudaGraphLaunch(self, graph: Handle, stream: Handle) -> _Result:
         self.calls["cudaGraphLaunch"] += 1
         assert graph.number in self.handles, "a graph that was destroyed"
-        for operation in graph.queue:
+        for operation in graph.operations:
             self._push(stream, operation)
         return (cudaError_t.cudaSuccess,)
 

@@ -214,14 +214,21 @@ class FakeContext:
     def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         engine = self.engine
         feeds = {name: self._array(name, shapes[name], addresses[name]).copy() for name in engine.inputs}
-        found = dict(zip(engine.outputs, engine.session.run(list(engine.outputs), feeds), strict=True))
+        found = self._computed(feeds)
         caches = {name: engine.get_aliased_input_tensor(name) for name in engine.outputs}
         if self.module.hazard and any(caches.values()):
             feeds |= {past: found[present] for present, past in caches.items() if past is not None}
-            found = dict(zip(engine.outputs, engine.session.run(list(engine.outputs), feeds), strict=True))
+            found = self._computed(feeds)
         self._check_places(shapes, addresses, {name: value.nbytes for name, value in found.items()}, caches)
         for name, value in found.items():
             self._array(name, value.shape, addresses[name])[...] = value
+
+    def _computed(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = list(self.engine.outputs)
+        try:
+            return dict(zip(outputs, self.engine.session.run(outputs, feeds), strict=True))
+        except Exception as error:  # ONNX Runtime's own classes derive from nothing narrower
+            raise DeviceFaultError(str(error)) from None
 
     def _array(self, name: str, shape: tuple[int, ...], address: int) -> np.ndarray:
         dtype = np.dtype(_NUMPY[self.engine.get_tensor_dtype(name).name])
