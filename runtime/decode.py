@@ -87,6 +87,7 @@ class Decoder:
         self._idle_others(sequences, buffers)
         for sequence in sequences:
             self._draft(sequence, buffers)
+        self._commits[self.slots.lengths == 0] = self._in_place  # what a slot's last holder left to move is nobody's
         buffers.commit[:] = self._commits
         return buffers
 

@@ -159,8 +159,8 @@ def chain_ancestors(rows: int) -> np.ndarray:
 def kept_rows(commit: np.ndarray, write_index: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """``commit`` as the device graph wants it: ``kept`` int64 [B, K] and ``kept_count`` int64 [B].
 
-    ``commit`` int64 [B, K]: cache rows to copy to write_index-K …; ``before`` int64 [B]: the write index of the step whose rows they
-    are. From the first row that isn't in place already, all are kept.
+    ``commit`` int64 [B, K]: cache rows to copy to write_index-K …; ``before`` int64 [B]: the write index of the step whose rows
+    they are. From the first row that isn't in place already, all are kept.
     """
     slots, margin = commit.shape
     order = np.arange(margin)
@@ -173,5 +173,6 @@ def kept_rows(commit: np.ndarray, write_index: np.ndarray, before: np.ndarray) -
 
 
 __all__ = [
-    "AheadExecutor", "CacheLayout", "Executor", "StepBuffers", "Wanted", "chain_ancestors", "kept_rows", "step_io", "visible_rows",
+    "AheadExecutor", "CacheLayout", "Executor", "StepBuffers", "Wanted", "chain_ancestors", "kept_rows", "step_io",
+    "visible_rows",
 ]  # fmt: skip

@@ -13,25 +13,26 @@ from typing import Any
 
 import numpy as np
 
-from .cuda import Cuda, PinnedMemory
+from .cuda import Cuda
 from .engine_record import EngineRecord
 from .errors import CapacityError, UsageError
 from .executor import CacheLayout, StepBuffers, Wanted, chain_ancestors, kept_rows
 from .manifest import Manifest
-from .trt_buffers import Staged, StepLayout, stage
-from .trt_context import Contexts
+from .trt_buffers import StepLayout
+from .trt_context import Contexts, profiles_by_rows
 from .trt_engine import Engine
 from .trt_heads import TrtHeads
-from .trt_memory import DeviceState, RingSlot
+from .trt_memory import DeviceState
+from .trt_staging import HostSide, RingSlot, Staged
 
 COLUMN_BUCKET = 256
 """Visible cache rows grow in steps of this: each step is another CUDA graph, each row costs attention some bandwidth."""
 RING = 4
-PREFILL = "prefill"
+"""Places for results: of two steps in flight, of the one that the host reads, and one to spare."""
 
 
 class TrtExecutor:
-    """Runs the device graph's engine on one stream. In the steady state nothing is allocated, and the host waits for results only.
+    """Runs the device graph's engine on one stream. In the steady state nothing is allocated and the host waits for results only.
 
     ``contexts.graphs`` holds a CUDA graph for each (rows, carried rows, visible rows, set) that came again.
     """
@@ -58,12 +59,10 @@ class TrtExecutor:
             UsageError: no profile holds ``slots``.
         """
         backbone, limits = manifest.backbone, manifest.limits
-        self.layout = CacheLayout(
-            backbone.layers, slots, backbone.kv_heads, limits.cache_rows, backbone.head_dim, manifest.dtype
-        )
+        self.layout = CacheLayout(backbone.layers, slots, backbone.kv_heads, limits.cache_rows, backbone.head_dim, manifest.dtype)
         self.engine_seconds = 0.0
         self._cuda, self._stream, self._manifest = cuda, stream, manifest
-        self._prefill_profile, self._profiles = _profiles(record, slots)
+        self._prefill_profile, self._profiles = profiles_by_rows(record, slots)
         self.max_rows = max(self._profiles)
         chunk = record.profiles[self._prefill_profile].rows[2]
         self.contexts = Contexts(cuda, stream, step, graphs=graphs)
@@ -71,13 +70,9 @@ class TrtExecutor:
         self._state.write_columns(stream)
         self._open_heads: Callable[[], TrtHeads] = lambda: TrtHeads(cuda, stream, manifest, open_heads(), slots, weights)
         self._heads: TrtHeads | None = None
-        self._host = {rows: self._pinned_parts(self._layout(rows)) for rows in self._profiles}
-        self._host_prefill = self._pinned_parts(self._prefill_layout(chunk))
-        self._optional: dict[tuple[int, str], PinnedMemory] = {}
-        self._staged: dict[tuple[int, Wanted], Staged] = {}
-        self._staged_prefill: dict[tuple[int, Wanted], Staged] = {}
+        self._host = HostSide(cuda, manifest, slots, self._profiles, chunk)
         self._events = cuda.event(), cuda.event()
-        self._ring = [RingSlot.allocate(cuda, self._layout(self.max_rows).moving.nbytes) for _ in range(RING)]
+        self._ring = [RingSlot.allocate(cuda, self._host.step_layout(self.max_rows).moving.nbytes) for _ in range(RING)]
         self._flying: deque[RingSlot] = deque()
         self._launched = 0
         self._now = 0  # the set that holds the next step's inputs
@@ -98,10 +93,7 @@ class TrtExecutor:
                 f"a step of {rows} rows, the engine takes up to {self.max_rows}",
                 hint=f"use fewer rows, or build it again with --rows {','.join(map(str, [*self._profiles, rows]))}",
             )
-        key = (min(fitting), wanted)
-        if key not in self._staged:
-            self._staged[key] = self._stage(self._layout(key[0]), self._host[key[0]], wanted, key[0])
-        return self._staged[key].buffers
+        return self._host.step(min(fitting), wanted).buffers
 
     def step(self, buffers: StepBuffers, wanted: Wanted) -> None:
         """Commit, write and verify the rows of ``buffers``; waits for the results.
@@ -109,7 +101,7 @@ class TrtExecutor:
         Raises:
             CapacityError: rows would be written past the end of a cache.
         """
-        staged = self._staged[buffers.rows, wanted]
+        staged = self._host.step(buffers.rows, wanted)
         assert not self._flying and staged.buffers is buffers
         self._begin()
         self._finish(staged, self._start(staged))
@@ -120,19 +112,14 @@ class TrtExecutor:
         It uses buffers of its own: what other slots still have to move stays.
         """
         assert not self._flying, "collect or discard what is in flight first"
-        rows, key = len(tokens), (len(tokens), wanted)
-        if key not in self._staged_prefill:
-            self._staged_prefill[key] = self._stage(self._prefill_layout(rows), self._host_prefill, wanted, 0)
-        staged, state = self._staged_prefill[key], self._state
+        rows, state = len(tokens), self._state
+        staged = self._host.prompt(rows, wanted)
         buffers = staged.buffers
         buffers.idle(0, start)
         buffers.tokens[0] = tokens
         buffers.positions[0] = np.arange(start, start + rows)
         buffers.ancestors[0] = chain_ancestors(rows)
         buffers.forced[0] = rows
-        buffers.logit_rows[0] = rows - 1
-        for unused in (buffers.draft_slots, staged.kept, staged.kept_count):
-            unused[:] = 0
         visible = self._visible(int(buffers.write_index[0]) + rows)
         moving = state.prefill_moving[0].address
         self._begin()
@@ -158,8 +145,7 @@ class TrtExecutor:
             CapacityError: rows would be written past the end of a cache.
         """
         assert not self._flying, "only one step is started from the host at a time"
-        staged = next(each for each in self._staged.values() if each.buffers is buffers)
-        slot = self._next_slot()
+        staged, slot = self._host.staged(buffers), self._next_slot()
         self._hand_over(slot, self._start(staged))
 
     def launch_next(self, end: int) -> None:
@@ -171,14 +157,14 @@ class TrtExecutor:
         assert self._flying, "there is no step to follow"
         self._check_room(end)
         slot = self._next_slot()
-        self._hand_over(slot, self._run(self._layout(self._carried), end))
+        self._hand_over(slot, self._run(self._host.step_layout(self._carried), end))
 
     def collect(self) -> StepBuffers:
         """Wait for the oldest step in flight. Returns its tokens and outputs, valid until two more steps are launched."""
         slot = self._flying.popleft()
         self._cuda.wait(slot.end)
         self.engine_seconds += self._cuda.seconds_between(slot.start, slot.end)
-        buffers = slot.read(self._layout(slot.rows), self._manifest)
+        buffers = slot.read(self._host.step_layout(slot.rows), self._manifest)
         self._began[:] = buffers.write_index
         return buffers
 
@@ -220,10 +206,9 @@ class TrtExecutor:
         layout, (start, end), copy = staged.layout, self._events, self._cuda.download
         split = layout.moving_inputs
         copy(staged.moving.address + split, moving + split, layout.moving.nbytes - split, self._stream)
-        if staged.logits is not None:
-            copy(staged.logits.address, self._state.logits.address, staged.buffers.logits.nbytes, self._stream)
-        if staged.hidden is not None:
-            copy(staged.hidden.address, self._state.hidden.address, staged.buffers.hidden.nbytes, self._stream)
+        for name, memory in staged.optional.items():
+            nbytes = getattr(staged.buffers, name).nbytes
+            copy(memory.address, self._state.optional[name].address, nbytes, self._stream)
         self._cuda.record(end, self._stream)
         self._cuda.wait(end)
         self.engine_seconds += self._cuda.seconds_between(start, end)
@@ -238,31 +223,11 @@ class TrtExecutor:
     def _hand_over(self, slot: RingSlot, moving: int) -> None:
         """Let the step that was just enqueued leave its inputs and results in ``slot``."""
         slot.rows = self._carried
-        self._cuda.download(slot.memory.address, moving, self._layout(slot.rows).moving.nbytes, self._stream)
+        self._cuda.download(slot.memory.address, moving, self._host.step_layout(slot.rows).moving.nbytes, self._stream)
         self._cuda.record(slot.end, self._stream)
         self._flying.append(slot)
 
     # -- sizes -----------------------------------------------------------------------------------------------------
-
-    def _layout(self, rows: int) -> StepLayout:
-        return StepLayout.of(self.layout.slots, rows, rows, self._manifest.heads.num_heads, self._manifest.heads.top_k)
-
-    def _prefill_layout(self, rows: int) -> StepLayout:
-        return StepLayout.of(1, rows, 1, self._manifest.heads.num_heads, self._manifest.heads.top_k)
-
-    def _pinned_parts(self, layout: StepLayout) -> tuple[PinnedMemory, PinnedMemory]:
-        fixed, moving = (self._cuda.pinned(part.nbytes, "inputs and results") for part in (layout.fixed, layout.moving))
-        return fixed, moving
-
-    def _stage(self, layout: StepLayout, parts: tuple[PinnedMemory, PinnedMemory], wanted: Wanted, kind: int) -> Staged:
-        """``kind``: calls of one kind share memory for their optional outputs."""
-
-        def pinned(name: str, nbytes: int) -> PinnedMemory:
-            if (kind, name) not in self._optional:
-                self._optional[kind, name] = self._cuda.pinned(nbytes, name)
-            return self._optional[kind, name]
-
-        return stage(self._manifest, layout, *parts, wanted, pinned)
 
     def _visible(self, end: int) -> int:
         return min(-(-end // COLUMN_BUCKET) * COLUMN_BUCKET, self.layout.rows)
@@ -275,23 +240,3 @@ class TrtExecutor:
                 f"a step would write up to cache row {end}, there are {self.layout.rows}",
                 hint="ask for fewer tokens or rows, or export with a larger --capacity or --max-rows",
             )
-
-
-def _profiles(record: EngineRecord, slots: int) -> tuple[int, dict[int, int]]:
-    """The profile for prefills, and for each number of rows its profile, smallest first.
-
-    Raises:
-        UsageError: the engine was built for fewer slots, or has no such profiles.
-    """
-    prefill = [index for index, profile in enumerate(record.profiles) if profile.name == PREFILL]
-    steps = {
-        profile.rows[2]: index
-        for index, profile in enumerate(record.profiles)
-        if profile.name != PREFILL and profile.slots[0] <= slots <= profile.slots[2]
-    }
-    if not prefill or not steps:
-        most = max((profile.slots[2] for profile in record.profiles), default=0)
-        raise UsageError(
-            f"{slots} slots, the engine takes up to {most}", hint="load with fewer slots, or export with --batch and build again"
-        )
-    return prefill[0], dict(sorted(steps.items()))

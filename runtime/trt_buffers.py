@@ -6,7 +6,7 @@ A step's tensors fall into two parts. The *fixed* part says what kind of step it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -15,9 +15,6 @@ from typing import Any
 import numpy as np
 
 from . import step_io
-from .cuda import PinnedMemory
-from .executor import StepBuffers, Wanted
-from .manifest import Manifest
 
 ALIGNMENT = 256
 
@@ -116,50 +113,3 @@ class StepLayout:
         after = self.moving.addresses(following)
         nexts = {output: after[name] for name, output in _NEXT.items()}
         return {**self.fixed.addresses(fixed), **self.moving.addresses(moving), **nexts}
-
-
-@dataclass(frozen=True, slots=True)
-class Staged:
-    """Host side of one kind of call: ``buffers`` lie in pinned memory, ``kept`` and ``kept_count`` beside them."""
-
-    layout: StepLayout
-    buffers: StepBuffers
-    fixed: PinnedMemory
-    moving: PinnedMemory
-    kept: np.ndarray
-    kept_count: np.ndarray
-    logits: PinnedMemory | None
-    hidden: PinnedMemory | None
-
-
-def empty_buffers(manifest: Manifest, layout: StepLayout, wanted: Wanted, views: Mapping[str, np.ndarray]) -> StepBuffers:
-    """Buffers of one kind of call, those of ``views`` in the place of their own."""
-    heads, backbone = manifest.heads, manifest.backbone
-    sizes = (heads.num_heads, heads.top_k, backbone.hidden_size, backbone.vocab_size)
-    buffers = StepBuffers.allocate(layout.slots, layout.rows, layout.logit_rows, *sizes, manifest.dtype, wanted)
-    for name, view in views.items():
-        if hasattr(buffers, name):
-            setattr(buffers, name, view)
-    return buffers
-
-
-def stage(
-    manifest: Manifest,
-    layout: StepLayout,
-    fixed: PinnedMemory,
-    moving: PinnedMemory,
-    wanted: Wanted,
-    pinned: Callable[[str, int], PinnedMemory],
-) -> Staged:
-    """Buffers over two pinned blocks that are large enough; ``pinned`` (name, bytes) gives one to each optional output."""
-    views = {**layout.fixed.views(fixed.bytes), **layout.moving.views(moving.bytes)}
-    buffers = empty_buffers(manifest, layout, wanted, views)
-    buffers.logit_rows[:] = np.arange(layout.rows - layout.logit_rows, layout.rows)
-    optional: dict[str, PinnedMemory | None] = {step_io.LOGITS: None, step_io.HIDDEN: None}
-    for name in optional:
-        array = getattr(buffers, name)
-        if array.size:
-            optional[name] = memory = pinned(name, array.nbytes)
-            setattr(buffers, name, memory.bytes[: array.nbytes].view(array.dtype).reshape(array.shape))
-    kept, count = views[step_io.KEPT], views[step_io.KEPT_COUNT]
-    return Staged(layout, buffers, fixed, moving, kept, count, optional[step_io.LOGITS], optional[step_io.HIDDEN])

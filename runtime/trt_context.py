@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .cuda import Cuda
-from .errors import DeviceError, EngineError
+from .engine_record import EngineRecord
+from .errors import DeviceError, EngineError, UsageError
 from .trt_engine import Engine
+
+PREFILL = "prefill"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,26 @@ class Contexts:
         """TensorRT-RTX knows when kernels are still being compiled; the other package can always be captured."""
         ask = getattr(context, "is_stream_capturable", None)
         return ask is None or bool(ask(int(self._stream)))
+
+
+def profiles_by_rows(record: EngineRecord, slots: int) -> tuple[int, dict[int, int]]:
+    """The profile for prefills, and for each number of rows its profile, smallest first.
+
+    Raises:
+        UsageError: the engine was built for fewer slots, or has no such profiles.
+    """
+    prefill = [index for index, profile in enumerate(record.profiles) if profile.name == PREFILL]
+    steps = {
+        profile.rows[2]: index
+        for index, profile in enumerate(record.profiles)
+        if profile.name != PREFILL and profile.slots[0] <= slots <= profile.slots[2]
+    }
+    if not prefill or not steps:
+        most = max((profile.slots[2] for profile in record.profiles), default=0)
+        raise UsageError(
+            f"{slots} slots, the engine takes up to {most}", hint="load with fewer slots, or export with --batch and build again"
+        )
+    return prefill[0], dict(sorted(steps.items()))
 
 
 _REBUILD = "build the engine again, with the rows and the prefill that the session needs"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from . import step_io
-from .cuda import Cuda, DeviceMemory, PinnedMemory
-from .executor import StepBuffers, Wanted
+from .cuda import Cuda, DeviceMemory
 from .manifest import Manifest
-from .trt_buffers import ALIGNMENT, StepLayout, aligned, empty_buffers
+from .trt_buffers import StepLayout, aligned
 from .trt_context import Bindings
 
 
@@ -58,8 +57,8 @@ class DeviceState:
         self.prefill_new = self._block(chunk, "a prefill's rows")
         self.prefill_fixed = cuda.allocate(prompt.fixed.nbytes, "a prefill's inputs")
         self.prefill_moving = [cuda.allocate(prompt.moving.nbytes, "a prefill's state") for _ in range(2)]
-        self.logits = cuda.allocate(slots * rows * backbone.vocab_size * self._item, "logits")
-        self.hidden = cuda.allocate(slots * rows * backbone.hidden_size * self._item, "hidden states")
+        sizes = {step_io.LOGITS: backbone.vocab_size, step_io.HIDDEN: backbone.hidden_size}
+        self.optional = {name: cuda.allocate(slots * rows * size * self._item, name) for name, size in sizes.items()}
         self._columns = cuda.allocate(8 * self._cache_rows, "column numbers")
 
     def write_columns(self, stream: Any) -> None:
@@ -103,7 +102,7 @@ class DeviceState:
         )
 
     def _common(self) -> dict[str, int]:
-        optional = {step_io.LOGITS: self.logits.address, step_io.HIDDEN: self.hidden.address}
+        optional = {name: memory.address for name, memory in self.optional.items()}
         return {**self._weights, **optional, step_io.COLUMNS: self._columns.address}
 
     def _shapes(self, layout: StepLayout, carried_rows: int, visible: int) -> dict[str, tuple[int, ...]]:
@@ -120,28 +119,3 @@ class DeviceState:
     def _block(self, rows: int, purpose: str) -> TensorBlock:
         each = aligned(rows * prod(self._row) * self._item)
         return TensorBlock(self._cuda.allocate(2 * self._layers * each, purpose), each)
-
-
-@dataclass(slots=True)
-class RingSlot:
-    """Where a step in flight leaves its inputs and results for the host, and when it began and ended."""
-
-    memory: PinnedMemory
-    start: Any
-    end: Any
-    rows: int = 0
-    _views: dict[int, StepBuffers] = field(default_factory=dict)
-
-    @classmethod
-    def allocate(cls, cuda: Cuda, nbytes: int) -> RingSlot:
-        """For moving parts of up to ``nbytes`` bytes."""
-        return cls(cuda.pinned(nbytes, "results of steps"), cuda.event(), cuda.event())
-
-    def read(self, layout: StepLayout, manifest: Manifest) -> StepBuffers:
-        """The slot as a step of ``layout``; the same object for the same number of rows."""
-        if layout.rows not in self._views:
-            self._views[layout.rows] = empty_buffers(manifest, layout, Wanted(), layout.moving.views(self.memory.bytes))
-        return self._views[layout.rows]
-
-
-__all__ = ["ALIGNMENT", "DeviceState", "RingSlot", "TensorBlock"]

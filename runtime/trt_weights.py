@@ -44,7 +44,7 @@ def upload_weights(cuda: Cuda, stream: Any, bundle: Bundle, weights: Sequence[We
     if not total:
         return {}
     memory = cuda.allocate(total, f"{len(offsets)} weights")
-    pieces = sum((_placed(memory, offsets[weight.name], weight) for weight in weights), [])
+    pieces = [piece for weight in weights for piece in _placed(memory, offsets[weight.name], weight)]
     half = STAGING_BYTES // 2
     staging = cuda.pinned(STAGING_BYTES, "weights on their way to the GPU")
     sent = [cuda.event(), cuda.event()]

@@ -171,10 +171,11 @@ def test_an_end_of_sequence_token_inside_an_accepted_path_cuts_it() -> None:
     assert generation.finish_reason == "stop"
 
 
-@given(tree=_trees, count=st.integers(1, 50), lookup=st.booleans())
-def test_statistics_add_up(tree: Tree, count: int, lookup: bool) -> None:
-    stats = fake_session().generate(token_ids=[5, 6], max_new_tokens=count, tree=tree, lookup=lookup).stats
-    depth = min(tree.rows - 1, HEADS) if lookup else tree.depth
+@given(tree=_trees, count=st.integers(1, 50), lookup=st.none() | st.booleans())
+def test_statistics_add_up(tree: Tree, count: int, lookup: bool | None) -> None:
+    drafting: dict[str, Any] = {"tree": tree} if lookup is None else {"rows": tree.rows, "lookup": lookup}
+    stats = fake_session().generate(token_ids=[5, 6], max_new_tokens=count, **drafting).stats
+    depth = tree.depth if lookup is None else min(tree.rows - 1, HEADS)
     drafted = sum(accepted * steps for accepted, steps in stats.accepted.items())
     assert stats.prompt_tokens == 2
     assert stats.steps == sum(stats.accepted.values())

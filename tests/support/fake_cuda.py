@@ -1,8 +1,9 @@
 """A CUDA runtime without a GPU, as unfavourable as a real one may be.
 
 Device memory is bytes behind made-up addresses, 0xFF until somebody writes them. Streams do nothing until somebody waits: a host
-that reads early sees old bytes, and a host that overwrites its own source too early has the new bytes copied. Copies take
-pinned memory only, and every byte must lie in a block that is alive.
+that reads early sees old bytes, and a host that overwrites its own source too early has the new bytes copied. Then a *slow*
+device does what is waited for and no more; a *fast* one does all there is, so that what is reused too early is overwritten.
+Copies take pinned memory only, and every byte must lie in a block that is alive.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class DeviceFaultError(AssertionError):
     """The program under test did what a GPU would answer with a fault, or with garbage."""
 
 
-class cudaError_t(enum.IntEnum):  # noqa: N801
+class cudaError_t(enum.IntEnum):
     cudaSuccess = 0
     cudaErrorInvalidValue = 1
     cudaErrorMemoryAllocation = 2
@@ -34,27 +35,28 @@ class cudaError_t(enum.IntEnum):  # noqa: N801
     cudaErrorStreamCaptureUnsupported = 900
 
 
-class cudaMemcpyKind(enum.IntEnum):  # noqa: N801
+class cudaMemcpyKind(enum.IntEnum):
     cudaMemcpyHostToDevice = 1
     cudaMemcpyDeviceToHost = 2
     cudaMemcpyDeviceToDevice = 3
 
 
-class cudaStreamCaptureMode(enum.IntEnum):  # noqa: N801
+class cudaStreamCaptureMode(enum.IntEnum):
     cudaStreamCaptureModeGlobal = 0
     cudaStreamCaptureModeThreadLocal = 1
 
 
-class cudaDeviceAttr(enum.IntEnum):  # noqa: N801
+class cudaDeviceAttr(enum.IntEnum):
     cudaDevAttrComputeCapabilityMajor = 75
     cudaDevAttrComputeCapabilityMinor = 76
 
 
 @dataclass(eq=False)
 class Handle:
-    """A stream, an event or a graph. ``queue``: what a stream has yet to do; ``done``: whether an event was reached."""
+    """A stream (``queue``: what it has yet to do), an event (``done``: whether it was reached), or a graph of ``operations``."""
 
     number: int
+    operations: tuple[Callable[[], None], ...] = ()
     queue: list[Callable[[], None]] = field(default_factory=list)
     captured: list[Callable[[], None]] | None = None
     done: bool = True
@@ -76,10 +78,13 @@ class FakeRuntime:
     cudaEventDefault = 0
     cudaStreamNonBlocking = 1
 
-    def __init__(self, *, memory: int = 1 << 30, capability: tuple[int, int] = (8, 9), devices: int = 1) -> None:
+    def __init__(
+        self, *, memory: int = 1 << 30, capability: tuple[int, int] = (8, 9), devices: int = 1, fast: bool = False
+    ) -> None:
         self.calls: Counter[str] = Counter()
         self.capability, self.devices = capability, devices
         self.total = memory
+        self.fast = fast
         self.driver = True
         self.capture_fails = False
         self.device: dict[int, bytearray] = {}
@@ -118,7 +123,7 @@ class FakeRuntime:
         (stream.queue if stream.captured is None else stream.captured).append(operation)
 
     def _run(self, stream: Handle, until: Handle | None = None) -> None:
-        while stream.queue and not (until is not None and until.done):
+        while stream.queue and (self.fast or until is None or not until.done):
             self._ticks += 1
             stream.queue.pop(0)()
 
@@ -141,25 +146,25 @@ class FakeRuntime:
 
     # -- the API ---------------------------------------------------------------------------------------------------
 
-    def cudaGetDeviceCount(self) -> _Result:  # noqa: N802
+    def cudaGetDeviceCount(self) -> _Result:
         return (cudaError_t.cudaSuccess, self.devices) if self.driver else (cudaError_t.cudaErrorInsufficientDriver, None)
 
-    def cudaSetDevice(self, device: int) -> _Result:  # noqa: N802
+    def cudaSetDevice(self, device: int) -> _Result:
         return (cudaError_t.cudaSuccess,)
 
-    def cudaDeviceGetAttribute(self, attribute: cudaDeviceAttr, device: int) -> _Result:  # noqa: N802
+    def cudaDeviceGetAttribute(self, attribute: cudaDeviceAttr, device: int) -> _Result:
         return cudaError_t.cudaSuccess, self.capability[attribute - cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor]
 
-    def cudaMemGetInfo(self) -> _Result:  # noqa: N802
+    def cudaMemGetInfo(self) -> _Result:
         return cudaError_t.cudaSuccess, self.total - sum(map(len, self.device.values())), self.total
 
-    def cudaGetLastError(self) -> _Result:  # noqa: N802
+    def cudaGetLastError(self) -> _Result:
         return (cudaError_t.cudaSuccess,)
 
-    def cudaGetErrorString(self, error: cudaError_t) -> _Result:  # noqa: N802
+    def cudaGetErrorString(self, error: cudaError_t) -> _Result:
         return cudaError_t.cudaSuccess, error.name.encode()
 
-    def cudaMalloc(self, nbytes: int) -> _Result:  # noqa: N802
+    def cudaMalloc(self, nbytes: int) -> _Result:
         self._blocks("cudaMalloc")
         if nbytes > self.cudaMemGetInfo()[1]:
             return cudaError_t.cudaErrorMemoryAllocation, None
@@ -167,28 +172,28 @@ class FakeRuntime:
         self.device[address] = bytearray(b"\xff" * nbytes)
         return cudaError_t.cudaSuccess, address
 
-    def cudaFree(self, address: int) -> _Result:  # noqa: N802
+    def cudaFree(self, address: int) -> _Result:
         self.calls["cudaFree"] += 1
         del self.device[address]
         return (cudaError_t.cudaSuccess,)
 
-    def cudaHostAlloc(self, nbytes: int, flags: int) -> _Result:  # noqa: N802
+    def cudaHostAlloc(self, nbytes: int, flags: int) -> _Result:
         self._blocks("cudaHostAlloc")
         block = np.full(nbytes, 0xFF, np.uint8)
         self.pinned[block.ctypes.data] = block
         return cudaError_t.cudaSuccess, block.ctypes.data
 
-    def cudaFreeHost(self, address: int) -> _Result:  # noqa: N802
+    def cudaFreeHost(self, address: int) -> _Result:
         self.calls["cudaFreeHost"] += 1
         del self.pinned[address]
         return (cudaError_t.cudaSuccess,)
 
-    def cudaMemset(self, address: int, value: int, nbytes: int) -> _Result:  # noqa: N802
+    def cudaMemset(self, address: int, value: int, nbytes: int) -> _Result:
         self.bytes_at(address, nbytes)
         self._push(self._default, lambda: ctypes.memset(_pointer(self.bytes_at(address, nbytes)), value, nbytes) and None)
         return (cudaError_t.cudaSuccess,)
 
-    def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: cudaMemcpyKind, stream: Handle) -> _Result:  # noqa: N802
+    def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: cudaMemcpyKind, stream: Handle) -> _Result:
         self.calls[f"copy {kind.name.removeprefix('cudaMemcpy')}"] += 1
         to_device = kind == cudaMemcpyKind.cudaMemcpyHostToDevice
 
@@ -203,32 +208,32 @@ class FakeRuntime:
         self._push(stream, copy)
         return (cudaError_t.cudaSuccess,)
 
-    def cudaStreamCreateWithFlags(self, flags: int) -> _Result:  # noqa: N802
+    def cudaStreamCreateWithFlags(self, flags: int) -> _Result:
         return cudaError_t.cudaSuccess, self._handle()
 
-    def cudaStreamDestroy(self, stream: Handle) -> _Result:  # noqa: N802
+    def cudaStreamDestroy(self, stream: Handle) -> _Result:
         del self.handles[stream.number]
         return (cudaError_t.cudaSuccess,)
 
-    def cudaStreamSynchronize(self, stream: Handle) -> _Result:  # noqa: N802
+    def cudaStreamSynchronize(self, stream: Handle) -> _Result:
         self._blocks("cudaStreamSynchronize")
         self._run(stream)
         return (cudaError_t.cudaSuccess,)
 
-    def cudaDeviceSynchronize(self) -> _Result:  # noqa: N802
+    def cudaDeviceSynchronize(self) -> _Result:
         self._blocks("cudaDeviceSynchronize")
         for handle in list(self.handles.values()):
             self._run(handle)
         return (cudaError_t.cudaSuccess,)
 
-    def cudaEventCreateWithFlags(self, flags: int) -> _Result:  # noqa: N802
+    def cudaEventCreateWithFlags(self, flags: int) -> _Result:
         return cudaError_t.cudaSuccess, self._handle()
 
-    def cudaEventDestroy(self, event: Handle) -> _Result:  # noqa: N802
+    def cudaEventDestroy(self, event: Handle) -> _Result:
         del self.handles[event.number]
         return (cudaError_t.cudaSuccess,)
 
-    def cudaEventRecord(self, event: Handle, stream: Handle) -> _Result:  # noqa: N802
+    def cudaEventRecord(self, event: Handle, stream: Handle) -> _Result:
         event.done, event.stream = False, stream
 
         def reach() -> None:
@@ -237,49 +242,49 @@ class FakeRuntime:
         self._push(stream, reach)
         return (cudaError_t.cudaSuccess,)
 
-    def cudaEventSynchronize(self, event: Handle) -> _Result:  # noqa: N802
+    def cudaEventSynchronize(self, event: Handle) -> _Result:
         self._blocks("cudaEventSynchronize")
         if event.stream is not None:
             self._run(event.stream, event)
         return (cudaError_t.cudaSuccess,)
 
-    def cudaEventQuery(self, event: Handle) -> _Result:  # noqa: N802
+    def cudaEventQuery(self, event: Handle) -> _Result:
         return (cudaError_t.cudaSuccess if event.done else cudaError_t.cudaErrorNotReady,)
 
-    def cudaEventElapsedTime(self, start: Handle, end: Handle) -> _Result:  # noqa: N802
+    def cudaEventElapsedTime(self, start: Handle, end: Handle) -> _Result:
         if not (start.done and end.done):
             raise DeviceFaultError("the time between events that weren't reached")
         return cudaError_t.cudaSuccess, float(end.ticks - start.ticks) * 1e-3
 
-    def cudaStreamBeginCapture(self, stream: Handle, mode: cudaStreamCaptureMode) -> _Result:  # noqa: N802
+    def cudaStreamBeginCapture(self, stream: Handle, mode: cudaStreamCaptureMode) -> _Result:
         stream.captured = []
         return (cudaError_t.cudaSuccess,)
 
-    def cudaStreamEndCapture(self, stream: Handle) -> _Result:  # noqa: N802
+    def cudaStreamEndCapture(self, stream: Handle) -> _Result:
         captured, stream.captured = stream.captured, None
         assert captured is not None
         if self.capture_fails:
             return cudaError_t.cudaErrorStreamCaptureUnsupported, None
         self.calls["captures"] += 1
         graph = self._handle()
-        graph.queue = captured
+        graph.operations = tuple(captured)
         return cudaError_t.cudaSuccess, graph
 
-    def cudaGraphInstantiate(self, graph: Handle, flags: int) -> _Result:  # noqa: N802
+    def cudaGraphInstantiate(self, graph: Handle, flags: int) -> _Result:
         launchable = self._handle()
-        launchable.queue = list(graph.queue)
+        launchable.operations = graph.operations
         return cudaError_t.cudaSuccess, launchable
 
-    def cudaGraphDestroy(self, graph: Handle) -> _Result:  # noqa: N802
+    def cudaGraphDestroy(self, graph: Handle) -> _Result:
         del self.handles[graph.number]
         return (cudaError_t.cudaSuccess,)
 
-    cudaGraphExecDestroy = cudaGraphDestroy  # noqa: N815
+    cudaGraphExecDestroy = cudaGraphDestroy
 
-    def cudaGraphLaunch(self, graph: Handle, stream: Handle) -> _Result:  # noqa: N802
+    def cudaGraphLaunch(self, graph: Handle, stream: Handle) -> _Result:
         self.calls["cudaGraphLaunch"] += 1
         assert graph.number in self.handles, "a graph that was destroyed"
-        for operation in graph.queue:
+        for operation in graph.operations:
             self._push(stream, operation)
         return (cudaError_t.cudaSuccess,)
 

@@ -81,6 +81,3 @@ def load_fake(folder: Path, monkeypatch: pytest.MonkeyPatch, module: FakeTrt | N
     fake_gpu(monkeypatch, module)
     options = {"backend": "tensorrt", "check_hashes": False, **options}
     return load(folder, **options)
-
-
-

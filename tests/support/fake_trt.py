@@ -63,7 +63,7 @@ class FakeTrt:
         )
         self.engines: list[FakeEngine] = []
 
-    def Runtime(self, log: Any) -> FakeLoader:  # noqa: N802
+    def Runtime(self, log: Any) -> FakeLoader:
         return FakeLoader(self, log)
 
 
@@ -179,8 +179,10 @@ class FakeContext:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         ranges = self.engine.ranges[self.profile].get(name)
-        if ranges is None or len(ranges) != len(shape) or any(
-            not low <= size <= high for size, (low, _, high) in zip(shape, ranges, strict=True)
+        if (
+            ranges is None
+            or len(ranges) != len(shape)
+            or any(not low <= size <= high for size, (low, _, high) in zip(shape, ranges, strict=True))
         ):
             self.engine.log.log(self.engine.log.Severity.ERROR, f"{name} {shape} is outside profile {self.profile}: {ranges}")
             return False
@@ -212,14 +214,21 @@ class FakeContext:
     def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         engine = self.engine
         feeds = {name: self._array(name, shapes[name], addresses[name]).copy() for name in engine.inputs}
-        found = dict(zip(engine.outputs, engine.session.run(list(engine.outputs), feeds), strict=True))
+        found = self._computed(feeds)
         caches = {name: engine.get_aliased_input_tensor(name) for name in engine.outputs}
         if self.module.hazard and any(caches.values()):
             feeds |= {past: found[present] for present, past in caches.items() if past is not None}
-            found = dict(zip(engine.outputs, engine.session.run(list(engine.outputs), feeds), strict=True))
+            found = self._computed(feeds)
         self._check_places(shapes, addresses, {name: value.nbytes for name, value in found.items()}, caches)
         for name, value in found.items():
             self._array(name, value.shape, addresses[name])[...] = value
+
+    def _computed(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = list(self.engine.outputs)
+        try:
+            return dict(zip(outputs, self.engine.session.run(outputs, feeds), strict=True))
+        except Exception as error:  # ONNX Runtime's own classes derive from nothing narrower
+            raise DeviceFaultError(str(error)) from None
 
     def _array(self, name: str, shape: tuple[int, ...], address: int) -> np.ndarray:
         dtype = np.dtype(_NUMPY[self.engine.get_tensor_dtype(name).name])
@@ -239,15 +248,15 @@ class FakeContext:
         for present, past in caches.items():
             if past is not None and addresses[present] != addresses[past]:
                 raise DeviceFaultError(f"{present} isn't at the address of {past}")
-        ranges = [(addresses[name], addresses[name] + nbytes, name, True) for name, nbytes in outputs.items()]
-        for name, shape in shapes.items():
-            itemsize = np.dtype(_NUMPY[self.engine.get_tensor_dtype(name).name]).itemsize
-            ranges.append((addresses[name], addresses[name] + prod(shape) * itemsize, name, False))
-        ranges.sort()
-        for (_, end, one, is_output), (start, _, other, other_is_output) in zip(ranges, ranges[1:], strict=False):
-            aliased = caches.get(one) == other or caches.get(other) == one
-            if start < end and (is_output or other_is_output) and not aliased:
-                raise DeviceFaultError(f"{one} overlaps {other}")
+        inputs = {
+            name: prod(shape) * np.dtype(_NUMPY[self.engine.get_tensor_dtype(name).name]).itemsize
+            for name, shape in shapes.items()
+        }
+        places = [(name, addresses[name], addresses[name] + nbytes) for name, nbytes in [*outputs.items(), *inputs.items()]]
+        for index, (one, start, end) in enumerate(places[: len(outputs)]):
+            for other, other_start, other_end in places[index + 1 :]:
+                if start < other_end and other_start < end and caches.get(one) != other:
+                    raise DeviceFaultError(f"{one} overlaps {other}")
 
 
 def write_plan(path: Path, onnx: Path, profiles: Sequence[Profile]) -> None:

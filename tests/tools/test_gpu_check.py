@@ -33,7 +33,6 @@ def measured(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     options = options_for(out, "--bundle", str(tiny_bundle))
     torch.set_num_threads(1)
     stages = {name: worker.run_stage(name, options).to_json() | {"device": "cpu"} for name in STAGES}
-    print({name: s["seconds"] for name, s in stages.items()})
     return {"machine": runner.machine_facts(), "stages": json.loads(json.dumps(stages))}
 
 

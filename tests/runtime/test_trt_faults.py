@@ -1,0 +1,245 @@
+"""What could be wired wrongly, wired wrongly: each fault is caught by the device or shows in the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medusa_deploy.runtime import ROOT_ONLY, Session, ahead, load, step_io, trt
+from medusa_deploy.runtime.cuda import Cuda
+from medusa_deploy.runtime.executor import StepBuffers
+from medusa_deploy.runtime.ort import OrtExecutor
+from medusa_deploy.runtime.tree import Tree
+from medusa_deploy.runtime.trt import TrtExecutor
+from medusa_deploy.runtime.trt_buffers import StepLayout
+from medusa_deploy.runtime.trt_context import Bindings, Contexts
+from medusa_deploy.runtime.trt_memory import DeviceState, TensorBlock
+from support.fake_cuda import DeviceFaultError, FakeRuntime
+from support.fake_engine import load_fake
+from support.fake_trt import FakeTrt
+
+WIDE = Tree.from_choices([(a, *rest) for a in range(3) for rest in [(), (0,), (1,), (0, 0)]])
+PROMPTS = ([4, 5, 6], [9] * 20, [30, 31])
+_OPTIONS: dict[str, Any] = {"max_new_tokens": 60, "tree": WIDE, "ignore_eos": True}
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Tokens of the four sequences of :func:`_use`, and how many drafts each step of the last one accepted."""
+
+    tokens: tuple[list[int], ...]
+    accepted: dict[int, int]
+
+
+def _use(session: Session) -> Outcome:
+    """Everything that the executor does: prompts between steps, streams in turns, one of them closed early, one alone."""
+    plain: dict[str, Any] = {**_OPTIONS, "tree": ROOT_ONLY}
+    between = session.generate(token_ids=PROMPTS[1], **plain).token_ids[:1]
+    first, second, third = (
+        session.stream(token_ids=prompt, **options) for prompt, options in zip(PROMPTS, (_OPTIONS, _OPTIONS, plain), strict=True)
+    )
+    found: list[list[int]] = [[], [], []]
+    for _ in range(6):
+        found[0] += next(first).token_ids
+        between += session.generate(token_ids=PROMPTS[1], max_new_tokens=1).token_ids
+    for index, stream in ((1, second), (2, third)):
+        for _ in range(10):
+            found[0] += next(first).token_ids
+            found[index] += next(stream).token_ids
+        for _ in range(5):
+            found[index] += next(stream).token_ids
+        stream.close()  # type: ignore[attr-defined]
+    found[0] += [token for chunk in first for token in chunk.token_ids]
+    last = session.generate(token_ids=PROMPTS[2], **_OPTIONS)
+    return Outcome((between, *found, last.token_ids), last.stats.accepted)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_bundle: Path) -> Outcome:
+    """Of the CPU, each sequence by itself."""
+    reference = load(tiny_bundle, threads=1)
+    runs = [reference.generate(token_ids=prompt, **_OPTIONS) for prompt in PROMPTS]
+    return Outcome(tuple(run.token_ids for run in runs), runs[-1].stats.accepted)
+
+
+def _right(found: Outcome, expected: Outcome) -> bool:
+    between, first, second, third, last = found.tokens
+    one, two, three = expected.tokens
+    whole = between == two[:1] * 7 and first == one and last == three
+    return whole and second == two[: len(second)] and third == three[: len(third)] and found.accepted == expected.accepted
+
+
+def _bindings(change: Callable[[dict[str, int], DeviceState, int], None], method: str = "bindings") -> Patch:
+    """Addresses of a step on set ``now``, changed."""
+    right = getattr(DeviceState, method)
+
+    def wrong(self: DeviceState, layout: StepLayout, now: int, *rest: int) -> Bindings:
+        bindings = right(self, layout, now, *rest)
+        addresses = dict(bindings.addresses)
+        change(addresses, self, now)
+        return Bindings(bindings.shapes, addresses)
+
+    return lambda patch: patch.setattr(DeviceState, method, wrong)
+
+
+def _carried(state: DeviceState, which: int, names: Callable[[int], list[str]]) -> dict[str, int]:
+    block: TensorBlock = state.carried[which]
+    return block.addresses(names(2))
+
+
+def _key_without(*left_out: int) -> Patch:
+    """Graphs that are told apart by less than what they depend on."""
+    right = Contexts.enqueue
+
+    def wrong(self: Contexts, profile: int, key: Any, bindings: Callable[[], Bindings]) -> None:
+        short = None if key is None else tuple(part for index, part in enumerate(key) if index not in left_out)
+        right(self, profile, short, bindings)
+
+    return lambda patch: patch.setattr(Contexts, "enqueue", wrong)
+
+
+def _no_kept_rows(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trt, "kept_rows", lambda commit, *_: (commit * 0, commit[:, 0] * 0))
+
+
+def _rows_of_the_wrong_step(patch: pytest.MonkeyPatch) -> None:
+    right = TrtExecutor._run
+
+    def wrong(self: TrtExecutor, layout: StepLayout, end: int) -> int:
+        self._now = 1 - self._now
+        return right(self, layout, end)
+
+    patch.setattr(TrtExecutor, "_run", wrong)
+
+
+def _nothing_moves_after_a_prompt(patch: pytest.MonkeyPatch) -> None:
+    """A prefill that uses the sets, as a step does."""
+    right = TrtExecutor.prefill
+
+    def wrong(self: TrtExecutor, *arguments: Any) -> StepBuffers:
+        buffers = right(self, *arguments)
+        self._now = 1 - self._now
+        return buffers
+
+    patch.setattr(TrtExecutor, "prefill", wrong)
+
+
+def _draft_slots_forgotten(patch: pytest.MonkeyPatch) -> None:
+    right = TrtExecutor.launch
+
+    def wrong(self: TrtExecutor, buffers: StepBuffers) -> None:
+        buffers.draft_slots[:] = 0
+        right(self, buffers)
+
+    patch.setattr(TrtExecutor, "launch", wrong)
+
+
+_FAULTS: dict[str, Patch] = {
+    "swapped double buffers": _bindings(lambda at, state, now: at.update(_carried(state, now, step_io.new_names))),
+    "carried rows of two steps ago": _bindings(lambda at, state, now: at.update(_carried(state, 1 - now, step_io.carried_names))),
+    "one layer's carried rows for another's": _bindings(
+        lambda at, _state, _now: at.update({"carried_key.1": at["carried_key.0"]})
+    ),
+    "key and value swapped": _bindings(
+        lambda at, _state, _now: at.update({"carried_key.1": at["carried_value.1"], "carried_value.1": at["carried_key.1"]})
+    ),
+    "a cache that isn't updated in place": _bindings(
+        lambda at, state, now: at.update({"present_key.0": state.prefill_new.memory.address})
+    ),
+    "the next tokens in this step's set": _bindings(lambda at, state, now: at.update({step_io.NEXT_TOKENS: at[step_io.TOKENS]})),
+    "an address in freed memory": _bindings(lambda at, _state, _now: at.update({step_io.FORCED: 1 << 20})),
+    "a prefill into another slot": _bindings(
+        lambda at, state, _slot: at.update(state.caches.addresses([*step_io.past_names(2)])), "prefill_bindings"
+    ),
+    "a prefill over carried rows": _bindings(
+        lambda at, state, _slot: at.update(_carried(state, 0, step_io.new_names)),
+        "prefill_bindings",
+    ),
+    "one graph for both sets": _key_without(3),
+    "one graph for all visible lengths": _key_without(2),
+    "one graph for all numbers of carried rows": _key_without(1),
+    "nothing is moved": _no_kept_rows,
+    "the sets don't alternate": _rows_of_the_wrong_step,
+    "a prompt turns the sets": _nothing_moves_after_a_prompt,
+    "no draft slots": _draft_slots_forgotten,
+    "results are read early": lambda patch: patch.setattr(Cuda, "wait", lambda self, event: None),
+    "a ring of one": lambda patch: patch.setattr(TrtExecutor, "_hand_over", _into_the_first_slot(TrtExecutor._hand_over)),
+    "steps in flight are never discarded": lambda patch: patch.setattr(ahead.RunAhead, "leave", lambda self: None),
+}
+
+
+def _into_the_first_slot(right: Callable[[TrtExecutor, Any, int], None]) -> Callable[[TrtExecutor, Any, int], None]:
+    def wrong(self: TrtExecutor, slot: Any, moving: int) -> None:
+        slot.memory = self._ring[0].memory
+        slot._views.clear()
+        right(self, slot, moving)
+
+    return wrong
+
+
+@contextmanager
+def _session(bundle: Path, *patches: Patch, hazard: bool = False, fast: bool = False) -> Iterator[Session]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trt, "COLUMN_BUCKET", 32)
+        for each in patches:
+            each(patch)
+        yield load_fake(bundle, patch, FakeTrt(FakeRuntime(fast=fast), hazard=hazard), slots=2)
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["slow", "fast"])
+def test_wired_as_it_is_it_emits_what_the_cpu_emits(engine_bundle: Path, expected: Outcome, fast: bool) -> None:
+    with _session(engine_bundle, fast=fast) as session:
+        assert _right(_use(session), expected)
+
+
+@pytest.mark.parametrize("fault", _FAULTS)
+def test_a_fault_is_caught(engine_bundle: Path, expected: Outcome, fault: str) -> None:
+    for fast in (False, True):
+        with _session(engine_bundle, _FAULTS[fault], fast=fast) as session:
+            try:
+                found = _use(session)
+            except (DeviceFaultError, AssertionError, IndexError, KeyError):
+                return
+        if not _right(found, expected):
+            return
+    raise AssertionError("nobody noticed")
+
+
+# -- caches that are written before they are read --------------------------------------------------------------------
+
+
+def test_the_device_graph_does_not_care_when_a_cache_is_written(engine_bundle: Path, expected: Outcome) -> None:
+    with _session(engine_bundle, hazard=True) as session:
+        assert _right(_use(session), expected)
+
+
+class HastyExecutor(OrtExecutor):
+    """Writes the caches in place before the rest of the graph reads them: a call that is made twice finds them written."""
+
+    def _run(self, buffers: StepBuffers, binding: Any, first_slot: int) -> None:
+        super()._run(buffers, binding, first_slot)
+        super()._run(buffers, binding, first_slot)
+
+
+def test_a_graph_that_gathers_from_the_cache_it_writes_is_caught(tiny_bundle: Path, expected: Outcome) -> None:
+    session = load(tiny_bundle, slots=2, variant="standard", threads=1)
+    assert _right(_use(session), expected)
+    executor = session.executor
+    assert isinstance(executor, OrtExecutor)
+    hasty = Session(session.bundle, HastyExecutor(executor.model, 1), 2)
+    assert not _right(_use(hasty), expected)
+
+
+def test_without_drafts_there_is_nothing_to_move_and_the_order_is_harmless(tiny_bundle: Path) -> None:
+    session = load(tiny_bundle, slots=2, variant="standard", threads=1)
+    executor = session.executor
+    assert isinstance(executor, OrtExecutor)
+    hasty = Session(session.bundle, HastyExecutor(executor.model, 1), 2)
+    options: dict[str, Any] = {"token_ids": [4, 5, 6], "max_new_tokens": 30, "speculative": False}
+    assert hasty.generate(**options).token_ids == session.generate(**options).token_ids
