@@ -36,6 +36,7 @@ def measured(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return {"machine": runner.machine_facts(), "stages": json.loads(json.dumps(stages))}
 
 
+@pytest.mark.slow
 def test_every_stage_measures_what_it_can(measured: dict[str, Any]) -> None:
     stages = measured["stages"]
     assert {name: (stage["error"], stage["wrong"]) for name, stage in stages.items()} == dict.fromkeys(STAGES, (None, {}))
@@ -44,8 +45,11 @@ def test_every_stage_measures_what_it_can(measured: dict[str, Any]) -> None:
         assert "executor cuda" in stages[name]["skipped"], "the executor for a GPU is skipped, with the reason"
     results = {name: stage["results"] for name, stage in stages.items()}
     assert "cpu" in results["doctor"]["executors"] and results["doctor"]["imports"]["torch"] == "ok"
-    assert results["exact"]["torch"]["plain_equals_cpu"]
-    assert all(found["equals_plain"] for found in results["exact"]["torch"]["speculative"].values())
+    ways = results["exact"]["torch"]["ways"]
+    assert set(ways) == {"fused attention", "attention by products"}
+    for found in ways.values():
+        assert {kind: entry["equal"] for kind, entry in found.items()} == dict.fromkeys(("none", "own", "pruned", "shared"), True)
+        assert found["none"]["tokens_per_step"] == 1 < found["own"]["tokens_per_step"]
     assert results["exact"]["executors"]["cpu"]["unexplained"] == 0
     assert results["exact"]["executors"]["cpu"]["against_expected"]["tokens_compared"] == 4 * 32
     assert set(results["curve"]["tiny"]["lengths"]["128"]) == {"1", "16", "64"}
@@ -60,6 +64,7 @@ def test_every_stage_measures_what_it_can(measured: dict[str, Any]) -> None:
         assert 1 <= found["tokens_per_step"] <= 5
 
 
+@pytest.mark.slow
 def test_the_table_shows_every_stage_and_why_something_is_missing(measured: dict[str, Any]) -> None:
     text = describe_check(measured)
     for name in STAGES:
@@ -78,6 +83,7 @@ def test_the_table_shows_every_stage_and_why_something_is_missing(measured: dict
     assert max(map(len, text.splitlines())) < 240
 
 
+@pytest.mark.slow
 def test_nothing_measured_is_called_a_speedup(measured: dict[str, Any]) -> None:
     assert "speedup" not in json.dumps(measured) and "speed-up" not in describe_check(measured)
     found = overhead.project(3.47, {"own": {"64": {"overhead": 1.25}}, "shared": {"32": {"overhead": 1.1}}})
@@ -89,6 +95,7 @@ def test_nothing_measured_is_called_a_speedup(measured: dict[str, Any]) -> None:
     assert "projection, NOT measured, 7b at 3.47 tokens a step: own 2.78×\n  acceptance: arXiv" in said
 
 
+@pytest.mark.slow
 def test_wrong_tokens_are_called_wrong(tiny_bundle: Path, tmp_path: Path) -> None:
     options = options_for(tmp_path, "--bundle", str(tiny_bundle))
     assert worker.run_stage("exact", options).status == "partial"
@@ -107,6 +114,7 @@ def test_wrong_tokens_are_called_wrong(tiny_bundle: Path, tmp_path: Path) -> Non
 # -- the runner ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_calls_add_to_one_report_and_write_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     for stage in ("memory", "sizes"):

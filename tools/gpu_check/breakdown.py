@@ -64,6 +64,11 @@ def _parts(rig: Rig, rows: int, length: int) -> dict[str, float]:
     mask = torch.zeros(1, 1, rows, length, dtype=weights.dtype, device=weights.device)
     before = 0 if inputs.commit is None else step.margin
     targets = inputs.write_index[:, None] + torch.arange(-before, rows, device=weights.device)
+
+    def write_all() -> None:
+        for cache in rig.caches:
+            write(cache, new, targets, inputs.commit)
+
     pairs = [rig.caches[index : index + 2] for index in range(0, len(rig.caches), 2)]
     works: dict[str, Callable[[], Any]] = {
         "attention": lambda: [step.attend(query, k[:, :, :length], v[:, :, :length], mask) for k, v in pairs],
@@ -71,7 +76,7 @@ def _parts(rig: Rig, rows: int, length: int) -> dict[str, float]:
             (functional.linear(x, layer.qkv), functional.linear(attended, layer.out)) for layer in weights.layers
         ],
         "mlp": lambda: [mlp(x, layer.gate_up, layer.down) for layer in weights.layers],
-        "cache writes": lambda: [write(cache, new, targets, inputs.commit) for cache in rig.caches],
+        "cache writes": write_all,
         "vocabulary": lambda: functional.linear(x, weights.projection),
     }
     found = {name: rig.clock.measure(rig.clock.captured(work), repeats)["ms"] for name, work in works.items()}

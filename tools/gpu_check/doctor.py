@@ -32,7 +32,7 @@ def run(options: Options, report: Report) -> None:
                 report.skip(name, error)
     _say_whether_listed(report.results)
     if options.device == "cuda" and not report.results.get("torch", {}).get("cuda"):
-        report.skip("cuda", "torch sees no GPU")
+        report.skip("cuda", "no torch that sees a GPU")
     executors = [backend for backend, _ in loaded_sessions(options, report)]
     report.put("executors", executors)
 

@@ -49,7 +49,7 @@ def timed_loop(rig: Rig, loop: Loop, *, ahead: bool) -> dict[str, Any]:
     clock = rig.clock
     replay = clock.captured(loop.advance)
     hosts = [torch.empty_like(loop.emitted, device="cpu", pin_memory=clock.is_cuda) for _ in range(2)]
-    done = [torch.cuda.Event() for _ in range(2)] if clock.is_cuda else []
+    done = [clock.event() for _ in range(2)] if clock.is_cuda else []
 
     def launch(step: int) -> None:
         replay()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -94,12 +94,13 @@ class Loop:
         return outputs
 
 
-def generate(loop: Loop, prompt: Sequence[int], count: int) -> tuple[list[int], int]:
-    """Greedy tokens of one slot after ``prompt``, and how many steps they took."""
+def generate(loop: Loop, prompt: Sequence[int], count: int, advance: Callable[[], object] | None = None) -> tuple[list[int], int]:
+    """Greedy tokens of one slot after ``prompt``, and how many steps they took; ``advance``: the loop's, captured."""
+    advance = advance or loop.advance
     first = loop.prefill(np.asarray(prompt, np.int64)[None])
     tokens, steps = [int(first[0])], 0
     while len(tokens) < count:
-        loop.advance()
+        advance()
         tokens += [token for token in loop.emitted[0].tolist() if token >= 0]
         steps += 1
     return tokens[:count], steps

@@ -7,16 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...runtime.tree import ROOT_ONLY, Tree
 from ..tree_set import published_choices
 from .options import Options
 from .report import OutOfTimeError, Report, describe
 from .shapes import SIZES
+from .torch_attention import fused_attention, product_attention
 from .torch_clock import Clock
 from .torch_loop import Loop
-from .torch_step import TorchStep, empty_caches, fused_attention, product_attention
-from .torch_weights import Heads, random_heads, random_weights
+from .torch_step import TorchStep, empty_caches
+from .torch_weights import Heads, Weights, random_heads, random_weights
 
 MARGIN = 4
 """K: heads, and the most drafted tokens that a step accepts."""
@@ -41,20 +43,9 @@ class Rig:
         self.caches = empty_caches(self.weights, 1, rows)
         for cache in self.caches:
             cache.normal_()
-        self.ways = self._ways()
+        self.ways = ways_of(self.weights, self.caches, options)
         self._chosen: dict[tuple[int, int], str] = {}
         self._heads: dict[str, Heads] = {}
-
-    def _ways(self) -> dict[str, TorchStep]:
-        wraps: dict[str, Callable[..., Any] | None] = {"": None}
-        if self.options.compile and self.clock.is_cuda:
-            wraps["compiled, "] = _compile()
-        attentions = {"fused attention": fused_attention, "attention by products": product_attention}
-        return {
-            f"{prefix}{name}": TorchStep(self.weights, self.caches, MARGIN, attend, wrap)
-            for prefix, wrap in wraps.items()
-            for name, attend in attentions.items()
-        }
 
     @property
     def itemsize(self) -> int:
@@ -122,6 +113,19 @@ def each_size(options: Options, report: Report, measure: Callable[[Rig, Report],
         gc.collect()
         if options.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def ways_of(weights: Weights, caches: list[Tensor], options: Options) -> dict[str, TorchStep]:
+    """The same step over the same caches, with each attention, compiled in between or not."""
+    wraps: dict[str, Callable[..., Any] | None] = {"": None}
+    if options.compile and options.device == "cuda":
+        wraps["compiled, "] = _compile()
+    attentions = {"fused attention": fused_attention, "attention by products": product_attention}
+    return {
+        f"{prefix}{name}": TorchStep(weights, caches, MARGIN, attend, wrap)
+        for prefix, wrap in wraps.items()
+        for name, attend in attentions.items()
+    }
 
 
 def published_tree(rows: int) -> Tree:

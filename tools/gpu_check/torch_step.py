@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .torch_attention import Attend, fused_attention
 from .torch_weights import Heads, Weights
 
 HIDDEN_BIAS = -65504.0
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -49,7 +49,7 @@ class Outputs:
 class TorchStep:
     """A backbone and its caches (key and value of layer 0, then of layer 1 …), which :meth:`run` updates in place.
 
-    ``attend``: :func:`fused_attention` or :func:`product_attention`. ``wrap`` may compile the parts between attentions.
+    ``attend``: one of :mod:`.torch_attention`. ``wrap`` may compile the parts between attentions.
     """
 
     def __init__(
@@ -68,10 +68,11 @@ class TorchStep:
         mask = self.visibility(inputs.ancestors, inputs.write_index, visible, self.margin, weights.dtype)
         angles = inputs.positions[:, :, None].float() * weights.frequencies  # [B, N, D_h/2]
         cos, sin = angles.cos()[:, None].to(weights.dtype), angles.sin()[:, None].to(weights.dtype)
-        splits = (shapes.heads, shapes.kv_heads, shapes.kv_heads)
         x = functional.embedding(inputs.tokens, weights.embedding)
         for index, layer in enumerate(weights.layers):
-            query, key, value = self.before(x, layer.input_norm, layer.qkv, cos, sin, shapes.head_dim, splits, shapes.eps)
+            query, key, value = self.before(
+                x, layer.input_norm, layer.qkv, cos, sin, shapes.head_dim, shapes.heads, shapes.kv_heads, shapes.eps
+            )
             caches = self.caches[2 * index : 2 * index + 2]
             for cache, new in zip(caches, (key, value), strict=True):
                 write(cache, new, rows, inputs.commit)
@@ -101,14 +102,14 @@ def empty_caches(weights: Weights, slots: int, rows: int) -> list[Tensor]:
 
 
 def before_attention(
-    x: Tensor, norm: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int, splits: tuple[int, int, int], eps: float
+    x: Tensor, norm: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int, heads: int, kv_heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Input x [B, N, H] to query [B, heads, N, D_h] and key, value [B, H_kv, N, D_h], rotated."""
     slots, rows = x.shape[:2]
     normed = functional.rms_norm(x, (x.shape[-1],), norm, eps)
     merged = functional.linear(normed, qkv).view(slots, rows, -1, head_dim).transpose(1, 2)
-    query, key, value = merged.split(splits, dim=1)
-    return rotate(query, cos, sin), rotate(key, cos, sin), value
+    key, value = heads, heads + kv_heads  # where their heads begin
+    return rotate(merged[:, :key], cos, sin), rotate(merged[:, key:value], cos, sin), merged[:, value:]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -126,32 +127,6 @@ def write(cache: Tensor, new: Tensor, rows: Tensor, commit: Tensor | None) -> No
     if commit is not None:
         new = torch.cat([cache.gather(2, spread(commit)), new], dim=2)
     cache.scatter_(2, spread(rows), new)
-
-
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Torch's fused kernels; a group of query heads becomes rows of its key head. Returns [B, N, heads·D_h]."""
-    grouped, mask = _grouped(query, key, mask)
-    return _rows_first(functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask), query)
-
-
-def product_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Two batched products around a softmax: for few rows these fill more of a GPU than one block a head does."""
-    grouped, mask = _grouped(query, key, mask)
-    scores = torch.matmul(grouped, key.transpose(2, 3)) * query.shape[-1] ** -0.5 + mask
-    return _rows_first(torch.matmul(scores.softmax(-1, dtype=torch.float32).to(value.dtype), value), query)
-
-
-def _grouped(query: Tensor, key: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    slots, heads, rows, width = query.shape
-    groups = heads // key.shape[1]
-    if groups == 1:
-        return query, mask
-    return query.reshape(slots, key.shape[1], groups * rows, width), mask.repeat(1, 1, groups, 1)
-
-
-def _rows_first(attended: Tensor, query: Tensor) -> Tensor:
-    slots, heads, rows, width = query.shape
-    return attended.reshape(slots, heads, rows, width).transpose(1, 2).reshape(slots, rows, heads * width)
 
 
 def after_attention(x: Tensor, attended: Tensor, out: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor:
