@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from medusa_deploy.tools.gpu_check import overhead, runner, worker
+from medusa_deploy.tools.gpu_check import doctor, overhead, runner, worker
 from medusa_deploy.tools.gpu_check.options import STAGES, Options, command_line, parse
 from medusa_deploy.tools.gpu_check.report import OutOfTimeError, Report
 from medusa_deploy.tools.gpu_check.shapes import SIZES
@@ -198,6 +198,24 @@ def test_a_size_that_fails_does_not_keep_the_next_from_its_turn(tmp_path: Path, 
     report = Report(None, 60)
     torch_rig.each_size(parse(["--out", str(tmp_path), "--device", "cpu", "--sizes", "7b,13b"]), report, measure)
     assert done == ["13b"] and report.skipped == {"7b": "RuntimeError: CUDA out of memory"}
+
+
+@pytest.mark.parametrize(("sm", "listed"), [("sm_90", False), ("sm_89", True)])
+def test_the_doctor_says_whether_tensorrt_rtx_knows_the_gpu(sm: str, listed: bool) -> None:
+    rtx = {"version": "1.7", "listed": ["SM80", "SM89"], "loads": {"SM80": "doesn't load: another GPU", "SM89": "loads"}}
+    results: dict[str, Any] = {"torch": {"version": "2", "sm": sm}, "tensorrt_rtx": rtx, "executors": []}
+    doctor._say_whether_listed(results)
+    stage = {"device": "cuda", "status": "ok", "seconds": 1, "error": None, "skipped": {}, "wrong": {}, "results": results}
+    said = describe_check({"machine": runner.machine_facts(), "stages": {"doctor": stage}})
+    assert f"{sm} {'is listed' if listed else 'is not listed'}; plans that load here: SM89" in said
+
+
+@pytest.mark.tensorrt
+def test_a_plan_for_every_listed_gpu_is_built_and_tried() -> None:
+    pytest.importorskip("tensorrt_rtx")
+    facts = doctor._tensorrt_rtx()
+    assert {"SM80", "SM89"} <= set(facts["listed"]) == set(facts["loads"])
+    assert {what.partition(":")[0] for what in facts["loads"].values()} <= {"loads", "doesn't load"}
 
 
 def test_no_work_starts_that_cannot_end_in_time() -> None:

@@ -24,10 +24,6 @@ _MAX_BYTES = 16 << 20
 
 def run(options: Options, report: Report) -> None:
     """``results["torch"]``, ``results["expected"]`` and ``results["executors"][backend]``."""
-    try:
-        report.put("torch", _torch(options, report))
-    except ImportError as error:
-        report.skip("torch", error)
     expected = _brought(options)
     cpu: Session | None = None
     found: dict[str, Any] = {}
@@ -47,6 +43,10 @@ def run(options: Options, report: Report) -> None:
         report.put("executors", found)
     if expected is not None:
         report.put("expected", {"made_by": expected["made_by"], "prompts": len(expected["prompts"])})
+    try:
+        report.put("torch", _torch(options, report))
+    except ImportError as error:
+        report.skip("torch", error)
 
 
 def _executor(session: Session, cpu: Session | None, expected: dict[str, Any]) -> dict[str, Any]:
