@@ -57,6 +57,10 @@ class RunAhead:
             sequence.draft = Draft(tree, buffers.tokens[sequence.slot, 1 : tree.rows])
         return buffers
 
+    def awaits(self, sequence: Sequence) -> bool:
+        """Whether a step of ``sequence`` is in flight."""
+        return self.in_flight > 0 and any(each is sequence for each in self._group)
+
     def leave(self) -> None:
         """Discard what is in flight: the next step starts from the host."""
         if self.in_flight:

@@ -91,6 +91,12 @@ class Decoder:
         buffers.commit[:] = self._commits
         return buffers
 
+    def release(self, sequence: Sequence) -> None:
+        """Give the sequence's slot back; a step of it that is in flight is discarded."""
+        if self._ahead is not None and self._ahead.awaits(sequence):
+            self._ahead.leave()
+        self.slots.release(sequence.slot)
+
     def _leave(self) -> None:
         if self._ahead is not None:
             self._ahead.leave()

@@ -45,6 +45,9 @@ def _settled(session: Session) -> None:
     """Nobody holds a slot, and the next request finds everything as a first one would."""
     assert session.slots.free == session.slots.slots
     assert not session.slots.lengths.any()
+    assert isinstance(session.executor, TrtExecutor) and not session.executor._flying
+    ahead = session._decoder._ahead
+    assert ahead is not None and not ahead.in_flight
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -166,7 +169,7 @@ def test_after_an_exception_the_sequence_goes_on_where_it_was(
     assert (int(session.slots.lengths[0]), sequence.tokens) == (length, tokens)
     while sequence.finish_reason is None:
         decoder.step([sequence])
-    session.slots.release(sequence.slot)
+    decoder.release(sequence)
     assert sequence.emitted == reference.generate(token_ids=[4, 5, 6], max_new_tokens=60, ignore_eos=True).token_ids
     _settled(session)
 

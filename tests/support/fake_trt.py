@@ -227,7 +227,7 @@ class FakeContext:
         outputs = list(self.engine.outputs)
         try:
             return dict(zip(outputs, self.engine.session.run(outputs, feeds), strict=True))
-        except Exception as error:  # ONNX Runtime's own classes derive from nothing narrower
+        except Exception as error:  # noqa: BLE001 - ONNX Runtime's own classes derive from nothing narrower
             raise DeviceFaultError(str(error)) from None
 
     def _array(self, name: str, shape: tuple[int, ...], address: int) -> np.ndarray:
