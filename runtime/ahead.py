@@ -63,9 +63,8 @@ class RunAhead:
 
     def leave(self) -> None:
         """Discard what is in flight: the next step starts from the host."""
-        if self.in_flight:
-            self.in_flight = 0
-            self._executor.discard()
+        self.in_flight = 0
+        self._executor.discard()
 
     def _end_of_next(self, sequences: list[Sequence], tree: Tree) -> int | None:
         """Cache row past the last one of the step after the one in flight; None where it isn't needed or may not fit."""

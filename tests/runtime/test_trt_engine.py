@@ -194,6 +194,12 @@ def test_a_cache_that_is_not_updated_in_place(
         load_fake(engine_bundle, monkeypatch, gpu)
 
 
+def test_an_engine_that_wants_a_value_on_the_host(engine_bundle: Path, gpu: FakeTrt, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.on_host = {"kept_count"}
+    with pytest.raises(EngineMismatchError, match="wants kept_count on the host"):
+        load_fake(engine_bundle, monkeypatch, gpu)
+
+
 def test_a_gpu_without_room_says_what_for(engine_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = FakeTrt(FakeRuntime(memory=100_000))
     with pytest.raises(DeviceMemoryError, match="no memory for the caches"):

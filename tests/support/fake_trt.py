@@ -46,6 +46,7 @@ class FakeTrt:
     __version__ = "9.9"
     DataType = _enum("DataType", "INT64", "BOOL", "FLOAT", "HALF")
     TensorIOMode = _enum("TensorIOMode", "INPUT", "OUTPUT")
+    TensorLocation = _enum("TensorLocation", "DEVICE", "HOST")
     ExecutionContextAllocationStrategy = _enum("ExecutionContextAllocationStrategy", "STATIC", "USER_MANAGED")
 
     class ILogger:
@@ -61,6 +62,7 @@ class FakeTrt:
         self.aliases: Callable[[str], str | None] = lambda name: (
             name.replace("present", "past") if name.startswith("present") else None
         )
+        self.on_host: set[str] = set()
         self.engines: list[FakeEngine] = []
 
     def Runtime(self, log: Any) -> FakeLoader:
@@ -132,6 +134,9 @@ class FakeEngine:
 
     def get_tensor_mode(self, name: str) -> Any:
         return self.module.TensorIOMode.INPUT if name in self.inputs else self.module.TensorIOMode.OUTPUT
+
+    def get_tensor_location(self, name: str) -> Any:
+        return self.module.TensorLocation.HOST if name in self.module.on_host else self.module.TensorLocation.DEVICE
 
     def get_tensor_dtype(self, name: str) -> Any:
         return self.module.DataType[_TYPES[(self.inputs | self.outputs)[name].type]]
