@@ -19,6 +19,6 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_session(args: argparse.Namespace, **options: Any) -> Session:
     """The bundle on the engine that the arguments name; ``options`` as of ``load``."""
-    from ..runtime.session import load
+    from ..runtime import load
 
     return load(args.bundle, backend=args.backend, target=args.target, threads=args.threads, **options)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from medusa_deploy.export.engine import profiles_for
 from medusa_deploy.runtime import cuda, trt_load
 from medusa_deploy.runtime.bundle import open_bundle, record_files, write_manifest
-from medusa_deploy.runtime.engine_record import EngineRecord, Profile, TensorRecord
+from medusa_deploy.runtime.engine_record import Profile
 from medusa_deploy.runtime.session import Session, load
 from support.fake_cuda import FakeRuntime
 from support.fake_trt import NUMPY_NAMES, FakeTrt, write_plan
@@ -21,11 +22,15 @@ from support.fake_trt import NUMPY_NAMES, FakeTrt, write_plan
 TARGET = "sm_89"
 
 
-def _tensors(values: Any) -> tuple[TensorRecord, ...]:
-    return tuple(
-        TensorRecord(value.name, NUMPY_NAMES[value.type], tuple(s if isinstance(s, int) else -1 for s in value.shape))
+def _tensors(values: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": value.name,
+            "dtype": NUMPY_NAMES[value.type],
+            "shape": [size if isinstance(size, int) else -1 for size in value.shape],
+        }
         for value in values
-    )
+    ]
 
 
 def add_fake_engine(
@@ -42,7 +47,7 @@ def add_fake_engine(
     write_plan(place / "heads.plan", heads, [replace(profiles[0], slots=(1, 1, manifest.limits.batch))])
     session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
     record = engine_record(backend, target, manifest.files[manifest.variants[variant]].sha256, profiles, session)
-    (place / "engine.json").write_text(record.to_json())
+    (place / "engine.json").write_text(record)
     files = {f"engines/{target}/{name}": entry for name, entry in record_files(place).items()}
     engines = {**manifest.engines, target: f"engines/{target}/engine.json"}
     write_manifest(folder, replace(manifest, files={**manifest.files, **files}, engines=engines))
@@ -51,22 +56,24 @@ def add_fake_engine(
 
 def engine_record(
     backend: str, target: str, graph_sha256: str, profiles: tuple[Profile, ...], session: onnxruntime.InferenceSession
-) -> EngineRecord:
-    """What ``build`` would write down of the graph that ``session`` runs."""
-    return EngineRecord(
-        backend=backend,
-        backend_version=FakeTrt.__version__,
-        target=target,
-        precision="fp16",
-        weights="inside",
-        plan="step.plan",
-        heads_plan="heads.plan",
-        graph_sha256=graph_sha256,
-        profiles=profiles,
-        inputs=_tensors(session.get_inputs()),
-        outputs=_tensors(session.get_outputs()),
-        warnings=(),
-    )
+) -> str:
+    """What ``build`` would write down of the graph that ``session`` runs: the least that any version of the record says."""
+    record = {
+        "record_version": 1,
+        "backend": backend,
+        "backend_version": FakeTrt.__version__,
+        "target": target,
+        "precision": "fp16",
+        "weights": "inside",
+        "plan": "step.plan",
+        "heads_plan": "heads.plan",
+        "graph_sha256": graph_sha256,
+        "profiles": [asdict(profile) for profile in profiles],
+        "inputs": _tensors(session.get_inputs()),
+        "outputs": _tensors(session.get_outputs()),
+        "warnings": [],
+    }
+    return json.dumps(record)
 
 
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, module: FakeTrt) -> None:
