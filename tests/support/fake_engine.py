@@ -11,15 +11,24 @@ from typing import Any
 import onnxruntime
 import pytest
 
-from medusa_deploy.export.engine import profiles_for
 from medusa_deploy.runtime import cuda, trt_load
 from medusa_deploy.runtime.bundle import open_bundle, record_files, write_manifest
 from medusa_deploy.runtime.engine_record import Profile
+from medusa_deploy.runtime.manifest import Manifest
 from medusa_deploy.runtime.session import Session, load
 from support.fake_cuda import FakeRuntime
 from support.fake_trt import NUMPY_NAMES, FakeTrt, write_plan
 
 TARGET = "sm_89"
+
+
+def profiles_for(manifest: Manifest, rows: Sequence[int]) -> tuple[Profile, ...]:
+    """One profile for prefill, one for each number of rows, as ``build`` makes them."""
+    limits = manifest.limits
+    columns, slots = (1, min(512, limits.cache_rows), limits.cache_rows), (1, 1, limits.batch)
+    chunk = limits.prefill_chunk
+    prefill = Profile("prefill", (1, chunk, chunk), (1, 1, 1), (1, 1, 1), columns, (1, 1, 1))
+    return prefill, *(Profile(f"rows-{n}", (n, n, n), (n, n, n), slots, columns, (1, n, max(rows))) for n in rows)
 
 
 def _tensors(values: Any) -> list[dict[str, Any]]:
