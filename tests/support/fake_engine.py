@@ -43,19 +43,28 @@ def _tensors(values: Any) -> list[dict[str, Any]]:
 
 
 def add_fake_engine(
-    folder: Path, *, rows: Sequence[int] = (1, 4, 8, 16), target: str = TARGET, backend: str = "tensorrt", variant: str = "device"
+    folder: Path,
+    *,
+    rows: Sequence[int] = (1, 4, 8, 16),
+    target: str = TARGET,
+    backend: str = "tensorrt",
+    network: Path | None = None,
 ) -> Path:
-    """Put an engine into the bundle as ``build`` does: plans that the fake can run, the record, the manifest."""
+    """Put an engine into the bundle as ``build`` does: plans that the fake can run, the record, the manifest.
+
+    ``network``: what the plan runs in the place of the bundle's device graph.
+    """
     bundle = open_bundle(folder, check_hashes=False)
     manifest = bundle.manifest
-    graph, heads = (bundle.path(name).resolve() for name in (manifest.variants[variant], manifest.heads_graph))
+    device = manifest.variants["device"]
+    graph, heads = (network or bundle.path(device)).resolve(), bundle.path(manifest.heads_graph).resolve()
     profiles = profiles_for(manifest, rows)
     place = folder / "engines" / target
     place.mkdir(parents=True)
     write_plan(place / "step.plan", graph, profiles)
     write_plan(place / "heads.plan", heads, [replace(profiles[0], slots=(1, 1, manifest.limits.batch))])
     session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
-    record = engine_record(backend, target, manifest.files[manifest.variants[variant]].sha256, profiles, session)
+    record = engine_record(backend, target, manifest.files[device].sha256, profiles, session)
     (place / "engine.json").write_text(record)
     files = {f"engines/{target}/{name}": entry for name, entry in record_files(place).items()}
     engines = {**manifest.engines, target: f"engines/{target}/engine.json"}

@@ -169,7 +169,8 @@ class FakeContext:
         self.module = engine.module
         self.profile = -1
         self.scratch = (0, 0)
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        shapes = {name: tuple(engine.get_tensor_shape(name)) for name in engine.inputs}
+        self.shapes = {name: shape for name, shape in shapes.items() if min(shape) >= 0}
         self.addresses: dict[str, int] = {}
         self._settled: dict[str, tuple[int, ...]] | None = None
         if isinstance(self.module, FakeTrtRtx):
