@@ -57,11 +57,14 @@ class RunAhead:
             sequence.draft = Draft(tree, buffers.tokens[sequence.slot, 1 : tree.rows])
         return buffers
 
+    def awaits(self, sequence: Sequence) -> bool:
+        """Whether a step of ``sequence`` is in flight."""
+        return self.in_flight > 0 and any(each is sequence for each in self._group)
+
     def leave(self) -> None:
         """Discard what is in flight: the next step starts from the host."""
-        if self.in_flight:
-            self.in_flight = 0
-            self._executor.discard()
+        self.in_flight = 0
+        self._executor.discard()
 
     def _end_of_next(self, sequences: list[Sequence], tree: Tree) -> int | None:
         """Cache row past the last one of the step after the one in flight; None where it isn't needed or may not fit."""

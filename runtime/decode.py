@@ -91,9 +91,17 @@ class Decoder:
         buffers.commit[:] = self._commits
         return buffers
 
+    def release(self, sequence: Sequence) -> None:
+        """Give the sequence's slot back; a step of it that is in flight is discarded."""
+        if self._ahead is not None and self._ahead.awaits(sequence):
+            self._leave()
+        self.slots.release(sequence.slot)
+
     def _leave(self) -> None:
-        if self._ahead is not None:
+        """Discard what is in flight; it has moved all rows that were to be moved."""
+        if self._ahead is not None and self._ahead.in_flight:
             self._ahead.leave()
+            self._commits[:] = self.slots.lengths[:, None] + self._in_place
 
     def _wanted(self, sequences: list[Sequence]) -> Wanted:
         on_host = [not sequence.params.plain_argmax for sequence in sequences]

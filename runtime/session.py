@@ -44,7 +44,7 @@ class Session:
         self._drafts = drafts
         self.max_rows = limits.max_rows if max_rows is None else min(max_rows, limits.max_rows)
         self._decoder = Decoder(executor, self.slots, self.manifest.heads.num_heads, limits.prefill_chunk)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a stream may be closed by the garbage collector, in the middle of anything
         self._codec: Any = None
         self._template: Any = None
 
@@ -140,11 +140,11 @@ class Session:
                         run.take(tokens)
                 for index in [index for index, run in running.items() if run.sequence.finish_reason is not None]:
                     run = running.pop(index)
-                    self.slots.release(run.sequence.slot)
+                    self._release(run.sequence)
                     yield index, run.generation()
         finally:
             for run in running.values():
-                self.slots.release(run.sequence.slot)
+                self._release(run.sequence)
 
     def _start(self, request: Request) -> Generator[Chunk, None, Generation]:
         run = self._open(request)
@@ -160,7 +160,11 @@ class Session:
             yield run.last_chunk()
             return run.generation()
         finally:
-            self.slots.release(sequence.slot)
+            self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        with self._lock:
+            self._decoder.release(sequence)
 
     def _open(self, request: Request) -> Run:
         ids = self.encode(request)

@@ -137,10 +137,10 @@ def open_plan(module: Any, bundle: Bundle, target: str, plan: str) -> Engine:
 
 
 def check_tensors(engine: Engine, inputs: Sequence[TensorRecord], outputs: Sequence[TensorRecord], profiles: int) -> None:
-    """The engine's inputs, outputs and number of profiles are the record's.
+    """The engine's inputs, outputs and number of profiles are the record's, and all of them lie on the device.
 
     Raises:
-        EngineMismatchError: they differ, and where.
+        EngineMismatchError: they differ, and where; or the engine wants a value on the host.
     """
     found: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {"INPUT": {}, "OUTPUT": {}}
     plan = engine.plan
@@ -149,6 +149,8 @@ def check_tensors(engine: Engine, inputs: Sequence[TensorRecord], outputs: Seque
         mode = str(plan.get_tensor_mode(name)).rpartition(".")[2]
         dtype = str(plan.get_tensor_dtype(name)).rpartition(".")[2]
         shape = tuple(int(size) for size in plan.get_tensor_shape(name))
+        if str(plan.get_tensor_location(name)).endswith("HOST"):
+            raise EngineMismatchError(f"the engine wants {name} on the host, in every step", hint="report this")
         found[mode][name] = (_NUMPY_NAMES.get(dtype, dtype.lower()), shape)
     for mode, records in (("INPUT", inputs), ("OUTPUT", outputs)):
         expected = {record.name: (record.dtype, record.shape) for record in records}

@@ -13,21 +13,27 @@ STAGING_BYTES = 32 << 20
 _ALIGNMENT = 256
 
 
-class WeightInput(Protocol):
+class Piece(Protocol):
+    """Bytes of one of the bundle's files."""
+
+    @property
+    def file(self) -> str: ...  # noqa: D102
+    @property
+    def offset(self) -> int: ...  # noqa: D102
+    @property
+    def nbytes(self) -> int: ...  # noqa: D102
+
+
+class Weight(Protocol):
     """What an engine's record says of such an input; ``pieces`` lie one after another in device memory."""
 
     @property
-    def name(self) -> str:
-        """The engine's input."""
-        ...
-
+    def name(self) -> str: ...  # noqa: D102
     @property
-    def pieces(self) -> Sequence[tuple[str, int, int]]:
-        """File of the bundle, offset and number of bytes of each piece."""
-        ...
+    def pieces(self) -> Sequence[Piece]: ...  # noqa: D102
 
 
-def upload_weights(cuda: Cuda, stream: Any, bundle: Bundle, weights: Sequence[WeightInput]) -> dict[str, int]:
+def upload_weights(cuda: Cuda, stream: Any, bundle: Bundle, weights: Sequence[Weight]) -> dict[str, int]:
     """Device addresses by input name, after all bytes have arrived. One allocation holds them all.
 
     The two halves of the staging buffer take turns: one is read from disk while the other is on its way.
@@ -40,7 +46,7 @@ def upload_weights(cuda: Cuda, stream: Any, bundle: Bundle, weights: Sequence[We
     total = 0
     for weight in weights:
         offsets[weight.name] = total
-        total += -(-sum(nbytes for _, _, nbytes in weight.pieces) // _ALIGNMENT) * _ALIGNMENT
+        total += -(-sum(piece.nbytes for piece in weight.pieces) // _ALIGNMENT) * _ALIGNMENT
     if not total:
         return {}
     memory = cuda.allocate(total, f"{len(offsets)} weights")
@@ -51,17 +57,18 @@ def upload_weights(cuda: Cuda, stream: Any, bundle: Bundle, weights: Sequence[We
     for event in sent:
         cuda.record(event, stream)
     turn = 0
-    for address, name, offset, nbytes in pieces:
-        with bundle.path(name).open("rb", buffering=0) as file:
-            file.seek(offset)
-            for start in range(0, nbytes, half):
-                count = min(half, nbytes - start)
+    for address, piece in pieces:
+        with bundle.path(piece.file).open("rb", buffering=0) as file:
+            file.seek(piece.offset)
+            for start in range(0, piece.nbytes, half):
+                count = min(half, piece.nbytes - start)
                 at = turn * half
                 cuda.wait(sent[turn])
-                view = memoryview(staging.bytes)[at : at + count]
+                view = staging.bytes.data[at : at + count]
                 if _read(file, view) != count:
                     raise BundleIntegrityError(
-                        f"{name} ends before byte {offset + nbytes}, where a weight lies", hint="copy or export the bundle again"
+                        f"{piece.file} ends before byte {piece.offset + piece.nbytes}, where a weight lies",
+                        hint="copy or export the bundle again",
                     )
                 cuda.upload(address + start, staging.address + at, count, stream)
                 cuda.record(sent[turn], stream)
@@ -71,12 +78,12 @@ def upload_weights(cuda: Cuda, stream: Any, bundle: Bundle, weights: Sequence[We
     return {name: memory.address + offset for name, offset in offsets.items()}
 
 
-def _placed(memory: DeviceMemory, offset: int, weight: WeightInput) -> list[tuple[int, str, int, int]]:
+def _placed(memory: DeviceMemory, offset: int, weight: Weight) -> list[tuple[int, Piece]]:
     """Each piece with its device address."""
     placed = []
-    for name, start, nbytes in weight.pieces:
-        placed.append((memory.address + offset, name, start, nbytes))
-        offset += nbytes
+    for piece in weight.pieces:
+        placed.append((memory.address + offset, piece))
+        offset += piece.nbytes
     return placed
 
 

@@ -13,13 +13,19 @@ if TYPE_CHECKING:
     from ..runtime.manifest import Manifest
     from ..runtime.session import Session
     from ..runtime.tree import Tree
-    from .timed_run import TimedRun
+    from .timed_run import TimedRun, Way
 
 HELP = "measure plain against Medusa decoding, interleaved"
 
 Advance = Callable[[int, str], object]
 _WARMUP_TOKENS = 16
-_TITLES = {"plain": "plain", "medusa": "Medusa", "heads_only": "without lookup", "fixed_tree": "on a fixed tree"}
+_TITLES = {
+    "plain": "plain",
+    "medusa": "Medusa",
+    "best_rows": "rows chosen by the host",
+    "heads_only": "without lookup",
+    "fixed_tree": "on a fixed tree",
+}
 
 
 def bench(
@@ -36,7 +42,9 @@ def bench(
     """Decode every prompt in several ways, greedily, ``repeats`` times.
 
     ``plain``; ``medusa``, as sessions draft by default, with ``rows`` rows a step (None: as many as the bundle's tree has);
-    ``heads_only``, the same without prompt lookup; with a ``tree``, ``fixed_tree``: these rows in every step.
+    ``heads_only``, the same without prompt lookup; with a ``tree``, ``fixed_tree``: these rows in every step. Where steps run
+    ahead of the host and no ``rows`` are given, ``medusa`` is the bundle's tree, as sessions draft there, and ``best_rows`` what
+    ``medusa`` is elsewhere.
     The ways follow each other on each prompt and take turns in going first, so that what else the machine does hits them all.
     Rates are of decoding: tokens after the first, over the wall time of the steps. A prompt's time is the median of its repeats;
     a way's rate is all prompts' tokens over all prompts' time, and ``speedup`` the ratio of two such rates. ``median_speedup`` is
@@ -48,7 +56,6 @@ def bench(
         UsageError: nothing to measure.
     """
     from ..runtime.errors import UsageError
-    from ..runtime.tree import ROOT_ONLY
     from .environment import plain_step_bytes
     from .prompt_source import check_room
     from .timed_run import Way, timed_run
@@ -58,8 +65,8 @@ def bench(
             f"{len(prompts)} prompts, {repeats} repeats, {max_new_tokens} tokens", hint="at least 1 prompt, 1 repeat and 2 tokens"
         )
     check_room(session, list(prompts), max_new_tokens)
+    ways = ways_of(session, rows)
     rows = rows or session.tree.rows
-    ways = {"plain": Way(ROOT_ONLY), "medusa": Way(rows=rows, lookup=True), "heads_only": Way(rows=rows)}
     if tree is not None:
         ways["fixed_tree"] = Way(tree)
     for _ in range(warmup):
@@ -74,12 +81,26 @@ def bench(
                 runs[name][index].append(timed_run(session, prompt, ways[name], max_new_tokens))
                 progress(done := done + 1, f"prompt {index + 1}, {name}")
     report = summarise(runs)
-    report["medusa"]["rows"] = report["heads_only"]["rows"] = rows
+    for name in ("medusa", "best_rows", "heads_only"):
+        if name in report:
+            report[name]["rows"] = rows
     if tree is not None:
         report["fixed_tree"] |= {"rows": tree.rows, "choices": tree.choices()}
     seconds = report["plain"]["ms_per_step"] / 1e3
     report["bandwidth_gb_s"] = plain_step_bytes(session.manifest) / seconds / 1e9
     return {"prompts": len(prompts), "repeats": repeats, "max_new_tokens": max_new_tokens, **report}
+
+
+def ways_of(session: Session, rows: int | None) -> dict[str, Way]:
+    """The ways that :func:`bench` compares, by name."""
+    from ..runtime.executor import AheadExecutor
+    from ..runtime.tree import ROOT_ONLY
+    from .timed_run import Way
+
+    best, heads_only = (Way(rows=rows or session.tree.rows, lookup=lookup) for lookup in (True, False))
+    if rows is None and isinstance(session.executor, AheadExecutor):
+        return {"plain": Way(ROOT_ONLY), "medusa": Way(session.tree), "best_rows": best, "heads_only": heads_only}
+    return {"plain": Way(ROOT_ONLY), "medusa": best, "heads_only": heads_only}
 
 
 def summarise(runs: Mapping[str, Sequence[Sequence[TimedRun]]]) -> dict[str, Any]:
@@ -154,6 +175,7 @@ def _side(runs: Sequence[Sequence[TimedRun]]) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     from .console import add_json_argument, positive_int
+    from .engine_options import add_engine_arguments
     from .prompt_source import add_prompt_arguments
 
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
@@ -168,22 +190,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sweep", action="store_true", help="also measure the step time for 1 to 16 rows, and the tree size it suggests"
     )
     parser.add_argument("--seed", type=int, default=0, help="of random prompts and the random tree (default: %(default)s)")
-    parser.add_argument("--variant", help="which of the bundle's graphs to run (default: the CPU's)")
+    add_engine_arguments(parser)
+    parser.add_argument("--variant", help="which of the bundle's graphs the CPU runs (default: the fastest that can)")
     parser.add_argument("--threads", type=int, metavar="N", help="engine threads (default: all cores)")
     add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Bench and print; 1 when the ways of decoding emitted different tokens."""
-    from ..runtime.session import load
     from .console import Progress, emit
+    from .engine_options import load_session
     from .environment import environment
     from .prompt_source import prompts_for
 
-    session = load(args.bundle, threads=args.threads, variant=args.variant)
+    session = load_session(args, variant=args.variant)
     tree, note = _tree(session.manifest, args.tree, args.seed)
     prompts = prompts_for(session, args.prompts, args.count, args.seed)
-    with Progress("bench", (3 + (tree is not None)) * len(prompts) * args.repeats) as bar:
+    with Progress("bench", (len(ways_of(session, args.rows)) + (tree is not None)) * len(prompts) * args.repeats) as bar:
         options = {"max_new_tokens": args.max_new_tokens, "repeats": args.repeats, "progress": bar.update}
         report = bench(session, prompts, rows=args.rows, tree=tree, **options)
         if args.sweep:
@@ -191,7 +214,8 @@ def run(args: argparse.Namespace) -> int:
 
             bar.phase("sweep")
             report["sweep"] = row_sweep(session, progress=bar.update)
-    report = {"environment": environment(session) | {"threads": args.threads}, **report} | ({"tree_note": note} if note else {})
+    facts = environment(session) | {"threads": args.threads, "backend": args.backend}
+    report = {"environment": facts, **report} | ({"tree_note": note} if note else {})
     emit(describe(report), report, args.json)
     return 1 if report["equal"]["different"] else 0
 

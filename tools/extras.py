@@ -14,8 +14,8 @@ EXTRAS = {
     "gpu": ("onnxruntime-gpu", "tokenizers", "minijinja"),
     "export": (*_CPU, "accelerate", "gguf", "onnx", "onnx-ir", "onnxscript", "safetensors", "torch", "transformers"),
     "serve": (*_CPU, "msgspec", "prometheus-client", "starlette", "uvicorn"),
-    "tensorrt": ("tensorrt", "cuda-bindings"),
-    "tensorrt-rtx": ("tensorrt-rtx",),
+    "tensorrt": ("tensorrt", "cuda-bindings", "tokenizers", "minijinja"),
+    "tensorrt-rtx": ("tensorrt-rtx", "cuda-bindings", "tokenizers", "minijinja"),
 }
 _SAME_MODULE = {"onnxruntime": "onnxruntime-gpu"}
 # The oldest versions that the runtime works with, as in pyproject.toml.

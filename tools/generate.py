@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .console import STDOUT, add_json_argument, positive_int
+from .engine_options import add_engine_arguments, load_session
 
 if TYPE_CHECKING:
     from ..runtime.session import Chunk, Session
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--rows", type=positive_int, metavar="N", help="rows of a step, the root included (default: the bundle's)")
     parser.add_argument("--no-lookup", action="store_true", help="draft from the heads alone, not from what the text repeats")
+    add_engine_arguments(parser)
     parser.add_argument("--threads", type=positive_int, help="CPU threads (default: all cores)")
     parser.add_argument("--no-hashes", action="store_true", help="don't read the whole bundle to check it first")
     sampling = parser.add_argument_group("choice of tokens")
@@ -67,11 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The verb."""
-    from ..runtime import load
     from .console import say, write_json
 
     prompt = None if args.token_ids is not None else read_prompt(args.prompt)
-    session = load(args.bundle, threads=args.threads, check_hashes=not args.no_hashes)
+    session = load_session(args, check_hashes=not args.no_hashes)
     streams = args.json != STDOUT
     report = generate(session, write=_write if streams else lambda text: None, **_options(session, args, prompt))
     if streams:
@@ -151,7 +152,7 @@ def _options(session: Session, args: argparse.Namespace, prompt: str | None) -> 
     given: dict[str, Any] = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
     params = SamplingParams(**given, logit_bias=dict(args.logit_bias))
     options: dict[str, Any] = {**_prompt_option(session, args, prompt), "params": params, "stop": tuple(args.stop)}
-    options |= {"ignore_eos": args.ignore_eos, "lookup": not args.no_lookup, "rows": args.rows}
+    options |= {"ignore_eos": args.ignore_eos, "lookup": False if args.no_lookup else None, "rows": args.rows}
     options["tree"] = ROOT_ONLY if args.plain else _tree(session, args.tree)
     room = session.manifest.limits.capacity - len(session.encode(Request(**options)))
     options["max_new_tokens"] = args.max_new_tokens or max(1, min(_MAX_NEW_TOKENS, room))

@@ -59,9 +59,10 @@ class Probe:
         buffers = self._executor.buffers(tree.rows, wanted)
         for slot in range(self._executor.layout.slots):
             buffers.idle(slot, self.length if slot == self._slot else 0)
-        buffers.tokens[self._slot] = tokens
-        buffers.positions[self._slot] = self.length + tree.depths
-        buffers.ancestors[self._slot] = tree.ancestors
+        rows = tree.rows  # engines may take more, the rest of which are padding
+        buffers.tokens[self._slot, :rows] = tokens
+        buffers.positions[self._slot, :rows] = self.length + tree.depths
+        buffers.ancestors[self._slot, :rows, :rows] = tree.ancestors
         buffers.forced[self._slot] = 1
         buffers.write_index[self._slot] = self._margin + self.length
         self._executor.step(buffers, wanted)

@@ -99,6 +99,7 @@ def verify(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     from .console import add_json_argument
+    from .engine_options import add_engine_arguments
     from .prompt_source import add_prompt_arguments
 
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
@@ -123,7 +124,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the random tree, random prompts and sampling (default: %(default)s)"
     )
-    parser.add_argument("--variant", help="which of the bundle's graphs to run (default: the CPU's)")
+    add_engine_arguments(parser)
+    parser.add_argument("--variant", help="which of the bundle's graphs the CPU runs (default: the fastest that can)")
     parser.add_argument("--threads", type=int, metavar="N", help="engine threads (default: all cores)")
     add_json_argument(parser)
 
@@ -131,13 +133,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Verify, print the tables; 1 when a divergence is unexplained."""
     from ..runtime.sampling import SamplingParams
-    from ..runtime.session import load
     from .console import Progress, emit
+    from .engine_options import load_session
     from .environment import environment
     from .prompt_source import prompts_for
     from .tree_set import TreeSet, trees_for
 
-    session = load(args.bundle, threads=args.threads, variant=args.variant)
+    session = load_session(args, variant=args.variant)
     names = [name for name in args.trees.split(",") if name]
     best_rows = BEST_ROWS in names or not names
     fixed = [name for name in names if name != BEST_ROWS]
@@ -158,7 +160,8 @@ def run(args: argparse.Namespace) -> int:
             sample = SamplingParams(mode="sample", seed=args.seed)
             report["sampled"] = verify(session, prompts, sample=sample, progress=bar.update, **options)
             report["unexplained"] += report["sampled"]["unexplained"]
-    report = {"environment": environment(session), **report, "notes": chosen.notes, "skipped": chosen.skipped}
+    facts = environment(session) | {"backend": args.backend}
+    report = {"environment": facts, **report, "notes": chosen.notes, "skipped": chosen.skipped}
     emit(describe(report), report, args.json)
     return 1 if report["unexplained"] else 0
 

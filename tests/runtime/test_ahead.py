@@ -45,6 +45,9 @@ def _settled(session: Session) -> None:
     """Nobody holds a slot, and the next request finds everything as a first one would."""
     assert session.slots.free == session.slots.slots
     assert not session.slots.lengths.any()
+    assert isinstance(session.executor, TrtExecutor) and not session.executor._flying
+    ahead = session._decoder._ahead
+    assert ahead is not None and not ahead.in_flight
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -130,9 +133,10 @@ def test_streams_that_take_turns_discard_nothing(
     assert launched, "alone, it runs ahead"
 
 
+@pytest.mark.parametrize("before", range(1, 8))
 @pytest.mark.parametrize("failing", ["collect", "launch_next", "results"])
 def test_after_an_exception_the_sequence_goes_on_where_it_was(
-    sessions: dict[int, Session], reference: Session, monkeypatch: pytest.MonkeyPatch, failing: str
+    sessions: dict[int, Session], reference: Session, monkeypatch: pytest.MonkeyPatch, failing: str, before: int
 ) -> None:
     """A step in flight is discarded with the one that failed; what it moved stays moved."""
     session = sessions[1]
@@ -140,7 +144,7 @@ def test_after_an_exception_the_sequence_goes_on_where_it_was(
     run = session._open(Request(token_ids=[4, 5, 6], max_new_tokens=60, tree=WIDE, ignore_eos=True))
     sequence = run.sequence
     decoder.prefill(sequence)
-    for _ in range(6):
+    for _ in range(before):
         decoder.step([sequence])
     length, tokens = int(session.slots.lengths[0]), list(sequence.tokens)
     with monkeypatch.context() as patch:
@@ -154,19 +158,20 @@ def test_after_an_exception_the_sequence_goes_on_where_it_was(
 
             patch.setattr(TrtExecutor, "collect", broken)
         else:
+            method, calls = getattr(TrtExecutor, failing), iter(range(9))
 
-            def fail(self: TrtExecutor, *_arguments: object) -> None:
-                raise NumericsError("it failed")
+            def fail_once(self: TrtExecutor, *arguments: Any) -> Any:
+                if next(calls) == 0:
+                    raise NumericsError("it failed")
+                return method(self, *arguments)
 
-            patch.setattr(TrtExecutor, failing, fail)
-            if failing == "collect":  # discarding is collecting
-                patch.setattr(TrtExecutor, "discard", lambda self: self._flying.clear())
+            patch.setattr(TrtExecutor, failing, fail_once)
         with pytest.raises(NumericsError):
             decoder.step([sequence])
     assert (int(session.slots.lengths[0]), sequence.tokens) == (length, tokens)
     while sequence.finish_reason is None:
         decoder.step([sequence])
-    session.slots.release(sequence.slot)
+    decoder.release(sequence)
     assert sequence.emitted == reference.generate(token_ids=[4, 5, 6], max_new_tokens=60, ignore_eos=True).token_ids
     _settled(session)
 

@@ -23,10 +23,10 @@ from medusa_deploy.runtime.errors import (
     MissingDependencyError,
     UsageError,
 )
-from medusa_deploy.runtime.trt_engine import import_backend
+from medusa_deploy.runtime.trt_engine import import_backend, open_plan
 from support.fake_cuda import FakeRuntime
 from support.fake_engine import TARGET, add_fake_engine, fake_gpu, load_fake
-from support.fake_trt import FakeTrt
+from support.fake_trt import FakeConfig, FakeContext, FakeEngine, FakeLoader, FakeTrt, FakeTrtRtx
 
 
 @pytest.fixture
@@ -194,6 +194,12 @@ def test_a_cache_that_is_not_updated_in_place(
         load_fake(engine_bundle, monkeypatch, gpu)
 
 
+def test_an_engine_that_wants_a_value_on_the_host(engine_bundle: Path, gpu: FakeTrt, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.on_host = {"kept_count"}
+    with pytest.raises(EngineMismatchError, match="wants kept_count on the host"):
+        load_fake(engine_bundle, monkeypatch, gpu)
+
+
 def test_a_gpu_without_room_says_what_for(engine_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = FakeTrt(FakeRuntime(memory=100_000))
     with pytest.raises(DeviceMemoryError, match="no memory for the caches"):
@@ -214,3 +220,27 @@ def test_an_unknown_backend(engine_bundle: Path) -> None:
     assert "tensorrt-rtx" in caught.value.hint
     with pytest.raises(UsageError, match="the backend cpu takes no target"):
         load(engine_bundle, target=TARGET)
+
+
+@pytest.mark.tensorrt
+def test_the_real_package_has_all_that_the_fake_stands_for() -> None:
+    real = pytest.importorskip("tensorrt_rtx")
+    config = {"cuda_graph_strategy": None, "dynamic_shapes_kernel_specialization_strategy": None}
+    for kind, fake in (
+        (real.Runtime, vars(FakeLoader)),
+        (real.ICudaEngine, vars(FakeEngine)),
+        (real.IExecutionContext, {**vars(FakeContext), "is_stream_capturable": None}),
+        (real.IRuntimeConfig, {**vars(FakeConfig), **config}),
+    ):
+        assert [name for name in fake if not name.startswith("_") and not hasattr(kind, name)] == []
+    for name in ("ExecutionContextAllocationStrategy", "CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy"):
+        assert {member.name for member in getattr(FakeTrtRtx, name)} <= set(getattr(real, name).__members__)
+
+
+@pytest.mark.tensorrt
+def test_the_real_package_refuses_a_plan_by_name(folder: Path) -> None:
+    real = pytest.importorskip("tensorrt_rtx")
+    bundle = open_bundle(folder, check_hashes=False)
+    with pytest.raises(EngineError, match="can't load step.plan for sm_89: ") as caught:
+        open_plan(real, bundle, TARGET, "step.plan")
+    assert "no reason given" not in caught.value.message

@@ -124,7 +124,7 @@ def _nothing_moves_after_a_prompt(patch: pytest.MonkeyPatch) -> None:
 
     def wrong(self: TrtExecutor, *arguments: Any) -> StepBuffers:
         buffers = right(self, *arguments)
-        self._now = 1 - self._now
+        self._now = self._now if arguments[2] else 1 - self._now  # once a prompt, not once a chunk
         return buffers
 
     patch.setattr(TrtExecutor, "prefill", wrong)
@@ -204,7 +204,7 @@ def test_a_fault_is_caught(engine_bundle: Path, expected: Outcome, fault: str) -
         with _session(engine_bundle, _FAULTS[fault], fast=fast) as session:
             try:
                 found = _use(session)
-            except (DeviceFaultError, AssertionError, IndexError, KeyError):
+            except (DeviceFaultError, AssertionError, IndexError, KeyError, StopIteration):  # answers that end too early too
                 return
         if not _right(found, expected):
             return

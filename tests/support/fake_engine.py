@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import pytest
 
-from medusa_deploy.export.engine import profiles_for
 from medusa_deploy.runtime import cuda, trt_load
 from medusa_deploy.runtime.bundle import open_bundle, record_files, write_manifest
-from medusa_deploy.runtime.engine_record import EngineRecord, Profile, TensorRecord
+from medusa_deploy.runtime.engine_record import Profile
+from medusa_deploy.runtime.manifest import Manifest
 from medusa_deploy.runtime.session import Session, load
 from support.fake_cuda import FakeRuntime
 from support.fake_trt import NUMPY_NAMES, FakeTrt, write_plan
@@ -21,28 +22,50 @@ from support.fake_trt import NUMPY_NAMES, FakeTrt, write_plan
 TARGET = "sm_89"
 
 
-def _tensors(values: Any) -> tuple[TensorRecord, ...]:
-    return tuple(
-        TensorRecord(value.name, NUMPY_NAMES[value.type], tuple(s if isinstance(s, int) else -1 for s in value.shape))
+def profiles_for(manifest: Manifest, rows: Sequence[int]) -> tuple[Profile, ...]:
+    """One profile for prefill, one for each number of rows, as ``build`` makes them."""
+    limits = manifest.limits
+    columns, slots = (1, min(512, limits.cache_rows), limits.cache_rows), (1, 1, limits.batch)
+    chunk = limits.prefill_chunk
+    prefill = Profile("prefill", (1, chunk, chunk), (1, 1, 1), (1, 1, 1), columns, (1, 1, 1))
+    return prefill, *(Profile(f"rows-{n}", (n, n, n), (n, n, n), slots, columns, (1, n, max(rows))) for n in rows)
+
+
+def _tensors(values: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": value.name,
+            "dtype": NUMPY_NAMES[value.type],
+            "shape": [size if isinstance(size, int) else -1 for size in value.shape],
+        }
         for value in values
-    )
+    ]
 
 
 def add_fake_engine(
-    folder: Path, *, rows: Sequence[int] = (1, 4, 8, 16), target: str = TARGET, backend: str = "tensorrt", variant: str = "device"
+    folder: Path,
+    *,
+    rows: Sequence[int] = (1, 4, 8, 16),
+    target: str = TARGET,
+    backend: str = "tensorrt",
+    network: Path | None = None,
 ) -> Path:
-    """Put an engine into the bundle as ``build`` does: plans that the fake can run, the record, the manifest."""
+    """Put an engine into the bundle as ``build`` does: plans that the fake can run, the record, the manifest.
+
+    ``network``: what the plan runs in the place of the bundle's device graph.
+    """
     bundle = open_bundle(folder, check_hashes=False)
     manifest = bundle.manifest
-    graph, heads = (bundle.path(name).resolve() for name in (manifest.variants[variant], manifest.heads_graph))
+    device = manifest.variants["device"]
+    graph, heads = (network or bundle.path(device)).resolve(), bundle.path(manifest.heads_graph).resolve()
     profiles = profiles_for(manifest, rows)
     place = folder / "engines" / target
     place.mkdir(parents=True)
     write_plan(place / "step.plan", graph, profiles)
     write_plan(place / "heads.plan", heads, [replace(profiles[0], slots=(1, 1, manifest.limits.batch))])
     session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
-    record = engine_record(backend, target, manifest.files[manifest.variants[variant]].sha256, profiles, session)
-    (place / "engine.json").write_text(record.to_json())
+    record = engine_record(backend, target, manifest.files[device].sha256, profiles, session)
+    (place / "engine.json").write_text(record)
     files = {f"engines/{target}/{name}": entry for name, entry in record_files(place).items()}
     engines = {**manifest.engines, target: f"engines/{target}/engine.json"}
     write_manifest(folder, replace(manifest, files={**manifest.files, **files}, engines=engines))
@@ -51,22 +74,24 @@ def add_fake_engine(
 
 def engine_record(
     backend: str, target: str, graph_sha256: str, profiles: tuple[Profile, ...], session: onnxruntime.InferenceSession
-) -> EngineRecord:
-    """What ``build`` would write down of the graph that ``session`` runs."""
-    return EngineRecord(
-        backend=backend,
-        backend_version=FakeTrt.__version__,
-        target=target,
-        precision="fp16",
-        weights="inside",
-        plan="step.plan",
-        heads_plan="heads.plan",
-        graph_sha256=graph_sha256,
-        profiles=profiles,
-        inputs=_tensors(session.get_inputs()),
-        outputs=_tensors(session.get_outputs()),
-        warnings=(),
-    )
+) -> str:
+    """What ``build`` would write down of the graph that ``session`` runs: the least that any version of the record says."""
+    record = {
+        "record_version": 1,
+        "backend": backend,
+        "backend_version": FakeTrt.__version__,
+        "target": target,
+        "precision": "fp16",
+        "weights": "inside",
+        "plan": "step.plan",
+        "heads_plan": "heads.plan",
+        "graph_sha256": graph_sha256,
+        "profiles": [asdict(profile) for profile in profiles],
+        "inputs": _tensors(session.get_inputs()),
+        "outputs": _tensors(session.get_outputs()),
+        "warnings": [],
+    }
+    return json.dumps(record)
 
 
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, module: FakeTrt) -> None:

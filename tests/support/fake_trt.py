@@ -46,6 +46,7 @@ class FakeTrt:
     __version__ = "9.9"
     DataType = _enum("DataType", "INT64", "BOOL", "FLOAT", "HALF")
     TensorIOMode = _enum("TensorIOMode", "INPUT", "OUTPUT")
+    TensorLocation = _enum("TensorLocation", "DEVICE", "HOST")
     ExecutionContextAllocationStrategy = _enum("ExecutionContextAllocationStrategy", "STATIC", "USER_MANAGED")
 
     class ILogger:
@@ -61,6 +62,7 @@ class FakeTrt:
         self.aliases: Callable[[str], str | None] = lambda name: (
             name.replace("present", "past") if name.startswith("present") else None
         )
+        self.on_host: set[str] = set()
         self.engines: list[FakeEngine] = []
 
     def Runtime(self, log: Any) -> FakeLoader:
@@ -133,6 +135,9 @@ class FakeEngine:
     def get_tensor_mode(self, name: str) -> Any:
         return self.module.TensorIOMode.INPUT if name in self.inputs else self.module.TensorIOMode.OUTPUT
 
+    def get_tensor_location(self, name: str) -> Any:
+        return self.module.TensorLocation.HOST if name in self.module.on_host else self.module.TensorLocation.DEVICE
+
     def get_tensor_dtype(self, name: str) -> Any:
         return self.module.DataType[_TYPES[(self.inputs | self.outputs)[name].type]]
 
@@ -164,7 +169,8 @@ class FakeContext:
         self.module = engine.module
         self.profile = -1
         self.scratch = (0, 0)
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        shapes = {name: tuple(engine.get_tensor_shape(name)) for name in engine.inputs}
+        self.shapes = {name: shape for name, shape in shapes.items() if min(shape) >= 0}
         self.addresses: dict[str, int] = {}
         self._settled: dict[str, tuple[int, ...]] | None = None
         if isinstance(self.module, FakeTrtRtx):
@@ -227,7 +233,7 @@ class FakeContext:
         outputs = list(self.engine.outputs)
         try:
             return dict(zip(outputs, self.engine.session.run(outputs, feeds), strict=True))
-        except Exception as error:  # ONNX Runtime's own classes derive from nothing narrower
+        except Exception as error:  # noqa: BLE001 - ONNX Runtime's own classes derive from nothing narrower
             raise DeviceFaultError(str(error)) from None
 
     def _array(self, name: str, shape: tuple[int, ...], address: int) -> np.ndarray:

@@ -1,0 +1,24 @@
+"""Options of every verb that runs a bundle: which engine does it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..runtime.session import Session
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--backend`` and ``--target``."""
+    parser.add_argument(
+        "--backend", default="cpu", metavar="NAME", help="cpu (default), or tensorrt-rtx or tensorrt: an engine that build made"
+    )
+    parser.add_argument("--target", metavar="TARGET", help="which engine, as build named it (default: this GPU's)")
+
+
+def load_session(args: argparse.Namespace, **options: Any) -> Session:
+    """The bundle on the engine that the arguments name; ``options`` as of ``load``."""
+    from ..runtime import load
+
+    return load(args.bundle, backend=args.backend, target=args.target, threads=args.threads, **options)
