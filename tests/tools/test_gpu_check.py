@@ -218,6 +218,13 @@ def test_a_plan_for_every_listed_gpu_is_built_and_tried() -> None:
     assert {what.partition(":")[0] for what in facts["loads"].values()} <= {"loads", "doesn't load"}
 
 
+def test_without_a_gpu_the_stages_say_so(tmp_path: Path) -> None:
+    if pytest.importorskip("torch").cuda.is_available():
+        pytest.skip("there is a GPU")
+    report = worker.run_stage("curve", parse(["--out", str(tmp_path), "--sizes", "7b"]))
+    assert report.status == "partial" and "sees no GPU (--device cpu tries the tool itself)" in report.skipped["7b"]
+
+
 def test_no_work_starts_that_cannot_end_in_time() -> None:
     now = 0.0
     report = Report(None, 100, lambda: now)

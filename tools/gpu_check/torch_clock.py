@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ...runtime.errors import DeviceError
+
 _WARMUPS = 3
 Work = Callable[[], Any]
 
@@ -17,6 +19,9 @@ class Clock:
     """Captures and times work on ``device`` (cuda or cpu)."""
 
     def __init__(self, device: str) -> None:
+        """Raises DeviceError where torch sees no GPU."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise DeviceError(f"torch {torch.__version__} sees no GPU", hint="--device cpu tries the tool itself")
         self.device = device
         self.is_cuda = device == "cuda"
         # Graphs that never run at the same time may share their memory.
