@@ -100,8 +100,8 @@ def source_of_bundle(folder: Path) -> Source:
 
     bundle = open_bundle(folder, check_hashes=False)
     manifest = bundle.manifest
-    step = _initializers(bundle.path(manifest.variants["standard"]))
-    blocks = [re.fullmatch(r"heads\.blocks\.0\.(\d+)\.bias", name) for name in _initializers(bundle.path(manifest.heads_graph))]
+    step = _tensors(bundle.path(manifest.variants["standard"]))
+    blocks = [re.fullmatch(r"heads\.blocks\.0\.(\d+)\.bias", name) for name in _tensors(bundle.path(manifest.heads_graph))]
     facts, limits = manifest.heads, manifest.limits
     config = HeadConfig(
         facts.kind,  # type: ignore[arg-type] # a manifest's kinds and projections were checked when it was written
@@ -119,7 +119,10 @@ def source_of_bundle(folder: Path) -> Source:
 
 
 def _bundle_backbone(manifest: Manifest, step: Mapping[str, tuple[int, ...]], config: HeadConfig) -> Backbone:
-    """The graph's tensors less those of the heads. Tensors lose their names when constants are folded, not their sizes."""
+    """The graph's tensors less those of the heads. Tensors lose their names when constants are folded, not their sizes.
+
+    A tied projection that was folded into a matrix of its own is one: the plan is for what the graph holds.
+    """
     facts = manifest.backbone
     hidden, vocab = facts.hidden_size, facts.vocab_size
     tables = [dims for dims in step.values() if sorted(dims) == sorted((vocab, hidden))]
@@ -168,10 +171,15 @@ def _weights(dims: tuple[int, ...]) -> Weights:
     return Weights(others=size)
 
 
-def _initializers(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a graph's floating-point tensors; their data stay where they are."""
+def _tensors(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a graph's floating-point tensors, one name for each place in the weights; no data are read."""
     import onnx
 
     graph: Any = onnx.load(path, load_external_data=False).graph
     floating = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
-    return {tensor.name: tuple(tensor.dims) for tensor in graph.initializer if tensor.data_type in floating}
+    places = {}
+    for tensor in graph.initializer:
+        if tensor.data_type in floating:
+            where = {entry.key: entry.value for entry in tensor.external_data}
+            places[where.get("location"), where.get("offset", tensor.name)] = (tensor.name, tuple(tensor.dims))
+    return dict(places.values())
