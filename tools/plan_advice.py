@@ -56,10 +56,11 @@ def suggestions_for(
         named = f"--precision {tried}"
         if tried != precision and fits(tried, limits):
             found.append(f"{named} fits")
-            break
-        if limits.batch > 1 and fits(tried, limits.at(batch=1)):
-            found.append(f"{named} --batch 1 fits")
-            break
+            continue
+        batch = next((n for n in range(limits.batch - 1, 0, -1) if fits(tried, limits.at(batch=n))), None)
+        if batch is not None:
+            found.append(f"{named} --batch {batch} fits")
+            continue
         fitting = next((n for n in capacities if fits(tried, limits.at(n, 1))), None)
         if fitting is not None:
             found.append(f"{named} --batch 1 --capacity {fitting} fits")

@@ -65,8 +65,10 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(capsys: pytest.Captur
     assert "with 32 GB it fits: RTX 5090" in shown or "with 40 GB it fits: A100 40GB" in shown
 
 
-def test_every_suggestion_makes_it_fit() -> None:
-    plan = plan_deployment(size="7b", gpu="4090", batch=8, capacity=4096)
+@pytest.mark.parametrize(("size", "gpu", "batch"), [("7b", "4090", 8), ("13b", "4090", 4), ("8b", "4080", 2), ("13b", "3090", 1)])
+def test_every_suggestion_makes_it_fit(size: str, gpu: str, batch: int) -> None:
+    asked = {"size": size, "gpu": gpu, "batch": batch, "capacity": 4096}
+    plan = plan_deployment(**asked)  # type: ignore[arg-type]
     assert not plan.fits
     options = [suggestion for suggestion in plan.suggestions if suggestion.startswith("--")]
     assert options
@@ -75,10 +77,10 @@ def test_every_suggestion_makes_it_fit() -> None:
         for name, kind in (("--precision", str), ("--batch", int), ("--capacity", int)):
             parser.add_argument(name, type=kind)  # type: ignore[arg-type]
         changed = {name: value for name, value in vars(parser.parse_args(option.split()[:-1])).items() if value is not None}
-        assert plan_deployment(**{"size": "7b", "gpu": "4090", "batch": 8, "capacity": 4096, **changed}).fits, option
+        assert plan_deployment(**{**asked, **changed}).fits, option
     [larger] = [suggestion for suggestion in plan.suggestions if suggestion.startswith("with ")]
     for name in larger.partition(": ")[2].split(", "):
-        assert plan_deployment(size="7b", gpu=name, batch=8, capacity=4096).fits
+        assert plan_deployment(**{**asked, "gpu": name}).fits  # type: ignore[arg-type]
 
 
 def test_the_largest_that_fits_fits_and_one_more_does_not() -> None:
