@@ -1,8 +1,9 @@
-"""GPUs as data, from what NVIDIA publishes: nothing here was measured.
+"""GPUs as data, figures as NVIDIA publishes them: nothing here was measured.
 
-``source`` says where a row's figures stand: ``wp`` in an architecture white paper, ``ds`` in the product's data sheet. Rates of
-tensor cores are dense, fp16 with fp32 sums; a data sheet's figure "with sparsity" is halved (quartered, where it is the fp8
-one). None: not published in this form.
+``source`` says where NVIDIA publishes a row's figures: ``wp`` in an architecture's white paper, ``ds`` in the product's data
+sheet. The table was written down by hand, not generated from those documents: check a row against its source before money
+depends on it. Rates of tensor cores are dense, fp16 with fp32 sums; a data sheet's figure "with sparsity" is halved (quartered,
+where it is the fp8 one). None: not published in this form.
 """
 
 from __future__ import annotations
