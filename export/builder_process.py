@@ -31,7 +31,8 @@ Advance = Callable[[str, int, int], bool]
 
 _HEARTBEAT = 1.0  # seconds
 _PROFILE_PHASE = "Computing profile costs"  # has the same number of steps for every profile, and takes most of the time
-_ATTENTION_KERNEL = re.compile(rb"_gemm_mha_v2_0x[0-9a-f]+")
+# A call of fused attention, for several rows or for one: once a layer and profile.
+_ATTENTION_CALL = re.compile(rb"function=\{ name=_gem[mv]_mha_v\d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +189,7 @@ def run_request(request: BuildRequest, advance: Advance) -> BuiltPlan:
     log = BuildLog(
         network_sha256=sha256(graph),
         layers=parsed.layers,
-        attention_kernels=attention_kernels(output),
+        attention_calls=attention_calls(output),
         parse_seconds=parsed_at - started,
         build_seconds=built_at - parsed_at,
         peak_rss_bytes=peak,
@@ -198,19 +199,23 @@ def run_request(request: BuildRequest, advance: Advance) -> BuiltPlan:
 
 
 def input_shapes(inputs: Sequence[TensorRecord], axes: Mapping[str, str], sizes: Mapping[str, Range]) -> dict[str, list[Range]]:
-    """Ranges of every axis of every input: its varying axes by ``axes`` (B where nothing is said), the others as they are."""
+    """Ranges of every axis of every input: by the letter that ``axes`` has for it, as the network has it where that is a dot.
+
+    Axes that aren't spelled out are the network's; an input that isn't listed varies in B alone.
+    """
     shapes = {}
     for tensor in inputs:
-        varying = axes.get(tensor.name, "B")
-        fixed = [(size, size, size) for size in tensor.shape[len(varying) :]]
-        shapes[tensor.name] = [*(sizes[axis] for axis in varying), *fixed]
+        letters = axes.get(tensor.name, "B").ljust(len(tensor.shape), ".")
+        shapes[tensor.name] = [
+            (size, size, size) if letter == "." else sizes[letter] for letter, size in zip(letters, tensor.shape, strict=True)
+        ]
     return shapes
 
 
-def attention_kernels(plan: Path) -> int:
-    """Kernels of fused attention in a plan, counted by the names that it holds."""
+def attention_calls(plan: Path) -> int:
+    """Calls of fused attention kernels, over all profiles, counted by the names that a plan of TensorRT-RTX holds."""
     with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return len(set(_ATTENTION_KERNEL.findall(data)))
+        return sum(1 for _ in _ATTENTION_CALL.finditer(data))
 
 
 def _peak_rss() -> int:

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..runtime import step_io
 from ..runtime.bundle import Bundle, open_bundle, output_error, record_files, refuse_existing, staged_folder, write_manifest
 from ..runtime.engine_record import RECORD_NAME, EngineRecord, parse_engine_record
 from ..runtime.errors import BundleBusyError, BundleError
 from ..runtime.manifest import Manifest
 from .builder_process import Advance, BuildRequest, BuiltPlan, build_plan
 from .engine_features import CROSS_BUILD, has
-from .engine_plan import STEP_AXES, EngineOptions, EnginePlan, plan_for, step_sizes
+from .engine_plan import EngineOptions, EnginePlan, plan_for, step_axes, step_sizes
 from .gpu import resolve_target
 from .network import VARIANT, NetworkSource, network_source, source_files
 from .tensorrt import TensorRT
@@ -155,12 +154,12 @@ def _build(bundle: Bundle, target: str, source: NetworkSource, job: _Job) -> tup
             timing_cache=None if job.timing_cache is None else str(job.timing_cache.absolute()),
         )
         job.report(f"{target}: building")
+        axes = step_axes(manifest.backbone.layers)
         sizes = tuple(step_sizes(profile) for profile in job.plan.profiles)
-        step = build_plan(request(_absolute(source.step), _absolute(staging / PLAN), STEP_AXES, sizes), job.advance)
+        step = build_plan(request(_absolute(source.step), _absolute(staging / PLAN), axes, sizes), job.advance)
         job.report(f"{target}: building the heads")
         slots = ({"B": (1, 1, manifest.limits.batch)},)
-        axes = {step_io.ROOT_HIDDEN: "B", step_io.ROOT_TOKEN: "B"}
-        heads = build_plan(request(_absolute(source.heads), _absolute(staging / HEADS_PLAN), axes, slots), job.advance)
+        heads = build_plan(request(_absolute(source.heads), _absolute(staging / HEADS_PLAN), {}, slots), job.advance)
         record = _record(manifest, target, step, heads, job)
         (staging / RECORD_NAME).write_text(record.to_json(), "utf-8")
         job.report(f"{target}: hashing")

@@ -18,8 +18,7 @@ from .tensorrt import TensorRT
 _TREE_ROWS = (8, 16, 32, 64)
 _BEST_COLUMNS = 512
 
-# By input: the axes whose sizes vary, in order; the others are fixed by the graph. What isn't listed, caches, varies in B alone.
-STEP_AXES = {
+_AXES = {
     step_io.TOKENS: "BN",
     step_io.POSITIONS: "BN",
     step_io.ANCESTORS: "BNN",
@@ -27,7 +26,7 @@ STEP_AXES = {
     step_io.WRITE_INDEX: "B",
     step_io.COLUMNS: "T",
     step_io.LOGIT_ROWS: "BR",
-    step_io.COMMIT: "B",
+    step_io.DRAFT_SLOTS: "BN",
 }
 
 
@@ -72,7 +71,9 @@ def default_rows(manifest: Manifest) -> tuple[int, ...]:
     return tuple(sorted({1, manifest.tree().rows, *(rows for rows in _TREE_ROWS if rows <= manifest.limits.max_rows)}))
 
 
-def profiles_for(manifest: Manifest, rows: Sequence[int], prefill: int | None = None) -> tuple[Profile, ...]:
+def profiles_for(
+    manifest: Manifest, rows: Sequence[int], prefill: int | None = None, precision: str = "fp16"
+) -> tuple[Profile, ...]:
     """One profile for prefill (slot by slot, logits of the last row), one for each number of rows.
 
     A step carries the rows of the one before, which may have had any of the sizes; a prefill carries none.
@@ -91,8 +92,10 @@ def profiles_for(manifest: Manifest, rows: Sequence[int], prefill: int | None = 
             hint=f"from {limits.prefill_chunk} to the capacity of {limits.capacity}",
         )
     columns = (1, min(_BEST_COLUMNS, limits.cache_rows), limits.cache_rows)
-    first = Profile("prefill", (1, chunk, chunk), (1, 1, 1), (1, 1, 1), columns, (1, 1, 1))
     slots = (1, 1, limits.batch)
+    # Prefill has one slot. In int8 a profile with a fixed number would get a layout, and so a copy, of the weights of its own.
+    alone = slots if precision == "int8" else (1, 1, 1)
+    first = Profile("prefill", (1, chunk, chunk), (1, 1, 1), alone, columns, (1, 1, 1))
     return (first, *(Profile(f"rows-{n}", (n, n, n), (n, n, n), slots, columns, (1, n, sizes[-1])) for n in sizes))
 
 
@@ -115,9 +118,16 @@ def plan_for(bundle: Bundle, tensorrt: TensorRT, targets: Sequence[str], options
         options.weights,
         options.all_features,
         features_of(tensorrt.backend),
-        profiles_for(manifest, default_rows(manifest) if options.rows is None else options.rows, options.prefill),
+        profiles_for(
+            manifest, default_rows(manifest) if options.rows is None else options.rows, options.prefill, options.precision
+        ),
         weights_bytes(bundle, options.precision),
     )
+
+
+def step_axes(layers: int) -> dict[str, str]:
+    """By input of the step graph: a letter for each axis that varies, a dot for one that doesn't. Caches, not listed, vary in B."""
+    return _AXES | dict.fromkeys(step_io.carried_names(layers), "B.P")
 
 
 def step_sizes(profile: Profile) -> dict[str, Range]:

@@ -23,9 +23,10 @@ from ..runtime.ort import OrtExecutor, OrtModel
 from ..runtime.tree import Tree
 from .backbone import DTYPES, Backbone, load_backbone
 from .check import CheckReport, check_executor
+from .device_executor import DeviceGraphExecutor
 from .head_layouts import check_fit, read_heads
 from .heads import HeadStack
-from .lower import lower_cpu, lower_standard
+from .lower import drop_closing, lower_cpu, lower_device, lower_standard
 from .plan import DEFAULT_TREE, bundle_trees, tree_rows
 from .tokenizer import write_text_files
 from .trace import trace_heads, trace_step
@@ -112,16 +113,20 @@ def identity_heads(backbone: Backbone) -> HeadSet:
 def _write_graphs(backbone: Backbone, stack: HeadStack, rows: int, staging: Path, report: Report) -> dict[str, str]:
     folder = staging / "onnx"
     folder.mkdir()
-    traced = trace_step(backbone, stack, rows)
-    for_cpu = traced.clone()
-    lower_standard(traced)
+    for_device = trace_step(backbone, stack, rows)
+    standard = for_device.clone()
+    drop_closing(standard)
+    for_cpu = standard.clone()
+    lower_device(for_device)
+    lower_standard(standard)
     lower_cpu(for_cpu)
     report("writing graphs")
     with WeightsFile(folder / "weights.bin") as weights:
-        weights.save(traced, folder / "step.onnx")
+        weights.save(standard, folder / "step.onnx")
         weights.save(for_cpu, folder / "step.cpu.onnx")
+        weights.save(for_device, folder / "step.device.onnx")
         weights.save(trace_heads(backbone, stack), folder / "heads.onnx")
-    return {"standard": "onnx/step.onnx", "cpu": "onnx/step.cpu.onnx"}
+    return {"standard": "onnx/step.onnx", "cpu": "onnx/step.cpu.onnx", "device": "onnx/step.device.onnx"}
 
 
 def _manifest(
@@ -164,6 +169,7 @@ def _check(
     reports = {}
     for name, path in manifest["variants"].items():
         report(f"checking the {name} graph")
-        executor = OrtExecutor(OrtModel(staging / path, staging / manifest["heads_graph"], layout, *sizes))
+        model = OrtModel(staging / path, staging / manifest["heads_graph"], layout, *sizes)
+        executor = DeviceGraphExecutor(model) if name == "device" else OrtExecutor(model)
         reports[name] = check_executor(executor, backbone, stack)
     return reports

@@ -14,7 +14,7 @@ from ..runtime.errors import UsageError
 from .quantise import quantise_weights, write_quantised
 from .weights import WeightsFile
 
-VARIANT = "standard"
+VARIANT = "device"
 PRECISIONS = ("fp16", "int8")
 WEIGHTS = ("inside", "streamed")
 

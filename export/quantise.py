@@ -155,26 +155,24 @@ def _lazy(value: ir.Value, make: Callable[[], np.ndarray], dtype: ir.DataType, s
 
 def _scales_of(tensor: ir.TensorProtocol, axis: int) -> np.ndarray:
     try:
-        return channel_scales(tensor.numpy(), axis)
+        scales = channel_scales(tensor.numpy(), axis)
     except QuantisationError as error:
         raise QuantisationError(f"the weight {tensor.name}: {error.message}", hint=error.hint) from None
-    finally:
-        _release(tensor)
+    _release(tensor)
+    return scales
 
 
 def _quantised_tensor(tensor: ir.TensorProtocol, axis: int) -> np.ndarray:
     scales = _scales_of(tensor, axis)
-    try:
-        return quantised(tensor.numpy(), scales, axis)
-    finally:
-        _release(tensor)
+    steps = quantised(tensor.numpy(), scales, axis)
+    _release(tensor)
+    return steps
 
 
 def _copied(tensor: ir.ExternalTensor) -> np.ndarray:
-    try:
-        return tensor.numpy().copy()
-    finally:
-        _release(tensor)
+    copy = tensor.numpy().copy()
+    _release(tensor)
+    return copy
 
 
 def _release(tensor: ir.TensorProtocol) -> None:

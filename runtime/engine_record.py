@@ -32,7 +32,7 @@ class Profile:
     logit_rows: Range
     slots: Range
     columns: Range
-    carried: Range = (1, 1, 1)
+    carried: Range
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +49,13 @@ class BuildLog:
     """How the build of one plan went.
 
     ``network_sha256``: of the ONNX file that was parsed, which int8 makes at build time. ``layers``: of the network.
-    ``attention_kernels``: fused ones, by the names that the plan holds; a hint, not a contract. ``peak_rss_bytes``: of the building
-    process, mapped files included.
+    ``attention_calls``: of fused kernels, by the names that the plan holds: layers × profiles when all are fused; a hint, not a
+    contract. ``peak_rss_bytes``: of the building process, mapped files included.
     """
 
     network_sha256: str
     layers: int
-    attention_kernels: int
+    attention_calls: int
     parse_seconds: float
     build_seconds: float
     peak_rss_bytes: int
