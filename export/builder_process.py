@@ -1,12 +1,13 @@
 """Builds one plan in a process of its own.
 
-TensorRT swallows Ctrl-C while it builds, and takes the process with it when memory runs out or its compiler fails: here the caller
-survives with a named error. The request goes in as one line of JSON; progress and the result come out as lines of JSON. When the
-caller dies, its end of the pipe closes and this process ends too.
+TensorRT swallows Ctrl-C while it builds, and may take the process with it when memory runs out or its compiler fails: here the
+caller survives with a named error. The request goes in as one line of JSON; progress and the result come out as lines of JSON.
+When the caller dies, its end of the pipe closes and this process ends too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -129,15 +130,16 @@ def _messages(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
 
 
 def _close(pipe: Any) -> None:
-    try:
+    with contextlib.suppress(BrokenPipeError):
         pipe.close()
-    except BrokenPipeError:
-        pass
 
 
 def _built_plan(raw: dict[str, Any]) -> BuiltPlan:
-    tensors = {kind: tuple(TensorRecord(t["name"], t["dtype"], tuple(t["shape"])) for t in raw[kind]) for kind in ("inputs", "outputs")}
-    return BuiltPlan(**tensors, warnings=tuple(raw["warnings"]), log=BuildLog(**raw["log"]))
+    inputs, outputs = (
+        tuple(TensorRecord(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in raw[kind])
+        for kind in ("inputs", "outputs")
+    )
+    return BuiltPlan(inputs, outputs, tuple(raw["warnings"]), BuildLog(**raw["log"]))
 
 
 def _error(message: dict[str, Any]) -> Exception:

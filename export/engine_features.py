@@ -1,7 +1,7 @@
 """What the TensorRT packages can and can't do beside building: one table, asked by name.
 
-An entry says why a package hasn't got a feature, or nothing where it has. ``tensorrt_rtx`` has attributes for several of these that
-do nothing or fail, so what it has was tried, not looked up.
+An entry says why a package hasn't got a feature, or nothing where it has. ``tensorrt_rtx`` has attributes for several of these
+that do nothing or fail, so what it has was tried, not looked up.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def _load_timing_cache(config: Any, path: Path) -> None:
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
     if cache is None or not config.set_timing_cache(cache, False):
         raise EngineError(
-            f"{path} is no timing cache of this version and GPU", hint="delete it, or name another file: it is made when it is missing"
+            f"{path} is no timing cache of this version and GPU",
+            hint="delete it, or name another file: it is made when it is missing",
         )
 
 

@@ -126,7 +126,7 @@ def plan_for(bundle: Bundle, tensorrt: TensorRT, targets: Sequence[str], options
 
 
 def step_axes(layers: int) -> dict[str, str]:
-    """By input of the step graph: a letter for each axis that varies, a dot for one that doesn't. Caches, not listed, vary in B."""
+    """By input of the step graph: a letter for each axis that varies, a dot for one that doesn't. Caches: B alone."""
     return _AXES | dict.fromkeys(step_io.carried_names(layers), "B.P")
 
 

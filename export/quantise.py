@@ -44,7 +44,8 @@ def channel_scales(weight: np.ndarray, axis: int) -> np.ndarray:
     broken = np.flatnonzero(~np.isfinite(largest))
     if broken.size:
         raise QuantisationError(
-            f"channel {broken[0]} holds NaN or infinity, as do {broken.size - 1} others", hint="the checkpoint's weights are broken"
+            f"channel {broken[0]} holds NaN or infinity, as do {broken.size - 1} others",
+            hint="the checkpoint's weights are broken",
         )
     exact = largest / LARGEST
     scales = np.maximum(exact, _SMALLEST_SCALE).astype(np.float16)
@@ -146,11 +147,11 @@ def _stored(graph: ir.Graph, weight: ir.Value, axis: int) -> tuple[ir.Value, ir.
     return steps, scales
 
 
-def _lazy(value: ir.Value, make: Callable[[], np.ndarray], dtype: ir.DataType, shape: ir.Shape) -> ir.LazyTensor:
+def _lazy(value: ir.Value, make: Callable[[], np.ndarray], dtype: ir.DataType, shape: ir.ShapeProtocol) -> ir.LazyTensor:
     def tensor() -> ir.TensorProtocol:
         return ir.tensor(make(), name=value.name)
 
-    return ir.LazyTensor(tensor, dtype=dtype, shape=shape, name=value.name)
+    return ir.LazyTensor(tensor, dtype=dtype, shape=ir.Shape(shape.numpy()), name=value.name)
 
 
 def _scales_of(tensor: ir.TensorProtocol, axis: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """What we ask of TensorRT, of either package: ``tensorrt_rtx`` (builds for any listed GPU, also without one) and ``tensorrt``.
 
 Networks are strongly typed: an ONNX graph says what is fp16 and what is int8, and the builder changes nothing. The calls for
-``tensorrt`` (10.9 and newer) are those of its Python API; they are tested against a stand-in, never yet against the package, whose
-libraries need a vendor's index. What only one of the two has stands in :mod:`.engine_features`.
+``tensorrt`` (10.9 and newer) are those of its Python API; they are tested against a stand-in, never yet against the package,
+whose libraries need a vendor's index. What only one of the two has stands in :mod:`.engine_features`.
 """
 
 from __future__ import annotations
@@ -179,7 +179,9 @@ class ParsedGraph:
             said.append(node + str(error.desc()))
         reason = "; ".join(said) or "no reason given"
         message = f"{self._tensorrt.backend} {self._tensorrt.version} can't parse {path.name}: {reason[:800]}"
-        return EngineMemoryError(message, hint=_MORE_MEMORY) if _OUT_OF_MEMORY.search(reason) else EngineError(message, hint=_REPORT)
+        return (
+            EngineMemoryError(message, hint=_MORE_MEMORY) if _OUT_OF_MEMORY.search(reason) else EngineError(message, hint=_REPORT)
+        )
 
     def _failed(self, target: str) -> EngineError:
         said = self._log.errors[-1] if self._log.errors else "no reason given"

@@ -167,6 +167,7 @@ def staged_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def output_error(output: Path, error: OSError) -> OutputError:
+    """What a user is told when the file system refuses."""
     return OutputError(
         f"can't write {output}: {error.strerror or error}",
         hint="nothing was left behind; free some space or choose another output",

@@ -27,7 +27,7 @@ _FEATURES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument(
-        "bundle", type=Path, metavar="BUNDLE|MODEL", help="folder that export wrote, in fp16; or a checkpoint, which is exported first"
+        "bundle", type=Path, metavar="BUNDLE|MODEL", help="folder that export wrote in fp16; or a checkpoint, exported first"
     )
     parser.add_argument(
         "--target", required=True, type=_names, metavar="SM,…", help="GPU architectures such as sm_86,sm_89, or here for this GPU"
@@ -193,7 +193,8 @@ def report_text(built: list[dict[str, Any]]) -> str:
         logs = entry["record"].logs.values()
         peak = max((log.peak_rss_bytes for log in logs), default=0)
         took = "up to date" if entry["kept"] else human_seconds(entry["seconds"])
-        rows.append([entry["target"], entry["record"].precision, human_bytes(entry["bytes"]), took, human_bytes(peak), entry["folder"]])
+        sizes = human_bytes(entry["bytes"]), took, human_bytes(peak)
+        rows.append([entry["target"], entry["record"].precision, *sizes, entry["folder"]])
     return table(rows, ["target", "precision", "size", "time", "peak memory", "folder"])
 
 

@@ -111,7 +111,9 @@ def test_what_is_there_is_refused_kept_or_replaced(bundle: Path, made: type[Fake
     open_bundle(bundle)
 
 
-@pytest.mark.parametrize("error", [EngineError("no"), EngineMemoryError("no memory"), KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "error", [EngineError("no"), EngineMemoryError("no memory"), KeyboardInterrupt(), OSError(28, "No space left on device")]
+)
 def test_a_failed_build_leaves_the_bundle_as_it_was(bundle: Path, made: type[FakeTensorRT], error: BaseException) -> None:
     build_engines(bundle, ["sm_89"], EngineOptions(rows=[1]))
     before = state(bundle)

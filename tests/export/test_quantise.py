@@ -150,7 +150,7 @@ def test_the_step_graph_in_int8_is_the_fp16_graph_with_rounded_weights(tmp_path:
         if value.const_value is not None and value.const_value.size >= 1 << 14:
             weight = value.const_value.numpy()
             if any(node.op_type == "MatMul" for node, _ in value.uses()):
-                scales = np.abs(weight.astype(np.float32)).max(0) / LARGEST
+                scales = channel_scales(weight, 1).astype(np.float32)
                 weight = (np.rint(weight / scales) * scales).astype(np.float16)
             value.const_value = ir.tensor(weight, name=value.name)
     ir.save(model, tmp_path / "rounded.onnx")

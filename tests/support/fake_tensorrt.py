@@ -74,7 +74,9 @@ def half_precision_bundle(folder: Path) -> Path:
             tensor.external_data.add(key=key, value=str(value))
         half = onnx.TensorProto.FLOAT16
         x, y = (onnx.helper.make_tensor_value_info(n, half, shape) for n, shape in (("x", ["B", 128]), ("y", ["B", 256])))
-        graph = onnx.helper.make_graph([onnx.helper.make_node("MatMul", ["x", "w"], ["y"], name="product")], name, [x], [y], [tensor])
+        graph = onnx.helper.make_graph(
+            [onnx.helper.make_node("MatMul", ["x", "w"], ["y"], name="product")], name, [x], [y], [tensor]
+        )
         model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)], ir_version=11)
         onnx.save(model, folder / "onnx" / f"{name}.onnx")
     manifest = dataclasses.replace(_manifest_of(folder), dtype="float16", files=record_files(folder))

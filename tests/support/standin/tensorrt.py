@@ -164,7 +164,7 @@ class Builder:
             if not config.progress_monitor.step_complete("Computing profile costs", step):
                 return None
         self._logger.log(ILogger.Severity.WARNING, "a warning")
-        print("noise of a library")
+        sys.stdout.write("noise of a library\n")
         todo = network.raw["do"]
         if todo == "fail":
             self._logger.log(ILogger.Severity.ERROR, "no tactic")
@@ -175,7 +175,8 @@ class Builder:
         if todo == "be killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if todo == "crash":
-            print("terminate called: something broke", file=sys.stderr, flush=True)
+            sys.stderr.write("terminate called: something broke\n")
+            sys.stderr.flush()
             ctypes.string_at(0)
         if todo == "take long":
             Path(network.raw["pid file"]).write_text(str(os.getpid()))
