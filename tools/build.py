@@ -116,16 +116,12 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def _check_before_export(args: argparse.Namespace, options: EngineOptions) -> None:
     """What is wrong with a target or feature is said before minutes of export."""
-    from ..export.engine_features import check_features
-    from ..export.tensorrt import TensorRT
+    from ..export.engine import check_engines
     from ..runtime.bundle import refuse_existing
     from .extras import quiet_libraries, require
 
-    tensorrt = TensorRT(options.backend)
-    for target in args.target:
-        tensorrt.check_target(target, options.features)
-        check_features(options.backend, options.all_features, target)
     require("export")
+    check_engines(args.target, options)
     quiet_libraries()
     refuse_existing(args.output, force=args.force)
 
