@@ -59,7 +59,7 @@ def _rotary(graph: ir.Graph, rotated: ir.Node) -> None:
         return
     cos, turned = direct.inputs[1], _from(crossed.inputs[0], "Concat")
     x = direct.inputs[0]
-    swapped = _from(x, "Transpose")
+    swapped = _swap(x)
     split = None if swapped is None else _from(swapped.inputs[0], "Reshape")
     if turned is None or split is None or swapped is None or x is None or not _are_turned_halves(turned, x):
         return
@@ -103,25 +103,31 @@ def _half(graph: ir.Graph, tensor: ir.Value | None) -> ir.Value | None:
     whole = None if spread is None else spread.inputs[0]
     function = _from(whole, "Cos") or _from(whole, "Sin")
     twice = None if function is None else _from(function.inputs[0], "Concat")
-    if function is None or twice is None or len(twice.inputs) != 2 or twice.inputs[0] is not twice.inputs[1]:
+    angles = None if twice is None else twice.inputs[0]
+    if function is None or twice is None or angles is None or len(twice.inputs) != 2 or twice.inputs[1] is not angles:
         return None
-    half = next((use.node for use in twice.inputs[0].uses() if use.node.op_type == function.op_type), None)
+    half = next((use.node for use in angles.uses() if use.node.op_type == function.op_type), None)
     if half is None:
-        half = _node(function.op_type, [twice.inputs[0]], {}, function.outputs[0].name)
+        half = _node(function.op_type, [angles], {}, function.outputs[0].name)
         graph.insert_before(function, [half])
     return half.outputs[0]
 
 
 def _unsplit(graph: ir.Graph, merge: ir.Node) -> None:
     """Rows [B, N, H·D_h] split into heads and merged again, one right after the other, are what they were."""
-    swaps = [back := _from(merge.inputs[0], "Transpose"), None if back is None else _from(back.inputs[0], "Transpose")]
-    if None in swaps or any(list(node.attributes["perm"].as_ints()) != _SWAP for node in swaps if node is not None):
-        return
-    split = None if swaps[1] is None else _from(swaps[1].inputs[0], "Reshape")
+    back = _swap(merge.inputs[0])
+    there = None if back is None else _swap(back.inputs[0])
+    split = None if there is None else _from(there.inputs[0], "Reshape")
     rows = None if split is None else split.inputs[0]
     width = None if rows is None or rows.shape is None or len(rows.shape) != 3 else rows.shape[-1]
     if rows is not None and isinstance(width, int) and _merged_width(merge) == width:
         _retire(graph, merge, rows)
+
+
+def _swap(value: ir.Value | None) -> ir.Node | None:
+    """The node that makes ``value``, if it swaps rows and heads."""
+    node = _from(value, "Transpose")
+    return node if node is not None and list(node.attributes["perm"].as_ints()) == _SWAP else None
 
 
 def _merged_width(merge: ir.Node) -> int | None:
