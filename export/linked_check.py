@@ -1,0 +1,119 @@
+"""What can be proven about a linked export without its weights in memory.
+
+Its first layers, with the real weights and through the same code, run against the torch module; and every place that the whole
+graphs point to holds the tensor that its initializer is named after.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from ..runtime.errors import ExportMismatchError
+from ..runtime.ort import OrtExecutor
+from .backbone import Backbone
+from .check import CheckReport, Observed, Reference, compare, eager_reference
+from .heads import HeadStack
+from .safetensors_header import StoredTensor, read_header
+
+# Rows of the prompt: each is recomputed for every row that is compared, by matrix products as wide as the backbone.
+PROMPT_ROWS = 8
+_DTYPES = {"F16": onnx.TensorProto.FLOAT16, "F32": onnx.TensorProto.FLOAT}
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
+_TOP = {"embedding": "embed", "heads.shared": "lm_head|embed", "projection": "lm_head|embed", "decoder.norm": "norm"}
+
+
+@dataclass(frozen=True, slots=True)
+class PlacesReport:
+    """``tensors``: linked initializers of one graph; ``layers`` that they belong to."""
+
+    tensors: int
+    layers: int
+
+
+class FrugalExecutor(OrtExecutor):
+    """Runs a graph as it is: weights stay mapped, none is prepacked, folded or kept in another type."""
+
+    def _open(self, path: Path) -> Any:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
+        return self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def compare_all(observed: dict[str, Observed], backbone: Backbone, heads: HeadStack) -> dict[str, CheckReport]:
+    """Compare every variant with one run of the torch module: all saw the same tokens.
+
+    Raises:
+        NumericsError, ExportMismatchError: as :func:`.check.compare`.
+    """
+    known: dict[bytes, np.ndarray] = {}
+    run = eager_reference(backbone)
+
+    def remembered(tokens: np.ndarray) -> np.ndarray:
+        key = tokens.tobytes()
+        if key not in known:
+            known[key] = run(tokens)
+        return known[key]
+
+    reference: Reference = remembered
+    return {name: compare(each, reference, backbone, heads) for name, each in observed.items()}
+
+
+def check_places(graph: Path, needed: dict[str, StoredTensor], layers: int) -> PlacesReport:
+    """Read the graph and the headers of the files it points to, and compare names, types, shapes and places.
+
+    ``needed``: where the parameters of the backbone lie, by name. Each must be used, those of a layer by the initializer of
+    the same layer and name.
+
+    Raises:
+        ExportMismatchError: an initializer points to nothing, or to another tensor than its own.
+    """
+    headers: dict[str, dict[tuple[int, int], StoredTensor]] = {}
+    used: set[str] = set()
+    for initializer in onnx.load(graph, load_external_data=False).graph.initializer:
+        place = {entry.key: entry.value for entry in initializer.external_data}
+        location = place.get("location", "")
+        if not location.endswith(".safetensors"):
+            continue
+        if location not in headers:
+            tensors = read_header(graph.parent / location).values()
+            headers[location] = {(tensor.offset, tensor.nbytes): tensor for tensor in tensors}
+        found = headers[location].get((int(place["offset"]), int(place["length"])))
+        shape = tuple(initializer.dims)
+        if found is None or found.shape != shape or _DTYPES.get(found.dtype) != initializer.data_type:
+            raise _mismatch(graph, initializer.name, f"{list(shape)} at {place}", found)
+        if not _is_named(initializer.name, found.name) or found.name not in needed:
+            raise _mismatch(graph, initializer.name, "its own tensor", found)
+        used.add(found.name)
+    unused = sorted(set(needed) - used)
+    if unused:
+        raise ExportMismatchError(f"{graph.name} doesn't use {len(unused)} tensors, such as {unused[0]}", hint=_REPORT)
+    numbers = {int(match[1]) for name in used if (match := _LAYER.search(name))}
+    if numbers != set(range(layers)):
+        raise ExportMismatchError(f"{graph.name} uses weights of the layers {sorted(numbers)}, expected {layers}", hint=_REPORT)
+    return PlacesReport(len(used), len(numbers))
+
+
+_REPORT = "this architecture isn't linked rightly: export with --weights copied, and report it with the model's config.json"
+
+
+def _is_named(initializer: str, stored: str) -> bool:
+    """Whether an initializer (named by the step module) and a tensor of the checkpoint are the same part of the model."""
+    one, two = _LAYER.search(initializer), _LAYER.search(stored)
+    if one or two:
+        return bool(one and two and one.groups() == two.groups())
+    expected = [pattern for prefix, pattern in _TOP.items() if initializer.startswith(prefix)]
+    return bool(expected) and re.search(expected[0], stored) is not None
+
+
+def _mismatch(graph: Path, name: str, expected: str, found: StoredTensor | None) -> ExportMismatchError:
+    there = "no tensor" if found is None else f"{found.name} {found.dtype} {list(found.shape)}"
+    return ExportMismatchError(f"{name} in {graph.name} should be {expected}, and {there} is there", hint=_REPORT)
