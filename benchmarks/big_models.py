@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,8 @@ def make_heads(size: Size, folder: Path, seed: int = 1) -> None:
     """Write four heads of one block each that share the backbone's vocabulary projection."""
     folder.mkdir(parents=True)
     config = HeadConfig("medusa", HEADS, 1, size.hidden, size.vocabulary, "shared")
-    (folder / "config.json").write_text(
-        json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **{k: getattr(config, k) for k in config.__slots__}}), "utf-8"
-    )
+    fields = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(config)}
+    (folder / "config.json").write_text(json.dumps(fields), "utf-8")
     shapes: dict[str, tuple[int, ...]] = {}
     for head in range(HEADS):
         shapes[f"head.{head}.layer.0.weight"] = (size.hidden, size.hidden)
@@ -154,7 +153,8 @@ def measure(name: str, work: Path, target: str, keep: bool) -> dict[str, Any]:
     try:
         weights = make_checkpoint(size, model)
         make_heads(size, heads)
-        export = ["export", str(model), "--heads", str(heads), "-o", str(bundle), "--dtype", "fp16", "--weights", "linked", "--json"]
+        export = ["export", str(model), "--heads", str(heads), "-o", str(bundle)]
+        export += ["--dtype", "fp16", "--weights", "linked", "--json"]
         report: dict[str, Any] = {"size": name, "layers": size.layers, "heads": HEADS, "weights_bytes": weights}
         report["export"] = timed(export)
         report["build"] = timed(["build", str(bundle), "--target", target, "--weights", "streamed", "--json"])

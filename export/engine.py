@@ -23,7 +23,7 @@ PLAN, HEADS_PLAN = "step.plan", "heads.plan"
 _TREE_ROWS = (8, 16, 32, 64)
 _BEST_COLUMNS = 512
 
-# By input: the axes whose sizes vary, in order; the others are fixed by the graph. Caches vary in B alone.
+# By input: the axes whose sizes vary, in order; the others are fixed by the graph. Caches vary in B, carried rows in B and P.
 _STEP_AXES = {
     step_io.TOKENS: "BN",
     step_io.POSITIONS: "BN",
@@ -32,7 +32,9 @@ _STEP_AXES = {
     step_io.WRITE_INDEX: "B",
     step_io.COLUMNS: "T",
     step_io.LOGIT_ROWS: "BR",
-    step_io.COMMIT: "B",
+    step_io.KEPT: "B",
+    step_io.KEPT_COUNT: "B",
+    step_io.DRAFT_SLOTS: "BN",
 }
 
 
@@ -68,8 +70,9 @@ def profiles_for(manifest: Manifest, rows: Sequence[int], prefill: int | None = 
             hint=f"from {limits.prefill_chunk} to the capacity of {limits.capacity}",
         )
     columns = (1, min(_BEST_COLUMNS, limits.cache_rows), limits.cache_rows)
-    first = Profile("prefill", (1, chunk, chunk), (1, 1, 1), (1, 1, 1), columns)
-    return (first, *(Profile(f"rows-{n}", (n, n, n), (n, n, n), (1, 1, limits.batch), columns) for n in sizes))
+    first = Profile("prefill", (1, chunk, chunk), (1, 1, 1), (1, 1, 1), columns, (1, 1, 1))
+    slots = (1, 1, limits.batch)
+    return (first, *(Profile(f"rows-{n}", (n, n, n), (n, n, n), slots, columns, (1, n, sizes[-1])) for n in sizes))
 
 
 def plan_engines(
@@ -96,6 +99,7 @@ def _plan(
     manifest = bundle.manifest
     if manifest.dtype != "float16":
         raise UsageError(f"the bundle's graph is {manifest.dtype}", hint="TensorRT engines are built of: export --dtype fp16")
+    _graph(manifest)
     weights = sum(record.size for name, record in manifest.files.items() if name.endswith("weights.bin"))
     profiles = profiles_for(manifest, default_rows(manifest) if rows is None else rows, prefill)
     return EnginePlan(tensorrt.backend, tuple(dict.fromkeys(targets)), profiles, weights)
@@ -154,7 +158,7 @@ def _build(
 ) -> Bundle:
     """Build one target and commit it. Returns the bundle as it is now."""
     manifest = bundle.manifest
-    source = manifest.variants["standard"]
+    source = _graph(manifest)
     folder = bundle.folder / ENGINES / target
     report(f"{target}: parsing")
     step, heads = tensorrt.parse(bundle.path(source)), tensorrt.parse(bundle.path(manifest.heads_graph))
@@ -203,7 +207,21 @@ def _step_shapes(graph: ParsedGraph, profile: Profile) -> dict[str, list[Range]]
         dynamic = _STEP_AXES.get(tensor.name, "B")
         fixed = [(size, size, size) for size in tensor.shape[len(dynamic) :]]
         shapes[tensor.name] = [*(sizes[axis] for axis in dynamic), *fixed]
+        if tensor.name.startswith("carried_"):
+            shapes[tensor.name][2] = profile.carried
     return shapes
+
+
+def _graph(manifest: Manifest) -> str:
+    """The file that engines are built of.
+
+    Raises:
+        UsageError: a bundle of an older program, without that graph.
+    """
+    try:
+        return manifest.variants["device"]
+    except KeyError:
+        raise UsageError("the bundle has no graph for TensorRT", hint="export it again: it is of an older version") from None
 
 
 def _without(manifest: Manifest, target: str) -> Manifest:
@@ -222,7 +240,7 @@ def _is_current(bundle: Bundle, target: str, tensorrt: TensorRT, profiles: tuple
         record = parse_engine_record(bundle.path(name).read_bytes())
     except BundleError:
         return False
-    graph = bundle.manifest.files[bundle.manifest.variants["standard"]].sha256
+    graph = bundle.manifest.files[_graph(bundle.manifest)].sha256
     made = (record.backend, record.backend_version, record.graph_sha256, record.profiles)
     return made == (tensorrt.backend, tensorrt.version, graph, profiles)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from .. import __version__
 from ..runtime import step_io
@@ -23,18 +22,18 @@ from ..runtime.manifest import MANIFEST_NAME, BackboneFacts, HeadFacts, Limits, 
 from ..runtime.ort import OrtExecutor, OrtModel
 from ..runtime.tree import Tree
 from .backbone import DTYPES, Backbone, load_backbone
-from .check import CheckReport, check_executor, observe
+from .check import CheckReport, check_executor
+from .device_executor import DeviceGraphExecutor
+from .graphs import HEADS_GRAPH, write_graphs
 from .head_layouts import check_fit, read_heads
 from .heads import HeadStack
-from .linked import first_layers, load_linked_backbone, prune_projection
-from .linked_check import PROMPT_ROWS, FrugalExecutor, check_places, compare_all
-from .lower import lower_cpu, lower_standard
+from .linked import load_linked_backbone, prune_projection
+from .linked_check import check_linked
 from .plan import DEFAULT_TREE, bundle_trees, tree_rows
 from .tokenizer import write_text_files
-from .trace import trace_heads, trace_step
-from .weights import WeightsFile
 
 Report = Callable[[str], None]
+ONNX = "onnx"
 WEIGHTS = ("copied", "linked")
 _NUMPY_DTYPES = {"fp32": "float32", "fp16": "float16"}
 
@@ -76,7 +75,7 @@ def export_bundle(
         raise UsageError("capacity, batch, top-k, max-rows and prefill-chunk must be at least 1")
     started = time.perf_counter()
     with staged_folder(Path(output), force=force) as staging:
-        folder = staging / "onnx"
+        folder = staging / ONNX
         folder.mkdir()
         report("loading the backbone")
         if weights == "linked":
@@ -93,21 +92,24 @@ def export_bundle(
         stack = HeadStack(head_set, backbone.module.get_output_embeddings(), top_k, backbone.dtype)
         rows = step_io.cache_rows(capacity, head_set.config.num_heads, max_rows)
         report("tracing")
-        variants = _write_graphs(backbone, stack, rows, folder, report)
+        graphs = write_graphs(backbone, stack, rows, folder, report)
         text = write_text_files(backbone, staging)
         scaling = () if read is None else read.platt_scaling
-        manifest = _manifest(backbone, head_set, scaling, top_k, text, variants, _NUMPY_DTYPES[dtype])
+        manifest = _manifest(backbone, head_set, scaling, top_k, text, graphs, _NUMPY_DTYPES[dtype])
         limits = Limits(capacity, rows, max_rows, batch, min(prefill_chunk, capacity))
+        shape = backbone.shape
+        places: dict[str, Any] = {}
+        layout = CacheLayout(shape.layers, 1, shape.kv_heads, rows, shape.head_dim, _NUMPY_DTYPES[dtype])
         if backbone.linked is None:
-            checks, places = _check(staging, manifest, limits, backbone, stack, report), None
+            checks = _check(folder, graphs, layout, backbone, stack, report)
         else:
-            checks, places = _check_linked(staging, manifest, limits, backbone, stack, report)
+            checks, places = check_linked(folder, graphs, layout, backbone, stack, report)
         report("hashing")
         provenance = {
             "created_by": f"medusa-deploy {__version__}",
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnx", "onnxruntime")},
             "check": {name: asdict(check) for name, check in checks.items()},
-            "weights": {"kind": weights} if places is None else {"kind": weights, **places},
+            "weights": {"kind": weights, **places},
             "warnings": warnings,
             "heads": None if read is None else {"layout": read.layout, **read.measured},
         }
@@ -129,38 +131,13 @@ def identity_heads(backbone: Backbone) -> HeadSet:
     return HeadSet(HeadConfig("medusa", 1, 1, hidden, backbone.shape.vocab_size, "shared"), tensors)
 
 
-def _write_graphs(
-    backbone: Backbone, stack: HeadStack, rows: int, folder: Path, report: Report, prefix: str = ""
-) -> dict[str, str]:
-    traced = _trace(backbone, lambda: trace_step(backbone, stack, rows))
-    for_cpu = traced.clone()
-    lower_standard(traced)
-    lower_cpu(for_cpu)
-    report("writing graphs")
-    with WeightsFile(folder / f"{prefix}weights.bin") as weights:
-        weights.save(traced, folder / f"{prefix}step.onnx")
-        weights.save(for_cpu, folder / f"{prefix}step.cpu.onnx")
-        weights.save(_trace(backbone, lambda: trace_heads(backbone, stack)), folder / f"{prefix}heads.onnx")
-    return {"standard": f"onnx/{prefix}step.onnx", "cpu": f"onnx/{prefix}step.cpu.onnx"}
-
-
-def _trace(backbone: Backbone, trace: Callable[[], ir.Model]) -> ir.Model:
-    """Trace with whatever stands in for the weights, and point to the real ones."""
-    if backbone.linked is None:
-        return trace()
-    with backbone.linked.mode:
-        model = trace()
-    backbone.linked.attach(model, backbone.module)
-    return model
-
-
 def _manifest(
     backbone: Backbone,
     heads: HeadSet,
     scaling: PlattScaling,
     top_k: int,
     text: TextFacts,
-    variants: dict[str, str],
+    graphs: dict[str, str],
     dtype: str,
 ) -> dict[str, Any]:
     shape, config = backbone.shape, heads.config
@@ -179,56 +156,20 @@ def _manifest(
         ),
         "text": text,
         "dtype": dtype,
-        "variants": variants,
-        "heads_graph": "onnx/heads.onnx",
+        "variants": {name: f"{ONNX}/{file}" for name, file in graphs.items()},
+        "heads_graph": f"{ONNX}/{HEADS_GRAPH}",
     }
 
 
 def _check(
-    staging: Path, manifest: dict[str, Any], limits: Limits, backbone: Backbone, stack: HeadStack, report: Report
+    folder: Path, graphs: dict[str, str], layout: CacheLayout, backbone: Backbone, stack: HeadStack, report: Report
 ) -> dict[str, CheckReport]:
     """Run every variant against the torch module."""
-    shape, heads = backbone.shape, manifest["heads"]
-    layout = CacheLayout(shape.layers, 1, shape.kv_heads, limits.cache_rows, shape.head_dim, manifest["dtype"])
-    sizes = (heads.num_heads, heads.top_k, shape.hidden_size, shape.vocab_size)
+    sizes = (stack.config.num_heads, stack.top_k, backbone.shape.hidden_size, backbone.shape.vocab_size)
     reports = {}
-    for name, path in manifest["variants"].items():
+    for name, file in graphs.items():
         report(f"checking the {name} graph")
-        executor = OrtExecutor(OrtModel(staging / path, staging / manifest["heads_graph"], layout, *sizes))
+        model = OrtModel(folder / file, folder / HEADS_GRAPH, layout, *sizes)
+        executor = DeviceGraphExecutor(model) if name == "device" else OrtExecutor(model)
         reports[name] = check_executor(executor, backbone, stack)
     return reports
-
-
-def _check_linked(
-    staging: Path, manifest: dict[str, Any], limits: Limits, backbone: Backbone, stack: HeadStack, report: Report
-) -> tuple[dict[str, CheckReport], dict[str, Any]]:
-    """Run every variant of the first layers against the torch module, and look up every place in the whole graphs.
-
-    ``stack`` is used up: it reads the real weights from now on.
-    """
-    assert backbone.linked is not None
-    cut, real = first_layers(backbone)
-    stack.project_through(cut.module.get_output_embeddings())
-    report(f"tracing {cut.shape.layers} layers for the check")
-    prefix = "check."
-    graphs = _write_graphs(cut, stack, limits.cache_rows, staging / "onnx", lambda _phase: None, prefix)
-    shape, heads = cut.shape, manifest["heads"]
-    layout = CacheLayout(shape.layers, 1, shape.kv_heads, limits.cache_rows, shape.head_dim, manifest["dtype"])
-    sizes = (heads.num_heads, heads.top_k, shape.hidden_size, shape.vocab_size)
-    observed = {}
-    for name, path in graphs.items():
-        report(f"checking {shape.layers} layers of the {name} graph")
-        model = OrtModel(staging / path, staging / f"onnx/{prefix}heads.onnx", layout, *sizes)
-        observed[name] = observe(FrugalExecutor(model), heads.num_heads, shape.vocab_size, prompt_rows=PROMPT_ROWS)
-    report(f"checking {shape.layers} layers of the torch module")
-    stack.project_through(real.get_output_embeddings())
-    checks = compare_all(observed, replace(cut, module=real), stack)
-    report("checking where all weights lie")
-    needed = {tensor.name: tensor for tensor in backbone.linked.stored.values()}
-    places = {
-        name: asdict(check_places(staging / path, needed, backbone.shape.layers)) for name, path in manifest["variants"].items()
-    }
-    for path in (staging / "onnx").glob(f"{prefix}*"):
-        path.unlink()
-    files = {f"onnx/{name}": how for name, how in backbone.linked.files.items()}
-    return checks, {"files": files, "checked_layers": shape.layers, "layers": backbone.shape.layers, "places": places}

@@ -52,9 +52,15 @@ class LinkedWeights:
                 linked[value] = places[id(raw)]
                 value.const_value = None  # nothing that depends on it may be folded
         with quiet():
-            optimizer.optimize_ir(model)
+            optimizer.optimize_ir(model, should_fold=_keeps_weights)
         for value, stored in linked.items():
             value.const_value = _external(stored, self.folder, value)
+
+
+def _keeps_weights(node: ir.Node) -> bool | None:
+    """Heads' weights stay as the backbone's are, output by output, so that products with them can be merged."""
+    weight = node.op_type == "Transpose" and node.inputs[0] is not None and node.inputs[0].is_initializer()
+    return False if weight else None
 
 
 def _external(stored: StoredTensor, folder: Path, value: ir.Value) -> ir.ExternalTensor:
@@ -142,9 +148,11 @@ def empty_module(config: Any, dtype: torch.dtype, mode: FakeTensorMode | None) -
     from transformers import AutoModelForCausalLM
 
     def without_storage(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        return None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False)
+        if parameter is None or parameter.is_meta:  # a tied one stays the same object
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    hook = register_module_parameter_registration_hook(without_storage)
+    hook = register_module_parameter_registration_hook(without_storage)  # type: ignore[arg-type]
     try:
         with transformers_errors(Path(config.name_or_path)):
             module = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -7,7 +7,7 @@ graphs point to holds the tensor that its initializer is named after.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,20 @@ import numpy as np
 import onnx
 
 from ..runtime.errors import ExportMismatchError
-from ..runtime.ort import OrtExecutor
+from ..runtime.executor import CacheLayout
+from ..runtime.ort import OrtExecutor, OrtModel
 from .backbone import Backbone
-from .check import CheckReport, Observed, Reference, compare, eager_reference
+from .check import CheckReport, Observed, Reference, compare, eager_reference, observe
+from .checkpoint import Report
+from .device_executor import DeviceGraphExecutor
+from .graphs import HEADS_GRAPH, write_graphs
 from .heads import HeadStack
+from .linked import first_layers
 from .safetensors_header import StoredTensor, read_header
 
 # Rows of the prompt: each is recomputed for every row that is compared, by matrix products as wide as the backbone.
-PROMPT_ROWS = 8
+_PROMPT_ROWS = 8
+_PREFIX = "check."
 _DTYPES = {"F16": onnx.TensorProto.FLOAT16, "F32": onnx.TensorProto.FLOAT}
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 _TOP = {"embedding": "embed", "heads.shared": "lm_head|embed", "projection": "lm_head|embed", "decoder.norm": "norm"}
@@ -36,19 +42,62 @@ class PlacesReport:
     layers: int
 
 
-class FrugalExecutor(OrtExecutor):
-    """Runs a graph as it is: weights stay mapped, none is prepacked, folded or kept in another type."""
+def check_linked(
+    folder: Path, variants: dict[str, str], layout: CacheLayout, backbone: Backbone, stack: HeadStack, report: Report
+) -> tuple[dict[str, CheckReport], dict[str, Any]]:
+    """Run every variant of the first layers against the torch module, and look up every place in the whole graphs.
 
+    ``folder`` holds the graphs and the linked files, and for a while those of the first layers. ``variants``: file names in it.
+    ``layout``: of the whole backbone. ``stack`` is used up: it reads the real weights from now on. Returns what was compared,
+    by variant, and what a bundle's provenance says of its weights.
+
+    Raises:
+        NumericsError, ExportMismatchError: the first layers don't reproduce the torch module, or a place is wrong.
+    """
+    assert backbone.linked is not None
+    cut, real = first_layers(backbone)
+    stack.project_through(cut.module.get_output_embeddings())
+    report(f"tracing {cut.shape.layers} layers for the check")
+    graphs = write_graphs(cut, stack, layout.rows, folder, lambda _phase: None, _PREFIX)
+    sizes = (stack.config.num_heads, stack.top_k, cut.shape.hidden_size, cut.shape.vocab_size)
+    few = replace(layout, layers=cut.shape.layers)
+    observed = {}
+    for name, path in graphs.items():
+        report(f"checking {few.layers} layers of the {name} graph")
+        model = OrtModel(folder / path, folder / f"{_PREFIX}{HEADS_GRAPH}", few, *sizes)
+        executor = DeviceGraphExecutor(model, frugal_options()) if name == "device" else _FrugalExecutor(model)
+        observed[name] = observe(executor, stack.config.num_heads, cut.shape.vocab_size, prompt_rows=_PROMPT_ROWS)
+        del executor  # its weights leave memory before the next one's enter it
+    report(f"checking {few.layers} layers of the torch module")
+    stack.project_through(real.get_output_embeddings())
+    checks = _compare_all(observed, replace(cut, module=real), stack)
+    for written in folder.glob(f"{_PREFIX}*"):
+        written.unlink()
+    report("checking where all weights lie")
+    needed = {tensor.name: tensor for tensor in backbone.linked.stored.values()}
+    places = {name: asdict(check_places(folder / path, needed, layout.layers)) for name, path in variants.items()}
+    files = dict(backbone.linked.files)
+    return checks, {"files": files, "checked_layers": few.layers, "layers": layout.layers, "places": places}
+
+
+def frugal_options() -> Any:
+    """Options of a session that runs a graph as it is: weights stay mapped, none is prepacked, folded or kept in another type."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_cpu_mem_arena = False
+    return options
+
+
+class _FrugalExecutor(OrtExecutor):
     def _open(self, path: Path) -> Any:
-        options = self._ort.SessionOptions()
-        options.log_severity_level = 3
-        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        options.enable_cpu_mem_arena = False
-        return self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return self._ort.InferenceSession(str(path), frugal_options(), providers=["CPUExecutionProvider"])
 
 
-def compare_all(observed: dict[str, Observed], backbone: Backbone, heads: HeadStack) -> dict[str, CheckReport]:
+def _compare_all(observed: dict[str, Observed], backbone: Backbone, heads: HeadStack) -> dict[str, CheckReport]:
     """Compare every variant with one run of the torch module: all saw the same tokens.
 
     Raises:

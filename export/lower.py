@@ -1,6 +1,7 @@
 """Turn the abstract attention nodes of a traced step graph into operators that engines have.
 
-``lower_standard``: opset-24 operators only (TensorScatter, Attention), the file that TensorRT parses.
+``lower_standard``: opset-24 operators only (TensorScatter, Attention).
+``lower_device``: the same operators, closed over itself, accepted rows carried outside the caches: the file that TensorRT parses.
 ``lower_cpu``: ONNX Runtime's GroupQueryAttention, whose cost on a CPU follows the valid length instead of the capacity. It
 writes the new rows itself, so rows accepted in the previous step are moved by the executor and ``commit`` disappears.
 """
@@ -96,13 +97,99 @@ def lower_standard(model: ir.Model) -> None:
     _each_attention(model, _standard_attention, shared)
 
 
+def lower_device(model: ir.Model) -> None:
+    """Replace each attention, in place, like :func:`lower_standard`, but take the rows to move from ``carried`` inputs.
+
+    An engine may write a cache in place before another node of it reads the old rows; here no node does.
+    """
+    graph = model.graph
+    inputs = {value.name: value for value in graph.inputs}
+    past = [value for value in graph.inputs if str(value.name).startswith("past_")]
+    batch, kv_heads, _, head_dim = past[0].shape  # type: ignore[misc]
+    heads = int(inputs[step_io.COMMIT].shape[1])  # type: ignore[index, arg-type]
+    carried = [
+        ir.Value(name=name, type=value.type, shape=ir.Shape([batch, kv_heads, "P", head_dim]))
+        for name, value in zip(step_io.carried_names(len(past) // 2), past, strict=True)
+    ]
+    int64 = ir.TensorType(ir.DataType.INT64)
+    kept = ir.Value(name=step_io.KEPT, type=int64, shape=ir.Shape([batch, heads]))
+    kept_count = ir.Value(name=step_io.KEPT_COUNT, type=int64, shape=ir.Shape([batch]))
+    head = _Nodes(graph, "carry")
+    zero, one, first = head.constant("zero", 0), head.constant("one", 1), head.constant("first", [1])
+    count = head.add("Unsqueeze", [kept_count, first])  # [B, 1]
+    before = head.add("Shape", [carried[0]], {"start": 2, "end": 3})
+    rows = head.add("Shape", [inputs[step_io.TOKENS]], {"start": 1, "end": 2})
+    written = head.add("Add", [rows, head.constant("heads", [heads])])
+    order = head.add("Range", [zero, head.add("Squeeze", [written]), one])  # [K + N]
+    # Of carried and new rows one after another: the kept ones, then the new ones, the last of them again to the end.
+    own = head.add("Min", [head.add("Sub", [order, count]), head.add("Sub", [rows, first])])
+    padding = head.add("Expand", [head.constant("padding", [[0]]), head.add("Shape", [inputs[step_io.TOKENS]])])
+    index = head.add(
+        "Where",
+        [head.add("Less", [order, count]), head.add("Concat", [kept, padding], {"axis": 1}), head.add("Add", [own, before])],
+    )
+    index = head.add("Unsqueeze", [index, head.constant("axes", [1, 3])])
+    shared = {
+        "index": head.add("Tile", [index, head.constant("repeats", [1, kv_heads, 1, head_dim])]),
+        "write_index": head.add("Sub", [inputs[step_io.WRITE_INDEX], kept_count]),
+        "length": head.add("Shape", [inputs[step_io.COLUMNS]]),
+    }
+    shared |= {f"carried of {cache.name}": value for cache, value in zip(past, carried, strict=True)}
+    graph.insert_before(graph[0], head.nodes)
+    news = [node.inputs[which] for node in graph if node.domain == DOMAIN and node.op_type == OP for which in (1, 2)]
+    _each_attention(model, _device_attention, shared)
+    at = graph.inputs.index(inputs[step_io.COMMIT])
+    graph.inputs[at : at + 1] = [kept, kept_count]
+    graph.inputs.extend(carried)
+    for name, value in zip(step_io.new_names(len(past) // 2), news, strict=True):
+        assert value is not None
+        value.name = name
+        graph.outputs.append(value)
+
+
+def drop_closing(model: ir.Model) -> None:
+    """Take the device graph's part out of a traced step graph, in place."""
+    graph = model.graph
+    closing = [value for value in graph.outputs if value.name in step_io.CLOSING]
+    for value in closing:
+        graph.outputs.remove(value)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    inputs = {value.name: value for value in graph.inputs}
+    slots, tokens = inputs[step_io.DRAFT_SLOTS], inputs[step_io.TOKENS]
+    assert all(node.op_type == "Shape" for node in slots.consumers()), "only its shape, that of tokens, is used elsewhere"
+    ir.convenience.replace_all_uses_with(slots, tokens)
+    graph.inputs.remove(slots)
+
+
 def _standard_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value]) -> list[ir.Node]:
+    def update(build: _Nodes, past: ir.Value, new: ir.Value) -> ir.Value:
+        moved = build.add("GatherElements", [past, shared["index"]], {"axis": 2})
+        return build.add("Concat", [moved, new], {"axis": 2})
+
+    return _attention_over_caches(graph, node, shared, update)
+
+
+def _device_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value]) -> list[ir.Node]:
+    def update(build: _Nodes, past: ir.Value, new: ir.Value) -> ir.Value:
+        both = build.add("Concat", [shared[f"carried of {past.name}"], new], {"axis": 2})
+        return build.add("GatherElements", [both, shared["index"]], {"axis": 2})
+
+    return _attention_over_caches(graph, node, shared, update)
+
+
+def _attention_over_caches(
+    graph: ir.Graph,
+    node: ir.Node,
+    shared: dict[str, ir.Value],
+    update_of: Callable[[_Nodes, ir.Value, ir.Value], ir.Value],
+) -> list[ir.Node]:
+    """One TensorScatter a cache, of the rows that ``update_of`` (past, new) makes; slices to T; Attention."""
     query, key, value, past_key, past_value, mask = node.inputs[:6]
     build = _Nodes(graph, str(node.name))
     sliced = []
     for past, new, present in ((past_key, key, node.outputs[1]), (past_value, value, node.outputs[2])):
-        moved = build.add("GatherElements", [past, shared["index"]], {"axis": 2})
-        update = build.add("Concat", [moved, new], {"axis": 2})
+        assert past is not None and new is not None
+        update = update_of(build, past, new)
         scattered = build.add("TensorScatter", [past, update, shared["write_index"]], {"axis": -2}, outputs=[_output(present)])
         zero, axis = build.constant("zero", [0]), build.constant("axis", [2])
         sliced.append(build.add("Slice", [scattered, zero, shared["length"], axis]))

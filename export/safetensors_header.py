@@ -54,7 +54,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 )
             raw = json.loads(file.read(length))
     except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror}", hint="the checkpoint is incomplete: copy it again") from None
+        hint = "the checkpoint is incomplete: copy it again"
+        raise CheckpointError(f"{path} can't be read: {error.strerror}", hint=hint) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"the header of {path} is no JSON: {error}", hint=_DAMAGED) from None
     if not isinstance(raw, dict):

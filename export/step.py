@@ -51,8 +51,49 @@ def accept(tokens: Tensor, greedy: Tensor, ancestors: Tensor, forced: Tensor, dt
     return score.argmax(-1)
 
 
+def close(
+    tokens: Tensor,
+    positions: Tensor,
+    ancestors: Tensor,
+    forced: Tensor,
+    write_index: Tensor,
+    draft_slots: Tensor,
+    last_row: Tensor,
+    next_token: Tensor,
+    candidates: Tensor,
+) -> tuple[Tensor, ...]:
+    """What this step emitted and the next step's inputs on the same tree: ``step_io.CLOSING``, in that order.
+
+    ``next_token`` is [B, 1]. Accepted rows lie at depths 1, 2, … of the path to ``last_row``, one a depth, so the row (and the
+    token) at a depth is a maximum over rows. Slots without a forced row stand still.
+    """
+    count, heads = tokens.shape[1], candidates.shape[1]
+    rows = torch.arange(count)
+    deep = torch.arange(1, heads + 1)
+    depth = ancestors.to(torch.float32).sum(-1).to(torch.int64) - 1  # [B, N]; padding lies at -1
+    accepted = torch.gather(depth, 1, last_row[:, None])  # [B, 1]
+    active = forced[:, None] > 0
+    zero, nothing = torch.zeros_like(accepted), torch.full_like(accepted, -1)
+    on_path = torch.gather(ancestors, 1, last_row[:, None, None].expand(-1, -1, count))  # [B, 1, N]
+    here = on_path & (depth[:, None, :] == deep[None, :, None])  # [B, K, N]
+    kept = torch.where(here, rows[None, None, :], zero[:, :, None]).amax(-1)
+    taken = torch.where(here, tokens[:, None, :], nothing[:, :, None]).amax(-1)
+    taken = torch.cat([taken, nothing], dim=1)  # [B, K + 1]
+    emitted = torch.where(torch.arange(heads + 1)[None, :] == accepted, next_token, taken)
+    moved = torch.where(active, accepted + 1, zero)  # [B, 1]
+    drafted = torch.gather(candidates.flatten(1), 1, draft_slots)
+    return (
+        torch.where(active, emitted, nothing),
+        torch.where(rows[None, :] == 0, next_token, drafted),
+        positions + moved,
+        write_index + moved[:, 0],
+        kept,
+        torch.where(active, accepted, zero)[:, 0],
+    )
+
+
 class StepModule(nn.Module):
-    """Backbone plus heads with the inputs and outputs of :mod:`medusa_deploy.runtime.step_io`."""
+    """Backbone plus heads with the inputs and outputs of :mod:`medusa_deploy.runtime.step_io`, the device graph's included."""
 
     def __init__(self, backbone: Any, heads: HeadStack, margin: int) -> None:
         super().__init__()
@@ -72,6 +113,7 @@ class StepModule(nn.Module):
         columns: Tensor,
         logit_rows: Tensor,
         commit: Tensor,
+        draft_slots: Tensor,
         past: list[Tensor],
     ) -> tuple[Tensor, ...]:
         dtype = self.embedding.weight.dtype
@@ -89,7 +131,10 @@ class StepModule(nn.Module):
         next_token = torch.gather(greedy, 1, last_logit)  # [B, 1]
         state = torch.gather(hidden, 1, last_logit[:, :, None].expand(-1, -1, width))  # [B, 1, H]
         candidates, log_probs = self.heads(state, self.embedding(next_token))
-        return (last_row, next_token[:, 0], candidates, log_probs, logits, hidden, *cache.present_in_order())
+        closing = close(
+            tokens, positions, ancestors, forced, write_index, draft_slots, last_row, next_token, candidates
+        )
+        return (last_row, next_token[:, 0], candidates, log_probs, logits, hidden, *closing, *cache.present_in_order())
 
 
 class HeadsModule(nn.Module):

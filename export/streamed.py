@@ -1,14 +1,13 @@
 """Weights as network inputs: an engine that holds none, so that neither the build nor the plan grows with the backbone.
 
 The bundle's graphs keep their weights as initializers. Only what TensorRT parses is rewritten: every matrix that lies in a file
-becomes an input, and matrices that one vector is multiplied with (queries, keys and values; gate and up; the heads) become
-one input whose pieces lie one after another. That is possible where a matrix is stored row by row of its outputs and the graph
-transposes it, as in linked bundles; ``weights.bin`` of copied ones holds them transposed already, so each stays by itself.
+becomes an input, and matrices that one value is multiplied with (queries, keys and values; gate and up; the heads) become one
+input whose pieces lie one after another. That needs matrices stored output by output, as checkpoints and so linked bundles
+have them; ``weights.bin`` of copied ones holds them transposed, so there each stays by itself.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,8 +18,9 @@ from onnx import helper
 from ..runtime.bundle import Bundle
 from ..runtime.errors import BundleIntegrityError
 from ..runtime.weight_inputs import WeightInput, WeightPiece
+from .products import merged_name, rewrite_products
 
-_DTYPES = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.FLOAT: "float32"}
+_DTYPES = {int(onnx.TensorProto.FLOAT16): "float16", int(onnx.TensorProto.FLOAT): "float32"}
 
 
 class WeightStreamer:
@@ -54,9 +54,9 @@ class WeightStreamer:
                 model.graph.initializer.remove(tensor)
             else:
                 self._embed(tensor, piece)
-        merged = _merge(model.graph, {name: tensor for name, (tensor, _) in matrices.items()}) if self._merge else []
-        for names in merged:
-            self._add(model.graph, "+".join(names), [matrices.pop(name) for name in names])
+        groups = rewrite_products(model.graph, {name: tensor for name, (tensor, _) in matrices.items()}, self._merge)
+        for names in groups:
+            self._add(model.graph, merged_name(names), [matrices.pop(name) for name in names])
         for name, found in matrices.items():
             self._add(model.graph, name, [found])
         return model
@@ -67,7 +67,8 @@ class WeightStreamer:
         size = self._bundle.path(name).stat().st_size  # refuses what leads out of the bundle
         offset = int(place.get("offset", 0))
         nbytes = int(np.prod(tensor.dims)) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        if name not in self._bundle.manifest.files or not 0 <= offset <= size - nbytes or int(place.get("length", nbytes)) != nbytes:
+        inside = name in self._bundle.manifest.files and 0 <= offset <= size - nbytes
+        if not inside or int(place.get("length", nbytes)) != nbytes:
             raise BundleIntegrityError(
                 f"{tensor.name} in {graph} should lie at bytes {offset} to {offset + nbytes} of {name}, which has {size}",
                 hint="export the bundle again",
@@ -94,61 +95,6 @@ class WeightStreamer:
         graph.input.append(helper.make_tensor_value_info(known.name, first.data_type, shape))
         for node in graph.node if known.name != name else ():
             node.input[:] = [known.name if each == name else each for each in node.input]
-
-
-def _merge(graph: onnx.GraphProto, matrices: dict[str, onnx.TensorProto]) -> list[tuple[str, ...]]:
-    """Replace the products of one value with several transposed matrices by one product and a split.
-
-    Returns the names that became one input, in the order of their rows; the input is named with ``+`` between them.
-    """
-    uses: dict[str, int] = defaultdict(int)
-    for node in graph.node:
-        for name in node.input:
-            uses[name] += 1
-    transposes = {
-        node.output[0]: node
-        for node in graph.node
-        if node.op_type == "Transpose" and node.input[0] in matrices and _permutation(node) == [1, 0] and uses[node.input[0]] == 1
-    }
-    groups: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-    for node in graph.node:
-        if node.op_type == "MatMul" and node.input[1] in transposes and uses[node.input[1]] == 1:
-            groups[node.input[0]].append(node)
-    merged = []
-    replaced: dict[str, list[onnx.NodeProto]] = {}
-    for value, products in groups.items():
-        if len(products) < 2:
-            continue
-        names = tuple(transposes[product.input[1]].input[0] for product in products)
-        if len({matrices[name].data_type for name in names}) > 1:
-            continue
-        merged.append(names)
-        rows = [int(matrices[name].dims[0]) for name in names]
-        joined = "+".join(names)
-        replaced[products[0].output[0]] = [
-            helper.make_node("Transpose", [joined], [f"{joined}/transposed"], name=f"{joined}/Transpose", perm=[1, 0]),
-            helper.make_node("MatMul", [value, f"{joined}/transposed"], [f"{joined}/product"], name=f"{joined}/MatMul"),
-            helper.make_node(
-                "Split",
-                [f"{joined}/product", f"{joined}/rows"],
-                [product.output[0] for product in products],
-                name=f"{joined}/Split",
-                axis=-1,
-            ),
-        ]
-        graph.initializer.append(helper.make_tensor(f"{joined}/rows", onnx.TensorProto.INT64, [len(rows)], rows))
-        for product in products:
-            replaced.setdefault(product.output[0], [])
-            replaced.setdefault(product.input[1], [])  # its transpose
-    if replaced:
-        nodes = [new for node in graph.node for new in replaced.get(node.output[0], [node])]
-        del graph.node[:]
-        graph.node.extend(nodes)
-    return merged
-
-
-def _permutation(node: onnx.NodeProto) -> list[int]:
-    return next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), [1, 0])
 
 
 def weight_arrays(bundle: Bundle, inputs: Iterable[WeightInput]) -> dict[str, np.ndarray]:

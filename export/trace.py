@@ -42,14 +42,16 @@ def trace_step(backbone: Backbone, heads: HeadStack, rows: int) -> ir.Model:
         torch.arange(_T),
         torch.arange(_R)[None].repeat(_B, 1),
         torch.zeros(_B, margin, dtype=torch.int64),
+        torch.zeros(_B, _N, dtype=torch.int64),
         past,
     )
     b, n, t, r = (torch.export.Dim(name) for name in ("B", "N", "T", "R"))
-    dynamic = ({0: b, 1: n}, {0: b, 1: n}, {0: b, 1: n, 2: n}, {0: b}, {0: b}, {0: t}, {0: b, 1: r}, {0: b}, [{0: b}] * len(past))
+    rows_of = {0: b, 1: n}
+    dynamic = (rows_of, rows_of, {0: b, 1: n, 2: n}, {0: b}, {0: b}, {0: t}, {0: b, 1: r}, {0: b}, rows_of, [{0: b}] * len(past))
     inputs = [step_io.TOKENS, step_io.POSITIONS, step_io.ANCESTORS, step_io.FORCED, step_io.WRITE_INDEX]
-    inputs += [step_io.COLUMNS, step_io.LOGIT_ROWS, step_io.COMMIT, *step_io.past_names(shape.layers)]
+    inputs += [step_io.COLUMNS, step_io.LOGIT_ROWS, step_io.COMMIT, step_io.DRAFT_SLOTS, *step_io.past_names(shape.layers)]
     outputs = [step_io.LAST_ROW, step_io.NEXT_TOKEN, step_io.CANDIDATES, step_io.LOG_PROBS, step_io.LOGITS, step_io.HIDDEN]
-    outputs += step_io.present_names(shape.layers)
+    outputs += [*step_io.CLOSING, *step_io.present_names(shape.layers)]
     return _export(StepModule(backbone.module, heads, margin), arguments, dynamic, inputs, outputs)
 
 

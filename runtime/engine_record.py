@@ -21,13 +21,14 @@ Range = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Sizes that a plan was optimised for: rows N, rows with logits R, slots B and visible cache rows T."""
+    """Sizes that a plan was optimised for: rows N, rows with logits R, slots B, visible cache rows T, carried rows P."""
 
     name: str
     rows: Range
     logit_rows: Range
     slots: Range
     columns: Range
+    carried: Range
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ def parse_engine_record(text: str | bytes) -> EngineRecord:
                 f"{RECORD_NAME} has version {version}; this program reads up to {RECORD_VERSION}", hint="upgrade medusa-deploy"
             )
         profiles = tuple(
-            Profile(entry["name"], *(_range(entry[axis]) for axis in ("rows", "logit_rows", "slots", "columns")))
+            Profile(entry["name"], *(_range(entry[axis]) for axis in ("rows", "logit_rows", "slots", "columns", "carried")))
             for entry in raw["profiles"]
         )
         inputs, outputs = (

@@ -123,4 +123,20 @@ def chain_ancestors(rows: int) -> np.ndarray:
     return np.tri(rows, dtype=bool)
 
 
-__all__ = ["CacheLayout", "Executor", "StepBuffers", "Wanted", "chain_ancestors", "step_io", "visible_rows"]
+def kept_rows(commit: np.ndarray, write_index: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``commit`` as the device graph wants it: ``kept`` int64 [B, K] and ``kept_count`` int64 [B].
+
+    ``commit`` int64 [B, K]: cache rows to copy to write_index-K …; ``before`` int64 [B]: the write index of the step whose rows
+    they are. From the first row that isn't in place already, all are kept.
+    """
+    slots, margin = commit.shape
+    order = np.arange(margin)
+    moves = commit != write_index[:, None] - margin + order
+    count = np.where(moves.any(1), margin - moves.argmax(1), 0)
+    taken = order < count[:, None]
+    rows = np.take_along_axis(commit, np.minimum(order + (margin - count)[:, None], margin - 1), 1) - before[:, None]
+    assert slots == len(before) and (rows[taken] >= 0).all(), "only rows of the step before can be out of place"
+    return np.where(taken, rows, 0), count
+
+
+__all__ = ["CacheLayout", "Executor", "StepBuffers", "Wanted", "chain_ancestors", "kept_rows", "step_io", "visible_rows"]

@@ -253,8 +253,9 @@ def load(
             f"{slots} slots, the bundle allows 1 to {manifest.limits.batch}", hint=f"export with --batch {max(slots, 1)}"
         )
     variant = variant or ("cpu" if slots == 1 and "cpu" in manifest.variants else "standard")
-    if variant not in manifest.variants:
-        raise UsageError(f"the bundle has no variant {variant!r}", hint=f"its variants: {', '.join(manifest.variants)}")
+    runnable = [name for name in manifest.variants if name != "device"]
+    if variant not in runnable:
+        raise UsageError(f"the bundle has no variant {variant!r} for the CPU", hint=f"its variants: {', '.join(runnable)}")
     backbone, heads = manifest.backbone, manifest.heads
     layout = CacheLayout(backbone.layers, slots, backbone.kv_heads, manifest.limits.cache_rows, backbone.head_dim, manifest.dtype)
     model = OrtModel(

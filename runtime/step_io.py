@@ -28,6 +28,34 @@ logits        [B, R, V]         optional: for sampling on the host
 hidden        [B, R, H]         optional: the backbone's normalised last hidden state
 ============= ================= =====================================================
 
+The *device* graph is the same step closed over itself: what the next step needs are outputs, so that an engine can start it
+before the host has read this one. It has no ``commit``. Accepted rows are carried from step to step outside the caches, and a
+cache is never read before it is written. ``P``: rows of the step before.
+
+======================= ================== ===================================================================
+input, device graph     shape              meaning
+======================= ================== ===================================================================
+kept                    int64 [B, K]       rows of the step before that were accepted below its root, left-aligned
+kept_count              int64 [B]          how many: they go to write_index-kept_count … write_index-1
+draft_slots             int64 [B, N]       head·k + rank of the candidate that fills each row of the next step; 0 for the root
+carried_key.{l}         [B, H_kv, P, D_h]  new keys of the step before, carried_value.{l} likewise
+======================= ================== ===================================================================
+
+======================= ================== ===================================================================
+output, device graph    shape              meaning
+======================= ================== ===================================================================
+emitted                 int64 [B, K+1]     accepted tokens, then the next root, then -1
+next_tokens             int64 [B, N]       the next step on the same tree: its tokens,
+next_positions          int64 [B, N]       its positions,
+next_write_index        int64 [B]          its write index (this one + the number of emitted tokens),
+next_kept               int64 [B, K]       what it must keep,
+next_kept_count         int64 [B]          and how many; after a prefill these don't count: all its rows are in place
+new_key.{l}             [B, H_kv, N, D_h]  this step's own keys, new_value.{l} likewise: carried to the next step
+======================= ================== ===================================================================
+
+The scatter of the device graph always writes K + N rows from write_index-kept_count on: up to K rows past the step's own are
+overwritten, which no row sees and :func:`cache_rows` has room for.
+
 The first ``K`` cache rows are a margin that is never visible: with it ``write_index - K`` can't be negative, so the rows
 accepted in the previous step and the rows of this one are written by one scatter (the commit is deferred by a step).
 """
@@ -42,6 +70,9 @@ WRITE_INDEX = "write_index"
 COLUMNS = "columns"
 LOGIT_ROWS = "logit_rows"
 COMMIT = "commit"
+KEPT = "kept"
+KEPT_COUNT = "kept_count"
+DRAFT_SLOTS = "draft_slots"
 ROOT_HIDDEN = "hidden"
 ROOT_TOKEN = "root"
 
@@ -51,18 +82,40 @@ CANDIDATES = "candidates"
 LOG_PROBS = "log_probs"
 LOGITS = "logits"
 HIDDEN = "hidden"
+EMITTED = "emitted"
+NEXT_TOKENS = "next_tokens"
+NEXT_POSITIONS = "next_positions"
+NEXT_WRITE_INDEX = "next_write_index"
+NEXT_KEPT = "next_kept"
+NEXT_KEPT_COUNT = "next_kept_count"
+CLOSING = (EMITTED, NEXT_TOKENS, NEXT_POSITIONS, NEXT_WRITE_INDEX, NEXT_KEPT, NEXT_KEPT_COUNT)
+"""What the device graph adds to the outputs, caches and carried rows apart."""
 
 CACHE_ALIGNMENT = 8
 
 
 def past_names(layers: int) -> list[str]:
     """Cache inputs in graph order: key and value of layer 0, then of layer 1 …"""
-    return [f"past_{kind}.{layer}" for layer in range(layers) for kind in ("key", "value")]
+    return _of_each_layer("past", layers)
 
 
 def present_names(layers: int) -> list[str]:
     """Cache outputs in the same order; each is the memory of the input at the same index."""
-    return [f"present_{kind}.{layer}" for layer in range(layers) for kind in ("key", "value")]
+    return _of_each_layer("present", layers)
+
+
+def carried_names(layers: int) -> list[str]:
+    """Inputs of the device graph in the same order: the rows that the step before wrote."""
+    return _of_each_layer("carried", layers)
+
+
+def new_names(layers: int) -> list[str]:
+    """Outputs of the device graph in the same order: the rows that this step wrote."""
+    return _of_each_layer("new", layers)
+
+
+def _of_each_layer(name: str, layers: int) -> list[str]:
+    return [f"{name}_{kind}.{layer}" for layer in range(layers) for kind in ("key", "value")]
 
 
 def cache_rows(capacity: int, heads: int, max_rows: int) -> int:

@@ -42,9 +42,10 @@ def parse_weight_inputs(raw: Sequence[Any]) -> tuple[WeightInput, ...]:
         wanted = math.prod(shape) * ITEM_BYTES[entry["dtype"]]
         if not pieces or sum(piece.nbytes for piece in pieces) != wanted:
             raise ValueError(f"the pieces of {entry['name']!r} don't have {wanted} bytes")
-        outside = [piece.file for piece in pieces if PurePosixPath(piece.file).is_absolute() or ".." in PurePosixPath(piece.file).parts]
-        if outside:
-            raise ValueError(f"{entry['name']!r} lies in {outside[0]!r}, outside the bundle")
+        for piece in pieces:
+            path = PurePosixPath(piece.file)
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"{entry['name']!r} lies in {piece.file!r}, outside the bundle")
         inputs.append(WeightInput(str(entry["name"]), entry["dtype"], shape, pieces))
     names = [weight.name for weight in inputs]
     if len(set(names)) != len(names):

@@ -91,8 +91,8 @@ def report_text(report: dict[str, Any], output: Path) -> str:
         tensors = next(iter(weights["places"].values()))["tensors"]
         files = ", ".join(sorted(set(weights["files"].values())))
         checked = (
-            f"\nthe first {weights['checked_layers']} of {weights['layers']} layers ran; the places of all {tensors} weights were "
-            f"looked up by name\nweights: {len(weights['files'])} files ({files})"
+            f"\nchecked: the first {weights['checked_layers']} of {weights['layers']} layers ran; the places of all {tensors} "
+            f"weights hold the right tensors\nweights: {len(weights['files'])} files ({files})"
         )
     return f"{table(rows, headers)}{checked}\n\n{output}  {human_bytes(report['bytes'])}  in {human_seconds(report['seconds'])}"
 

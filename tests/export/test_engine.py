@@ -79,7 +79,9 @@ def test_shapes_follow_the_axes(bundle: Path, made: type[FakeTensorRT], monkeypa
     step, heads = graphs
     tree = step.profiles[1]
     assert tree["ancestors"] == [(1, 1, 4), (8, 8, 8), (8, 8, 8)]
-    assert tree["commit"] == [(1, 1, 4), (3, 3, 3)]
+    assert tree["kept"] == [(1, 1, 4), (3, 3, 3)]
+    assert tree["carried_key.0"] == [(1, 1, 4), (2, 2, 2), (1, 8, 8), (16, 16, 16)]
+    assert step.profiles[0]["carried_key.0"] == [(1, 1, 1), (2, 2, 2), (1, 1, 1), (16, 16, 16)]
     assert tree["past_key.0"] == [(1, 1, 4), (2, 2, 2), (280, 280, 280), (16, 16, 16)]
     assert heads.profiles == [{"hidden": [(1, 1, 4), (64, 64, 64)], "root": [(1, 1, 4)]}]
 
@@ -164,7 +166,8 @@ def test_a_backend_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
     "change",
     [
         {"record_version": RECORD_VERSION + 1}, {"profiles": [{}]}, {"inputs": [{"name": "x"}]}, {"surprise": 1}, {"plan": ...},
-        {"profiles": [{"name": "p", "rows": [8, 1, 1], "logit_rows": [1, 1, 1], "slots": [1, 1, 1], "columns": [1, 1, 1]}]},
+        {"profiles": [{"name": "p", "rows": [8, 1, 1], "logit_rows": [1] * 3, "slots": [1] * 3, "columns": [1] * 3,
+                       "carried": [1] * 3}]},
     ],
 )  # fmt: skip
 def test_a_broken_record_is_refused(bundle: Path, made: type[FakeTensorRT], change: dict[str, Any]) -> None:

@@ -21,11 +21,11 @@ EVERYTHING = Wanted(heads=True, logits=True, hidden=True)
 
 @pytest.fixture(scope="module")
 def graphs(tiny_bundle: Path) -> dict[str, Any]:
-    names = {"standard": "step.onnx", "cpu": "step.cpu.onnx", "heads": "heads.onnx"}
+    names = {"standard": "step.onnx", "cpu": "step.cpu.onnx", "device": "step.device.onnx", "heads": "heads.onnx"}
     return {variant: onnx.load(tiny_bundle / "onnx" / name, load_external_data=False) for variant, name in names.items()}
 
 
-@pytest.mark.parametrize("name", ["step.onnx", "heads.onnx"])
+@pytest.mark.parametrize("name", ["step.onnx", "step.device.onnx", "heads.onnx"])
 def test_a_graph_for_engines_is_valid_and_standard(tiny_bundle: Path, name: str) -> None:
     path = tiny_bundle / "onnx" / name
     onnx.checker.check_model(str(path), full_check=True)
@@ -62,6 +62,23 @@ def test_each_cache_goes_through_one_gather_and_one_scatter(graphs: dict[str, An
         (scatter,) = (node for node in readers if node.op_type == "TensorScatter")
         assert scatter.input[0] == past, "a cache goes from the graph's input straight to TensorScatter"
         assert list(scatter.output) == [present], "what was scattered is the graph's output itself"
+
+
+def test_the_device_graph_has_the_documented_inputs_and_outputs(graphs: dict[str, Any]) -> None:
+    graph = graphs["device"].graph
+    inputs = [step_io.TOKENS, step_io.POSITIONS, step_io.ANCESTORS, step_io.FORCED, step_io.WRITE_INDEX, step_io.COLUMNS]
+    inputs += [step_io.LOGIT_ROWS, step_io.KEPT, step_io.KEPT_COUNT, step_io.DRAFT_SLOTS]
+    outputs = [step_io.LAST_ROW, step_io.NEXT_TOKEN, step_io.CANDIDATES, step_io.LOG_PROBS, step_io.LOGITS, step_io.HIDDEN]
+    assert [value.name for value in graph.input] == [*inputs, *step_io.past_names(LAYERS), *step_io.carried_names(LAYERS)]
+    present = [*step_io.CLOSING, *step_io.present_names(LAYERS), *step_io.new_names(LAYERS)]
+    assert [value.name for value in graph.output] == outputs + present
+
+
+def test_no_node_of_the_device_graph_reads_a_cache_but_the_one_that_writes_it(graphs: dict[str, Any]) -> None:
+    graph = graphs["device"].graph
+    for past, present in zip(step_io.past_names(LAYERS), step_io.present_names(LAYERS), strict=True):
+        (scatter,) = (node for node in graph.node if past in node.input)
+        assert (scatter.op_type, scatter.input[0], list(scatter.output)) == ("TensorScatter", past, [present])
 
 
 def test_each_cache_of_the_cpu_graph_is_read_and_written_by_the_fused_operator(graphs: dict[str, Any]) -> None:

@@ -148,3 +148,30 @@ def test_a_mask_as_a_picture() -> None:
         [F, T, T, T, T, F, F, F],
         [F, T, T, T, F, T, F, F],
     ]
+
+
+# -- what the device graph adds ------------------------------------------------------------------------------------
+
+_HEADS, _TOP_K = 5, 4
+
+
+@given(case=_steps().filter(lambda case: max(tree.depth for tree in case.trees) <= _HEADS), seed=st.integers(0, 1 << 30))
+def test_the_next_step_is_what_the_host_would_have_prepared(case: Step, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    slots, rows = case.tokens.shape
+    positions, write_index = rng.integers(0, 90, (slots, rows)), rng.integers(_HEADS, 90, slots)
+    next_token, candidates = rng.integers(0, 50, (slots, 1)), rng.integers(0, 50, (slots, _HEADS, _TOP_K))
+    fills = rng.integers(0, _HEADS * _TOP_K, (slots, rows))
+    last = np.array(_accept(case))
+    given_ones = (case.tokens, positions, case.ancestors, case.forced, write_index, fills, last, next_token, candidates)
+    results = step.close(*(torch.from_numpy(np.asarray(array)) for array in given_ones))
+    emitted, tokens, next_positions, next_index, kept, kept_count = (result.numpy() for result in results)
+    for slot, tree in enumerate(case.trees):
+        path = [] if case.forced[slot] == 0 else list(tree.row_paths[last[slot]])
+        moved = 0 if case.forced[slot] == 0 else 1 + len(path)
+        new = [*case.tokens[slot, path], next_token[slot, 0]][:moved]
+        assert emitted[slot].tolist() == new + [-1] * (_HEADS + 1 - moved)
+        assert next_index[slot] == write_index[slot] + moved
+        assert kept_count[slot] == len(path) and kept[slot, : len(path)].tolist() == path
+        assert next_positions[slot].tolist() == (positions[slot] + moved).tolist()
+        assert tokens[slot].tolist() == [next_token[slot, 0], *candidates[slot].ravel()[fills[slot, 1:]]]

@@ -61,7 +61,7 @@ def mha_kernels(plan: Path) -> int:
 
 
 def test_the_step_graph_updates_its_caches_in_place(bundle: Bundle) -> None:
-    graph = TensorRT("tensorrt-rtx").parse(bundle.path(bundle.manifest.variants["standard"]))
+    graph = TensorRT("tensorrt-rtx").parse(bundle.path(bundle.manifest.variants["device"]))
     network = graph._network
     layers = Counter(network.get_layer(index).type.name for index in range(network.num_layers))
     assert layers["KV_CACHE_UPDATE"] == 2 * LAYERS
@@ -82,7 +82,7 @@ def test_an_engine_is_built_for_an_rtx_4090_class_gpu(bundle: Bundle) -> None:
     folder = Path(built["folder"])
     assert seen, "the builder said nothing of its progress"
     assert [profile.name for profile in record.profiles] == ["prefill", "rows-1", "rows-8"]
-    assert record.graph_sha256 == opened.manifest.files["onnx/step.onnx"].sha256
+    assert record.graph_sha256 == opened.manifest.files["onnx/step.device.onnx"].sha256
     caches = {tensor.name: tensor for tensor in record.inputs if tensor.name.startswith("past_")}
     assert len(caches) == 2 * LAYERS
     assert {tensor.dtype for tensor in caches.values()} == {"float16"}

@@ -17,7 +17,8 @@ from support.records import write_stub_bundle
 
 SHAPES = {
     "tokens": (-1, -1), "positions": (-1, -1), "ancestors": (-1, -1, -1), "forced": (-1,), "write_index": (-1,), "columns": (-1,),
-    "logit_rows": (-1, -1), "commit": (-1, 3), "past_key.0": (-1, 2, 280, 16),
+    "logit_rows": (-1, -1), "kept": (-1, 3), "kept_count": (-1,), "draft_slots": (-1, -1), "past_key.0": (-1, 2, 280, 16),
+    "carried_key.0": (-1, 2, -1, 16),
 }  # fmt: skip
 
 

@@ -18,14 +18,14 @@ def manifest(
     *, capacity: int = 256, batch: int = 4, max_rows: int = 16, prefill_chunk: int = 16, tree: Tree | None = None
 ) -> Manifest:
     """A manifest of the tiny model's sizes."""
-    files = ("onnx/step.onnx", "onnx/step.cpu.onnx", "onnx/heads.onnx", "onnx/weights.bin")
+    files = ("onnx/step.onnx", "onnx/step.cpu.onnx", "onnx/heads.onnx", "onnx/weights.bin", "onnx/step.device.onnx")
     return Manifest(
         backbone=BackboneFacts("TinyForCausalLM", 2, HIDDEN, 4, 2, 16, VOCAB),
         heads=HeadFacts("medusa", HEADS, TOP_K, "shared", VOCAB, ((0.7, -1.0),) * HEADS),
         limits=Limits(capacity, cache_rows(capacity, HEADS, max_rows), max_rows, batch, prefill_chunk),
         text=TextFacts(eos_token_ids=(EOS,)),
         dtype="float32",
-        variants={"standard": files[0], "cpu": files[1]},
+        variants={"standard": files[0], "cpu": files[1], "device": files[4]},
         heads_graph=files[2],
         trees={"default": (tree or chain(HEADS)).choices()},
         default_tree="default",

@@ -24,7 +24,8 @@ def test_the_report_holds_sizes_limits_and_trees(stub: Path) -> None:
     assert report["bytes"] == sum(path.stat().st_size for path in (stub / "onnx").iterdir())
     assert report["backbone"]["layers"] == 2
     assert report["trees"] == {"default": {"rows": 4, "depth": 3}}
-    assert set(report["files"]) == {"onnx/heads.onnx", "onnx/step.cpu.onnx", "onnx/step.onnx", "onnx/weights.bin"}
+    names = ("heads.onnx", "step.cpu.onnx", "step.device.onnx", "step.onnx", "weights.bin")
+    assert set(report["files"]) == {f"onnx/{name}" for name in names}
     assert report["cache_bytes"] == 4 * report["cache_bytes_per_slot"]
     assert report["hashes_checked"]
 
