@@ -3,192 +3,166 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..runtime import step_io
-from ..runtime.bundle import Bundle, open_bundle, record_files, refuse_existing, staged_folder, write_manifest
-from ..runtime.engine_record import RECORD_NAME, EngineRecord, Profile, Range, parse_engine_record
-from ..runtime.errors import BundleBusyError, BundleError, UsageError
+from .. import __version__
+from ..runtime.bundle import Bundle, open_bundle, output_error, record_files, refuse_existing, staged_folder, write_manifest
+from ..runtime.engine_record import RECORD_NAME, EngineRecord, parse_engine_record
+from ..runtime.errors import BundleBusyError, BundleError
 from ..runtime.manifest import Manifest
-from .tensorrt import Advance, ParsedGraph, TensorRT
+from .builder_process import Advance, BuildRequest, BuiltPlan, build_plan
+from .engine_features import CROSS_BUILD, has
+from .engine_plan import EngineOptions, EnginePlan, plan_for, step_axes, step_sizes
+from .gpu import resolve_target
+from .network import VARIANT, NetworkSource, network_source, source_files
+from .tensorrt import TensorRT
 
 ENGINES = "engines"
 PLAN, HEADS_PLAN = "step.plan", "heads.plan"
-_TREE_ROWS = (8, 16, 32, 64)
-_BEST_COLUMNS = 512
-
-# By input: the axes whose sizes vary, in order; the others are fixed by the graph. Caches vary in B, carried rows in B and P.
-_STEP_AXES = {
-    step_io.TOKENS: "BN",
-    step_io.POSITIONS: "BN",
-    step_io.ANCESTORS: "BNN",
-    step_io.FORCED: "B",
-    step_io.WRITE_INDEX: "B",
-    step_io.COLUMNS: "T",
-    step_io.LOGIT_ROWS: "BR",
-    step_io.KEPT: "B",
-    step_io.KEPT_COUNT: "B",
-    step_io.DRAFT_SLOTS: "BN",
-}
+_SCRATCH = ".network.partial-"
 
 
 @dataclass(frozen=True, slots=True)
-class EnginePlan:
-    """What a build would make: ``targets``, ``profiles``, and the bytes of weights that each plan holds."""
+class _Job:
+    """What all targets of one call share."""
 
-    backend: str
-    targets: tuple[str, ...]
-    profiles: tuple[Profile, ...]
-    weights_bytes: int
-
-
-def default_rows(manifest: Manifest) -> tuple[int, ...]:
-    """Tree sizes that get a profile: plain decoding, the bundle's own tree, and the usual sizes that the bundle allows."""
-    return tuple(sorted({1, manifest.tree().rows, *(rows for rows in _TREE_ROWS if rows <= manifest.limits.max_rows)}))
+    tensorrt: TensorRT
+    plan: EnginePlan
+    timing_cache: Path | None
+    sources: dict[str, str]
+    report: Callable[[str], None]
+    advance: Advance
 
 
-def profiles_for(manifest: Manifest, rows: Sequence[int], prefill: int | None = None) -> tuple[Profile, ...]:
-    """One profile for prefill (slot by slot, logits of the last row), one for each number of rows.
-
-    Raises:
-        UsageError: a number of rows that the bundle doesn't allow.
-    """
-    limits = manifest.limits
-    sizes = sorted(set(rows))
-    if not sizes or sizes[0] < 1 or sizes[-1] > limits.max_rows:
-        raise UsageError(f"rows {list(rows)}, the bundle allows 1 to {limits.max_rows}", hint="export with a larger --max-rows")
-    chunk = limits.prefill_chunk if prefill is None else prefill
-    if not limits.prefill_chunk <= chunk <= limits.capacity:
-        raise UsageError(
-            f"prefill of {chunk} rows, the bundle's sessions ask for {limits.prefill_chunk}",
-            hint=f"from {limits.prefill_chunk} to the capacity of {limits.capacity}",
-        )
-    columns = (1, min(_BEST_COLUMNS, limits.cache_rows), limits.cache_rows)
-    first = Profile("prefill", (1, chunk, chunk), (1, 1, 1), (1, 1, 1), columns, (1, 1, 1))
-    slots = (1, 1, limits.batch)
-    return (first, *(Profile(f"rows-{n}", (n, n, n), (n, n, n), slots, columns, (1, n, sizes[-1])) for n in sizes))
-
-
-def plan_engines(
-    bundle: Path | str, targets: Sequence[str], *, backend: str, rows: Sequence[int] | None = None, prefill: int | None = None
-) -> EnginePlan:
+def plan_engines(bundle: Path | str, targets: Sequence[str], options: EngineOptions | None = None) -> EnginePlan:
     """Check what :func:`build_engines` would check before it builds, and say what it would build.
 
     Raises:
         BundleError, UsageError, MissingDependencyError: the bundle, a target or a size won't do.
     """
-    return _plan(open_bundle(bundle, check_hashes=False), _backend_for(targets, backend), targets, rows, prefill)
-
-
-def _backend_for(targets: Sequence[str], backend: str) -> TensorRT:
-    tensorrt = TensorRT(backend)
-    for target in targets:
-        tensorrt.check_target(target)
-    return tensorrt
-
-
-def _plan(
-    bundle: Bundle, tensorrt: TensorRT, targets: Sequence[str], rows: Sequence[int] | None, prefill: int | None
-) -> EnginePlan:
-    manifest = bundle.manifest
-    if manifest.dtype != "float16":
-        raise UsageError(f"the bundle's graph is {manifest.dtype}", hint="TensorRT engines are built of: export --dtype fp16")
-    _graph(manifest)
-    weights = sum(record.size for name, record in manifest.files.items() if name.endswith("weights.bin"))
-    profiles = profiles_for(manifest, default_rows(manifest) if rows is None else rows, prefill)
-    return EnginePlan(tensorrt.backend, tuple(dict.fromkeys(targets)), profiles, weights)
+    options = options or EngineOptions()
+    tensorrt = TensorRT(options.backend)
+    return plan_for(open_bundle(bundle, check_hashes=False), tensorrt, targets, options)
 
 
 def build_engines(
     bundle: Path | str,
     targets: Sequence[str],
+    options: EngineOptions | None = None,
     *,
-    backend: str = "tensorrt-rtx",
-    rows: Sequence[int] | None = None,
-    prefill: int | None = None,
     force: bool = False,
     resume: bool = False,
     report: Callable[[str], None] = lambda _phase: None,
-    advance: Advance = lambda _done, _total, _phase: True,
+    advance: Advance = lambda _phase, _done, _total: True,
 ) -> list[dict[str, Any]]:
     """Build an engine for each target into ``engines/<target>`` of the bundle and list it in the manifest.
 
-    ``rows``: tree sizes with a profile of their own (None: :func:`default_rows`). ``resume``: engines that are there and
-    were built from the same graph, by the same version, with the same profiles, stay. An interrupted build leaves the bundle
-    as it was. Returns, for each target, its seconds (0 where it stayed) and bytes.
+    ``resume``: engines that are there and were built from the same files, by the same version, with the same options, stay. An
+    interrupted build leaves the bundle as it was; what it leaves on disk when it is killed, the next one removes. Returns, for
+    each target, its seconds (0 where it stayed) and bytes, and what its record says.
 
     Raises:
         BundleError: no bundle, or files that aren't its own.
         BundleExistsError: an engine is there, and neither ``force`` nor ``resume`` is given.
         BundleBusyError: another build is at work in this bundle.
-        EngineError: TensorRT refused.
+        EngineError: TensorRT refused, or died; EngineMemoryError where memory ran out.
+        QuantisationError: a weight can't be stored in 8 bits.
         UsageError, MissingDependencyError, OutputError: a target, a size, a package or the file system won't do.
     """
-    tensorrt = _backend_for(targets, backend)
+    options = options or EngineOptions()
+    tensorrt = TensorRT(options.backend)
     reports = []
-    with _locked(Path(bundle)):
+    with _locked(Path(bundle)), ExitStack() as stack:
         opened = open_bundle(bundle)
-        plan = _plan(opened, tensorrt, targets, rows, prefill)
+        plan = plan_for(opened, tensorrt, targets, options)
+        plan = replace(plan, targets=_resolved(tensorrt, plan))
+        job = _Job(tensorrt, plan, options.timing_cache, source_files(opened), report, advance)
+        engines = opened.folder / ENGINES
+        _remove_leftovers(engines)
+        stack.callback(_remove_empty, engines)
+        current = {target: _current_record(opened, target, job) if resume else None for target in plan.targets}
         for target in plan.targets:
-            started = time.perf_counter()
-            folder = opened.folder / ENGINES / target
-            kept = resume and _is_current(opened, target, tensorrt, plan.profiles)
-            if not kept:
-                refuse_existing(folder, force=force or resume)
-                opened = _build(opened, target, tensorrt, plan.profiles, report, advance)
+            if current[target] is None:
+                refuse_existing(engines / target, force=force or resume)
+        source: NetworkSource | None = None
+        for target in plan.targets:
+            started, record = time.perf_counter(), current[target]
+            if record is None:
+                source = source or stack.enter_context(_source(opened, job))
+                opened, record = _build(opened, target, source, job)
+            kept = current[target] is not None
             seconds = 0.0 if kept else time.perf_counter() - started
+            folder = engines / target
             size = sum(path.stat().st_size for path in folder.iterdir())
-            reports.append({"target": target, "seconds": seconds, "bytes": size, "folder": str(folder), "kept": kept})
+            reports.append(
+                {"target": target, "seconds": seconds, "bytes": size, "folder": str(folder), "kept": kept, "record": record}
+            )
     return reports
 
 
-def _build(
-    bundle: Bundle,
-    target: str,
-    tensorrt: TensorRT,
-    profiles: tuple[Profile, ...],
-    report: Callable[[str], None],
-    advance: Advance,
-) -> Bundle:
+def _resolved(tensorrt: TensorRT, plan: EnginePlan) -> tuple[str, ...]:
+    targets = tuple(dict.fromkeys(resolve_target(target) for target in plan.targets))
+    if has(plan.backend, CROSS_BUILD):
+        for target in targets:
+            tensorrt.check_target(target)
+    return targets
+
+
+@contextmanager
+def _source(bundle: Bundle, job: _Job) -> Iterator[NetworkSource]:
+    """The ONNX files to parse; what had to be made is gone when the block ends."""
+    engines = bundle.folder / ENGINES
+    try:
+        engines.mkdir(exist_ok=True)
+        # Beside the plans rather than in the system's folder, which may be memory: an int8 network is as large as a plan.
+        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=engines))
+    except OSError as error:
+        raise output_error(engines, error) from error
+    try:
+        with ExitStack() as stack:
+            try:
+                job.report(f"preparing the {job.plan.precision} network")
+                source = stack.enter_context(network_source(bundle, job.plan.precision, job.plan.weights, scratch))
+            except OSError as error:
+                raise output_error(engines, error) from error
+            yield source
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _build(bundle: Bundle, target: str, source: NetworkSource, job: _Job) -> tuple[Bundle, EngineRecord]:
     """Build one target and commit it. Returns the bundle as it is now."""
     manifest = bundle.manifest
-    source = _graph(manifest)
     folder = bundle.folder / ENGINES / target
-    report(f"{target}: parsing")
-    step, heads = tensorrt.parse(bundle.path(source)), tensorrt.parse(bundle.path(manifest.heads_graph))
-    for profile in profiles:
-        step.add_profile(_step_shapes(step, profile))
-    batch = (1, 1, manifest.limits.batch)
-    hidden = manifest.backbone.hidden_size
-    heads.add_profile({step_io.ROOT_HIDDEN: [batch, (hidden, hidden, hidden)], step_io.ROOT_TOKEN: [batch]})
     without = _without(manifest, target)
     with staged_folder(folder, force=True) as staging:
-        report(f"{target}: building")
-        step.build(target, staging / PLAN, advance)
-        report(f"{target}: building the heads")
-        heads.build(target, staging / HEADS_PLAN, advance)
-        record = EngineRecord(
-            backend=tensorrt.backend,
-            backend_version=tensorrt.version,
-            target=target,
-            precision="fp16",
-            weights="inside",
-            plan=PLAN,
-            heads_plan=HEADS_PLAN,
-            graph_sha256=manifest.files[source].sha256,
-            profiles=profiles,
-            inputs=step.inputs,
-            outputs=step.outputs,
-            warnings=(*step.warnings, *heads.warnings),
+        request = partial(
+            BuildRequest,
+            job.tensorrt.backend,
+            target,
+            features=job.plan.features,
+            timing_cache=None if job.timing_cache is None else str(job.timing_cache.absolute()),
         )
+        job.report(f"{target}: building")
+        axes = step_axes(manifest.backbone.layers)
+        sizes = tuple(step_sizes(profile) for profile in job.plan.profiles)
+        step = build_plan(request(_absolute(source.step), _absolute(staging / PLAN), axes, sizes), job.advance)
+        job.report(f"{target}: building the heads")
+        slots = ({"B": (1, 1, manifest.limits.batch)},)
+        heads = build_plan(request(_absolute(source.heads), _absolute(staging / HEADS_PLAN), {}, slots), job.advance)
+        record = _record(manifest, target, step, heads, job)
         (staging / RECORD_NAME).write_text(record.to_json(), "utf-8")
-        report(f"{target}: hashing")
+        job.report(f"{target}: hashing")
         built = record_files(staging)
         if without != manifest:
             # The manifest forgets an engine before it is replaced: at no moment does it list files that aren't its own.
@@ -197,31 +171,34 @@ def _build(
     files = {**without.files, **{f"{base}/{name}": entry for name, entry in built.items()}}
     complete = replace(without, files=files, engines={**without.engines, target: f"{base}/{RECORD_NAME}"})
     write_manifest(bundle.folder, complete)
-    return replace(bundle, manifest=complete)
+    return replace(bundle, manifest=complete), record
 
 
-def _step_shapes(graph: ParsedGraph, profile: Profile) -> dict[str, list[Range]]:
-    sizes = {"B": profile.slots, "N": profile.rows, "R": profile.logit_rows, "T": profile.columns}
-    shapes = {}
-    for tensor in graph.inputs:
-        dynamic = _STEP_AXES.get(tensor.name, "B")
-        fixed = [(size, size, size) for size in tensor.shape[len(dynamic) :]]
-        shapes[tensor.name] = [*(sizes[axis] for axis in dynamic), *fixed]
-        if tensor.name.startswith("carried_"):
-            shapes[tensor.name][2] = profile.carried
-    return shapes
+def _record(manifest: Manifest, target: str, step: BuiltPlan, heads: BuiltPlan, job: _Job) -> EngineRecord:
+    plan = job.plan
+    return EngineRecord(
+        backend=plan.backend,
+        backend_version=plan.backend_version,
+        target=target,
+        precision=plan.precision,
+        weights=plan.weights,
+        plan=PLAN,
+        heads_plan=HEADS_PLAN,
+        graph_sha256=manifest.files[manifest.variants[VARIANT]].sha256,
+        profiles=plan.profiles,
+        inputs=step.inputs,
+        outputs=step.outputs,
+        warnings=(*step.warnings, *heads.warnings),
+        variant=VARIANT,
+        features=plan.features,
+        sources=job.sources,
+        versions={"medusa-deploy": __version__, **{name: importlib.metadata.version(name) for name in ("numpy", "onnx-ir")}},
+        logs={PLAN: step.log, HEADS_PLAN: heads.log},
+    )
 
 
-def _graph(manifest: Manifest) -> str:
-    """The file that engines are built of.
-
-    Raises:
-        UsageError: a bundle of an older program, without that graph.
-    """
-    try:
-        return manifest.variants["device"]
-    except KeyError:
-        raise UsageError("the bundle has no graph for TensorRT", hint="export it again: it is of an older version") from None
+def _absolute(path: Path) -> str:
+    return str(path.absolute())
 
 
 def _without(manifest: Manifest, target: str) -> Manifest:
@@ -231,18 +208,30 @@ def _without(manifest: Manifest, target: str) -> Manifest:
     return replace(manifest, files=files, engines=engines)
 
 
-def _is_current(bundle: Bundle, target: str, tensorrt: TensorRT, profiles: tuple[Profile, ...]) -> bool:
-    """Whether the bundle has this very engine. Its files were checked when the bundle was opened."""
+def _current_record(bundle: Bundle, target: str, job: _Job) -> EngineRecord | None:
+    """The record of this very engine, if the bundle has it. Its files were checked when the bundle was opened."""
     name = bundle.manifest.engines.get(target)
     if name is None:
-        return False
+        return None
     try:
         record = parse_engine_record(bundle.path(name).read_bytes())
     except BundleError:
-        return False
-    graph = bundle.manifest.files[_graph(bundle.manifest)].sha256
-    made = (record.backend, record.backend_version, record.graph_sha256, record.profiles)
-    return made == (tensorrt.backend, tensorrt.version, graph, profiles)
+        return None
+    plan = job.plan
+    wanted = (plan.backend, plan.backend_version, plan.precision, plan.weights, plan.features, plan.profiles, job.sources)
+    made = (record.backend, record.backend_version, record.precision, record.weights, record.features, record.profiles)
+    return record if (*made, record.sources) == wanted else None
+
+
+def _remove_leftovers(engines: Path) -> None:
+    """What a build that was killed has left. The lock is held: nobody is at work here."""
+    for leftover in (*engines.glob(".*.partial-*"), *engines.glob(".*.replaced")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _remove_empty(engines: Path) -> None:
+    if engines.is_dir() and not any(engines.iterdir()):
+        engines.rmdir()
 
 
 @contextmanager

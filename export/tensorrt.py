@@ -1,25 +1,34 @@
 """What we ask of TensorRT, of either package: ``tensorrt_rtx`` (builds for any listed GPU, also without one) and ``tensorrt``.
 
-Both are strongly typed: an ONNX graph says what is fp16 and what is int8, and the builder changes nothing.
+Networks are strongly typed: an ONNX graph says what is fp16 and what is int8, and the builder changes nothing. The calls for
+``tensorrt`` (10.9 and newer) are those of its Python API; they are tested against a stand-in, never yet against the package,
+whose libraries need a vendor's index. What only one of the two has stands in :mod:`.engine_features`.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..runtime.engine_record import Range, TensorRecord
-from ..runtime.errors import EngineError, MissingDependencyError, UsageError
+from ..runtime.errors import EngineError, EngineMemoryError, MissingDependencyError, UsageError
+from .engine_features import CROSS_BUILD, HARDWARE_COMPATIBLE, apply_features, has, is_compatible_target, save_timing_cache
 
 _MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 BACKENDS = tuple(_MODULES)
 HERE = "here"
-_NUMPY_NAMES = {"HALF": "float16", "FLOAT": "float32", "INT64": "int64", "INT32": "int32", "BOOL": "bool", "BF16": "bfloat16"}
+_NUMPY_NAMES = {
+    "HALF": "float16", "FLOAT": "float32", "INT64": "int64", "INT32": "int32", "BOOL": "bool", "BF16": "bfloat16", "INT8": "int8",
+}  # fmt: skip
+# What TensorRT says when an allocation fails; the last is how its compiler puts it.
+_OUT_OF_MEMORY = re.compile(r"bad_alloc|out of memory|memory allocation|CHECK\(p\) failed|MemoryError", re.IGNORECASE)
+_REPORT = "report this with the output of: medusa-deploy doctor"
 
-Advance = Callable[[int, int, str], bool]
-"""``(done, total, phase)`` of the builder's innermost phase; False stops the build."""
+Monitor = Callable[[str, str | None, int, int], bool]
+"""``(phase, parent, steps done, steps)``, done 0 when a phase starts; False stops the build."""
 
 
 class TensorRT:
@@ -46,25 +55,28 @@ class TensorRT:
     @property
     def targets(self) -> tuple[str, ...]:
         """Targets that it can build for: GPU architectures as ``sm_89``, and ``here`` for the GPU of this machine."""
-        listed = [name for name in dir(getattr(self.module, "ComputeCapability", None)) if name.startswith("SM")]
-        return (*sorted((f"sm_{name[2:]}" for name in listed), key=lambda name: int(name[3:])), HERE)
+        listed = [name for name in dir(getattr(self.module, "ComputeCapability", None)) if re.fullmatch(r"SM\d+", name)]
+        names = [f"sm_{name[2:]}" for name in listed] if has(self.backend, CROSS_BUILD) else []
+        return (*sorted(names, key=lambda name: int(name[3:])), HERE)
 
-    def check_target(self, target: str) -> None:
+    def check_target(self, target: str, features: Sequence[str] = ()) -> None:
         """Refuse what it can't build for.
 
         Raises:
             UsageError: with the targets that there are.
         """
-        if target not in self.targets:
-            raise UsageError(
-                f"{self.backend} {self.version} can't build for {target!r}", hint=f"its targets: {', '.join(self.targets)}"
-            )
+        if target in self.targets or (HARDWARE_COMPATIBLE in features and is_compatible_target(target)):
+            return
+        hint = f"its targets: {', '.join(self.targets)}"
+        if has(self.backend, HARDWARE_COMPATIBLE):
+            hint += "; with --hardware-compatible also sm_80 and newer"
+        raise UsageError(f"{self.backend} {self.version} can't build for {target!r}", hint=hint)
 
     def parse(self, path: Path) -> ParsedGraph:
         """Read an ONNX file.
 
         Raises:
-            EngineError: the parser refused it, and why.
+            EngineError: the parser refused it: which node, and why.
         """
         return ParsedGraph(self, path)
 
@@ -77,12 +89,13 @@ class ParsedGraph:
         module = tensorrt.module
         self._log = _log(module)
         self._builder = module.Builder(self._log)
-        self._network = self._builder.create_network(0)
+        # Version 10 is strongly typed when asked; later ones always are, and may have no flag for it.
+        typed = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        self._network = self._builder.create_network(0 if typed is None else 1 << int(typed))
         self._parser = module.OnnxParser(self._network, self._log)  # owns the weights: lives as long as the network
         self._profiles: list[Any] = []
         if not self._parser.parse_from_file(str(path)):
-            said = [self._parser.get_error(index).desc() for index in range(self._parser.num_errors)]
-            raise EngineError(f"{tensorrt.backend} can't parse {path.name}: {'; '.join(said)[:500]}", hint=_REPORT)
+            raise self._refused(path)
 
     @property
     def inputs(self) -> tuple[TensorRecord, ...]:
@@ -93,6 +106,11 @@ class ParsedGraph:
     def outputs(self) -> tuple[TensorRecord, ...]:
         """Network outputs, in order."""
         return tuple(_tensor_record(self._network.get_output(index)) for index in range(self._network.num_outputs))
+
+    @property
+    def layers(self) -> int:
+        """Layers of the network, before the builder fuses them."""
+        return int(self._network.num_layers)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -106,40 +124,76 @@ class ParsedGraph:
             profile.set_shape(name, *([axis[which] for axis in axes] for which in range(3)))
         self._profiles.append(profile)
 
-    def build(self, target: str, output: Path, advance: Advance = lambda _done, _total, _phase: True) -> None:
+    def build(
+        self,
+        target: str,
+        output: Path,
+        monitor: Monitor = lambda _phase, _parent, _done, _steps: True,
+        *,
+        features: Sequence[str] = (),
+        timing_cache: Path | None = None,
+    ) -> None:
         """Compile for ``target`` into the file ``output``.
 
         Raises:
             EngineError: the builder failed or was stopped; its last error is in the message.
+            EngineMemoryError: it ran out of memory.
             OSError: the file system refused.
         """
         module = self._tensorrt.module
         config = self._builder.create_builder_config()
-        if hasattr(module, "ComputeCapability"):
+        if has(self._tensorrt.backend, CROSS_BUILD):
             config.num_compute_capabilities = 1
             name = "CURRENT" if target == HERE else target.upper().replace("_", "")
             config.set_compute_capability(getattr(module.ComputeCapability, name), 0)
+        apply_features(module, config, features, timing_cache)
         for profile in self._profiles:
             config.add_optimization_profile(profile)
-        config.progress_monitor = monitor = _monitor(module, advance)
-        plan = self._builder.build_serialized_network(self._network, config)
-        if plan is None:
-            if monitor.stopped:
+        config.progress_monitor = watcher = _watcher(module, monitor)
+        if not self._compile(config, output):
+            if watcher.stopped:
                 raise EngineError(f"the build for {target} was stopped", hint="start it again")
-            said = self._log.errors[-1] if self._log.errors else "no reason given"
-            raise EngineError(f"{self._tensorrt.backend} can't build for {target}: {said[:500]}", hint=_hint(said, target))
-        output.write_bytes(memoryview(plan))
+            raise self._failed(target)
+        if timing_cache is not None:
+            save_timing_cache(config, timing_cache)
+
+    def _compile(self, config: Any, output: Path) -> bool:
+        if not hasattr(self._builder, "build_serialized_network_to_stream"):
+            plan = self._builder.build_serialized_network(self._network, config)
+            if plan is not None:
+                output.write_bytes(memoryview(plan))
+            return plan is not None
+        # To a file directly: the plan never lies in memory as a whole.
+        with output.open("wb") as file:
+            writer = _writer(self._tensorrt.module, file)
+            built = self._builder.build_serialized_network_to_stream(self._network, config, writer)
+            if writer.error is not None:
+                raise writer.error
+        return bool(built)
+
+    def _refused(self, path: Path) -> EngineError:
+        said = []
+        for index in range(self._parser.num_errors):
+            error = self._parser.get_error(index)
+            node = f"{error.node_operator()} {error.node_name()}: " if error.node_name() else ""
+            said.append(node + str(error.desc()))
+        reason = "; ".join(said) or "no reason given"
+        message = f"{self._tensorrt.backend} {self._tensorrt.version} can't parse {path.name}: {reason[:800]}"
+        return (
+            EngineMemoryError(message, hint=_MORE_MEMORY) if _OUT_OF_MEMORY.search(reason) else EngineError(message, hint=_REPORT)
+        )
+
+    def _failed(self, target: str) -> EngineError:
+        said = self._log.errors[-1] if self._log.errors else "no reason given"
+        message = f"{self._tensorrt.backend} can't build for {target}: {said[:500]}"
+        if _OUT_OF_MEMORY.search("\n".join(self._log.errors)):
+            return EngineMemoryError(message, hint=_MORE_MEMORY)
+        if target == HERE:
+            return EngineError(message, hint="there may be no GPU here, or none that it supports: name a target such as sm_89")
+        return EngineError(message, hint=_REPORT)
 
 
-_REPORT = "report this with the output of: medusa-deploy doctor"
-
-
-def _hint(said: str, target: str) -> str:
-    if target == HERE:
-        return "there may be no GPU here, or none that it supports: name a target such as sm_89"
-    if "memory" in said.lower():
-        return "use a machine with more memory, or fewer --rows"
-    return _REPORT
+_MORE_MEMORY = "use a machine with more memory, or fewer --rows: a build takes about 3 times the weights' bytes"
 
 
 def _tensor_record(tensor: Any) -> TensorRecord:
@@ -167,23 +221,46 @@ def _log(module: Any) -> Any:
     return Log()
 
 
-def _monitor(module: Any, advance: Advance) -> Any:
-    class Monitor(module.IProgressMonitor):  # type: ignore[misc]
+def _watcher(module: Any, monitor: Monitor) -> Any:
+    class Watcher(module.IProgressMonitor):  # type: ignore[misc]
         """Passes the builder's steps on; called from its threads."""
 
         def __init__(self) -> None:
             module.IProgressMonitor.__init__(self)
-            self._totals: dict[str, int] = {}
+            self._phases: dict[str, tuple[str | None, int]] = {}
             self.stopped = False
 
-        def phase_start(self, phase: str, _parent: str | None, steps: int) -> None:
-            self._totals[phase] = steps
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self._phases[phase] = parent, steps
+            self._tell(phase, 0)
 
         def phase_finish(self, phase: str) -> None:
-            self._totals.pop(phase, None)
+            self._phases.pop(phase, None)
 
         def step_complete(self, phase: str, step: int) -> bool:
-            self.stopped = self.stopped or not advance(step + 1, self._totals.get(phase, 0), phase)
+            return self._tell(phase, step + 1)
+
+        def _tell(self, phase: str, done: int) -> bool:
+            parent, steps = self._phases.get(phase, (None, 0))
+            self.stopped = self.stopped or not monitor(phase, parent, done, steps)
             return not self.stopped
 
-    return Monitor()
+    return Watcher()
+
+
+def _writer(module: Any, file: Any) -> Any:
+    class Writer(module.IStreamWriter):  # type: ignore[misc]
+        """Writes to a file; an error is kept, since none may pass through the builder."""
+
+        def __init__(self) -> None:
+            module.IStreamWriter.__init__(self)
+            self.error: OSError | None = None
+
+        def write(self, data: Any) -> int:
+            try:
+                return int(file.write(data))
+            except OSError as error:
+                self.error = error
+                return 0
+
+    return Writer()

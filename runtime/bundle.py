@@ -110,7 +110,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise _output_error(path, error) from error
+        raise output_error(path, error) from error
 
 
 def sha256(path: Path) -> str:
@@ -155,18 +155,19 @@ def staged_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
     except OSError as error:
-        raise _output_error(output, error) from error
+        raise output_error(output, error) from error
     try:
         yield staging
         _flush(staging)
         _replace(staging, output)
     except OSError as error:
-        raise _output_error(output, error) from error
+        raise output_error(output, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _output_error(output: Path, error: OSError) -> OutputError:
+def output_error(output: Path, error: OSError) -> OutputError:
+    """What a user is told when the file system refuses."""
     return OutputError(
         f"can't write {output}: {error.strerror or error}",
         hint="nothing was left behind; free some space or choose another output",

@@ -1,22 +1,26 @@
 """``engine.json``: what a TensorRT plan is, for a program that must know before it loads one.
 
-A plan can't be asked without the GPU that it was built for, so the builder writes down its inputs, outputs and profiles.
+A plan can't be asked without the GPU that it was built for, so the builder writes down its inputs, outputs and profiles, what it
+was built from, and how the build went.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import BundleSchemaError
 
 RECORD_NAME = "engine.json"
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 MAX_RECORD_BYTES = 1 << 20
 
 Range = tuple[int, int, int]
 """Smallest, best and largest size."""
+
+_AXES = ("rows", "logit_rows", "slots", "columns", "carried")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +45,31 @@ class TensorRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class BuildLog:
+    """How the build of one plan went.
+
+    ``network_sha256``: of the ONNX file that was parsed, which int8 makes at build time. ``layers``: of the network.
+    ``attention_calls``: of fused kernels, by the names that the plan holds: layers × profiles when all are fused; a hint, not a
+    contract. ``peak_rss_bytes``: of the building process, mapped files included.
+    """
+
+    network_sha256: str
+    layers: int
+    attention_calls: int
+    parse_seconds: float
+    build_seconds: float
+    peak_rss_bytes: int
+    plan_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRecord:
-    """One target's engine. Files are named relative to the record; ``graph_sha256``: of the ONNX file that was built."""
+    """One target's engine. Files are named relative to the record.
+
+    ``variant``: the bundle's graph that was built, and ``graph_sha256`` of its file. ``sources``: sha256 of every file of the
+    bundle that went into the plans. ``precision``: ``fp16``, or ``int8``: weights in 8 bits, activations in fp16.
+    ``features``: what was asked of the builder by name. ``versions``: of the programs that built it. ``logs``: by plan.
+    """
 
     backend: str
     backend_version: str
@@ -56,6 +83,11 @@ class EngineRecord:
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
     warnings: tuple[str, ...]
+    variant: str
+    features: tuple[str, ...]
+    sources: Mapping[str, str]
+    versions: Mapping[str, str]
+    logs: Mapping[str, BuildLog]
     record_version: int = RECORD_VERSION
 
     def to_json(self) -> str:
@@ -63,8 +95,12 @@ class EngineRecord:
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
+# What a record of version 1 didn't say: it was always built from the standard graph, which carries no rows.
+_ADDED_IN_2 = {"variant": "standard", "features": [], "sources": {}, "versions": {}, "logs": {}}
+
+
 def parse_engine_record(text: str | bytes) -> EngineRecord:
-    """Read a record.
+    """Read a record, of this version or an older one.
 
     Raises:
         BundleSchemaError: not a record, or one of a newer program.
@@ -76,19 +112,26 @@ def parse_engine_record(text: str | bytes) -> EngineRecord:
             raise BundleSchemaError(
                 f"{RECORD_NAME} has version {version}; this program reads up to {RECORD_VERSION}", hint="upgrade medusa-deploy"
             )
-        profiles = tuple(
-            Profile(entry["name"], *(_range(entry[axis]) for axis in ("rows", "logit_rows", "slots", "columns", "carried")))
-            for entry in raw["profiles"]
-        )
-        inputs, outputs = (
-            tuple(TensorRecord(entry["name"], entry["dtype"], tuple(map(int, entry["shape"]))) for entry in raw[kind])
-            for kind in ("inputs", "outputs")
-        )
-        return EngineRecord(
-            **{**raw, "profiles": profiles, "inputs": inputs, "outputs": outputs, "warnings": tuple(raw["warnings"])}
-        )
+        if version == 1:
+            profiles = [{"carried": [1, 1, 1], **entry} for entry in raw["profiles"]]
+            raw = {**_ADDED_IN_2, **raw, "profiles": profiles, "record_version": RECORD_VERSION}
+        read = {
+            "profiles": tuple(Profile(entry["name"], *(_range(entry[axis]) for axis in _AXES)) for entry in raw["profiles"]),
+            "inputs": _tensors(raw["inputs"]),
+            "outputs": _tensors(raw["outputs"]),
+            "warnings": tuple(raw["warnings"]),
+            "features": tuple(raw["features"]),
+            "sources": {str(name): str(digest) for name, digest in raw["sources"].items()},
+            "versions": {str(name): str(version) for name, version in raw["versions"].items()},
+            "logs": {name: BuildLog(**entry) for name, entry in raw["logs"].items()},
+        }
+        return EngineRecord(**{**raw, **read})
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise BundleSchemaError(f"{RECORD_NAME} can't be read: {error}", hint="build the engine again") from None
+
+
+def _tensors(raw: list[dict[str, Any]]) -> tuple[TensorRecord, ...]:
+    return tuple(TensorRecord(entry["name"], entry["dtype"], tuple(map(int, entry["shape"]))) for entry in raw)
 
 
 def _range(value: Any) -> Range:

@@ -86,6 +86,14 @@ class EngineError(DeployError):
     """TensorRT can't parse or build a graph of the bundle."""
 
 
+class EngineMemoryError(EngineError):
+    """Building an engine takes more memory than there is."""
+
+
+class QuantisationError(DeployError):
+    """A weight can't be stored in 8 bits: it holds NaN or infinity."""
+
+
 # -- running -------------------------------------------------------------------------------------------------------
 
 

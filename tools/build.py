@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,24 +12,44 @@ from typing import TYPE_CHECKING, Any
 from .console import add_json_argument, positive_int
 
 if TYPE_CHECKING:
-    from ..export.engine import EnginePlan
+    from ..export.engine_plan import EngineOptions, EnginePlan
+    from ..export.plan import ExportPlan
 
 HELP = "build TensorRT engines into a bundle, one plan a GPU architecture"
+_FEATURES = {
+    "hardware-compatible": "plans that also run on other GPUs from sm_80 on (tensorrt)",
+    "version-compatible": "plans that also run with later versions of TensorRT's lean runtime (tensorrt)",
+    "weight-streaming": "plans whose weights may stay on the host when they run",
+    "refittable": "plans whose weights can be replaced (tensorrt-rtx: with --target here only)",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that export wrote, in fp16")
+    parser.add_argument(
+        "bundle", type=Path, metavar="BUNDLE|MODEL", help="folder that export wrote in fp16; or a checkpoint, exported first"
+    )
     parser.add_argument(
         "--target", required=True, type=_names, metavar="SM,…", help="GPU architectures such as sm_86,sm_89, or here for this GPU"
     )
+    parser.add_argument("--precision", choices=("fp16", "int8"), default="fp16", help="int8: of weights; activations stay fp16")
     parser.add_argument(
         "--backend", choices=("tensorrt-rtx", "tensorrt"), default="tensorrt-rtx", help="default: tensorrt-rtx, needs no GPU here"
     )
+    parser.add_argument("--weights", choices=("inside", "streamed"), default="inside", help="in the plan, or inputs of it")
     parser.add_argument(
         "--rows", type=_numbers, metavar="N,…", help="step sizes that get a profile (default: 1, the tree's, 8, 16, 32, 64)"
     )
     parser.add_argument("--prefill", type=positive_int, metavar="N", help="prompt rows a step at most (default: the bundle's)")
+    model = parser.add_argument_group("when given a MODEL")
+    model.add_argument("-o", "--output", type=Path, metavar="BUNDLE", help="bundle to export to")
+    model.add_argument("--heads", type=Path, metavar="HEADS", help="Medusa heads (default: none, it decodes plainly)")
+    model.add_argument("--capacity", type=positive_int, help="tokens a slot holds (default: 2048)")
+    model.add_argument("--batch", type=positive_int, help="slots at most (default: 1)")
+    features = parser.add_argument_group("what the builder may be asked for, refused where the backend hasn't got it")
+    features.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and write kernel timings (tensorrt)")
+    for name, meaning in _FEATURES.items():
+        features.add_argument(f"--{name}", action="store_true", help=meaning)
     known = parser.add_mutually_exclusive_group()
     known.add_argument("--force", action="store_true", help="replace engines that are there")
     known.add_argument("--resume", action="store_true", help="keep engines that are up to date, replace the others")
@@ -38,30 +60,142 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The verb."""
     from ..export.engine import build_engines, plan_engines
-    from .console import Progress, emit, human_bytes, human_seconds, table
+    from ..export.engine_plan import EngineOptions
+    from .console import Progress, emit, say
 
-    options = {name: getattr(args, name) for name in ("backend", "rows", "prefill")}
+    options = EngineOptions(
+        **{name: getattr(args, name) for name in ("backend", "precision", "weights", "rows", "prefill", "timing_cache")},
+        features=tuple(name for name in _FEATURES if getattr(args, name.replace("-", "_"))),
+    )
+    model = _model_options(args)
     if args.dry_run:
-        plan = plan_engines(args.bundle, args.target, **options)
-        emit(plan_text(plan), {"bundle": args.bundle, "dry_run": True, **asdict(plan)}, args.json)
+        if model is None:
+            plan = plan_engines(args.bundle, args.target, options)
+            emit(plan_text(plan), {"bundle": args.bundle, "dry_run": True, **asdict(plan)}, args.json)
+        else:
+            _dry_run_of_model(args, options, model)
         return 0
+    bundle = args.bundle
     with Progress("starting") as progress:
-
-        def advance(done: int, total: int, phase: str) -> bool:
-            progress.update(done, phase, total)
-            return True
-
+        if model is not None:
+            _check_before_export(args, options)
+            bundle = args.output
+            _export(args, model, progress)
+        shown = _Shown(progress)
         built = build_engines(
-            args.bundle, args.target, **options, force=args.force, resume=args.resume, report=progress, advance=advance
+            bundle, args.target, options, force=args.force, resume=args.resume, report=shown.report, advance=shown.advance
         )
-    rows = [
-        [entry["target"], human_bytes(entry["bytes"]), "up to date" if entry["kept"] else human_seconds(entry["seconds"]),
-         entry["folder"]]
-        for entry in built
-    ]  # fmt: skip
-    report: dict[str, Any] = {"bundle": args.bundle, "backend": args.backend, "engines": built}
-    emit(table(rows, ["target", "size", "time", "folder"]), report, args.json)
+    for warning in dict.fromkeys(warning for entry in built for warning in entry["record"].warnings if _is_news(warning)):
+        say(f"warning: {warning}")
+    emit(report_text(built), {"bundle": bundle, "backend": args.backend, "engines": built}, args.json)
     return 0
+
+
+# -- a checkpoint instead of a bundle ------------------------------------------------------------------------------
+
+
+def _model_options(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Options of the export that a checkpoint needs; None for a bundle.
+
+    Raises:
+        UsageError: options that belong to the other of the two.
+    """
+    from ..runtime.errors import UsageError
+
+    given = {name: getattr(args, name) for name in ("heads", "capacity", "batch", "output") if getattr(args, name) is not None}
+    is_model = args.bundle.suffix == ".gguf" or (args.bundle / "config.json").is_file()
+    if (args.bundle / "manifest.json").is_file() or not is_model:
+        if given:
+            names = ", ".join(f"--{name}" for name in given)
+            raise UsageError(f"{names}: {args.bundle} isn't a checkpoint", hint="these belong to the export of a MODEL")
+        return None
+    if args.output is None:
+        raise UsageError(f"{args.bundle} is a checkpoint, which is exported first", hint="name the bundle to write: -o BUNDLE")
+    return {"dtype": "fp16", **{name: given[name] for name in ("capacity", "batch") if name in given}}
+
+
+def _check_before_export(args: argparse.Namespace, options: EngineOptions) -> None:
+    """What is wrong with a target or feature is said before minutes of export."""
+    from ..export.engine_features import check_features
+    from ..export.tensorrt import TensorRT
+    from ..runtime.bundle import refuse_existing
+    from .extras import quiet_libraries, require
+
+    tensorrt = TensorRT(options.backend)
+    for target in args.target:
+        tensorrt.check_target(target, options.features)
+        check_features(options.backend, options.all_features, target)
+    require("export")
+    quiet_libraries()
+    refuse_existing(args.output, force=args.force)
+
+
+def _export(args: argparse.Namespace, model: dict[str, Any], report: Callable[[str], None]) -> None:
+    from ..export.exporter import export_bundle
+    from .console import say
+
+    exported = export_bundle(args.bundle, args.heads, args.output, **model, force=args.force, report=report)
+    for warning in exported["warnings"]:
+        say(f"warning: {warning}")
+
+
+def _dry_run_of_model(args: argparse.Namespace, options: EngineOptions, model: dict[str, Any]) -> None:
+    from ..export.plan import plan_export
+    from .console import emit
+
+    _check_before_export(args, options)
+    plan = plan_export(args.bundle, args.heads, **model)
+    report = {"model": args.bundle, "bundle": args.output, "dry_run": True, "export": asdict(plan), "options": asdict(options)}
+    emit(model_plan_text(plan, args.output, args.target, options), {**report, "targets": args.target}, args.json)
+
+
+# -- what is shown -------------------------------------------------------------------------------------------------
+
+
+class _Shown:
+    """Phase, profile and remaining time of a build, on the progress line."""
+
+    def __init__(self, progress: Any) -> None:
+        self._progress = progress
+        self.report("starting")
+
+    def report(self, phase: str) -> None:
+        """A new piece of work."""
+        self._progress.phase(phase)
+        self._started = time.monotonic()
+        self._done, self._changed = 0, self._started
+
+    def advance(self, phase: str, done: int, total: int) -> bool:
+        """A profile takes about as long as the one before: the builder says nothing in between."""
+        from .console import human_seconds
+
+        now = time.monotonic()
+        if done != self._done:
+            self._done, self._changed = done, now
+        parts = []
+        if total > 1:
+            parts.append(f"profile {min(done + 1, total)} of {total}")
+        if 0 < done < total:
+            remaining = (self._changed - self._started) * (total - done) / done - (now - self._changed)
+            parts.append(f"ETA {human_seconds(max(0.0, remaining))}")
+        else:
+            parts.append(human_seconds(now - self._started))
+        self._progress.update(0, "  ".join([*parts, phase.lower()]))
+        return True
+
+
+def report_text(built: list[dict[str, Any]]) -> str:
+    """What was built, for a person."""
+    from .console import human_bytes, human_seconds, table
+
+    rows = []
+    for entry in built:
+        logs = entry["record"].logs.values()
+        peak = max((log.peak_rss_bytes for log in logs), default=0)
+        took = "up to date" if entry["kept"] else human_seconds(entry["seconds"])
+        sizes = human_bytes(entry["bytes"]), took, human_bytes(peak)
+        rows.append([entry["target"], entry["record"].precision, *sizes, entry["folder"]])
+    return table(rows, ["target", "precision", "size", "time", "peak memory", "folder"])
 
 
 def plan_text(plan: EnginePlan) -> str:
@@ -73,11 +207,32 @@ def plan_text(plan: EnginePlan) -> str:
         for profile in plan.profiles
     ]
     summary = {
-        "backend": plan.backend,
+        "backend": f"{plan.backend} {plan.backend_version}",
         "would build": ", ".join(plan.targets),
-        "size of each": f"about {human_bytes(plan.weights_bytes)}: the weights are inside",
+        "precision": plan.precision,
+        "features": ", ".join(plan.features) or "none asked for",
+        "the backend has": ", ".join(plan.available),
+        "weights": f"{human_bytes(plan.weights_bytes)} in each target's plans; kernels come on top",
     }
     return f"{facts(summary)}\n\n{table(rows, ['profile', 'rows', 'with logits', 'slots', 'visible cache rows'])}"
+
+
+def model_plan_text(plan: ExportPlan, output: Path, targets: list[str], options: EngineOptions) -> str:
+    """What would be exported and then built, for a person."""
+    from .console import facts, human_bytes
+
+    return facts(
+        {
+            "would export": f"{plan.architecture}, {plan.parameters:,} parameters, in fp16",
+            "to": f"{output}: about {human_bytes(plan.bundle_bytes)}",
+            "would build": f"{', '.join(targets)}, {options.precision}, with {options.backend}",
+        }
+    )
+
+
+def _is_news(warning: str) -> bool:
+    # The parser says of every int64 input and output that it is one.
+    return "has Int64 binding" not in warning
 
 
 def _range(size: tuple[int, int, int]) -> str:

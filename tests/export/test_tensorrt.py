@@ -1,6 +1,7 @@
+"""TensorRT-RTX itself: graphs parse, engines build without a GPU, and their plans are what was asked for."""
+
 from __future__ import annotations
 
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from medusa_deploy.export.builder_process import BuildRequest, BuiltPlan, build_plan
 from medusa_deploy.export.engine import build_engines
+from medusa_deploy.export.engine_plan import EngineOptions, profiles_for, step_axes, step_sizes
 from medusa_deploy.export.exporter import export_bundle
+from medusa_deploy.export.network import network_source, weights_bytes
 from medusa_deploy.export.tensorrt import TensorRT
 from medusa_deploy.runtime import step_io
 from medusa_deploy.runtime.bundle import Bundle, open_bundle
@@ -55,9 +59,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return open_bundle(folder / "bundle")
 
 
-def mha_kernels(plan: Path) -> int:
-    """Fused attention kernels in a plan, by the names that it holds; a smoke test, not a contract."""
-    return len(set(re.findall(rb"_gemm_mha_v2_0x[0-9a-f]+", plan.read_bytes())))
+def build_step(bundle: Bundle, target: str, graph: Path, output: Path, rows: int) -> BuiltPlan:
+    """The step's plan alone, with one profile."""
+    [_, profile] = profiles_for(bundle.manifest, [rows])
+    request = BuildRequest("tensorrt-rtx", target, str(graph), str(output), step_axes(LAYERS), (step_sizes(profile),))
+    return build_plan(request, lambda *_step: True)
 
 
 def test_the_step_graph_updates_its_caches_in_place(bundle: Bundle) -> None:
@@ -70,35 +76,72 @@ def test_the_step_graph_updates_its_caches_in_place(bundle: Bundle) -> None:
 
 
 def test_an_engine_is_built_for_an_rtx_4090_class_gpu(bundle: Bundle) -> None:
-    seen: list[tuple[int, int, str]] = []
+    seen: list[tuple[str, int, int]] = []
 
     def advance(*step: Any) -> bool:
         seen.append(step)
         return True
 
-    [built] = build_engines(bundle.folder, ["sm_89"], rows=[1, 8], advance=advance)
+    [built] = build_engines(bundle.folder, ["sm_89"], EngineOptions(rows=[1, 8]), advance=advance)
     opened = open_bundle(bundle.folder)
     record = parse_engine_record(opened.path(opened.manifest.engines["sm_89"]).read_bytes())
     folder = Path(built["folder"])
-    assert seen, "the builder said nothing of its progress"
+    assert {step[1:] for step in seen} >= {(0, 3), (1, 3), (2, 3), (3, 3)}, "the builder's progress is told by profile"
     assert [profile.name for profile in record.profiles] == ["prefill", "rows-1", "rows-8"]
     assert record.graph_sha256 == opened.manifest.files["onnx/step.device.onnx"].sha256
     caches = {tensor.name: tensor for tensor in record.inputs if tensor.name.startswith("past_")}
     assert len(caches) == 2 * LAYERS
     assert {tensor.dtype for tensor in caches.values()} == {"float16"}
     assert {name.replace("past", "present") for name in caches} < {tensor.name for tensor in record.outputs}
-    assert mha_kernels(folder / record.plan) >= 1
+    carried = [tensor for tensor in record.inputs if tensor.name.startswith("carried_")]
+    assert {tensor.shape for tensor in carried} == {(-1, 2, -1, 64)}
+    assert {"emitted", "next_tokens", "next_kept_count", "new_value.1"} <= {tensor.name for tensor in record.outputs}
+    log = record.logs[record.plan]
+    assert log.attention_calls == LAYERS * len(record.profiles), "attention is fused in every layer, in every profile"
+    assert log.plan_bytes == (folder / record.plan).stat().st_size
+    assert log.peak_rss_bytes > log.plan_bytes
+    assert not [warning for warning in record.warnings if "Int64" not in warning]
     assert (folder / record.heads_plan).stat().st_size > 10_000
-    [kept] = build_engines(bundle.folder, ["sm_89"], rows=[1, 8], resume=True)
+    [kept] = build_engines(bundle.folder, ["sm_89"], EngineOptions(rows=[1, 8]), resume=True)
     assert kept["kept"]
 
 
 def test_a_stopped_build_leaves_the_bundle_as_it_was(bundle: Bundle) -> None:
     before = (bundle.folder / "manifest.json").read_bytes()
     with pytest.raises(EngineError, match="was stopped"):
-        build_engines(bundle.folder, ["sm_86"], rows=[1], advance=lambda *_step: False)
+        build_engines(bundle.folder, ["sm_86"], EngineOptions(rows=[1]), advance=lambda *_step: False)
     assert (bundle.folder / "manifest.json").read_bytes() == before
     assert not list((bundle.folder / "engines").glob("*86*"))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_120"])
+def test_int8_weights_are_stored_in_8_bits(bundle: Bundle, target: str, tmp_path: Path) -> None:
+    saved = weights_bytes(bundle, "fp16") - weights_bytes(bundle, "int8")
+    assert saved > 1_500_000
+    plans = {}
+    for precision in ("fp16", "int8"):
+        (tmp_path / precision).mkdir()
+        with network_source(bundle, precision, "inside", tmp_path / precision) as source:
+            built = build_step(bundle, target, source.step, tmp_path / f"{precision}.plan", rows=4)
+        plans[precision] = built.log.plan_bytes
+        assert built.log.attention_calls == LAYERS
+    # The heads' weights, which are counted in saved, are in both plans: a fifth of them.
+    assert plans["fp16"] - plans["int8"] > 0.6 * saved
+
+
+def test_an_int8_engine_holds_its_weights_once(bundle: Bundle) -> None:
+    sizes = {}
+    for precision in ("fp16", "int8"):
+        [built] = build_engines(bundle.folder, ["sm_89"], EngineOptions(precision=precision, rows=[1, 8]), force=True)
+        sizes[precision] = built["record"].logs["step.plan"].plan_bytes
+        assert built["record"].precision == precision
+    saved = weights_bytes(bundle, "fp16") - weights_bytes(bundle, "int8")
+    assert sizes["fp16"] - sizes["int8"] > 0.5 * saved, "a second copy would take most of what was saved"
+
+
+def test_an_operator_that_it_has_not_is_named(bundle: Bundle) -> None:
+    with pytest.raises(EngineError, match="GroupQueryAttention node_"):
+        TensorRT("tensorrt-rtx").parse(bundle.path(bundle.manifest.variants["cpu"]))
 
 
 def test_a_graph_that_the_parser_refuses_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""From a bundle to the ONNX files that a builder parses: which graph, in which precision, with its weights where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import onnx_ir as ir
+
+from ..runtime.bundle import Bundle
+from ..runtime.errors import UsageError
+from .quantise import quantise_weights, write_quantised
+from .weights import WeightsFile
+
+VARIANT = "device"
+PRECISIONS = ("fp16", "int8")
+WEIGHTS = ("inside", "streamed")
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkSource:
+    """ONNX files to parse, of the step and of the heads alone."""
+
+    step: Path
+    heads: Path
+
+
+def check_source(bundle: Bundle, precision: str, weights: str) -> None:
+    """Refuse what :func:`network_source` can't make of the bundle.
+
+    Raises:
+        UsageError: a bundle in fp32 or without the graph, an unknown precision, weights that can't be placed so.
+    """
+    manifest = bundle.manifest
+    if precision not in PRECISIONS:
+        raise UsageError(f"unknown precision {precision!r}", hint=f"one of {', '.join(PRECISIONS)}")
+    if weights not in WEIGHTS:
+        raise UsageError(f"unknown place for weights {weights!r}", hint=f"one of {', '.join(WEIGHTS)}")
+    if weights == "streamed":
+        raise UsageError("engines that take their weights as inputs can't be built yet", hint="use --weights inside")
+    if manifest.dtype != "float16":
+        raise UsageError(f"the bundle's graph is {manifest.dtype}", hint="TensorRT engines are built of: export --dtype fp16")
+    if VARIANT not in manifest.variants:
+        raise UsageError(
+            f"the bundle has no {VARIANT} graph, only {', '.join(manifest.variants)}",
+            hint="it was written by an older version: export it again",
+        )
+
+
+@contextmanager
+def network_source(bundle: Bundle, precision: str, weights: str, scratch: Path) -> Iterator[NetworkSource]:
+    """The files to parse, valid inside the block; what has to be made is made in the empty folder ``scratch``.
+
+    Raises:
+        UsageError: see :func:`check_source`.
+        QuantisationError: a weight can't be stored in 8 bits.
+        OSError: the file system refused.
+    """
+    check_source(bundle, precision, weights)
+    step, heads = _graphs(bundle)
+    if precision == "fp16":
+        yield NetworkSource(bundle.path(step), bundle.path(heads))
+        return
+    made = NetworkSource(scratch / PurePosixPath(step).name, scratch / PurePosixPath(heads).name)
+    with WeightsFile(scratch / "weights.bin") as file:
+        write_quantised(bundle.path(step), made.step, file)
+        write_quantised(bundle.path(heads), made.heads, file)
+    yield made
+
+
+def source_files(bundle: Bundle) -> dict[str, str]:
+    """sha256, by relative path, of every file of the bundle that goes into an engine: graphs, and the weights that they name."""
+    names = dict.fromkeys(_graphs(bundle))
+    for graph in _graphs(bundle):
+        for tensor in _external(ir.load(bundle.path(graph))):
+            names[(PurePosixPath(graph).parent / tensor.location).as_posix()] = None
+    return {name: bundle.manifest.files[name].sha256 for name in names}
+
+
+def weights_bytes(bundle: Bundle, precision: str) -> int:
+    """Bytes of the weights that a target's two plans hold."""
+    total = 0
+    for graph in _graphs(bundle):
+        model = ir.load(bundle.path(graph))
+        total += sum(tensor.nbytes for tensor in _external(model))
+        if precision == "int8":
+            report = quantise_weights(model)
+            total += report.bytes_after - report.bytes_before
+    return total
+
+
+def _graphs(bundle: Bundle) -> tuple[str, str]:
+    return bundle.manifest.variants[VARIANT], bundle.manifest.heads_graph
+
+
+def _external(model: ir.Model) -> list[ir.ExternalTensor]:
+    values = [value.const_value for value in model.graph.initializers.values()]
+    return [tensor for tensor in values if isinstance(tensor, ir.ExternalTensor)]
