@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +32,7 @@ from medusa_deploy.runtime.heads_file import FORMAT, FORMAT_VERSION
 HEADS = 4
 _SHARD_BYTES = 5 << 30
 _CHUNK = 16 << 20
-_ATTENTION_KERNEL = b"_gemm_mha_v2"
+_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Size:
     vocabulary: int = 32000
 
 
-SIZES = {"7b": Size(32, 4096, 11008, 32), "13b": Size(40, 5120, 13824, 40), "tiny": Size(3, 256, 512, 2, 512)}
+SIZES = {"7b": Size(32, 4096, 11008, 32), "13b": Size(40, 5120, 13824, 40), "tiny": Size(3, 512, 1024, 4, 512)}
 
 
 def tensor_shapes(size: Size) -> dict[str, tuple[int, ...]]:
@@ -62,8 +64,8 @@ def tensor_shapes(size: Size) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def make_checkpoint(size: Size, folder: Path, seed: int = 0) -> int:
-    """Write ``config.json``, the shards and their index. Returns the bytes of all tensors."""
+def make_checkpoint(size: Size, folder: Path, seed: int = 0) -> None:
+    """Write ``config.json``, the shards and, last, their index."""
     folder.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": size.hidden,
@@ -75,7 +77,7 @@ def make_checkpoint(size: Size, folder: Path, seed: int = 0) -> int:
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in tensor_shapes(size).items():
-        nbytes = 2 * int(np.prod(shape))
+        nbytes = 2 * math.prod(shape)
         if shards[-1] and filled + nbytes > _SHARD_BYTES:
             shards.append({})
             filled = 0
@@ -88,10 +90,9 @@ def make_checkpoint(size: Size, folder: Path, seed: int = 0) -> int:
         print(f"writing {file_name}", file=sys.stderr, flush=True)
         _write(folder / file_name, shard, rng)
         weight_map.update(dict.fromkeys(shard, file_name))
-    total = sum(2 * int(np.prod(shape)) for shard in shards for shape in shard.values())
+    total = sum(2 * math.prod(shape) for shard in shards for shape in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
-    return total
+    (folder / _INDEX).write_text(json.dumps(index), "utf-8")
 
 
 def make_heads(size: Size, folder: Path, seed: int = 1) -> None:
@@ -114,7 +115,7 @@ def _write(path: Path, shapes: dict[str, tuple[int, ...]], rng: np.random.Genera
             if "norm" in name:
                 file.write(np.ones(shape, np.float16).tobytes())
                 continue
-            for bits in _random_bits(int(np.prod(shape)), rng):
+            for bits in _random_bits(math.prod(shape), rng):
                 file.write(bits.data)
 
 
@@ -132,7 +133,7 @@ def timed(arguments: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "medusa_deploy", *arguments]
     print(" ".join(["medusa-deploy", *arguments]), file=sys.stderr, flush=True)
     started = time.perf_counter()
-    process = os.posix_spawn(sys.executable, command, os.environ)
+    process = os.posix_spawn(sys.executable, command, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, 2, 1)])
     _, status, usage = os.wait4(process, 0)
     seconds = time.perf_counter() - started
     if status:
@@ -144,28 +145,36 @@ def timed(arguments: list[str]) -> dict[str, Any]:
     }
 
 
-def measure(name: str, work: Path, target: str, keep: bool) -> dict[str, Any]:
+def measure(name: str, work: Path, target: str, keep: bool, rows: str | None) -> dict[str, Any]:
     """Make, export, build, and remove."""
     size = SIZES[name]
     base = work / f"big-{name}"
     model, heads, bundle = base / "model", base / "heads", base / "bundle"
-    shutil.rmtree(base, ignore_errors=True)
+    shutil.rmtree(bundle, ignore_errors=True)
+    weights = sum(2 * math.prod(shape) for shape in tensor_shapes(size).values())
     try:
-        weights = make_checkpoint(size, model)
-        make_heads(size, heads)
+        if not (model / _INDEX).is_file():  # else one that --keep left
+            shutil.rmtree(base, ignore_errors=True)
+            make_heads(size, heads)
+            make_checkpoint(size, model)
         export = ["export", str(model), "--heads", str(heads), "-o", str(bundle)]
-        export += ["--dtype", "fp16", "--weights", "linked", "--json"]
+        export += ["--dtype", "fp16", "--weights", "linked"]
         report: dict[str, Any] = {"size": name, "layers": size.layers, "heads": HEADS, "weights_bytes": weights}
         report["export"] = timed(export)
-        report["build"] = timed(["build", str(bundle), "--target", target, "--weights", "streamed", "--json"])
+        build = ["build", str(bundle), "--target", target, "--weights", "streamed"]
+        report["build"] = timed(build + ([] if rows is None else ["--rows", rows]))
         report["total_seconds"] = round(report["export"]["seconds"] + report["build"]["seconds"], 1)
         engine = bundle / "engines" / target
-        report["plan_bytes"] = {path.name: path.stat().st_size for path in sorted(engine.glob("*.plan"))}
-        report["fused_attention_kernels"] = (engine / "step.plan").read_bytes().count(_ATTENTION_KERNEL)
+        plans = sorted(engine.glob("*.plan"))
+        report["plan_bytes"] = {path.name: path.stat().st_size for path in plans}
+        report["plan_bytes_deflated"] = {path.name: len(zlib.compress(path.read_bytes(), 1)) for path in plans}
         manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
         report["check"] = {key: manifest["provenance"][key] for key in ("check", "weights")}
         record = json.loads((engine / "engine.json").read_text("utf-8"))
+        report["profiles"] = [profile["name"] for profile in record["profiles"]]
+        report["fused_attention_calls_a_profile"] = record["logs"]["step.plan"]["attention_calls"] / len(record["profiles"])
         report["weight_inputs"] = len(record["weight_inputs"])
+        report["builder"] = record["logs"]
         report["versions"] = {**manifest["provenance"]["versions"], record["backend"]: record["backend_version"]}
         return report
     finally:
@@ -174,9 +183,10 @@ def measure(name: str, work: Path, target: str, keep: bool) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """What the figures were measured on, and how busy it was before."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"platform": platform.platform(), "processors": os.cpu_count(), "memory_bytes": memory}
+    load = [round(average, 1) for average in os.getloadavg()]
+    return {"platform": platform.platform(), "processors": os.cpu_count(), "memory_bytes": memory, "load_averages": load}
 
 
 def main() -> None:
@@ -185,10 +195,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder with room for a checkpoint (13.5 GB, 26 GB)")
     parser.add_argument("--size", choices=sorted(SIZES), default="7b")
     parser.add_argument("--target", default="sm_89")
+    parser.add_argument("--rows", help="step sizes that get a profile (default: those of build)")
     parser.add_argument("--json", type=Path, help="where to write the report")
-    parser.add_argument("--keep", action="store_true", help="leave checkpoint and bundle there")
+    parser.add_argument("--keep", action="store_true", help="leave checkpoint and bundle there; a checkpoint that is there is used")
     args = parser.parse_args()
-    report = {"machine": machine(), **measure(args.size, args.work, args.target, args.keep)}
+    before = machine()
+    report = {"machine": before, **measure(args.size, args.work, args.target, args.keep, args.rows)}
     text = json.dumps(report, indent=1) + "\n"
     if args.json is not None:
         args.json.write_text(text, "utf-8")
