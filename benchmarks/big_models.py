@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--target", default="sm_89")
     parser.add_argument("--rows", help="step sizes that get a profile (default: those of build)")
     parser.add_argument("--json", type=Path, help="where to write the report")
-    parser.add_argument("--keep", action="store_true", help="leave checkpoint and bundle there; a checkpoint that is there is used")
+    parser.add_argument("--keep", action="store_true", help="leave checkpoint and bundle; one that is there is used")
     args = parser.parse_args()
     before = machine()
     report = {"machine": before, **measure(args.size, args.work, args.target, args.keep, args.rows)}

@@ -109,6 +109,7 @@ def plan_text(plan: ExportPlan, output: Path) -> str:
             "heads": heads,
             "tree": f"{plan.tree_rows} rows, depth {plan.tree_depth}",
             "would write": f"{output}: about {human_bytes(plan.bundle_bytes)}",
+            **({"of these linked": human_bytes(plan.linked_bytes)} if plan.linked_bytes else {}),
             "cache": f"{human_bytes(plan.cache_bytes_per_slot)} a slot, {human_bytes(plan.cache_bytes)} in all",
         }
     )

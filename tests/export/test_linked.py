@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
-
-pytest.importorskip("transformers")
-pytest.importorskip("onnx")
-
 import onnx
+import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
 from medusa_deploy.export import checkpoint, linked_check
+from medusa_deploy.export.checkpoint import find_stored
 from medusa_deploy.export.exporter import export_bundle
-from medusa_deploy.export.linked_check import check_places
 from medusa_deploy.export.linked import stored_parameters
+from medusa_deploy.export.linked_check import check_places
 from medusa_deploy.export.plan import plan_export
+from medusa_deploy.export.safetensors_header import read_header
 from medusa_deploy.runtime import load
 from medusa_deploy.runtime.bundle import open_bundle
 from medusa_deploy.runtime.errors import CheckpointError, ExportMismatchError
@@ -69,7 +67,7 @@ def broken(sharded: Path, tmp_path: Path) -> Path:
 
 
 def generated(session: Session) -> list[int]:
-    return session.generate([5, 9, 17, 40], max_new_tokens=24).token_ids
+    return session.generate(token_ids=[5, 9, 17, 40], max_new_tokens=24).token_ids
 
 
 def test_a_linked_bundle_generates_what_a_copied_one_does(bundle: Path, tiny_session: Session) -> None:
@@ -149,7 +147,6 @@ def _truncate(folder: Path) -> None:
 
 def _dangle(folder: Path) -> None:
     _shard(folder).unlink()
-    _shard(folder)  # the other one is still there
     (folder / "model-00001-of-00002.safetensors").symlink_to("nowhere")
 
 
@@ -168,7 +165,10 @@ BAD = {
     "truncated shard": (_truncate, "bytes; its tensors end at|can't lie at bytes"),
     "missing shard": (lambda folder: _shard(folder).unlink(), "can't be read: No such file"),
     "link to nowhere": (_dangle, "can't be read: No such file"),
-    "shard outside the folder": (lambda folder: _rewrite_index(folder, "model.norm.weight", "../other.safetensors"), "isn't a file of its"),
+    "shard outside the folder": (
+        lambda folder: _rewrite_index(folder, "model.norm.weight", "../other.safetensors"),
+        "isn't a file of its",
+    ),
     "index that names the wrong shard": (
         lambda folder: _rewrite_index(folder, "model.embed_tokens.weight", "model-00002-of-00002.safetensors"),
         "says that .* holds model.embed_tokens.weight",
@@ -194,7 +194,7 @@ def test_a_bad_checkpoint_is_refused_by_name(kind: str, broken: Path, tmp_path: 
 def test_a_tied_weight_that_is_stored_twice_must_be_the_same(broken: Path) -> None:
     path = _shard(broken)
     tensors = load_file(path)
-    embedding = next(load_file(each)["model.embed_tokens.weight"] for each in broken.glob("*.safetensors") if "model.embed_tokens.weight" in load_file(each))
+    embedding = find_stored(broken)["model.embed_tokens.weight"].mapped()
     save_file({**tensors, "lm_head.weight": embedding}, path)
     _rewrite_index(broken, "lm_head.weight", path.name)
     stored_parameters(broken, "fp32", 64)
@@ -205,7 +205,9 @@ def test_a_tied_weight_that_is_stored_twice_must_be_the_same(broken: Path) -> No
 
 def test_a_weight_in_the_wrong_place_fails_the_check(bundle: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(bundle / "onnx", tmp_path / "onnx"))
-    _, needed = stored_parameters_of(bundle)
+    needed: dict[str, Any] = {}
+    for path in folder.glob("*.safetensors"):
+        needed |= read_header(path)
     assert check_places(folder / "step.onnx", needed, 2).layers == 2
     model = onnx.load(folder / "step.onnx", load_external_data=False)
     one, two = (
@@ -219,15 +221,6 @@ def test_a_weight_in_the_wrong_place_fails_the_check(bundle: Path, tmp_path: Pat
     onnx.save(model, folder / "swapped.onnx")
     with pytest.raises(ExportMismatchError, match="should be its own tensor"):
         check_places(folder / "swapped.onnx", needed, 2)
-
-
-def stored_parameters_of(bundle: Path) -> tuple[Any, dict[str, Any]]:
-    from medusa_deploy.export.safetensors_header import read_header
-
-    tensors: dict[str, Any] = {}
-    for path in (bundle / "onnx").glob("*.safetensors"):
-        tensors |= read_header(path)
-    return None, tensors
 
 
 def test_an_export_whose_first_layers_are_wrong_is_not_committed(
@@ -245,3 +238,14 @@ def test_an_export_whose_first_layers_are_wrong_is_not_committed(
     with pytest.raises(ExportMismatchError):
         export_bundle(sharded, tiny_heads, tmp_path / "bundle", weights="linked", **OPTIONS)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_what_would_be_linked(sharded: Path, broken: Path, tiny_heads: Path) -> None:
+    copied = plan_export(sharded, tiny_heads, dtype="fp32")
+    linked = plan_export(sharded, tiny_heads, dtype="fp32", weights="linked")
+    assert linked.linked_bytes == sum(path.stat().st_size for path in sharded.glob("*.safetensors"))
+    assert copied.linked_bytes == 0
+    assert linked.weights_bytes < copied.weights_bytes
+    _truncate(broken)
+    with pytest.raises(CheckpointError):
+        plan_export(broken, None, weights="linked")
