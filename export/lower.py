@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common as passes
 
 from ..runtime import step_io
 from .attention import DOMAIN, OP
+from .fuse import fuse
 
 MICROSOFT = "com.microsoft"
 
@@ -153,7 +155,7 @@ def drop_closing(model: ir.Model) -> None:
     closing = [value for value in graph.outputs if value.name in step_io.CLOSING]
     for value in closing:
         graph.outputs.remove(value)
-    ir.passes.common.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
     inputs = {value.name: value for value in graph.inputs}
     slots, tokens = inputs[step_io.DRAFT_SLOTS], inputs[step_io.TOKENS]
     assert all(node.op_type == "Shape" for node in slots.consumers()), "only its shape, that of tokens, is used elsewhere"
@@ -199,7 +201,7 @@ def _attention_over_caches(
 
 
 def lower_cpu(model: ir.Model) -> None:
-    """Replace each attention, in place, by com.microsoft GroupQueryAttention over the shared past/present buffer."""
+    """Replace each attention, in place, by com.microsoft GroupQueryAttention over the shared past/present buffer; then fuse."""
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}
     head = _Nodes(graph, "lengths")
@@ -212,6 +214,7 @@ def lower_cpu(model: ir.Model) -> None:
     _each_attention(model, _cpu_attention, shared)
     graph.inputs.remove(inputs[step_io.COMMIT])
     model.opset_imports[MICROSOFT] = 1
+    fuse(model)
 
 
 def _cpu_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value]) -> list[ir.Node]:
@@ -225,7 +228,8 @@ def _cpu_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value]) 
         return build.add("Reshape", [transposed, build.constant(name, [0, 0, count * head_dim])])
 
     packed = [rows_first(query, heads, "query_shape"), *(rows_first(t, kv_heads, "kv_shape") for t in (key, value))]
-    attended = ir.Value(name=f"{node.name}/attended")
+    shape = ir.Shape([query.shape[0], query.shape[2], heads * head_dim])
+    attended = ir.Value(name=f"{node.name}/attended", shape=shape, type=query.type)
     build.add(
         "GroupQueryAttention",
         [*packed, past_key, past_value, shared["last"], shared["total"], None, None, None, mask],

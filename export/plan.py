@@ -66,7 +66,7 @@ def plan_export(
         HeadsError, HeadsMismatchError, TreeError: heads or tree don't fit.
     """
     config = load_config(Path(model), capacity)
-    module = _empty_module(config)
+    module = empty_module(config)
     shape = backbone_shape(module)
     read = None if heads is None else read_heads(heads)
     if read is not None:
@@ -107,7 +107,7 @@ def plan_export(
     )
 
 
-def _empty_module(config: Any) -> Any:
+def empty_module(config: Any) -> Any:
     """The transformers module without weights: parameters have shapes and no storage."""
     from transformers import AutoModelForCausalLM
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 HELP = "compare speculative with plain decoding, token for token, over many trees"
 
 Advance = Callable[[int, str], object]
+Save = Callable[[dict[str, Any]], object]
 BEST_ROWS = "best-rows"
 _COUNTS = ("prompts", "tokens_compared", "divergences", "explained", "unexplained")
 
@@ -33,6 +34,7 @@ def verify(
     reference: Reference | None = None,
     tolerance: float | None = None,
     progress: Advance = lambda _done, _note: None,
+    save: Save = lambda _report: None,
 ) -> dict[str, Any]:
     """Decode every prompt plainly once, then with every tree, and compare.
 
@@ -45,7 +47,8 @@ def verify(
 
     ``sample``: sampling parameters with a seed (prompt i takes seed + i); None decodes greedily. ``reference``: another
     implementation to hold plain greedy decoding against. ``tolerance``: largest noise that counts as rounding, as a share of
-    the largest logit; None takes the dtype's. ``progress(done, note)`` follows each run, of each way and each prompt.
+    the largest logit; None takes the dtype's. ``progress(done, note)`` follows each run, of each way and each prompt;
+    ``save`` gets the report so far after each prompt.
 
     Raises:
         CapacityError: a prompt and its answer don't fit.
@@ -61,7 +64,27 @@ def verify(
     ways = {name: Way(tree) for name, tree in trees.items()} | ({BEST_ROWS: Way(lookup=True)} if best_rows else {})
     tallies = {name: Tally() for name in ways}
     against = Tally()
+    shapes: dict[str, dict[str, Any]] = {
+        name: {"rows": tree.rows, "depth": tree.depth, "choices": tree.choices()} for name, tree in trees.items()
+    }
+    shapes[BEST_ROWS] = {"rows": session.tree.rows, "depth": session.manifest.heads.num_heads}
     done, started = 0, time.perf_counter()
+
+    def report_after(count: int) -> dict[str, Any]:
+        report: dict[str, Any] = {
+            "mode": "greedy" if sample is None else sample.mode,
+            "prompts": count,
+            "max_new_tokens": max_new_tokens,
+            "tolerance": comparison.tolerance,
+            "trees": {name: {**shapes[name], **tally.report()} for name, tally in tallies.items()},
+        }
+        if reference is not None:
+            report["reference"] = {**reference.facts, **against.report()}
+        compared = [*report["trees"].values(), *([report["reference"]] if reference is not None else [])]
+        report["unexplained"] = sum(entry["unexplained"] for entry in compared)
+        report["seconds"] = time.perf_counter() - started
+        return report
+
     for index, prompt in enumerate(prompts):
         params = None if sample is None else replace(sample, seed=(sample.seed or 0) + index)
         options: dict[str, Any] = {"token_ids": prompt, "max_new_tokens": max_new_tokens, "ignore_eos": True}
@@ -77,23 +100,8 @@ def verify(
         if reference is not None:
             comparison.add(against, index, prompt, plain, reference.generate(prompt, max_new_tokens), params, reference)
             progress(done := done + 1, f"prompt {index + 1}, reference")
-    shapes: dict[str, dict[str, Any]] = {
-        name: {"rows": tree.rows, "depth": tree.depth, "choices": tree.choices()} for name, tree in trees.items()
-    }
-    shapes[BEST_ROWS] = {"rows": session.tree.rows, "depth": session.manifest.heads.num_heads}
-    report: dict[str, Any] = {
-        "mode": "greedy" if sample is None else sample.mode,
-        "prompts": len(prompts),
-        "max_new_tokens": max_new_tokens,
-        "tolerance": comparison.tolerance,
-        "trees": {name: {**shapes[name], **tally.report()} for name, tally in tallies.items()},
-    }
-    if reference is not None:
-        report["reference"] = {**reference.facts, **against.report()}
-    compared = [*report["trees"].values(), *([report["reference"]] if reference is not None else [])]
-    report["unexplained"] = sum(entry["unexplained"] for entry in compared)
-    report["seconds"] = time.perf_counter() - started
-    return report
+        save(report_after(index + 1))
+    return report_after(len(prompts))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,10 +137,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify, print the tables; 1 when a divergence is unexplained."""
+    """Verify, print the tables; 1 when a divergence is unexplained. The file of ``--json`` grows with every prompt."""
     from ..runtime.sampling import SamplingParams
     from ..runtime.session import load
-    from .console import Progress, emit
+    from .console import STDOUT, Progress, emit, write_json
     from .environment import environment
     from .prompt_source import prompts_for
     from .tree_set import TreeSet, trees_for
@@ -150,15 +158,29 @@ def run(args: argparse.Namespace) -> int:
         reference = load_reference(args.reference, session.manifest.dtype)
     options: dict[str, Any] = {"trees": chosen.trees, "best_rows": best_rows}
     options |= {"max_new_tokens": args.max_new_tokens, "tolerance": args.tolerance}
+    machine = environment(session)
+
+    def save(part: dict[str, Any]) -> None:
+        if args.json not in (None, STDOUT):
+            write_json({"complete": False, "environment": machine, **part}, args.json)
+
     runs = len(prompts) * (1 + len(chosen.trees) + best_rows)
     with Progress("verify", runs + len(prompts) * (reference is not None)) as bar:
-        report = verify(session, prompts, reference=reference, progress=bar.update, **options)
+        report = verify(session, prompts, reference=reference, progress=bar.update, save=save, **options)
         if args.sampled:
             bar.phase("verify sampled", runs)
             sample = SamplingParams(mode="sample", seed=args.seed)
-            report["sampled"] = verify(session, prompts, sample=sample, progress=bar.update, **options)
+            greedy = report
+            report["sampled"] = verify(
+                session,
+                prompts,
+                sample=sample,
+                progress=bar.update,
+                save=lambda part: save({**greedy, "sampled": part}),
+                **options,
+            )
             report["unexplained"] += report["sampled"]["unexplained"]
-    report = {"environment": environment(session), **report, "notes": chosen.notes, "skipped": chosen.skipped}
+    report = {"complete": True, "environment": machine, **report, "notes": chosen.notes, "skipped": chosen.skipped}
     emit(describe(report), report, args.json)
     return 1 if report["unexplained"] else 0
 

@@ -55,6 +55,25 @@ def test_a_right_bundle_has_nothing_unexplained(tiny_session: Session, trees: Tr
     assert seen == list(range(1, len(PROMPTS) * 7 + 1))
 
 
+def test_a_run_that_is_killed_leaves_what_it_found(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The second prompt's second run never ends well; the first prompt's comparison is on disk."""
+    calls: list[int] = []
+    generate = Session.generate
+
+    def dying(self: Session, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(Session, "generate", dying)
+    report = tmp_path / "report.json"
+    options = ["--trees", "chain", "--count", "2", "--max-new-tokens", "4", "--json", str(report)]
+    assert cli.main(["verify", str(tiny_bundle), *options]) != 0
+    found = json.loads(report.read_text())
+    assert (found["complete"], found["prompts"], found["trees"]["chain"]["prompts"]) == (False, 1, 1)
+
+
 def test_rows_chosen_in_each_step_are_verified_too(tiny_session: Session):
     report = verify(tiny_session, PROMPTS[:1], trees={}, best_rows=True, max_new_tokens=TOKENS)
     assert report["unexplained"] == 0
