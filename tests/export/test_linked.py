@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,7 @@ def test_the_weights_are_the_checkpoints_own_files(bundle: Path, sharded: Path) 
     shards = sorted(path.name for path in sharded.glob("*.safetensors"))
     assert len(shards) == 2
     for name in shards:
-        assert os.path.samefile(bundle / "onnx" / name, sharded / name)
+        assert (bundle / "onnx" / name).samefile(sharded / name)
     heads = HEADS * HIDDEN * HIDDEN * 4
     assert (bundle / "onnx" / "weights.bin").stat().st_size < heads + HEADS * 65536, "weights.bin holds the heads alone"
     weights = open_bundle(bundle).manifest.provenance["weights"]
@@ -131,7 +130,7 @@ def _rewrite_index(folder: Path, name: str, file: str) -> None:
 
 
 def _shard(folder: Path) -> Path:
-    return sorted(folder.glob("*.safetensors"))[0]
+    return min(folder.glob("*.safetensors"))
 
 
 def _patched(folder: Path, old: bytes, new: bytes) -> None:
