@@ -31,7 +31,8 @@ def rewrite_products(graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorPr
         for node in graph.node
         if node.op_type == "Transpose" and node.input[0] in weights and list(helper.get_node_attr_value(node, "perm")) == [1, 0]
     }
-    axes = {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.value_info, *graph.input)}
+    known = (*graph.value_info, *graph.input, *graph.output)
+    axes = {value.name: len(value.type.tensor_type.shape.dim) for value in known}
     products = [
         node
         for node in graph.node

@@ -92,7 +92,8 @@ class WeightStreamer:
             taken = {weight.name for weight in self._by_pieces.values()}
             own = next(each for each in (name, *(f"{name}/{number}" for number in range(2, len(taken) + 3))) if each not in taken)
             known = self._by_pieces[pieces] = WeightInput(own, _DTYPES[first.data_type], shape, pieces)
-        graph.input.append(helper.make_tensor_value_info(known.name, first.data_type, shape))
+        if known.name not in {value.name for value in graph.input}:  # equal tensors of one graph lie in one place
+            graph.input.append(helper.make_tensor_value_info(known.name, first.data_type, shape))
         for node in graph.node if known.name != name else ():
             node.input[:] = [known.name if each == name else each for each in node.input]
 
