@@ -64,9 +64,7 @@ def trace_heads(backbone: Backbone, heads: HeadStack) -> ir.Model:
     return _export(module, arguments, ({0: b}, {0: b}), *names)
 
 
-def _export(
-    module: nn.Module, arguments: tuple[object, ...], dynamic: object, inputs: list[str], outputs: list[str]
-) -> ir.Model:
+def _export(module: nn.Module, arguments: tuple[object, ...], dynamic: object, inputs: list[str], outputs: list[str]) -> ir.Model:
     module.eval()
     fake = any(isinstance(parameter, FakeTensor) for parameter in module.parameters())
     with torch.no_grad(), quiet():

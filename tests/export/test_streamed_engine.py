@@ -22,8 +22,8 @@ LAYERS = 3
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["as many key heads", "grouped queries"])
 def test_every_layers_attention_is_fused_and_the_plan_holds_no_weights(kv_heads: int, tmp_path: Path) -> None:
     sizes = {
-        "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": kv_heads, "vocab_size": 512,
-        "num_hidden_layers": LAYERS, "tie_word_embeddings": False,
+        "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": kv_heads,
+        "vocab_size": 512, "num_hidden_layers": LAYERS, "tie_word_embeddings": False,
     }  # fmt: skip
     model = make_family(Family("LlamaConfig", sizes), tmp_path / "model")
     folder = tmp_path / "bundle"
