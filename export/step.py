@@ -131,7 +131,9 @@ class StepModule(nn.Module):
         next_token = torch.gather(greedy, 1, last_logit)  # [B, 1]
         state = torch.gather(hidden, 1, last_logit[:, :, None].expand(-1, -1, width))  # [B, 1, H]
         candidates, log_probs = self.heads(state, self.embedding(next_token))
-        closing = close(tokens, positions, ancestors, forced, write_index, draft_slots, last_row, next_token, candidates)
+        closing = close(
+            tokens, positions, ancestors, forced, write_index, draft_slots, last_row, next_token, candidates
+        )
         return (last_row, next_token[:, 0], candidates, log_probs, logits, hidden, *closing, *cache.present_in_order())
 
 

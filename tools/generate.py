@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ignore-eos", action="store_true", help="don't end at an end-of-sequence token")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--plain", action="store_true", help="decode without speculation")
-    how.add_argument("--tree", metavar="TREE", help="the same rows in every step: a tree by name, or a JSON file of choices")
+    how.add_argument(
+        "--tree", metavar="TREE", help="the same rows in every step: a tree by name, or a JSON file of choices"
+    )
     how.add_argument("--rows", type=positive_int, metavar="N", help="rows of a step, the root included (default: the bundle's)")
     parser.add_argument("--no-lookup", action="store_true", help="draft from the heads alone, not from what the text repeats")
     parser.add_argument("--threads", type=positive_int, help="CPU threads (default: all cores)")

@@ -72,7 +72,9 @@ _VICUNA_13B = ModelShape(40, 5120, 13824, 40, 40, 128, 32000, 4096)
 _VICUNA_33B = ModelShape(60, 6656, 17920, 52, 52, 128, 32000, 2048)
 
 PRESETS = (
-    Preset("smollm2-135m", ("135m", "0.1b"), _LLAMA, "HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008, _SMOL_135M, 2048, *EDGE),
+    Preset(
+        "smollm2-135m", ("135m", "0.1b"), _LLAMA, "HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008, _SMOL_135M, 2048, *EDGE
+    ),
     Preset("smollm2-360m", ("360m",), _LLAMA, "HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120, _SMOL_360M, 2048, *EDGE),
     Preset("qwen2.5-0.5b", ("0.5b",), _QWEN2, "Qwen/Qwen2.5-0.5B-Instruct", 494_032_768, _QWEN_500M, 2048, *EDGE),
     Preset("llama-3.2-1b", ("1b",), _LLAMA, "meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400, _LLAMA_1B, 4096, *EDGE),
