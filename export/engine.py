@@ -23,7 +23,7 @@ from ..runtime.manifest import Manifest
 from ..runtime.weight_inputs import WeightInput
 from .builder_process import Advance, BuildRequest, BuiltPlan, build_plan
 from .engine_features import CROSS_BUILD, has
-from .engine_plan import EngineOptions, EnginePlan, plan_for, step_axes, step_sizes
+from .engine_plan import EngineOptions, EnginePlan, check_targets, plan_for, step_axes, step_sizes
 from .gpu import resolve_target
 from .network import VARIANT, NetworkSource, network_source, source_files
 from .tensorrt import TensorRT
@@ -43,6 +43,15 @@ class _Job:
     sources: dict[str, str]
     report: Callable[[str], None]
     advance: Advance
+
+
+def check_engines(targets: Sequence[str], options: EngineOptions) -> None:
+    """What can be known of a build before there is a bundle.
+
+    Raises:
+        UsageError, MissingDependencyError: a target, a feature or a package won't do.
+    """
+    check_targets(TensorRT(options.backend), targets, options)
 
 
 def plan_engines(bundle: Path | str, targets: Sequence[str], options: EngineOptions | None = None) -> EnginePlan:

@@ -99,6 +99,17 @@ def profiles_for(
     return (first, *(Profile(f"rows-{n}", (n, n, n), (n, n, n), slots, columns, (1, n, sizes[-1])) for n in sizes))
 
 
+def check_targets(tensorrt: TensorRT, targets: Sequence[str], options: EngineOptions) -> None:
+    """Refuse what the package can't build for, or hasn't got.
+
+    Raises:
+        UsageError: a target or a feature won't do.
+    """
+    for target in targets:
+        tensorrt.check_target(target, options.features)
+        check_features(options.backend, options.all_features, target)
+
+
 def plan_for(bundle: Bundle, tensorrt: TensorRT, targets: Sequence[str], options: EngineOptions) -> EnginePlan:
     """Check everything that can be known before a build, and say what it would make.
 
@@ -106,9 +117,7 @@ def plan_for(bundle: Bundle, tensorrt: TensorRT, targets: Sequence[str], options
         UsageError: the bundle, a target, a size, a precision or a feature won't do.
     """
     check_source(bundle, options.precision, options.weights)
-    for target in targets:
-        tensorrt.check_target(target, options.features)
-        check_features(options.backend, options.all_features, target)
+    check_targets(tensorrt, targets, options)
     manifest = bundle.manifest
     return EnginePlan(
         tensorrt.backend,

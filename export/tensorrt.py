@@ -184,16 +184,17 @@ class ParsedGraph:
         )
 
     def _failed(self, target: str) -> EngineError:
-        said = self._log.errors[-1] if self._log.errors else "no reason given"
-        message = f"{self._tensorrt.backend} can't build for {target}: {said[:500]}"
-        if _OUT_OF_MEMORY.search("\n".join(self._log.errors)):
+        errors = self._log.errors or ["no reason given"]
+        memory = [error for error in errors if _OUT_OF_MEMORY.search(error)]
+        message = f"{self._tensorrt.backend} can't build for {target}: {(memory or errors)[-1][:500]}"
+        if memory:
             return EngineMemoryError(message, hint=_MORE_MEMORY)
         if target == HERE:
             return EngineError(message, hint="there may be no GPU here, or none that it supports: name a target such as sm_89")
         return EngineError(message, hint=_REPORT)
 
 
-_MORE_MEMORY = "use a machine with more memory, or fewer --rows: a build takes about 3 times the weights' bytes"
+_MORE_MEMORY = "use a machine with more memory, or fewer --rows"
 
 
 def _tensor_record(tensor: Any) -> TensorRecord:

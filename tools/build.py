@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -116,16 +117,12 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def _check_before_export(args: argparse.Namespace, options: EngineOptions) -> None:
     """What is wrong with a target or feature is said before minutes of export."""
-    from ..export.engine_features import check_features
-    from ..export.tensorrt import TensorRT
+    from ..export.engine import check_engines
     from ..runtime.bundle import refuse_existing
     from .extras import quiet_libraries, require
 
-    tensorrt = TensorRT(options.backend)
-    for target in args.target:
-        tensorrt.check_target(target, options.features)
-        check_features(options.backend, options.all_features, target)
     require("export")
+    check_engines(args.target, options)
     quiet_libraries()
     refuse_existing(args.output, force=args.force)
 
@@ -231,8 +228,8 @@ def model_plan_text(plan: ExportPlan, output: Path, targets: list[str], options:
 
 
 def _is_news(warning: str) -> bool:
-    # The parser says of every int64 input and output that it is one.
-    return "has Int64 binding" not in warning
+    # The parser says of every int64 input and output that it is one; heads of the paper's form don't read the root token.
+    return not re.search(r"has Int64 binding|Unused Input: root|Input Tensor root is unused", warning)
 
 
 def _range(size: tuple[int, int, int]) -> str:
