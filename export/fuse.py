@@ -105,6 +105,7 @@ def _half(graph: ir.Graph, tensor: ir.Value | None) -> ir.Value | None:
     twice = None if function is None else _from(function.inputs[0], "Concat")
     if function is None or twice is None or len(twice.inputs) != 2 or twice.inputs[0] is not twice.inputs[1]:
         return None
+    assert twice.inputs[0] is not None
     half = next((use.node for use in twice.inputs[0].uses() if use.node.op_type == function.op_type), None)
     if half is None:
         half = _node(function.op_type, [twice.inputs[0]], {}, function.outputs[0].name)
