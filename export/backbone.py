@@ -7,12 +7,15 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..runtime.errors import CheckpointError, DeployError, UnsupportedArchitectureError
 from . import attention
+
+if TYPE_CHECKING:
+    from .linked import LinkedWeights
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # Position encodings whose frequencies don't depend on the sequence, and those that don't while it is short.
@@ -39,13 +42,17 @@ class BackboneShape:
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
-    """A transformers causal LM, its sizes, and where it came from: a folder, and the options that select a GGUF file in it."""
+    """A transformers causal LM, its sizes, and where it came from: a folder, and the options that select a GGUF file in it.
+
+    ``linked``: where the weights are, when ``module`` has none.
+    """
 
     module: Any
     shape: BackboneShape
     dtype: torch.dtype
     folder: Path
     options: dict[str, Any] = field(default_factory=dict)
+    linked: LinkedWeights | None = None
 
 
 def load_backbone(source: Path, dtype: str, capacity: int) -> Backbone:
@@ -57,7 +64,7 @@ def load_backbone(source: Path, dtype: str, capacity: int) -> Backbone:
     """
     from transformers import AutoModelForCausalLM
 
-    folder, options = _locate(source)
+    folder, options = locate(source)
     load_config(source, capacity)
     with transformers_errors(source):
         module, info = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], output_loading_info=True, **options)
@@ -69,7 +76,7 @@ def load_backbone(source: Path, dtype: str, capacity: int) -> Backbone:
             hint="check that config.json belongs to these weights and that the download is complete",
         )
     _check_finite(module)
-    _freeze_rope(module)
+    freeze_rope(module)
     shape = backbone_shape(module)
     attention.install(module)
     return Backbone(module, shape, DTYPES[dtype], folder, options)
@@ -84,7 +91,7 @@ def load_config(source: Path, capacity: int) -> Any:
     """
     from transformers import AutoConfig
 
-    folder, options = _locate(source)
+    folder, options = locate(source)
     with transformers_errors(source):
         config = AutoConfig.from_pretrained(folder, **options)
         check_architecture(config, capacity)
@@ -116,7 +123,7 @@ def transformers_errors(source: Path) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _locate(source: Path) -> tuple[Path, dict[str, Any]]:
+def locate(source: Path) -> tuple[Path, dict[str, Any]]:
     """The folder and the options that select a GGUF file in it."""
     if not source.exists():
         raise CheckpointError(
@@ -207,7 +214,7 @@ def backbone_shape(module: Any) -> BackboneShape:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // attention_heads,
         vocab_size=int(output.shape[0]),
         max_position=int(config.max_position_embeddings),
-        tied=embedding.data_ptr() == output.data_ptr(),
+        tied=embedding is output,
     )
 
 
@@ -219,7 +226,7 @@ def _check_finite(module: torch.nn.Module) -> None:
             )
 
 
-def _freeze_rope(module: torch.nn.Module) -> None:
+def freeze_rope(module: torch.nn.Module) -> None:
     """Within the checked capacity, length-dependent frequencies are their initial ones; keep the update out of the trace."""
     for child in module.modules():
         if getattr(child, "rope_type", None) in _LENGTH_DEPENDENT_ROPE:

@@ -22,6 +22,7 @@ from .heads import HeadStack
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2}
 _PROMPT = 24
 _WANTED = Wanted(heads=True, logits=True, hidden=True)
+Reference = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +41,39 @@ def probe_tree(heads: int) -> Tree:
     return Tree.from_choices([(branch, *(0,) * depth) for branch in (0, 1) for depth in range(heads)])
 
 
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What an executor returned. ``rows``: a context and the logits [V] after it. ``heads``: context, root, candidates [K, k]."""
+
+    rows: list[tuple[np.ndarray, np.ndarray]]
+    heads: list[tuple[np.ndarray, int, np.ndarray]]
+
+
 def check_executor(executor: Executor, backbone: Backbone, heads: HeadStack, seed: int = 0) -> CheckReport:
-    """Prefill, verify a tree of random tokens, commit its longest path, verify again; compare every row's logits.
+    """Compare what :func:`observe` sees with the torch module.
 
     Raises:
         NumericsError: logits that aren't finite.
         ExportMismatchError: the difference is beyond rounding in the graph's dtype.
     """
-    tree = probe_tree(heads.config.num_heads)
+    observed = observe(executor, heads.config.num_heads, backbone.shape.vocab_size, seed=seed)
+    report = compare(observed, eager_reference(backbone), backbone, heads)
+    attention.install(backbone.module)
+    return report
+
+
+def observe(executor: Executor, num_heads: int, vocab_size: int, *, prompt_rows: int = _PROMPT, seed: int = 0) -> Observed:
+    """Prefill, verify a tree of random tokens, commit its longest path, verify again."""
+    tree = probe_tree(num_heads)
     rng = np.random.default_rng(seed)
-    prompt = rng.integers(0, backbone.shape.vocab_size, _PROMPT)
+    prompt = rng.integers(0, vocab_size, prompt_rows)
     prefill = executor.prefill(0, prompt, 0, _WANTED)
     rows = [(prompt, prefill.logits[0, 0].astype(np.float32))]
     head_pairs = [(prompt, int(prefill.next_token[0]), prefill.candidates[0].copy())]
-    context, length, commit = prompt, _PROMPT, None
+    context, length, commit = prompt, prompt_rows, None
     for _ in range(2):
         buffers = executor.buffers(tree.rows, _WANTED)
-        _fill(buffers, tree, rng.integers(0, backbone.shape.vocab_size, tree.rows), length, commit, executor.layout.slots)
+        _fill(buffers, tree, rng.integers(0, vocab_size, tree.rows), length, commit, executor.layout.slots)
         executor.step(buffers, _WANTED)
         tokens = buffers.tokens[0].copy()
         for row in range(tree.rows):
@@ -70,7 +87,7 @@ def check_executor(executor: Executor, backbone: Backbone, heads: HeadStack, see
         if path:
             commit[margin - len(path) :] = [margin + length + row for row in path]
         context, length = np.concatenate([context, tokens[[0, *path]]]), after
-    return _report(rows, head_pairs, backbone, heads)
+    return Observed(rows, head_pairs)
 
 
 def _fill(buffers: StepBuffers, tree: Tree, tokens: np.ndarray, length: int, commit: np.ndarray | None, slots: int) -> None:
@@ -84,13 +101,13 @@ def _fill(buffers: StepBuffers, tree: Tree, tokens: np.ndarray, length: int, com
         buffers.commit[0] = commit
 
 
-def _report(
-    rows: list[tuple[np.ndarray, np.ndarray]],
-    head_pairs: list[tuple[np.ndarray, int, np.ndarray]],
-    backbone: Backbone,
-    heads: HeadStack,
-) -> CheckReport:
-    reference = _reference(backbone)
+def compare(observed: Observed, reference: Reference, backbone: Backbone, heads: HeadStack) -> CheckReport:
+    """Every row's logits and every head's candidates against the torch module's.
+
+    Raises:
+        NumericsError, ExportMismatchError: as :func:`check_executor`.
+    """
+    rows = observed.rows
     error = scale = 0.0
     agreed = 0
     for tokens, logits in rows:
@@ -101,14 +118,13 @@ def _report(
         scale = max(scale, float(np.abs(expected).max()))
         agreed += int(logits.argmax() == expected.argmax())
     head_agreed = []
-    for tokens, root, candidates in head_pairs:
+    for tokens, root, candidates in observed.heads:
         ids = torch.from_numpy(tokens)[None]
         with torch.no_grad():
             state = backbone.module.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, -1:]
             embedding = backbone.module.get_input_embeddings()(torch.tensor([[root]]))
             expected_candidates, _ = heads(state, embedding)
         head_agreed.append(float((expected_candidates[0, :, 0].numpy() == candidates[:, 0]).mean()))
-    attention.install(backbone.module)
     report = CheckReport(error, scale, agreed / len(rows), float(np.mean(head_agreed)), len(rows))
     limit = _TOLERANCE[backbone.dtype] * max(scale, 1.0)
     if not error <= limit:
@@ -120,8 +136,8 @@ def _report(
     return report
 
 
-def _reference(backbone: Backbone) -> Callable[[np.ndarray], np.ndarray]:
-    """Logits [V] in float32 of the last token, by transformers' own eager attention."""
+def eager_reference(backbone: Backbone) -> Reference:
+    """Logits [V] in float32 of the last token, by transformers' own eager attention, which the module has from now on."""
     module = backbone.module
     module.set_attn_implementation("eager")
 

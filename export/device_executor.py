@@ -29,6 +29,8 @@ class DeviceGraphExecutor:
     """An :class:`~medusa_deploy.runtime.executor.Executor` that feeds whole arrays and copies every cache in every step."""
 
     model: OrtModel
+    options: Any = None
+    """Of ONNX Runtime's session."""
     layout: CacheLayout = field(init=False)
     engine_seconds: float = 0.0
     closing: dict[str, np.ndarray] = field(default_factory=dict)
@@ -42,7 +44,7 @@ class DeviceGraphExecutor:
         """Load the graph; caches start as zeros."""
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
+        options = onnxruntime.SessionOptions() if self.options is None else self.options
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(str(self.model.step), options, providers=["CPUExecutionProvider"])
         self.layout = layout = self.model.layout

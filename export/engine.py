@@ -20,6 +20,7 @@ from ..runtime.bundle import Bundle, open_bundle, output_error, record_files, re
 from ..runtime.engine_record import RECORD_NAME, EngineRecord, parse_engine_record
 from ..runtime.errors import BundleBusyError, BundleError
 from ..runtime.manifest import Manifest
+from ..runtime.weight_inputs import WeightInput
 from .builder_process import Advance, BuildRequest, BuiltPlan, build_plan
 from .engine_features import CROSS_BUILD, has
 from .engine_plan import EngineOptions, EnginePlan, check_targets, plan_for, step_axes, step_sizes
@@ -163,13 +164,14 @@ def _build(bundle: Bundle, target: str, source: NetworkSource, job: _Job) -> tup
             timing_cache=None if job.timing_cache is None else str(job.timing_cache.absolute()),
         )
         job.report(f"{target}: building")
-        axes = step_axes(manifest.backbone.layers)
+        fixed = {weight.name: "." for weight in source.weight_inputs}
+        axes = step_axes(manifest.backbone.layers) | fixed
         sizes = tuple(step_sizes(profile) for profile in job.plan.profiles)
         step = build_plan(request(_absolute(source.step), _absolute(staging / PLAN), axes, sizes), job.advance)
         job.report(f"{target}: building the heads")
         slots = ({"B": (1, 1, manifest.limits.batch)},)
-        heads = build_plan(request(_absolute(source.heads), _absolute(staging / HEADS_PLAN), {}, slots), job.advance)
-        record = _record(manifest, target, step, heads, job)
+        heads = build_plan(request(_absolute(source.heads), _absolute(staging / HEADS_PLAN), fixed, slots), job.advance)
+        record = _record(manifest, target, step, heads, job, source.weight_inputs)
         (staging / RECORD_NAME).write_text(record.to_json(), "utf-8")
         job.report(f"{target}: hashing")
         built = record_files(staging)
@@ -183,7 +185,9 @@ def _build(bundle: Bundle, target: str, source: NetworkSource, job: _Job) -> tup
     return replace(bundle, manifest=complete), record
 
 
-def _record(manifest: Manifest, target: str, step: BuiltPlan, heads: BuiltPlan, job: _Job) -> EngineRecord:
+def _record(
+    manifest: Manifest, target: str, step: BuiltPlan, heads: BuiltPlan, job: _Job, weight_inputs: tuple[WeightInput, ...]
+) -> EngineRecord:
     plan = job.plan
     return EngineRecord(
         backend=plan.backend,
@@ -203,6 +207,7 @@ def _record(manifest: Manifest, target: str, step: BuiltPlan, heads: BuiltPlan, 
         sources=job.sources,
         versions={"medusa-deploy": __version__, **{name: importlib.metadata.version(name) for name in ("numpy", "onnx-ir")}},
         logs={PLAN: step.log, HEADS_PLAN: heads.log},
+        weight_inputs=weight_inputs,
     )
 
 

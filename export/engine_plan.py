@@ -130,7 +130,7 @@ def plan_for(bundle: Bundle, tensorrt: TensorRT, targets: Sequence[str], options
         profiles_for(
             manifest, default_rows(manifest) if options.rows is None else options.rows, options.prefill, options.precision
         ),
-        weights_bytes(bundle, options.precision),
+        0 if options.weights == "streamed" else weights_bytes(bundle, options.precision),
     )
 
 

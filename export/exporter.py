@@ -24,15 +24,17 @@ from ..runtime.tree import Tree
 from .backbone import DTYPES, Backbone, load_backbone
 from .check import CheckReport, check_executor
 from .device_executor import DeviceGraphExecutor
+from .graphs import HEADS_GRAPH, write_graphs
 from .head_layouts import check_fit, read_heads
 from .heads import HeadStack
-from .lower import drop_closing, lower_cpu, lower_device, lower_standard
+from .linked import load_linked_backbone, prune_projection
+from .linked_check import check_linked
 from .plan import DEFAULT_TREE, bundle_trees, tree_rows
 from .tokenizer import write_text_files
-from .trace import trace_heads, trace_step
-from .weights import WeightsFile
 
 Report = Callable[[str], None]
+ONNX = "onnx"
+WEIGHTS = ("copied", "linked")
 _NUMPY_DTYPES = {"fp32": "float32", "fp16": "float16"}
 
 
@@ -42,6 +44,7 @@ def export_bundle(
     output: Path | str,
     *,
     dtype: str = "fp32",
+    weights: str = "copied",
     capacity: int = 2048,
     batch: int = 1,
     tree: Tree | None = None,
@@ -54,6 +57,8 @@ def export_bundle(
     """Write a bundle and return what was measured on the way.
 
     ``heads``: a file or folder in any layout of :mod:`.head_layouts`; None exports the backbone alone (it decodes plainly).
+    ``weights``: ``copied`` into the bundle in the layout that engines like best, or ``linked``: the checkpoint's own safetensors
+    become files of the bundle (hard links where the file system has them) and are never in memory as a whole.
     ``capacity``: tokens a slot holds, prompt and answer together. ``batch``: slots at most. ``report`` is told each phase.
 
     Raises:
@@ -64,32 +69,47 @@ def export_bundle(
     """
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
+    if weights not in WEIGHTS:
+        raise UsageError(f"unknown weights {weights!r}", hint=f"one of {', '.join(WEIGHTS)}")
     if min(capacity, batch, top_k, max_rows, prefill_chunk) < 1:
         raise UsageError("capacity, batch, top-k, max-rows and prefill-chunk must be at least 1")
     started = time.perf_counter()
     with staged_folder(Path(output), force=force) as staging:
+        folder = staging / ONNX
+        folder.mkdir()
         report("loading the backbone")
-        backbone = load_backbone(Path(model), dtype, capacity)
+        if weights == "linked":
+            backbone = load_linked_backbone(Path(model), dtype, capacity, folder, report)
+        else:
+            backbone = load_backbone(Path(model), dtype, capacity)
         read = None if heads is None else read_heads(heads)
         head_set = identity_heads(backbone) if read is None else read.heads
         check_fit(head_set, hidden_size=backbone.shape.hidden_size, vocab_size=backbone.shape.vocab_size, top_k=top_k)
+        head_set = prune_projection(backbone, head_set)
         warnings = [] if read is None else list(read.warnings)
         trees = bundle_trees(tree, read, head_set.config.num_heads, top_k)
         max_rows = tree_rows(max_rows, trees, head_set.config.num_heads)
         stack = HeadStack(head_set, backbone.module.get_output_embeddings(), top_k, backbone.dtype)
         rows = step_io.cache_rows(capacity, head_set.config.num_heads, max_rows)
         report("tracing")
-        variants = _write_graphs(backbone, stack, rows, staging, report)
+        graphs = write_graphs(backbone, stack, rows, folder, report)
         text = write_text_files(backbone, staging)
         scaling = () if read is None else read.platt_scaling
-        manifest = _manifest(backbone, head_set, scaling, top_k, text, variants, _NUMPY_DTYPES[dtype])
+        manifest = _manifest(backbone, head_set, scaling, top_k, text, graphs, _NUMPY_DTYPES[dtype])
         limits = Limits(capacity, rows, max_rows, batch, min(prefill_chunk, capacity))
-        checks = _check(staging, manifest, limits, backbone, stack, report)
+        shape = backbone.shape
+        places: dict[str, Any] = {}
+        layout = CacheLayout(shape.layers, 1, shape.kv_heads, rows, shape.head_dim, _NUMPY_DTYPES[dtype])
+        if backbone.linked is None:
+            checks = _check(folder, graphs, layout, backbone, stack, report)
+        else:
+            checks, places = check_linked(folder, graphs, layout, backbone, stack, report)
         report("hashing")
         provenance = {
             "created_by": f"medusa-deploy {__version__}",
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnx", "onnxruntime")},
             "check": {name: asdict(check) for name, check in checks.items()},
+            "weights": {"kind": weights, **places},
             "warnings": warnings,
             "heads": None if read is None else {"layout": read.layout, **read.measured},
         }
@@ -99,7 +119,8 @@ def export_bundle(
             default_tree=DEFAULT_TREE,
         )
         (staging / MANIFEST_NAME).write_text(complete.to_json(), "utf-8")
-    return {"seconds": time.perf_counter() - started, "check": provenance["check"], "warnings": warnings}
+    measured = {name: provenance[name] for name in ("check", "weights", "warnings")}
+    return {"seconds": time.perf_counter() - started, **measured}
 
 
 def identity_heads(backbone: Backbone) -> HeadSet:
@@ -110,32 +131,13 @@ def identity_heads(backbone: Backbone) -> HeadSet:
     return HeadSet(HeadConfig("medusa", 1, 1, hidden, backbone.shape.vocab_size, "shared"), tensors)
 
 
-def _write_graphs(backbone: Backbone, stack: HeadStack, rows: int, staging: Path, report: Report) -> dict[str, str]:
-    folder = staging / "onnx"
-    folder.mkdir()
-    for_device = trace_step(backbone, stack, rows)
-    standard = for_device.clone()
-    drop_closing(standard)
-    for_cpu = standard.clone()
-    lower_device(for_device)
-    lower_standard(standard)
-    lower_cpu(for_cpu)
-    report("writing graphs")
-    with WeightsFile(folder / "weights.bin") as weights:
-        weights.save(standard, folder / "step.onnx")
-        weights.save(for_cpu, folder / "step.cpu.onnx")
-        weights.save(for_device, folder / "step.device.onnx")
-        weights.save(trace_heads(backbone, stack), folder / "heads.onnx")
-    return {"standard": "onnx/step.onnx", "cpu": "onnx/step.cpu.onnx", "device": "onnx/step.device.onnx"}
-
-
 def _manifest(
     backbone: Backbone,
     heads: HeadSet,
     scaling: PlattScaling,
     top_k: int,
     text: TextFacts,
-    variants: dict[str, str],
+    graphs: dict[str, str],
     dtype: str,
 ) -> dict[str, Any]:
     shape, config = backbone.shape, heads.config
@@ -154,22 +156,20 @@ def _manifest(
         ),
         "text": text,
         "dtype": dtype,
-        "variants": variants,
-        "heads_graph": "onnx/heads.onnx",
+        "variants": {name: f"{ONNX}/{file}" for name, file in graphs.items()},
+        "heads_graph": f"{ONNX}/{HEADS_GRAPH}",
     }
 
 
 def _check(
-    staging: Path, manifest: dict[str, Any], limits: Limits, backbone: Backbone, stack: HeadStack, report: Report
+    folder: Path, graphs: dict[str, str], layout: CacheLayout, backbone: Backbone, stack: HeadStack, report: Report
 ) -> dict[str, CheckReport]:
     """Run every variant against the torch module."""
-    shape, heads = backbone.shape, manifest["heads"]
-    layout = CacheLayout(shape.layers, 1, shape.kv_heads, limits.cache_rows, shape.head_dim, manifest["dtype"])
-    sizes = (heads.num_heads, heads.top_k, shape.hidden_size, shape.vocab_size)
+    sizes = (stack.config.num_heads, stack.top_k, backbone.shape.hidden_size, backbone.shape.vocab_size)
     reports = {}
-    for name, path in manifest["variants"].items():
+    for name, file in graphs.items():
         report(f"checking the {name} graph")
-        model = OrtModel(staging / path, staging / manifest["heads_graph"], layout, *sizes)
+        model = OrtModel(folder / file, folder / HEADS_GRAPH, layout, *sizes)
         executor = DeviceGraphExecutor(model) if name == "device" else OrtExecutor(model)
         reports[name] = check_executor(executor, backbone, stack)
     return reports

@@ -40,6 +40,11 @@ class HeadStack(nn.Module):
         self.shared = output_embedding if config.projection == "shared" else None
         self.projections = self._projections(heads, output_embedding, dtype)
 
+    def project_through(self, output_embedding: nn.Module) -> None:
+        """Share another module's vocabulary projection, if one is shared."""
+        if self.shared is not None:
+            self.shared = output_embedding
+
     def _projections(self, heads: HeadSet, output_embedding: nn.Module, dtype: torch.dtype) -> nn.ParameterList:
         """Own projections (K of them), one pruned projection for all, or none when the backbone's is shared."""
         config = heads.config

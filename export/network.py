@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+import onnx
 import onnx_ir as ir
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import UsageError
+from ..runtime.weight_inputs import WeightInput
 from .quantise import quantise_weights, write_quantised
+from .streamed import WeightStreamer
 from .weights import WeightsFile
 
 VARIANT = "device"
@@ -21,10 +24,11 @@ WEIGHTS = ("inside", "streamed")
 
 @dataclass(frozen=True, slots=True)
 class NetworkSource:
-    """ONNX files to parse, of the step and of the heads alone."""
+    """ONNX files to parse, of the step and of the heads alone, and the weights that they take as inputs."""
 
     step: Path
     heads: Path
+    weight_inputs: tuple[WeightInput, ...] = ()
 
 
 def check_source(bundle: Bundle, precision: str, weights: str) -> None:
@@ -38,8 +42,12 @@ def check_source(bundle: Bundle, precision: str, weights: str) -> None:
         raise UsageError(f"unknown precision {precision!r}", hint=f"one of {', '.join(PRECISIONS)}")
     if weights not in WEIGHTS:
         raise UsageError(f"unknown place for weights {weights!r}", hint=f"one of {', '.join(WEIGHTS)}")
-    if weights == "streamed":
-        raise UsageError("engines that take their weights as inputs can't be built yet", hint="use --weights inside")
+    if weights == "streamed" and precision != "fp16":
+        raise UsageError(
+            f"weights as inputs in {precision}: they would be dequantised in every step", hint="use --weights inside, or fp16"
+        )
+    if precision == "int8" and manifest.provenance.get("weights", {}).get("kind") == "linked":
+        raise UsageError("the bundle's weights are linked, and can't be made int8", hint="export with --weights copied")
     if manifest.dtype != "float16":
         raise UsageError(f"the bundle's graph is {manifest.dtype}", hint="TensorRT engines are built of: export --dtype fp16")
     if VARIANT not in manifest.variants:
@@ -60,6 +68,13 @@ def network_source(bundle: Bundle, precision: str, weights: str, scratch: Path) 
     """
     check_source(bundle, precision, weights)
     step, heads = _graphs(bundle)
+    if weights == "streamed":
+        streamer = WeightStreamer(bundle)
+        streamed = NetworkSource(scratch / PurePosixPath(step).name, scratch / PurePosixPath(heads).name)
+        onnx.save(streamer.stream(step), streamed.step)
+        onnx.save(streamer.stream(heads), streamed.heads)
+        yield replace(streamed, weight_inputs=streamer.inputs)
+        return
     if precision == "fp16":
         yield NetworkSource(bundle.path(step), bundle.path(heads))
         return

@@ -13,6 +13,7 @@ from ..runtime.heads import HeadConfig
 from ..runtime.tree import ROOT_ONLY, Tree, chain
 from .backbone import DTYPES, backbone_shape, load_config
 from .head_layouts import ReadHeads, check_fit, read_heads
+from .linked import stored_parameters
 from .weights import ALIGNMENT
 
 DEFAULT_TREE = "default"
@@ -23,7 +24,10 @@ _GRAPH_BYTES_PER_LAYER = 185_000
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """Sizes in bytes. ``weights_bytes`` and ``bundle_bytes`` are estimates: constant folding adds and drops small tensors."""
+    """Sizes in bytes. ``weights_bytes`` and ``bundle_bytes`` are estimates: constant folding adds and drops small tensors.
+
+    ``linked_bytes``: of the checkpoint's files that would become the bundle's, beside ``weights_bytes``.
+    """
 
     architecture: str
     layers: int
@@ -35,6 +39,7 @@ class ExportPlan:
     tree_rows: int
     tree_depth: int
     weights_bytes: int
+    linked_bytes: int
     bundle_bytes: int
     cache_rows: int
     cache_bytes_per_slot: int
@@ -47,6 +52,7 @@ def plan_export(
     heads: Path | str | None,
     *,
     dtype: str = "fp32",
+    weights: str = "copied",
     capacity: int = 2048,
     batch: int = 1,
     tree: Tree | None = None,
@@ -73,7 +79,12 @@ def plan_export(
     item = DTYPES[dtype].itemsize
     sizes = [parameter.numel() for parameter in module.parameters()]
     head_sizes = [tensor.size for tensor in read.heads.tensors.values()] if read is not None else [shape.hidden_size**2]
-    weights = sum(-(-size * item // ALIGNMENT) * ALIGNMENT for size in (*sizes, *head_sizes))
+    linked = 0
+    if weights == "linked":
+        files = {tensor.file for tensor in stored_parameters(Path(model), dtype, capacity)[1].values()}
+        linked = sum(file.stat().st_size for file in files)
+    written = head_sizes if linked else [*sizes, *head_sizes]
+    written_bytes = sum(-(-size * item // ALIGNMENT) * ALIGNMENT for size in written)
     text = sum((Path(model) / name).stat().st_size for name in _TEXT_FILES if (Path(model) / name).is_file())
     slot = 2 * shape.layers * shape.kv_heads * rows * shape.head_dim * item
     return ExportPlan(
@@ -86,8 +97,9 @@ def plan_export(
         head_parameters=sum(head_sizes) if read is not None else 0,
         tree_rows=default.rows,
         tree_depth=default.depth,
-        weights_bytes=weights,
-        bundle_bytes=weights + shape.layers * _GRAPH_BYTES_PER_LAYER + text,
+        weights_bytes=written_bytes,
+        linked_bytes=linked,
+        bundle_bytes=linked + written_bytes + shape.layers * _GRAPH_BYTES_PER_LAYER + text,
         cache_rows=rows,
         cache_bytes_per_slot=slot,
         cache_bytes=slot * batch,

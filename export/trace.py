@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..runtime import step_io
 from .backbone import Backbone
@@ -63,11 +64,10 @@ def trace_heads(backbone: Backbone, heads: HeadStack) -> ir.Model:
     return _export(module, arguments, ({0: b}, {0: b}), *names)
 
 
-def _export(
-    module: nn.Module, arguments: tuple[object, ...], dynamic: object, inputs: list[str], outputs: list[str]
-) -> ir.Model:
+def _export(module: nn.Module, arguments: tuple[object, ...], dynamic: object, inputs: list[str], outputs: list[str]) -> ir.Model:
     module.eval()
-    with torch.no_grad(), _quiet():
+    fake = any(isinstance(parameter, FakeTensor) for parameter in module.parameters())
+    with torch.no_grad(), quiet():
         program = torch.onnx.export(
             module,
             arguments,
@@ -76,7 +76,7 @@ def _export(
             dynamic_shapes=dynamic,  # type: ignore[arg-type]
             input_names=inputs,
             output_names=outputs,
-            optimize=True,
+            optimize=not fake,  # folding wants numbers
             verbose=False,
         )
     assert program is not None
@@ -84,7 +84,7 @@ def _export(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter prints and warns about itself; none of it is about the user's model."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)

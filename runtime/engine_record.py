@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import BundleSchemaError
+from .weight_inputs import WeightInput, parse_weight_inputs
 
 RECORD_NAME = "engine.json"
 RECORD_VERSION = 2
@@ -68,6 +69,7 @@ class EngineRecord:
 
     ``variant``: the bundle's graph that was built, and ``graph_sha256`` of its file. ``sources``: sha256 of every file of the
     bundle that went into the plans. ``precision``: ``fp16``, or ``int8``: weights in 8 bits, activations in fp16.
+    ``weight_inputs``: of both plans, where their weights are ``streamed``; a plan has those of them that it has an input for.
     ``features``: what was asked of the builder by name. ``versions``: of the programs that built it. ``logs``: by plan.
     """
 
@@ -88,6 +90,7 @@ class EngineRecord:
     sources: Mapping[str, str]
     versions: Mapping[str, str]
     logs: Mapping[str, BuildLog]
+    weight_inputs: tuple[WeightInput, ...] = ()
     record_version: int = RECORD_VERSION
 
     def to_json(self) -> str:
@@ -96,7 +99,7 @@ class EngineRecord:
 
 
 # What a record of version 1 didn't say: it was always built from the standard graph, which carries no rows.
-_ADDED_IN_2 = {"variant": "standard", "features": [], "sources": {}, "versions": {}, "logs": {}}
+_ADDED_IN_2 = {"variant": "standard", "features": [], "sources": {}, "versions": {}, "logs": {}, "weight_inputs": []}
 
 
 def parse_engine_record(text: str | bytes) -> EngineRecord:
@@ -123,6 +126,7 @@ def parse_engine_record(text: str | bytes) -> EngineRecord:
             "features": tuple(raw["features"]),
             "sources": {str(name): str(digest) for name, digest in raw["sources"].items()},
             "versions": {str(name): str(version) for name, version in raw["versions"].items()},
+            "weight_inputs": parse_weight_inputs(raw["weight_inputs"]),
             "logs": {name: BuildLog(**entry) for name, entry in raw["logs"].items()},
         }
         return EngineRecord(**{**raw, **read})

@@ -24,6 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     heads.add_argument("--no-heads", action="store_true", help="export the backbone alone: it decodes plainly")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of weights and caches (default: fp32)")
+    parser.add_argument(
+        "--weights", choices=("copied", "linked"), default="copied",
+        help="linked: the checkpoint's safetensors become the bundle's, and are never in memory as a whole (default: copied)",
+    )  # fmt: skip
     parser.add_argument("--capacity", type=positive_int, default=2048, help="tokens a slot holds (default: 2048)")
     parser.add_argument("--batch", type=positive_int, default=1, help="slots at most (default: 1)")
     parser.add_argument(
@@ -48,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from .tree_set import read_tree_file
 
     refuse_existing(args.output, force=args.force)  # before torch is imported
-    options = {name: getattr(args, name) for name in ("dtype", "capacity", "batch", "top_k", "max_rows")}
+    options = {name: getattr(args, name) for name in ("dtype", "weights", "capacity", "batch", "top_k", "max_rows")}
     options["tree"] = None if args.tree is None else read_tree_file(args.tree)
     if args.dry_run:
         from ..export.plan import plan_export
@@ -81,7 +85,16 @@ def report_text(report: dict[str, Any], output: Path) -> str:
         for name, check in report["check"].items()
     ]  # fmt: skip
     headers = ["variant", "max logit error", "largest logit", "argmax agreement", "head agreement", "rows"]
-    return f"{table(rows, headers)}\n\n{output}  {human_bytes(report['bytes'])}  in {human_seconds(report['seconds'])}"
+    checked = ""
+    weights = report["weights"]
+    if weights["kind"] == "linked":
+        tensors = next(iter(weights["places"].values()))["tensors"]
+        files = ", ".join(sorted(set(weights["files"].values())))
+        checked = (
+            f"\nchecked: the first {weights['checked_layers']} of {weights['layers']} layers ran; the places of all {tensors} "
+            f"weights hold the right tensors\nweights: {len(weights['files'])} files ({files})"
+        )
+    return f"{table(rows, headers)}{checked}\n\n{output}  {human_bytes(report['bytes'])}  in {human_seconds(report['seconds'])}"
 
 
 def plan_text(plan: ExportPlan, output: Path) -> str:
@@ -96,6 +109,7 @@ def plan_text(plan: ExportPlan, output: Path) -> str:
             "heads": heads,
             "tree": f"{plan.tree_rows} rows, depth {plan.tree_depth}",
             "would write": f"{output}: about {human_bytes(plan.bundle_bytes)}",
+            **({"of these linked": human_bytes(plan.linked_bytes)} if plan.linked_bytes else {}),
             "cache": f"{human_bytes(plan.cache_bytes_per_slot)} a slot, {human_bytes(plan.cache_bytes)} in all",
         }
     )

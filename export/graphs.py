@@ -1,0 +1,50 @@
+"""All graphs of a bundle from one trace of the step and one of the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+
+from .backbone import Backbone
+from .heads import HeadStack
+from .lower import drop_closing, lower_cpu, lower_device, lower_standard
+from .trace import trace_heads, trace_step
+from .weights import WeightsFile
+
+HEADS_GRAPH = "heads.onnx"
+
+
+def write_graphs(
+    backbone: Backbone, stack: HeadStack, rows: int, folder: Path, report: Callable[[str], None], prefix: str = ""
+) -> dict[str, str]:
+    """Write every variant of the step, the heads, and the weights that are nowhere else into ``folder``.
+
+    ``prefix``: what their names begin with. Returns the variants' file names.
+    """
+    for_device = _trace(backbone, lambda: trace_step(backbone, stack, rows))
+    standard = for_device.clone()
+    drop_closing(standard)
+    for_cpu = standard.clone()
+    lower_device(for_device)
+    lower_standard(standard)
+    lower_cpu(for_cpu)
+    graphs = {"standard": standard, "cpu": for_cpu, "device": for_device}
+    names = {"standard": f"{prefix}step.onnx", "cpu": f"{prefix}step.cpu.onnx", "device": f"{prefix}step.device.onnx"}
+    report("writing graphs")
+    with WeightsFile(folder / f"{prefix}weights.bin") as weights:
+        for name, graph in graphs.items():
+            weights.save(graph, folder / names[name])
+        weights.save(_trace(backbone, lambda: trace_heads(backbone, stack)), folder / f"{prefix}{HEADS_GRAPH}")
+    return names
+
+
+def _trace(backbone: Backbone, trace: Callable[[], ir.Model]) -> ir.Model:
+    """Trace with whatever stands in for the weights, and point to the real ones."""
+    if backbone.linked is None:
+        return trace()
+    with backbone.linked.mode:
+        model = trace()
+    backbone.linked.attach(model, backbone.module)
+    return model
