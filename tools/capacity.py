@@ -15,9 +15,11 @@ from .model_sizes import ModelShape
 PRECISIONS = ("fp16", "int8")
 _HALF = 2  # bytes
 # An engine with its weights inside is at most this much larger: kernels, and the projection again in other layouts.
+# Kernels of each layer are stored again for each profile: 136 MB for 7 profiles of 32 layers, measured.
 _BYTES_PER_PROFILE = 8 * 10**6
+_BYTES_PER_PROFILE_AND_LAYER = 500_000
 _PROJECTION_COPIES = 2
-# Above, weights are bound from the bundle's files instead: building an engine takes twice its size in memory.
+# Above, fp16 weights are bound from the bundle's files instead: building an engine takes twice its size in memory.
 _LARGEST_INSIDE = 4 * 10**9
 # Matrices with fewer elements stay fp16 in an int8 engine.
 _SMALLEST_MATRIX = 1 << 14
@@ -231,14 +233,14 @@ class Footprint:
 def footprint(backbone: Backbone, heads: Heads, precision: str, limits: Limits, profiles: int, reserve: int) -> Footprint:
     """What an engine with ``profiles`` profiles takes, and ``reserve`` bytes that are left to others."""
     parts, head_bytes = backbone.parts(precision), heads.nbytes(precision)
-    inside = sum(parts.values()) + head_bytes <= _LARGEST_INSIDE
+    inside = precision == "int8" or sum(parts.values()) + head_bytes <= _LARGEST_INSIDE  # int8 weights are made by the build
     copies = _PROJECTION_COPIES * backbone.projection.nbytes("fp16") if inside else 0
     return Footprint(
         parts,
         head_bytes,
         cache_bytes(backbone.shape, heads.config.num_heads, limits),
         workspace_bytes(backbone, heads, limits, precision),
-        copies + profiles * _BYTES_PER_PROFILE,
+        copies + profiles * (_BYTES_PER_PROFILE + backbone.shape.layers * _BYTES_PER_PROFILE_AND_LAYER),
         reserve,
         "inside" if inside else "streamed",
     )

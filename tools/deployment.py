@@ -127,7 +127,7 @@ def plan_deployment(
             source.backbone, built.config, found, precision=precision, rows=steps[-1], batch=limits.batch, context=context
         ),
         commands=commands_for(source, precision, limits, steps, taken.weights, found),
-        notes=notes_for(found),
+        notes=notes_for(found, taken),
     )
     return plan if found is None else _on_gpu(plan, source, built, found, acceptance)
 

@@ -27,9 +27,12 @@ def commands_for(
     return tuple(commands)
 
 
-def notes_for(gpu: Gpu | None) -> tuple[str, ...]:
-    """How the figures were made, and what they can't say of this GPU."""
+def notes_for(gpu: Gpu | None, taken: Footprint) -> tuple[str, ...]:
+    """How the figures were made, what building takes, and what they can't say of this GPU."""
     notes = [f"workspace: {WORKSPACE}"]
+    if taken.weights == "inside":
+        needed = 2 * (taken.backbone + taken.heads) / 10**9
+        notes.append(f"building takes about twice the weights in memory where it runs: {needed:.1f} GB")
     if gpu is None:
         return tuple(notes)
     notes.append("times: bytes ÷ published bandwidth, or operations ÷ published rate where that takes longer")
