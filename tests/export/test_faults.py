@@ -192,10 +192,10 @@ def test_an_existing_output_is_kept(tiny_model: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def traces(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
     """Trace each step graph once for all tests of this file: they are about what happens afterwards."""
-    from medusa_deploy.export import exporter
+    from medusa_deploy.export import graphs
 
     for name in ("trace_step", "trace_heads"):
-        original = getattr(exporter, name)
+        original = getattr(graphs, name)
 
         def cached(backbone: Any, stack: Any, *rest: Any, name: str = name, original: Any = original) -> Any:
             key = (name, *rest)
@@ -203,7 +203,7 @@ def traces(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
                 _TRACES[key] = original(backbone, stack, *rest)
             return _TRACES[key].clone()
 
-        monkeypatch.setattr(exporter, name, cached)
+        monkeypatch.setattr(graphs, name, cached)
 
 
 _TRACES: dict[Any, Any] = {}

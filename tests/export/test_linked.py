@@ -27,6 +27,8 @@ from medusa_deploy.runtime.session import Session
 from support.families import FAMILIES, make_family
 from support.tiny import HEADS, HIDDEN
 
+pytestmark = pytest.mark.slow  # each export of this kind traces twice
+
 OPTIONS: dict[str, Any] = {"capacity": 64, "batch": 2, "top_k": 4, "max_rows": 8, "prefill_chunk": 16}
 INDEX = "model.safetensors.index.json"
 

@@ -22,6 +22,8 @@ from medusa_deploy.runtime.weight_inputs import WeightInput, WeightPiece, parse_
 from support.families import FAMILIES, make_family
 from support.tiny import HEADS
 
+pytestmark = pytest.mark.slow  # each export of this kind traces twice
+
 OPTIONS: dict[str, Any] = {"capacity": 64, "batch": 2, "top_k": 4, "max_rows": 8, "prefill_chunk": 16}
 GRAPHS = ("onnx/step.device.onnx", "onnx/heads.onnx")
 

@@ -65,7 +65,7 @@ def test_a_dry_run_says_what_int8_saves(bundle: Path, made: type[FakeTensorRT], 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--weights", "streamed"], ["inputs", "--weights inside"]),
+        (["--weights", "streamed", "--precision", "int8"], ["inputs", "--weights inside"]),
         (["--hardware-compatible"], ["tensorrt-rtx has no hardware-compatible", "leave --hardware-compatible out"]),
         (["--timing-cache", "cache"], ["no timing-cache"]),
         (["--refittable"], ["--target here"]),

@@ -56,7 +56,7 @@ def test_an_export_prints_its_checks_and_keeps_the_given_tree(
     assert f"{output}  " in shown.out
     assert shown.err == ""
     read = json.loads(report.read_text("utf-8"))
-    assert set(read["check"]) == {"standard", "cpu"}
+    assert set(read["check"]) == {"standard", "cpu", "device"}
     assert open_bundle(output).manifest.tree().choices() == [[0], [1], [0, 0]]
 
 

@@ -51,7 +51,7 @@ def test_transformers_makes_the_same_model_of_a_shape(preset: Preset) -> None:
 
 @every_preset
 def test_suggestions_obey_the_rules_of_bundles_and_engines(preset: Preset) -> None:
-    from medusa_deploy.export.engine import profiles_for
+    from medusa_deploy.export.engine_plan import profiles_for
 
     rows = preset.rows
     assert rows == tuple(sorted(set(rows)))

@@ -51,6 +51,7 @@ def check_weights_file(bundle: Bundle, planned: int) -> None:
 def test_an_engine_is_as_large_as_planned(tied: bool, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     from medusa_deploy.export.engine import build_engines
+    from medusa_deploy.export.engine_plan import EngineOptions
 
     bundle = make_bundle(tmp_path, tied=tied)
     from_model = plan_deployment(
@@ -60,7 +61,7 @@ def test_an_engine_is_as_large_as_planned(tied: bool, tmp_path: Path) -> None:
     weights = from_model.bytes.backbone + from_model.bytes.heads
     assert plan.bytes.backbone + plan.bytes.heads == pytest.approx(weights, rel=0.001)
     check_weights_file(bundle, weights)
-    [built] = build_engines(bundle.folder, ["sm_89"], rows=ROWS)
+    [built] = build_engines(bundle.folder, ["sm_89"], EngineOptions(rows=ROWS))
     size = (Path(built["folder"]) / "step.plan").stat().st_size
     smallest, largest = plan.plan_bytes
     assert smallest <= size <= largest
