@@ -95,6 +95,14 @@ def test_nothing_measured_is_called_a_speedup(measured: dict[str, Any]) -> None:
     assert "projection, NOT measured, 7b at 3.47 tokens a step: own 2.78×\n  acceptance: arXiv" in said
 
 
+def test_a_stage_leaves_gradients_as_they_were(tmp_path: Path) -> None:
+    """Whoever runs a stage in a process of his own may train in it afterwards."""
+    torch = pytest.importorskip("torch")
+    worker.run_stage("exact", options_for(tmp_path))
+    worker.run_stage("memory", options_for(tmp_path))
+    assert torch.is_grad_enabled()
+
+
 @pytest.mark.slow
 def test_wrong_tokens_are_called_wrong(tiny_bundle: Path, tmp_path: Path) -> None:
     options = options_for(tmp_path, "--bundle", str(tiny_bundle))

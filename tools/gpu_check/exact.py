@@ -133,6 +133,13 @@ def _torch(options: Options, report: Report) -> dict[str, Any]:
     """The torch reference on a tiny model in fp32, captured: each way against the CPU's plain tokens, with and without heads."""
     import torch
 
+    with torch.no_grad():
+        return _torch_ways(options, report)
+
+
+def _torch_ways(options: Options, report: Report) -> dict[str, Any]:
+    import torch
+
     from .shapes import SIZES
     from .torch_clock import Clock
     from .torch_loop import Loop, generate
@@ -140,7 +147,6 @@ def _torch(options: Options, report: Report) -> dict[str, Any]:
     from .torch_step import TorchStep, empty_caches
     from .torch_weights import PROJECTIONS, moved, random_heads, random_weights
 
-    torch.set_grad_enabled(False)
     prompt, count, visible = list(range(1, 20)), 64, 192
     weights = random_weights(SIZES["tiny"], "cpu", torch.float32, std=0.15)
     cpu = TorchStep(weights, empty_caches(weights, 1, visible), MARGIN)

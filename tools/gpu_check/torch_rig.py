@@ -34,7 +34,6 @@ class Rig:
     """
 
     def __init__(self, size: str, options: Options) -> None:
-        torch.set_grad_enabled(False)
         self.size, self.shapes, self.options = size, SIZES[size], options
         self.clock = Clock(options.device)
         self.notes: list[str] = []
@@ -105,7 +104,8 @@ def each_size(options: Options, report: Report, measure: Callable[[Rig, Report],
     for size in options.sizes:
         report.check_time(20)
         try:
-            measure(Rig(size, options), report)
+            with torch.no_grad():
+                measure(Rig(size, options), report)
         except OutOfTimeError:
             raise
         except Exception as error:
