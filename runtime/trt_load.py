@@ -32,7 +32,7 @@ def load_executor(
         check_tensors(step, record.inputs, record.outputs, len(record.profiles))
         check_aliases(step, bundle.manifest.backbone.layers)
         stream = cuda.stream()
-        weights = upload_weights(cuda, stream, bundle, getattr(record, "weight_inputs", ()))
+        weights = upload_weights(cuda, stream, bundle, record.weight_inputs)
         heads_plan, chosen = record.heads_plan, target
 
         def open_heads() -> Engine:
