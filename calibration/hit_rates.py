@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ..runtime.heads import HeadSet
 from ..runtime.tree import RankPath
-from .train import Examples
+from .examples import Examples
 
 MISS = -1
 NO_LABEL = -2
