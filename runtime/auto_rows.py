@@ -15,12 +15,14 @@ _SUREST = 0.98
 
 
 class AutoRows:
-    """The most promising rows, as many as :class:`.right_size.RightSize` chooses; it sets ``rows`` and ``heads`` before each step.
+    """The most promising rows, as many as :class:`.right_size.RightSize` chooses: it sets ``rows`` and ``heads`` before a step.
 
     A path's chance is as :class:`.draft.BestRows` has it, times the trust in each head, and in lookup, that it comes from.
     """
 
-    def __init__(self, scaling: PlattScaling, num_heads: int, lookup: PromptLookup | None, session: Beliefs, *, heads: bool) -> None:
+    def __init__(
+        self, scaling: PlattScaling, num_heads: int, lookup: PromptLookup | None, session: Beliefs, *, heads: bool
+    ) -> None:
         """``session``: what the session holds true so far. ``heads``: whether the prefill must bring candidates."""
         self.rows = 1
         self.heads = heads
@@ -57,7 +59,7 @@ class AutoRows:
         self.gains = list(accumulate((chance for _, chance in ranked), initial=0.0))
         return list(accumulate((chance for _, chance in continuation), initial=0.0))
 
-    def draft(self, candidates: Candidates | None) -> Draft:
+    def draft(self, candidates: Candidates | None) -> Draft:  # noqa: ARG002 - they were ranked before
         """The best of the ranked paths."""
         if self.rows == 1:
             return NOTHING

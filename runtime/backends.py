@@ -34,7 +34,7 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """An executor; whether it can verify trees, and the numbers of rows that its steps have (None: any that the bundle allows)."""
+    """An executor; whether it can verify trees, and the numbers of rows that its steps have (None: any in the bundle's limit)."""
 
     executor: Executor
     drafts: bool = True

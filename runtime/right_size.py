@@ -1,8 +1,8 @@
 """How many rows a step gets, and whether the heads run in it: what they promise against what they cost.
 
-The rule. Let a plain step take one unit of time and emit one token. A session that emits ``pace`` tokens in a unit loses that many
-for every unit that a step takes longer. So of all sizes a step takes the one with the most ``promised tokens − pace · cost``, and
-heads run as long as what their candidates lately added to a step, beyond the rows' cost, exceeds ``pace · cost of the heads``.
+The rule. Let a plain step take one unit of time and emit one token. A session that emits ``pace`` tokens in a unit loses that
+many for every unit that a step takes longer. So of all sizes a step takes the one with the most ``promised tokens − pace · cost``,
+and heads run as long as what their candidates lately added to a step, beyond the rows' cost, exceeds ``pace · cost of the heads``.
 Dinkelbach's way to the best ratio of two sums: with the best pace for ``pace``, no other rule emits more tokens in the same time.
 """
 
@@ -94,7 +94,8 @@ class RightSize:
 
     def learn(self, sequences: list[Sequence], outcomes: list[Acceptance], seconds: float) -> None:
         """Take in what the planned step emitted, and how long it took."""
-        open_ones = [(s, s.drafter, o.tokens) for s, o in zip(sequences, outcomes, strict=True) if isinstance(s.drafter, AutoRows)]
+        pairs = zip(sequences, outcomes, strict=True)
+        open_ones = [(s, s.drafter, o.tokens) for s, o in pairs if isinstance(s.drafter, AutoRows)]
         if not open_ones:
             return
         cost = self._cost(sequences)

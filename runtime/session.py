@@ -230,10 +230,11 @@ class Session:
             if rows is not None and (not isinstance(rows, int) or rows < 1):
                 raise UsageError(f"rows is {rows}", hint="at least 1: the root")
             lookup = None if request.lookup is False else PromptLookup(tokens)
-            if rows is None and self._drafts:
+            lossy = request.params.mode == "typical"  # its text depends on what is drafted, and must not on the machine's load
+            if rows is None and self._drafts and not lossy:
                 with self._lock:
                     return self._right_size.drafter(lookup, on_host=not request.params.plain_argmax)
-            drafter = BestRows(rows or 1, self.manifest.heads.platt_scaling, lookup)
+            drafter = BestRows(rows or self.tree.rows, self.manifest.heads.platt_scaling, lookup)
         if drafter.rows > 1 and not self._drafts:
             raise UsageError(
                 f"the variant 'cpu' can't verify trees of {self.slots.slots} slots",

@@ -16,6 +16,9 @@ _LEAST = 0.01
 _STEADY = 0.05
 """Uncertainty of a cost that was seen often, as a share of that of one observation: costs drift."""
 
+_ALONE, _COMPARISONS = 3, 6
+"""Steps of one size in a row after which it is compared, if it was compared less often than this."""
+
 StepKind = tuple[int, bool]
 """Rows of a step, and whether the heads ran in it."""
 
@@ -36,7 +39,9 @@ class StepCost:
         self.heads = _HEADS
         self._known = {1: 1.0}
         self._seen: Counter[StepKind] = Counter()
+        self._compared: Counter[StepKind] = Counter()
         self._newest: tuple[StepKind, float] | None = None
+        self._in_a_row = 0
         small, large = (next((size for size in sizes if size >= wish), sizes[-1]) for wish in (4, 8))
         self._first = {PLAIN: 3, (1, True): 2, **{(size, True): 2 for size in (small, large)}}
         self._draw()
@@ -52,7 +57,14 @@ class StepCost:
         return self._between(rows) + heads * self.heads
 
     def to_measure(self) -> StepKind | None:
-        """What the next step should be to learn costs that are guesses yet; None when enough is known to choose."""
+        """What the next step should be to learn costs that are guesses yet; None when enough is known to choose.
+
+        A size that is taken again and again is compared with one row a few times: alone, it would never be found out.
+        """
+        if self._newest is not None:
+            (rows, heads), _ = self._newest
+            if rows > 1 and self._in_a_row >= _ALONE and self._compared[rows, heads] < _COMPARISONS:
+                return 1, heads
         wanting = [kind for kind, times in self._first.items() if self._seen[kind] < times]
         return min(wanting, key=lambda kind: self._seen[kind], default=None)
 
@@ -60,6 +72,7 @@ class StepCost:
         """A step took so long. The first one of a kind isn't counted: engines allocate what it needs."""
         kind, previous = (rows, heads), self._newest
         self._seen[kind] += 1
+        self._in_a_row = self._in_a_row + 1 if previous is not None and previous[0] == kind else 1
         self._newest = (kind, seconds) if seconds > 0 and self._seen[kind] > 1 else None
         if self._newest is None or previous is None or previous[0] == kind:
             return
@@ -68,6 +81,7 @@ class StepCost:
         surprise = max(-0.2 - 0.3 * (new + old), min(surprise, 0.2 + 0.3 * (new + old)))
         self._move(kind, surprise * new / (1 + new + old))
         self._move(previous[0], -surprise * old / (1 + new + old))
+        self._compared.update((kind, previous[0]))
         self._draw()
 
     def pause(self) -> None:
@@ -92,7 +106,7 @@ class StepCost:
 
     def _uncertainty(self, kind: StepKind) -> float:
         """Variance of the logarithm of a cost, in those of one observation."""
-        return 0.0 if kind == PLAIN else max(1 / (self._seen[kind] - 1.5), _STEADY)
+        return 0.0 if kind == PLAIN else max(1 / (self._compared[kind] + 0.5), _STEADY)
 
     def _move(self, kind: StepKind, change: float) -> None:
         if kind == PLAIN:
