@@ -1,9 +1,9 @@
 """How many rows a step gets, and whether the heads run in it: what they promise against what they cost.
 
 The rule. Let a plain step take one unit of time and emit one token. A session that emits ``pace`` tokens in a unit loses that
-many for every unit that a step takes longer. So of all sizes a step takes the one with the most ``promised tokens − pace · cost``,
-and heads run as long as what their candidates lately added to a step, beyond the rows' cost, exceeds ``pace · cost of the heads``.
-Dinkelbach's way to the best ratio of two sums: with the best pace for ``pace``, no other rule emits more tokens in the same time.
+many for every unit that a step takes longer. So a step takes the size with the most ``promised tokens - pace · cost``, and heads
+run as long as what their candidates lately added to a step, beyond the cost of its rows, exceeds ``pace · cost of the heads``.
+This is Dinkelbach's way to the largest ratio of two sums: where ``pace`` is the best there is, so is the rule.
 """
 
 from __future__ import annotations
