@@ -23,6 +23,7 @@ _UNTESTED, _MEASURED = 0.5, 2.0
 """How much the heads' own probabilities count before they were put to the test: nobody, or somebody, measured the heads."""
 
 _LEAST_CHANCE = 0.01
+_SHOWN = 16
 _SOONEST, _LATEST = 4, 64
 """Plain steps between two looks at what the heads would say."""
 
@@ -107,8 +108,9 @@ class RightSize:
             self.beliefs.learn(evidence)
             drafter.beliefs.learn(evidence)
             sequence.stats.probes += drafter.probing
-            sequence.stats.trust = [round(trust, 3) for trust in drafter.beliefs.trust()]
-            sequence.stats.costs = cost.shown()
+            if sequence.finish_reason is not None or sequence.stats.steps % _SHOWN == 1:
+                sequence.stats.trust = [round(trust, 3) for trust in drafter.beliefs.trust()]
+                sequence.stats.costs = cost.shown()
         self._waited = 0 if heads else self._waited + 1
         guesses = [drafter.guessed(tokens[0]) for _, drafter, tokens in open_ones if drafter.has_candidates]
         if guesses and not heads:  # this step could see what a probe brought

@@ -43,7 +43,7 @@ class StepCost:
         self._newest: tuple[StepKind, float] | None = None
         self._in_a_row = 0
         small, large = (next((size for size in sizes if size >= wish), sizes[-1]) for wish in (4, 8))
-        self._first = {PLAIN: 3, (1, True): 2, **{(size, True): 2 for size in (small, large)}}
+        self._first = {PLAIN: 4, (1, True): 4, **{(size, True): 2 for size in (small, large)}}
         self._draw()
 
     def _draw(self) -> None:

@@ -68,7 +68,7 @@ def test_few_steps_are_spent_on_measuring() -> None:
     while (kind := cost.to_measure()) is not None:
         spent.append(kind)
         cost.observe(*kind, 0.01)
-    assert len(spent) == 9
+    assert len(spent) == 12
     assert max(rows for rows, _ in spent) == 8
 
 
