@@ -22,8 +22,8 @@ class Stats:
     text repeats, too.
 
     Where the number of rows was left open, ``trust`` is what the chances by each head, and by lookup, were multiplied by, and
-    ``costs`` what a step costs by its rows, and the heads, against a plain one (:mod:`.right_size`): at the end, or up to 16 steps
-    before it where a stop string or the caller ended the generation.
+    ``costs`` what a step costs by its rows, and the heads, against a plain one (:mod:`.right_size`): at the end, or up to 16
+    steps before it where a stop string or the caller ended the generation.
     """
 
     prompt_tokens: int = 0

@@ -16,8 +16,8 @@ _LEAST = 0.01
 _STEADY = 0.05
 """Uncertainty of a cost that was seen often, as a share of that of one observation: costs drift."""
 
-_ALONE, _COMPARISONS = 3, 6
-"""Steps of one size in a row after which it is compared, if it was compared less often than this."""
+_ALONE, _LONGEST = 3, 32
+"""Steps of one size in a row after which it is compared: at first, and when it was compared often."""
 
 StepKind = tuple[int, bool]
 """Rows of a step, and whether the heads ran in it."""
@@ -59,11 +59,11 @@ class StepCost:
     def to_measure(self) -> StepKind | None:
         """What the next step should be to learn costs that are guesses yet; None when enough is known to choose.
 
-        A size that is taken again and again is compared with one row a few times: alone, it would never be found out.
+        A size that is taken again and again is compared with one row now and then: alone, it would never be found out.
         """
         if self._newest is not None:
             (rows, heads), _ = self._newest
-            if rows > 1 and self._in_a_row >= _ALONE and self._compared[rows, heads] < _COMPARISONS:
+            if rows > 1 and self._in_a_row >= min(_ALONE + 2 * self._compared[rows, heads], _LONGEST):
                 return 1, heads
         wanting = [kind for kind, times in self._first.items() if self._seen[kind] < times]
         return min(wanting, key=lambda kind: self._seen[kind], default=None)
