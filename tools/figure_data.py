@@ -104,7 +104,14 @@ def figure_data(
             )
         group.append((stage, report))
     same = {line for _, line in parts}
-    groups = tuple(_group(name, line, sorted(found, key=lambda pair: pair[0])) for (name, line), found in parts.items())
+    names = [name for name, _ in parts]
+    groups = tuple(
+        # One name with several settings gets numbers, which the lines below the picture explain.
+        _group(
+            name if names.count(name) == 1 else f"{name} ({names[: at + 1].count(name)})", line, sorted(found, key=lambda p: p[0])
+        )
+        for at, ((name, line), found) in enumerate(parts.items())
+    )
     return FigureData(groups, same.pop() if len(same) == 1 else "")
 
 

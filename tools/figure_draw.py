@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _COLOURS = {(0, False): "#8C8C8C", (1, False): "#8CC8EC", (1, True): "#0072B2", (2, False): "#F2B08A", (2, True): "#D55E00"}
 _PARTS = (("backbone", "backbone, one row", "#8C8C8C"), ("added", "more rows and heads", "#009E73"), ("host", "host", "#E69F00"))
 _INK, _QUIET, _CARD, _EDGE = "#1F2328", "#59636E", "#FFFFFF", "#D1D9E0"
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "medusa-deploy",
     "font.family": ["DejaVu Sans"],
@@ -63,7 +63,8 @@ def draw(data: FigureData, kind: str) -> bytes:
 
 
 def _rates(axes: Axes, data: FigureData) -> None:
-    at, ticks, named = 0.0, [], {}
+    at, ticks = 0.0, []
+    named: dict[tuple[int, bool], tuple[Any, str]] = {}
     for group in data.groups:
         first = at
         for bar in group.bars:

@@ -97,7 +97,7 @@ def test_machines_are_told_apart_when_they_differ() -> None:
     assert "CPU A, 2 cores" in figure_data({ONE: report(), TWO: report()}).shared
     data = figure_data({ONE: report(), TWO: report(environment=on("CPU B"))}, labels={ONE: "model", TWO: "model"})
     assert data.shared == ""
-    assert len(data.groups) == 2
+    assert [group.name for group in data.groups] == ["model (1)", "model (2)"]
     shown = texts(draw(data, "svg").decode())
     assert [text for text in shown if "CPU A" in text]
     assert [text for text in shown if "CPU B" in text]
