@@ -32,6 +32,7 @@ KEYS = [
     "environment.date",
     "environment.bundle.manifest_sha256",
     "environment.bundle.dtype",
+    "environment.bundle.stage",
     "environment.bundle.variant",
     "plain.tokens_per_s",
     "plain.ms_per_step",
