@@ -143,9 +143,10 @@ def _after(tokens: np.ndarray, reference: Reference, known: list[tuple[np.ndarra
     """Logits [V] after ``tokens``, out of what is known of a sequence that begins with them, or else by the reference."""
     for sequence, logits in known:
         if np.array_equal(sequence[: len(tokens)], tokens):
-            return logits[len(tokens) - 1]
-    known.append((tokens, reference(tokens)))
-    return known[-1][1][-1]
+            return np.asarray(logits[len(tokens) - 1])
+    logits = reference(tokens)
+    known.append((tokens, logits))
+    return np.asarray(logits[-1])
 
 
 def eager_reference(backbone: Backbone) -> Reference:

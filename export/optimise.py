@@ -29,13 +29,15 @@ _ROUNDS = 2
 def optimise(model: ir.Model, should_fold: Callable[[ir.Node], bool | None]) -> None:
     """Optimise in place. ``should_fold``: whether a node may be folded; None leaves that to onnxscript."""
     passes.InlinePass()(model)
-    rewrite = rewriter.RewritePass(_RULES)
+    clean = ir.passes.Sequential(
+        rewriter.RewritePass(_RULES),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
+        passes.RemoveUnusedOpsetsPass(),
+    )
     for _ in range(_ROUNDS):
         optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=should_fold)
-        rewrite(model)
-        passes.RemoveUnusedNodesPass()(model)
-        passes.RemoveUnusedFunctionsPass()(model)
-        passes.RemoveUnusedOpsetsPass()(model)
+        clean(model)
     ir.passes.Sequential(
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.LiftSubgraphInitializersToMainGraphPass(),
