@@ -26,7 +26,7 @@ from .heads import HeadStack
 from .linked import first_layers
 from .safetensors_header import StoredTensor, read_header
 
-# Rows of the prompt: each is recomputed for every row that is compared, by matrix products as wide as the backbone.
+# Rows of the prompt: each takes part in matrix products as wide as the backbone, on a CPU and in fp16.
 _PROMPT_ROWS = 8
 _PREFIX = "check."
 _DTYPES = {"F16": onnx.TensorProto.FLOAT16, "F32": onnx.TensorProto.FLOAT}

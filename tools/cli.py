@@ -36,6 +36,7 @@ VERBS = (
     Verb("verify", "verify", "compare speculative with plain decoding, token for token"),
     Verb("generate", "generate", "generate text from a bundle"),
     Verb("bench", "bench", "measure plain against Medusa decoding"),
+    Verb("figure", "figure", "draw reports of bench: speed-ups, and where the time goes"),
     Verb("doctor", "doctor", "say what this machine can run and what is missing"),
     Verb("demo", "demo", "the whole path on a real model: prepare, export, generate, verify, bench"),
 )

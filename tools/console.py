@@ -34,6 +34,11 @@ def positive_int(text: str) -> int:
     return value
 
 
+def positive_ints(text: str) -> tuple[int, ...]:
+    """An argparse type: integers from 1, with commas between them."""
+    return tuple(positive_int(part) for part in text.split(","))
+
+
 def emit(text: str, report: Mapping[str, Any], destination: str | None) -> None:
     """The verb's result: text on stdout, and the report where ``--json`` asks for it (``-`` replaces the text)."""
     if destination != STDOUT:

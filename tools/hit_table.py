@@ -27,6 +27,7 @@ class Recorder:
     """
 
     rows = 2
+    heads = True
 
     def __init__(self, top_k: int, observe: Callable[[Candidates], object]) -> None:
         """``observe`` gets what the heads propose at each root."""
@@ -71,7 +72,11 @@ def count_hits(
     for index, prompt in enumerate(prompts):
         tokens: list[int] = []
         seen: list[tuple[int, np.ndarray]] = []
-        recorder = Recorder(heads.top_k, lambda found, at=tokens, kept=seen: kept.append((len(at), found.tokens)))
+
+        def observe(found: Candidates, at: list[int] = tokens, kept: list[tuple[int, np.ndarray]] = seen) -> None:
+            kept.append((len(at), found.tokens))
+
+        recorder = Recorder(heads.top_k, observe)
         for chunk in session.stream(token_ids=prompt, max_new_tokens=max_new_tokens, drafter=recorder):
             tokens += chunk.token_ids
         ranks += [ranks_of(candidates, tokens[at : at + heads.num_heads]) for at, candidates in seen]

@@ -27,9 +27,9 @@ def row_sweep(
     seed: int = 0,
     progress: Callable[[int, str], object] = lambda _done, _note: None,
 ) -> dict[str, Any]:
-    """Median step time in ms for steps of ``sizes`` rows, 1 among them, behind a
-    context of random tokens, sizes interleaved over ``rounds``.
+    """Median step time in ms for steps of ``sizes`` rows behind a context of random tokens, sizes interleaved over ``rounds``.
 
+    1 is among the sizes, and sizes that the session can't run are left out.
     One row runs as plain decoding does, without the heads. With path rates in the bundle, ``suggestions`` holds the best tree
     of each size and what it promises over plain decoding: expected tokens a step ÷ step time.
     """

@@ -9,6 +9,8 @@ import numpy as np
 
 from ..runtime.tree import RankPath, Tree
 
+_Grown = tuple[float, tuple[RankPath, ...]]
+
 
 def best_trees(rates: np.ndarray, most_rows: int) -> list[tuple[Tree, float]]:
     """For 1 … ``most_rows`` rows: the tree with the most expected tokens a step, and that number.
@@ -18,13 +20,13 @@ def best_trees(rates: np.ndarray, most_rows: int) -> list[tuple[Tree, float]]:
     """
     heads, ranks = rates.shape
     # below[n]: (value, paths) of the best n rows, their own root included, whose root is at the depth after this one.
-    below: list[tuple[float, tuple[RankPath, ...]]] = [(0.0, ())] + [(1.0, ())] * most_rows
+    below: list[_Grown] = [(0.0, ()), *((1.0, ()) for _ in range(most_rows))]
     for head in reversed(range(heads)):
         # forest[m]: the best at most m rows whose topmost are this head's candidates of the ranks looked at so far.
-        forest: list[tuple[float, tuple[RankPath, ...]]] = [(0.0, ())] * most_rows
+        forest: list[_Grown] = [(0.0, ())] * most_rows
         for rank in reversed(range(ranks)):
             rate = float(rates[head, rank])
-            grown = []
+            grown: list[_Grown] = []
             for rows in range(most_rows):
                 split = max(range(rows + 1), key=lambda own: forest[rows - own][0] + rate * below[own][0])
                 value, paths = forest[rows - split]
