@@ -217,11 +217,16 @@ class Session:
         drafter: Drafter
         if request.tree is not None and request.rows is not None:
             raise UsageError(f"got a tree and {request.rows} rows", hint="give one of them: a tree has its own number")
+        given = [name for name in ("tree", "rows", "lookup") if getattr(request, name) is not None]
+        if request.drafter is not None and given:
+            raise UsageError(f"got a drafter and {', '.join(given)}", hint="a drafter chooses the rows: leave the others out")
         if request.tree is not None and request.lookup:
             raise UsageError("got a tree and lookup=True", hint="a tree's rows come from the heads alone: leave one of them out")
         open_choice = request.tree is None and request.rows is None and not request.lookup
         alone = isinstance(self.executor, AheadExecutor) and request.params.plain_argmax and not request.keep_hidden
-        if request.tree is not None or (open_choice and alone):
+        if request.drafter is not None:
+            drafter = request.drafter
+        elif request.tree is not None or (open_choice and alone):
             tree = self.tree if request.tree is None else request.tree
             tree.check_fits(self.manifest.heads.num_heads, self.manifest.heads.top_k)
             drafter = FixedTree(tree)

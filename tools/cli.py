@@ -29,6 +29,7 @@ VERBS = (
     Verb("prepare", "prepare", "fetch a known model and convert it to a folder that export reads"),
     Verb("export", "export", "trace a checkpoint with its Medusa heads into a bundle"),
     Verb("train", "train", "train Medusa heads for a backbone by self-distillation"),
+    Verb("tree", "tree", "count the heads' hits and find the best candidate tree"),
     Verb("plan", "plan", "say which size fits on which GPU, and what to run next"),
     Verb("build", "build", "build TensorRT engines into a bundle"),
     Verb("inspect", "inspect", "say what a bundle holds and check its files"),

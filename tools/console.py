@@ -47,7 +47,7 @@ def emit(text: str, report: Mapping[str, Any], destination: str | None) -> None:
         write_json(report, destination)
 
 
-def write_json(report: Mapping[str, Any], destination: str | Path) -> None:
+def write_json(report: Mapping[str, Any] | Sequence[Any], destination: str | Path) -> None:
     """Write ``report`` to a file, in one piece or not at all; ``-`` is stdout. NaN and infinities become null.
 
     Raises:
