@@ -17,7 +17,6 @@ import platform
 import shutil
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +32,9 @@ HEADS = 4
 _SHARD_BYTES = 5 << 30
 _CHUNK = 16 << 20
 _INDEX = "model.safetensors.index.json"
+_GOAL_SECONDS = 300
+_STEPS = ("export", "build")
+_UNPACKED = "uncompressed_plan_bytes"
 
 
 @dataclass(frozen=True)
@@ -163,18 +165,21 @@ def measure(name: str, work: Path, target: str, keep: bool, rows: str | None) ->
         report["export"] = timed(export)
         build = ["build", str(bundle), "--target", target, "--weights", "streamed"]
         report["build"] = timed(build + ([] if rows is None else ["--rows", rows]))
-        report["total_seconds"] = round(report["export"]["seconds"] + report["build"]["seconds"], 1)
+        for unit in ("seconds", "cpu_seconds"):
+            report[f"total_{unit}"] = round(report["export"][unit] + report["build"][unit], 1)
         engine = bundle / "engines" / target
-        plans = sorted(engine.glob("*.plan"))
-        report["plan_bytes"] = {path.name: path.stat().st_size for path in plans}
-        report["plan_bytes_deflated"] = {path.name: len(zlib.compress(path.read_bytes(), 1)) for path in plans}
+        plans = sorted(engine.glob("*.plan*"))
+        report["stored_plan_bytes"] = {path.name: path.stat().st_size for path in plans}
         manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
         report["check"] = {key: manifest["provenance"][key] for key in ("check", "weights")}
         record = json.loads((engine / "engine.json").read_text("utf-8"))
         report["profiles"] = [profile["name"] for profile in record["profiles"]]
-        report["fused_attention_calls_a_profile"] = record["logs"]["step.plan"]["attention_calls"] / len(record["profiles"])
+        logs = {name: {_UNPACKED if key == "plan_bytes" else key: each for key, each in log.items()}
+                for name, log in record["logs"].items()}  # fmt: skip
+        report[_UNPACKED] = {name: log[_UNPACKED] for name, log in logs.items()}
+        report["fused_attention_calls_a_profile"] = record["logs"][record["plan"]]["attention_calls"] / len(record["profiles"])
         report["weight_inputs"] = len(record["weight_inputs"])
-        report["builder"] = record["logs"]
+        report["builder"] = logs
         report["versions"] = {**manifest["provenance"]["versions"], record["backend"]: record["backend_version"]}
         return report
     finally:
@@ -187,6 +192,14 @@ def machine() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     load = [round(average, 1) for average in os.getloadavg()]
     return {"platform": platform.platform(), "processors": os.cpu_count(), "memory_bytes": memory, "load_averages": load}
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """One line: whether export and build took five minutes at most, by the clock."""
+    steps = ", ".join(f"{name} {report[name]['seconds']:.0f} s ({report[name]['cpu_seconds']:.0f} CPU s)" for name in _STEPS)
+    fits = "fits" if report["total_seconds"] <= _GOAL_SECONDS else "does not fit"
+    loads = "/".join(map(str, report["machine"]["load_averages"]))
+    return f"{report['size']}: {steps}: {fits} in {_GOAL_SECONDS // 60} minutes, at load averages of {loads} before"
 
 
 def main() -> None:
@@ -205,6 +218,7 @@ def main() -> None:
     if args.json is not None:
         args.json.write_text(text, "utf-8")
     print(text, end="")
+    print(verdict(report), file=sys.stderr)
 
 
 if __name__ == "__main__":

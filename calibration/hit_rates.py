@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..runtime.heads import HeadSet
+from ..runtime.hits import MISS, NO_LABEL, path_rates, rank_rates
 from ..runtime.tree import RankPath
 from .examples import Examples
 
-MISS = -1
-NO_LABEL = -2
 _PRIOR = 1.0
 
 
@@ -81,27 +79,12 @@ def rates_by_rank(found: Hits, ranks: int = 10) -> np.ndarray:
 
     Each head is counted over all positions that have a label.
     """
-    hits = np.stack([(found.ranks == rank).sum(0) for rank in range(ranks)], 1)
-    return np.asarray(hits / np.maximum((found.ranks != NO_LABEL).sum(0), 1)[:, None])
+    return rank_rates(found.ranks, ranks)
 
 
 def rates_by_path(found: Hits) -> dict[RankPath, float]:
-    """Share of positions whose next labels are the candidates on a path of ranks.
-
-    Heads hit together: where the first guess is right the second is right more often than on average, so the product of their
-    rates underrates deep paths. Every path that was right at least once is here. Positions without a label for the first head
-    are left out.
-    """
-    positions = found.ranks[found.ranks[:, 0] != NO_LABEL]
-    counts: Counter[RankPath] = Counter()
-    for row in positions.tolist():
-        path: RankPath = ()
-        for rank in row:
-            if rank < 0:
-                break
-            path = (*path, rank)
-            counts[path] += 1
-    return {path: count / len(positions) for path, count in counts.items()}
+    """How often paths of ranks are right: :func:`..runtime.hits.path_rates`."""
+    return path_rates(found.ranks)
 
 
 def platt_scaling(found: Hits, iterations: int = 30) -> list[tuple[float, float]]:

@@ -20,12 +20,14 @@ from ..runtime.bundle import Bundle, open_bundle, output_error, record_files, re
 from ..runtime.engine_record import RECORD_NAME, EngineRecord, parse_engine_record
 from ..runtime.errors import BundleBusyError, BundleError
 from ..runtime.manifest import Manifest
+from ..runtime.plan_file import Compression
 from ..runtime.weight_inputs import WeightInput
 from .builder_process import Advance, BuildRequest, BuiltPlan, build_plan
 from .engine_features import CROSS_BUILD, has
 from .engine_plan import EngineOptions, EnginePlan, check_targets, plan_for, step_axes, step_sizes
 from .gpu import resolve_target
 from .network import VARIANT, NetworkSource, network_source, source_files
+from .plan_packing import pack_plan
 from .tensorrt import TensorRT
 
 ENGINES = "engines"
@@ -171,7 +173,8 @@ def _build(bundle: Bundle, target: str, source: NetworkSource, job: _Job) -> tup
         job.report(f"{target}: building the heads")
         slots = ({"B": (1, 1, manifest.limits.batch)},)
         heads = build_plan(request(_absolute(source.heads), _absolute(staging / HEADS_PLAN), fixed, slots), job.advance)
-        record = _record(manifest, target, step, heads, job, source.weight_inputs)
+        plans, compression = _packed(staging, job)
+        record = _record(manifest, target, step, heads, job, source.weight_inputs, plans, compression)
         (staging / RECORD_NAME).write_text(record.to_json(), "utf-8")
         job.report(f"{target}: hashing")
         built = record_files(staging)
@@ -185,8 +188,29 @@ def _build(bundle: Bundle, target: str, source: NetworkSource, job: _Job) -> tup
     return replace(bundle, manifest=complete), record
 
 
+def _packed(folder: Path, job: _Job) -> tuple[tuple[str, str], dict[str, Compression]]:
+    """Names of the step's and the heads' plan as they are stored: those that hold no weights are compressed."""
+    names, compression = [], {}
+    for name in (PLAN, HEADS_PLAN):
+        path, how = folder / name, None
+        if job.plan.weights == "streamed":
+            job.report(f"compressing {name}")
+            path, how = pack_plan(path)
+        names.append(path.name)
+        if how is not None:
+            compression[path.name] = how
+    return (names[0], names[1]), compression
+
+
 def _record(
-    manifest: Manifest, target: str, step: BuiltPlan, heads: BuiltPlan, job: _Job, weight_inputs: tuple[WeightInput, ...]
+    manifest: Manifest,
+    target: str,
+    step: BuiltPlan,
+    heads: BuiltPlan,
+    job: _Job,
+    weight_inputs: tuple[WeightInput, ...],
+    plans: tuple[str, str],
+    compression: dict[str, Compression],
 ) -> EngineRecord:
     plan = job.plan
     return EngineRecord(
@@ -195,8 +219,8 @@ def _record(
         target=target,
         precision=plan.precision,
         weights=plan.weights,
-        plan=PLAN,
-        heads_plan=HEADS_PLAN,
+        plan=plans[0],
+        heads_plan=plans[1],
         graph_sha256=manifest.files[manifest.variants[VARIANT]].sha256,
         profiles=plan.profiles,
         inputs=step.inputs,
@@ -206,8 +230,9 @@ def _record(
         features=plan.features,
         sources=job.sources,
         versions={"medusa-deploy": __version__, **{name: importlib.metadata.version(name) for name in ("numpy", "onnx-ir")}},
-        logs={PLAN: step.log, HEADS_PLAN: heads.log},
+        logs={plans[0]: step.log, plans[1]: heads.log},
         weight_inputs=weight_inputs,
+        compression=compression,
     )
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript import optimizer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -24,6 +23,7 @@ from ..runtime.heads import HeadSet
 from . import attention
 from .backbone import DTYPES, Backbone, backbone_shape, freeze_rope, load_config, locate, transformers_errors
 from .checkpoint import Report, find_stored, place
+from .optimise import optimise
 from .safetensors_header import StoredTensor
 from .trace import quiet
 
@@ -52,7 +52,7 @@ class LinkedWeights:
                 linked[value] = places[id(raw)]
                 value.const_value = None  # nothing that depends on it may be folded
         with quiet():
-            optimizer.optimize_ir(model, should_fold=_keeps_weights)
+            optimise(model, _keeps_weights)
         for value, stored in linked.items():
             value.const_value = _external(stored, self.folder, value)
 

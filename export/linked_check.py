@@ -24,9 +24,10 @@ from .device_executor import DeviceGraphExecutor
 from .graphs import HEADS_GRAPH, write_graphs
 from .heads import HeadStack
 from .linked import first_layers
+from .run_order import run_products_in_turn
 from .safetensors_header import StoredTensor, read_header
 
-# Rows of the prompt: each is recomputed for every row that is compared, by matrix products as wide as the backbone.
+# Rows of the prompt: each takes part in matrix products as wide as the backbone, on a CPU and in fp16.
 _PROMPT_ROWS = 8
 _PREFIX = "check."
 _DTYPES = {"F16": onnx.TensorProto.FLOAT16, "F32": onnx.TensorProto.FLOAT}
@@ -64,6 +65,7 @@ def check_linked(
     observed = {}
     for name, path in graphs.items():
         report(f"checking {few.layers} layers of the {name} graph")
+        run_products_in_turn(folder / path)
         model = OrtModel(folder / path, folder / f"{_PREFIX}{HEADS_GRAPH}", few, *sizes)
         executor = DeviceGraphExecutor(model, frugal_options()) if name == "device" else _FrugalExecutor(model)
         observed[name] = observe(executor, stack.config.num_heads, cut.shape.vocab_size, prompt_rows=_PROMPT_ROWS)

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..runtime.engine_record import Range, TensorRecord
 from ..runtime.errors import EngineError, EngineMemoryError, MissingDependencyError, UsageError
+from ..runtime.trt_engine import trt_log
 from .engine_features import CROSS_BUILD, HARDWARE_COMPATIBLE, apply_features, has, is_compatible_target, save_timing_cache
 
 _MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -87,7 +88,7 @@ class ParsedGraph:
     def __init__(self, tensorrt: TensorRT, path: Path) -> None:
         self._tensorrt = tensorrt
         module = tensorrt.module
-        self._log = _log(module)
+        self._log = trt_log(module)
         self._builder = module.Builder(self._log)
         # Version 10 is strongly typed when asked; later ones always are, and may have no flag for it.
         typed = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -200,26 +201,6 @@ _MORE_MEMORY = "use a machine with more memory, or fewer --rows"
 def _tensor_record(tensor: Any) -> TensorRecord:
     dtype = str(tensor.dtype).rpartition(".")[2]
     return TensorRecord(str(tensor.name), _NUMPY_NAMES.get(dtype, dtype.lower()), tuple(int(size) for size in tensor.shape))
-
-
-def _log(module: Any) -> Any:
-    severity = module.ILogger.Severity
-
-    class Log(module.ILogger):  # type: ignore[misc]
-        """Keeps what goes wrong, so that a failed build says why."""
-
-        def __init__(self) -> None:
-            module.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.warnings: list[str] = []
-
-        def log(self, level: Any, message: str) -> None:
-            if level in (severity.ERROR, severity.INTERNAL_ERROR):
-                self.errors.append(message)
-            elif level == severity.WARNING:
-                self.warnings.append(message)
-
-    return Log()
 
 
 def _watcher(module: Any, monitor: Monitor) -> Any:

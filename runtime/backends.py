@@ -34,11 +34,11 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """An executor; whether it can verify trees, and the most rows of a step that it takes (None: as the bundle says)."""
+    """An executor; whether it can verify trees, and the numbers of rows that its steps have (None: any in the bundle's limit)."""
 
     executor: Executor
     drafts: bool = True
-    max_rows: int | None = None
+    step_rows: tuple[int, ...] | None = None
 
 
 def _cpu(bundle: Bundle, options: LoadOptions) -> Loaded:
@@ -84,7 +84,7 @@ def _tensorrt(bundle: Bundle, options: LoadOptions) -> Loaded:
 
     options.refuse("threads", "variant")
     executor = load_executor(bundle, options.backend, options.target, options.slots)
-    return Loaded(executor, max_rows=executor.max_rows)
+    return Loaded(executor, step_rows=executor.step_rows)
 
 
 BACKENDS: dict[str, Callable[[Bundle, LoadOptions], Loaded]] = {

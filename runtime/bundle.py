@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -119,10 +119,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def record_files(folder: Path) -> dict[str, FileRecord]:
-    """Size and sha256 of every file below ``folder``, by relative POSIX path, the manifest excluded."""
+def record_files(folder: Path, known: Mapping[Path, str] | None = None) -> dict[str, FileRecord]:
+    """Size and sha256 of every file below ``folder``, by relative POSIX path, the manifest excluded.
+
+    ``known``: hashes that were taken before, by path.
+    """
+    known = known or {}
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
-    return {path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, sha256(path)) for path in files}
+    return {
+        path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, known.get(path) or sha256(path)) for path in files
+    }
 
 
 def refuse_existing(output: Path, *, force: bool) -> None:

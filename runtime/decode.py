@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from .ahead import RunAhead
 from .draft import Candidates
 from .errors import NumericsError
 from .executor import AheadExecutor, Executor, StepBuffers, Wanted
+from .right_size import RightSize
 from .sequence import Sequence
 from .slots import SlotPool
 
@@ -22,9 +24,14 @@ class Decoder:
     1 + accepted; after an exception no length has moved.
     """
 
-    def __init__(self, executor: Executor, slots: SlotPool, margin: int, prefill_chunk: int) -> None:
+    def __init__(
+        self, executor: Executor, slots: SlotPool, margin: int, prefill_chunk: int, right_size: RightSize | None = None
+    ) -> None:
+        """``right_size``: chooses for drafters that leave their rows open (None: there are none)."""
         self.executor = executor
         self.slots = slots
+        self.right_size = right_size
+        self.clock: Callable[[], float] = time.perf_counter
         self.margin = margin
         self.prefill_chunk = prefill_chunk
         # int64 [slots, K]: cache rows that the next step copies to just before its own rows, whoever asks for that step.
@@ -37,6 +44,8 @@ class Decoder:
         """Write the prompt into the sequence's slot, in chunks, and emit the first token. Returns [that token]."""
         started = time.perf_counter()
         self._leave()
+        if self.right_size is not None:
+            self.right_size.pause()
         prompt = np.asarray(sequence.tokens, np.int64)
         for start in range(0, len(prompt), self.prefill_chunk):
             chunk = prompt[start : start + self.prefill_chunk]
@@ -63,6 +72,9 @@ class Decoder:
         return emitted
 
     def _step(self, sequences: list[Sequence]) -> list[list[int]]:
+        began = self.clock()
+        if self.right_size is not None:
+            self.right_size.plan(sequences)
         wanted = self._wanted(sequences)
         ahead = self._ahead if self._ahead is not None and self._ahead.suits(sequences) else None
         if ahead is not None:
@@ -79,6 +91,8 @@ class Decoder:
         emitted = [self._commit(s, outcome) for s, outcome in zip(sequences, accepted, strict=True)]
         if ahead is not None and ahead.in_flight:  # the next step, already under way, moves what was just accepted
             self._commits[:] = self.slots.lengths[:, None] + self._in_place
+        if self.right_size is not None:
+            self.right_size.learn(sequences, accepted, self.clock() - began)
         return emitted
 
     def _fill(self, sequences: list[Sequence], wanted: Wanted) -> StepBuffers:
@@ -105,7 +119,7 @@ class Decoder:
 
     def _wanted(self, sequences: list[Sequence]) -> Wanted:
         on_host = [not sequence.params.plain_argmax for sequence in sequences]
-        drafting = [sequence.drafter.rows > 1 for sequence in sequences]
+        drafting = [sequence.drafter.heads for sequence in sequences]
         return Wanted(
             heads=any(d and not h for d, h in zip(drafting, on_host, strict=True)),
             logits=any(on_host),
@@ -140,7 +154,8 @@ class Decoder:
 
         Then the heads' candidates at the last accepted row become the sequence's.
         """
-        drafting, shape = sequence.drafter.rows > 1, sequence.draft.shape
+        drafting, shape = sequence.drafter.heads, sequence.draft.shape
+        sequence.candidates = None
         if sequence.params.plain_argmax:
             path = shape.row_paths[int(buffers.last_row[index])] if shape.rows > 1 else ()
             emitted = [int(buffers.tokens[index, row]) for row in path] + [int(buffers.next_token[index])]
@@ -169,5 +184,5 @@ class Decoder:
         commit[:] = length + 1 + accepted + self._in_place
         if accepted:
             commit[self.margin - accepted :] = [self.margin + length + row for row in outcome.path]
-        sequence.stats.add_step(sequence.draft, accepted, len(kept))
+        sequence.stats.add_step(sequence.draft, accepted, len(kept), heads=sequence.drafter.heads)
         return kept

@@ -22,7 +22,7 @@ UNKNOWN_SCALING = ((0.7, -1.0),)
 """Of all heads that nobody measured: surer than right, as both sets of heads in the repository were found to be."""
 
 _SMALLEST = 1e-6
-_TokenPath = tuple[int, ...]
+TokenPath = tuple[int, ...]
 
 
 def parse_platt_scaling(pairs: Any, heads: int) -> PlattScaling:
@@ -72,7 +72,12 @@ class Drafter(Protocol):
 
     @property
     def rows(self) -> int:
-        """N of a step at most."""
+        """N of the next step."""
+        ...
+
+    @property
+    def heads(self) -> bool:
+        """Whether the next step must bring candidates for the one after it."""
         ...
 
     def draft(self, candidates: Candidates | None) -> Draft:
@@ -91,6 +96,11 @@ class FixedTree:
         """N of every step."""
         return self.tree.rows
 
+    @property
+    def heads(self) -> bool:
+        """Whether there are rows to fill."""
+        return self.rows > 1
+
     def draft(self, candidates: Candidates | None) -> Draft:
         """The tree, filled."""
         if self.rows == 1:
@@ -102,48 +112,75 @@ class FixedTree:
 class BestRows:
     """The most promising rows in every step: by the heads' own probabilities, and by what the text repeats.
 
-    The probability that a path of candidates is right is the product of its candidates' probabilities after Platt scaling,
-    which was fitted where the tokens before were right. The number of rows is the same in every step.
+    The number of rows is the same in every step.
     """
 
     def __init__(self, rows: int, scaling: PlattScaling, lookup: PromptLookup | None = None) -> None:
         """``rows``: N, the root included. ``scaling``: of each head."""
         self.rows = rows
+        self.heads = rows > 1
         self._lookup = lookup
-        self._slopes, self._offsets = (np.array(part)[:, None] for part in zip(*(scaling or UNKNOWN_SCALING), strict=True))
+        self._scale = Scale(scaling)
 
     def draft(self, candidates: Candidates | None) -> Draft:
-        """The rows - 1 paths that are most likely right, parents before children."""
+        """The rows - 1 paths that are most likely right."""
         if self.rows == 1:
             return NOTHING
         assert candidates is not None
-        tokens, chances = candidates.tokens.tolist(), self._chances(candidates.log_probs).tolist()
-        paths = _best_paths(tokens, chances, self.rows - 1)
-        continuation = self._lookup.continuation(len(tokens)) if self._lookup is not None else []
-        so_far: _TokenPath = ()
-        chance = 1.0
-        for depth, (token, rate) in enumerate(continuation):
-            so_far = (*so_far, token)
-            chance *= chances[depth][tokens[depth].index(token)] if token in tokens[depth] else 0.0
-            paths[so_far] = 1 - (1 - chance) * (1 - rate)  # right unless both are wrong
-        # Chances never rise along a path, so the best paths, shorter ones first among equals, are closed under prefixes.
-        best = sorted(paths, key=lambda path: (-paths[path], len(path)))[: self.rows - 1]
-        return _compiled(best, looked_up=bool(continuation))
+        continuation = self._lookup.continuation(len(candidates.tokens)) if self._lookup is not None else []
+        tokens, chances = candidates.tokens.tolist(), self._scale.chances(candidates.log_probs).tolist()
+        paths = ranked_paths(tokens, chances, continuation, self.rows - 1)
+        return compiled([path for path, _ in paths], looked_up=bool(continuation))
 
-    def _chances(self, log_probs: np.ndarray) -> np.ndarray:
-        """Probabilities [K, k] after scaling; they fall with the rank. NaN counts as hopeless: the engine's call reports it."""
+
+class Scale:
+    """Platt scaling: from what heads say of a candidate to how often it is right, where the tokens before it are."""
+
+    def __init__(self, scaling: PlattScaling) -> None:
+        self._slopes, self._offsets = (np.array(part)[:, None] for part in zip(*(scaling or UNKNOWN_SCALING), strict=True))
+
+    def chances(self, log_probs: np.ndarray) -> np.ndarray:
+        """Probabilities [K, k]; they fall with the rank. NaN counts as hopeless: the engine's call reports it."""
         odds = np.exp(-log_probs.astype(np.float64)) - 1  # (1 - p) / p
         scaled = self._offsets - self._slopes * np.log(np.clip(odds, _SMALLEST, 1 / _SMALLEST))
         return np.asarray(np.nan_to_num(1 / (1 + np.exp(-scaled)), nan=0.0))
 
 
-def _best_paths(tokens: list[list[int]], chances: list[list[float]], count: int) -> dict[_TokenPath, float]:
+def ranked_paths(
+    tokens: list[list[int]],
+    chances: list[list[float]],
+    continuation: list[tuple[int, float]],
+    count: int,
+    least: float = 0.0,
+) -> list[tuple[TokenPath, float]]:
+    """The ``count`` paths that are most likely right, best first, with their probabilities; closed under prefixes.
+
+    ``tokens`` and ``chances`` [K][k]: each head's candidates, where the tokens before are right; [] without heads.
+    ``continuation``: what the text repeats, with the probability of each prefix. Paths of the heads below ``least`` are left out.
+    """
+    paths = _best_paths(tokens, chances, count, least)
+    so_far: TokenPath = ()
+    chance = 1.0 if tokens else 0.0
+    for depth, (token, rate) in enumerate(continuation):
+        so_far = (*so_far, token)
+        known = depth < len(tokens) and token in tokens[depth]
+        chance *= chances[depth][tokens[depth].index(token)] if known else 0.0
+        paths[so_far] = 1 - (1 - chance) * (1 - rate)  # right unless both are wrong
+    # Chances never rise along a path, so the best paths, shorter ones first among equals, are closed under prefixes.
+    return sorted(paths.items(), key=lambda item: (-item[1], len(item[0])))[:count]
+
+
+def _best_paths(
+    tokens: list[list[int]], chances: list[list[float]], count: int, least: float
+) -> dict[TokenPath, float]:
     """The ``count`` likeliest paths of candidates, best first, and their probabilities; all there are if that is fewer."""
-    found: dict[_TokenPath, float] = {}
+    found: dict[TokenPath, float] = {}
     # Open paths as (-chance, depth, rank, chance of the parent, tokens of the parent).
-    waiting: list[tuple[float, int, int, float, _TokenPath]] = [(-chances[0][0], 0, 0, 1.0, ())]
+    waiting: list[tuple[float, int, int, float, TokenPath]] = [(-chances[0][0], 0, 0, 1.0, ())] if tokens else []
     while waiting and len(found) < count:
         negative, depth, rank, of_parent, parent = heapq.heappop(waiting)
+        if -negative < least:
+            break
         path = (*parent, tokens[depth][rank])
         found[path] = -negative
         if rank + 1 < len(tokens[depth]):
@@ -153,8 +190,10 @@ def _best_paths(tokens: list[list[int]], chances: list[list[float]], count: int)
     return found
 
 
-def _compiled(paths: list[_TokenPath], *, looked_up: bool) -> Draft:
+def compiled(paths: list[TokenPath], *, looked_up: bool) -> Draft:
     """Rows in breadth order for prefix-closed paths of tokens."""
+    if not paths:
+        return Draft(ROOT_ONLY, NOTHING.tokens, looked_up)
     paths.sort(key=len)
     row_of = {path: row for row, path in enumerate([(), *paths])}
     shape = Shape.of((-1, *(row_of[path[:-1]] for path in paths)))

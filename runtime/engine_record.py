@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .errors import BundleSchemaError
+from .plan_file import Compression, parse_compression
 from .weight_inputs import WeightInput, parse_weight_inputs
 
 RECORD_NAME = "engine.json"
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 MAX_RECORD_BYTES = 1 << 20
 
 Range = tuple[int, int, int]
@@ -71,6 +72,7 @@ class EngineRecord:
     bundle that went into the plans. ``precision``: ``fp16``, or ``int8``: weights in 8 bits, activations in fp16.
     ``weight_inputs``: of both plans, where their weights are ``streamed``; a plan has those of them that it has an input for.
     ``features``: what was asked of the builder by name. ``versions``: of the programs that built it. ``logs``: by plan.
+    ``compression``: by plan, of those that aren't stored as TensorRT wrote them.
     """
 
     backend: str
@@ -91,6 +93,7 @@ class EngineRecord:
     versions: Mapping[str, str]
     logs: Mapping[str, BuildLog]
     weight_inputs: tuple[WeightInput, ...] = ()
+    compression: Mapping[str, Compression] = field(default_factory=dict)
     record_version: int = RECORD_VERSION
 
     def to_json(self) -> str:
@@ -117,7 +120,9 @@ def parse_engine_record(text: str | bytes) -> EngineRecord:
             )
         if version == 1:
             profiles = [{"carried": [1, 1, 1], **entry} for entry in raw["profiles"]]
-            raw = {**_ADDED_IN_2, **raw, "profiles": profiles, "record_version": RECORD_VERSION}
+            raw = {**_ADDED_IN_2, **raw, "profiles": profiles}
+        if version in (1, 2):
+            raw = {"compression": {}, **raw, "record_version": RECORD_VERSION}
         read = {
             "profiles": tuple(Profile(entry["name"], *(_range(entry[axis]) for axis in _AXES)) for entry in raw["profiles"]),
             "inputs": _tensors(raw["inputs"]),
@@ -128,6 +133,7 @@ def parse_engine_record(text: str | bytes) -> EngineRecord:
             "versions": {str(name): str(version) for name, version in raw["versions"].items()},
             "weight_inputs": parse_weight_inputs(raw["weight_inputs"]),
             "logs": {name: BuildLog(**entry) for name, entry in raw["logs"].items()},
+            "compression": parse_compression(raw["compression"]),
         }
         return EngineRecord(**{**raw, **read})
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .draft import Drafter
 from .sampling import SamplingParams
 from .sequence import FinishReason, Sequence, Stats
 from .stops import StopChecker
@@ -23,10 +24,12 @@ Message = Mapping[str, str]
 class Request:
     """One thing to generate from: exactly one of ``prompt``, ``messages`` and ``token_ids``.
 
-    ``tree``: the same rows in every step; ``ROOT_ONLY`` decodes plainly. Without one, each step verifies the ``rows`` (None: as
-    many as the bundle's tree has) that promise most (:class:`.draft.BestRows`); ``lookup``: whether what the text repeats is
-    among them (:mod:`.lookup`); None: where the host drafts. Executors that run ahead of the host take the bundle's tree where
-    neither ``rows`` nor ``lookup`` asks the host to draft. ``cancel`` is asked before every step.
+    ``tree``: the same rows in every step; ``ROOT_ONLY`` decodes plainly. Without one, each step verifies the ``rows`` that
+    promise most (:class:`.draft.BestRows`); None: as many as pay, in each step (:mod:`.right_size`), except that the mode
+    typical, whose text depends on what is drafted, takes as many as the bundle's tree has. ``lookup``: whether what the text
+    repeats is among them (:mod:`.lookup`); None: where the host drafts. Executors that run ahead of the host take the bundle's
+    tree where neither ``rows`` nor ``lookup`` asks the host to draft. ``drafter`` drafts instead of all these. ``cancel`` is
+    asked before every step.
     ``keep_hidden`` collects the backbone's hidden state behind every emitted token.
     """
 
@@ -41,6 +44,7 @@ class Request:
     tree: Tree | None = None
     rows: int | None = None
     lookup: bool | None = None
+    drafter: Drafter | None = None
     cancel: Callable[[], bool] | None = None
     keep_hidden: bool = False
 

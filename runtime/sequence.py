@@ -17,23 +17,37 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 class Stats:
     """What a generation cost. ``accepted[a]``: decode steps that accepted ``a`` drafted tokens.
 
-    ``lookup_steps``: decode steps for which an earlier occurrence of the newest tokens was found.
+    ``rows_histogram[n]``: decode steps that verified n rows. ``plain_steps``: those of one row in which no heads ran; ``probes``:
+    those that ran the heads only to see whether drafting pays again. ``lookup_steps``: those whose rows were chosen from what the
+    text repeats, too.
+
+    Where the number of rows was left open, ``trust`` is what the chances by each head, and by lookup, were multiplied by, and
+    ``costs`` what a step costs by its rows, and the heads, against a plain one (:mod:`.right_size`): at the end, or up to 16
+    steps before it where a stop string or the caller ended the generation.
     """
 
     prompt_tokens: int = 0
     steps: int = 0
     emitted: int = 0
     rows: int = 0
+    rows_histogram: dict[int, int] = field(default_factory=dict)
+    plain_steps: int = 0
+    probes: int = 0
     accepted: dict[int, int] = field(default_factory=dict)
     lookup_steps: int = 0
+    trust: list[float] | None = None
+    costs: dict[str, float] | None = None
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     engine_seconds: float = 0.0
 
-    def add_step(self, draft: Draft, accepted: int, emitted: int) -> None:
-        """Count one decode step that kept ``emitted`` tokens."""
+    def add_step(self, draft: Draft, accepted: int, emitted: int, *, heads: bool) -> None:
+        """Count one decode step that kept ``emitted`` tokens. ``heads``: whether they ran for this sequence."""
+        rows = draft.shape.rows
         self.steps += 1
-        self.rows += draft.shape.rows
+        self.rows += rows
+        self.rows_histogram[rows] = self.rows_histogram.get(rows, 0) + 1
+        self.plain_steps += rows == 1 and not heads
         self.lookup_steps += draft.looked_up
         self.emitted += emitted
         self.accepted[accepted] = self.accepted.get(accepted, 0) + 1

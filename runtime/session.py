@@ -17,6 +17,7 @@ from .errors import CapacityError, PromptError, UsageError
 from .executor import AheadExecutor, Executor
 from .lookup import PromptLookup
 from .request import Chunk, Generation, Message, Request, Run
+from .right_size import SIZES, RightSize
 from .sequence import Sequence
 from .slots import SlotPool
 from .stops import StopChecker
@@ -29,11 +30,18 @@ class Session:
     """A loaded bundle. One engine, ``slots`` sequences at a time; calls from several threads take turns step by step."""
 
     def __init__(
-        self, bundle: Bundle, executor: Executor, slots: int, *, drafts: bool = True, max_rows: int | None = None
+        self,
+        bundle: Bundle,
+        executor: Executor,
+        slots: int,
+        *,
+        drafts: bool = True,
+        step_rows: tuple[int, ...] | None = None,
     ) -> None:
         """``drafts``: whether the executor can verify trees; plain decoding is all there is otherwise.
 
-        ``max_rows``: the most rows of a step that the executor takes (None: the bundle's limit).
+        ``step_rows``: the numbers of rows that the executor's steps have, ascending; others are padded to the next larger one
+        (None: any, up to the bundle's limit).
         """
         self.bundle = bundle
         self.manifest = bundle.manifest
@@ -42,8 +50,11 @@ class Session:
         self.slots = SlotPool(slots, limits.capacity)
         self.tree = self.manifest.tree() if drafts else ROOT_ONLY
         self._drafts = drafts
-        self.max_rows = limits.max_rows if max_rows is None else min(max_rows, limits.max_rows)
-        self._decoder = Decoder(executor, self.slots, self.manifest.heads.num_heads, limits.prefill_chunk)
+        self.max_rows = limits.max_rows if step_rows is None else min(step_rows[-1], limits.max_rows)
+        heads = self.manifest.heads
+        sizes = tuple(rows for rows in (1, *(step_rows or SIZES)) if rows <= self.max_rows)
+        self._right_size = RightSize(tuple(sorted(set(sizes))), heads.num_heads, heads.platt_scaling)
+        self._decoder = Decoder(executor, self.slots, heads.num_heads, limits.prefill_chunk, self._right_size)
         self._lock = threading.RLock()  # a stream may be closed by the garbage collector, in the middle of anything
         self._codec: Any = None
         self._template: Any = None
@@ -198,7 +209,7 @@ class Session:
         return Run(sequence, decoder, stops, request.cancel)
 
     def _drafter(self, request: Request, tokens: list[int]) -> Drafter:
-        """What the request's steps verify: its tree, as many rows as it asks for, or as many as the bundle's tree has.
+        """What the request's steps verify: its tree, as many rows as it asks for, or as many as pay in each step.
 
         Greedy requests that leave it open take the bundle's tree where the executor runs ahead: a tree known beforehand needs no
         word from the host between two steps.
@@ -206,20 +217,29 @@ class Session:
         drafter: Drafter
         if request.tree is not None and request.rows is not None:
             raise UsageError(f"got a tree and {request.rows} rows", hint="give one of them: a tree has its own number")
+        given = [name for name in ("tree", "rows", "lookup") if getattr(request, name) is not None]
+        if request.drafter is not None and given:
+            raise UsageError(f"got a drafter and {', '.join(given)}", hint="a drafter chooses the rows: leave the others out")
         if request.tree is not None and request.lookup:
             raise UsageError("got a tree and lookup=True", hint="a tree's rows come from the heads alone: leave one of them out")
         open_choice = request.tree is None and request.rows is None and not request.lookup
         alone = isinstance(self.executor, AheadExecutor) and request.params.plain_argmax and not request.keep_hidden
-        if request.tree is not None or (open_choice and alone):
+        if request.drafter is not None:
+            drafter = request.drafter
+        elif request.tree is not None or (open_choice and alone):
             tree = self.tree if request.tree is None else request.tree
             tree.check_fits(self.manifest.heads.num_heads, self.manifest.heads.top_k)
             drafter = FixedTree(tree)
         else:
-            rows = self.tree.rows if request.rows is None else request.rows
-            if not isinstance(rows, int) or rows < 1:
+            rows = request.rows
+            if rows is not None and (not isinstance(rows, int) or rows < 1):
                 raise UsageError(f"rows is {rows}", hint="at least 1: the root")
             lookup = None if request.lookup is False else PromptLookup(tokens)
-            drafter = BestRows(rows, self.manifest.heads.platt_scaling, lookup)
+            lossy = request.params.mode == "typical"  # its text depends on what is drafted, and must not on the machine's load
+            if rows is None and self._drafts and not lossy:
+                with self._lock:
+                    return self._right_size.drafter(lookup, on_host=not request.params.plain_argmax)
+            drafter = BestRows(rows or self.tree.rows, self.manifest.heads.platt_scaling, lookup)
         if drafter.rows > 1 and not self._drafts:
             raise UsageError(
                 f"the variant 'cpu' can't verify trees of {self.slots.slots} slots",
@@ -284,4 +304,4 @@ def load(
     if not 1 <= slots <= limits.batch:
         raise UsageError(f"{slots} slots, the bundle allows 1 to {limits.batch}", hint=f"export with --batch {max(slots, 1)}")
     loaded = load_backend(opened, LoadOptions(backend, target, slots, threads, variant))
-    return Session(opened, loaded.executor, slots, drafts=loaded.drafts, max_rows=loaded.max_rows)
+    return Session(opened, loaded.executor, slots, drafts=loaded.drafts, step_rows=loaded.step_rows)

@@ -63,7 +63,8 @@ class TrtExecutor:
         self.engine_seconds = 0.0
         self._cuda, self._stream, self._manifest = cuda, stream, manifest
         self._prefill_profile, self._profiles = profiles_by_rows(record, slots)
-        self.max_rows = max(self._profiles)
+        self.step_rows = tuple(sorted(self._profiles))
+        self.max_rows = self.step_rows[-1]
         chunk = record.profiles[self._prefill_profile].rows[2]
         self.contexts = Contexts(cuda, stream, step, graphs=graphs)
         self._state = DeviceState(cuda, manifest, slots, self.max_rows, chunk, weights)

@@ -17,6 +17,7 @@ from .bundle import Bundle
 from .cuda import Device
 from .engine_record import MAX_RECORD_BYTES, EngineRecord, TensorRecord, parse_engine_record
 from .errors import BundleError, BundleIntegrityError, EngineError, EngineMismatchError, MissingDependencyError, UsageError
+from .plan_file import Compression, plan_bytes
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 HERE = "here"
@@ -118,16 +119,16 @@ def checked_bytes(bundle: Bundle, name: str) -> bytes:
     return data
 
 
-def open_plan(module: Any, bundle: Bundle, target: str, plan: str) -> Engine:
-    """Deserialise a plan of ``target``'s record, after its hash was checked.
+def open_plan(module: Any, bundle: Bundle, target: str, plan: str, compression: Compression | None = None) -> Engine:
+    """Deserialise a plan of ``target``'s record, after the hash of its file was checked. ``compression``: of that file.
 
     Raises:
         BundleIntegrityError: not the bytes that were built.
         EngineError: TensorRT refused them.
     """
     folder = PurePosixPath(bundle.manifest.engines[target]).parent
-    data = checked_bytes(bundle, str(folder / plan))
-    log = _log(module)
+    data = plan_bytes(plan, checked_bytes(bundle, str(folder / plan)), compression)
+    log = trt_log(module)
     runtime = module.Runtime(log)
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
@@ -183,18 +184,22 @@ def check_aliases(engine: Engine, layers: int) -> None:
             )
 
 
-def _log(module: Any) -> Any:
+def trt_log(module: Any) -> Any:
+    """A TensorRT logger, made here because its base class is the package's; TensorRT needs it as long as what was given it."""
     severity = module.ILogger.Severity
 
     class Log(module.ILogger):  # type: ignore[misc]
-        """Keeps errors, so that a refusal says why."""
+        """Keeps what goes wrong, so that a refusal says why."""
 
         def __init__(self) -> None:
             module.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.warnings: list[str] = []
 
         def log(self, level: Any, message: str) -> None:
             if level in (severity.ERROR, severity.INTERNAL_ERROR):
                 self.errors.append(message)
+            elif level == severity.WARNING:
+                self.warnings.append(message)
 
     return Log()

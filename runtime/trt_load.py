@@ -28,15 +28,15 @@ def load_executor(
         facts = cuda.device()
         target = choose_target(bundle, target, facts)
         record = read_record(bundle, target, backend, str(module.__version__), facts)
-        step = open_plan(module, bundle, target, record.plan)
+        step = open_plan(module, bundle, target, record.plan, record.compression.get(record.plan))
         check_tensors(step, record.inputs, record.outputs, len(record.profiles))
         check_aliases(step, bundle.manifest.backbone.layers)
         stream = cuda.stream()
         weights = upload_weights(cuda, stream, bundle, record.weight_inputs)
-        heads_plan, chosen = record.heads_plan, target
+        heads_plan, packed, chosen = record.heads_plan, record.compression.get(record.heads_plan), target
 
         def open_heads() -> Engine:
-            return open_plan(module, bundle, chosen, heads_plan)
+            return open_plan(module, bundle, chosen, heads_plan, packed)
 
         executor = TrtExecutor(cuda, stream, bundle.manifest, record, step, open_heads, slots, weights, graphs=graphs)
     except BaseException:

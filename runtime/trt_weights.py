@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from .bundle import Bundle
 from .cuda import Cuda, DeviceMemory
 from .errors import BundleIntegrityError
+from .weight_inputs import WeightInput, WeightPiece
 
 STAGING_BYTES = 32 << 20
 _ALIGNMENT = 256
 
 
-class Piece(Protocol):
-    """Bytes of one of the bundle's files."""
-
-    @property
-    def file(self) -> str: ...  # noqa: D102
-    @property
-    def offset(self) -> int: ...  # noqa: D102
-    @property
-    def nbytes(self) -> int: ...  # noqa: D102
-
-
-class Weight(Protocol):
-    """What an engine's record says of such an input; ``pieces`` lie one after another in device memory."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def pieces(self) -> Sequence[Piece]: ...  # noqa: D102
-
-
-def upload_weights(cuda: Cuda, stream: Any, bundle: Bundle, weights: Sequence[Weight]) -> dict[str, int]:
+def upload_weights(cuda: Cuda, stream: Any, bundle: Bundle, weights: Sequence[WeightInput]) -> dict[str, int]:
     """Device addresses by input name, after all bytes have arrived. One allocation holds them all.
 
     The two halves of the staging buffer take turns: one is read from disk while the other is on its way.
@@ -78,7 +59,7 @@ def upload_weights(cuda: Cuda, stream: Any, bundle: Bundle, weights: Sequence[We
     return {name: memory.address + offset for name, offset in offsets.items()}
 
 
-def _placed(memory: DeviceMemory, offset: int, weight: Weight) -> list[tuple[int, Piece]]:
+def _placed(memory: DeviceMemory, offset: int, weight: WeightInput) -> list[tuple[int, WeightPiece]]:
     """Each piece with its device address."""
     placed = []
     for piece in weight.pieces:

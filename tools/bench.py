@@ -33,6 +33,7 @@ def bench(
     prompts: Sequence[list[int]],
     *,
     rows: int | None = None,
+    fixed_rows: Sequence[int] = (),
     tree: Tree | None = None,
     max_new_tokens: int = 128,
     repeats: int = 3,
@@ -41,10 +42,12 @@ def bench(
 ) -> dict[str, Any]:
     """Decode every prompt in several ways, greedily, ``repeats`` times.
 
-    ``plain``; ``medusa``, as sessions draft by default, with ``rows`` rows a step (None: as many as the bundle's tree has);
-    ``heads_only``, the same without prompt lookup; with a ``tree``, ``fixed_tree``: these rows in every step. Where steps run
-    ahead of the host and no ``rows`` are given, ``medusa`` is the bundle's tree, as sessions draft there, and ``best_rows`` what
-    ``medusa`` is elsewhere.
+    ``plain``; ``medusa``, as sessions draft by default, with ``rows`` rows a step (None: as many as pay, in each step);
+    ``heads_only``, the same without prompt lookup; ``rows_N`` for each of ``fixed_rows``: N rows in every step; with a ``tree``,
+    ``fixed_tree``: these rows in every step. Where steps run ahead of the host and no ``rows`` are given, ``medusa`` is the
+    bundle's tree, as sessions draft there, and ``best_rows`` what ``medusa`` is elsewhere. ``rows`` in the report is the mean
+    over steps, ``rows_histogram`` says how many steps had 0, 1, 2 … rows, ``plain_steps`` and ``probes`` are counted as in
+    :class:`..runtime.sequence.Stats`, whose ``trust`` and ``costs`` stand there as the last run left them.
     The ways follow each other on each prompt and take turns in going first, so that what else the machine does hits them all.
     Rates are of decoding: tokens after the first, over the wall time of the steps. A prompt's time is the median of its repeats;
     a way's rate is all prompts' tokens over all prompts' time, and ``speedup`` the ratio of two such rates. ``median_speedup`` is
@@ -65,8 +68,7 @@ def bench(
             f"{len(prompts)} prompts, {repeats} repeats, {max_new_tokens} tokens", hint="at least 1 prompt, 1 repeat and 2 tokens"
         )
     check_room(session, list(prompts), max_new_tokens)
-    ways = ways_of(session, rows)
-    rows = rows or session.tree.rows
+    ways = ways_of(session, rows, fixed_rows)
     if tree is not None:
         ways["fixed_tree"] = Way(tree)
     for _ in range(warmup):
@@ -81,26 +83,25 @@ def bench(
                 runs[name][index].append(timed_run(session, prompt, ways[name], max_new_tokens))
                 progress(done := done + 1, f"prompt {index + 1}, {name}")
     report = summarise(runs)
-    for name in ("medusa", "best_rows", "heads_only"):
-        if name in report:
-            report[name]["rows"] = rows
     if tree is not None:
-        report["fixed_tree"] |= {"rows": tree.rows, "choices": tree.choices()}
+        report["fixed_tree"]["choices"] = tree.choices()
     seconds = report["plain"]["ms_per_step"] / 1e3
     report["bandwidth_gb_s"] = plain_step_bytes(session.manifest) / seconds / 1e9
     return {"prompts": len(prompts), "repeats": repeats, "max_new_tokens": max_new_tokens, **report}
 
 
-def ways_of(session: Session, rows: int | None) -> dict[str, Way]:
+def ways_of(session: Session, rows: int | None, fixed_rows: Sequence[int] = ()) -> dict[str, Way]:
     """The ways that :func:`bench` compares, by name."""
     from ..runtime.executor import AheadExecutor
     from ..runtime.tree import ROOT_ONLY
     from .timed_run import Way
 
-    best, heads_only = (Way(rows=rows or session.tree.rows, lookup=lookup) for lookup in (True, False))
+    best, heads_only = (Way(rows=rows, lookup=lookup) for lookup in (True, False))
+    fixed = {f"rows_{number}": Way(rows=number, lookup=True) for number in fixed_rows}
     if rows is None and isinstance(session.executor, AheadExecutor):
-        return {"plain": Way(ROOT_ONLY), "medusa": Way(session.tree), "best_rows": best, "heads_only": heads_only}
-    return {"plain": Way(ROOT_ONLY), "medusa": best, "heads_only": heads_only}
+        heads_only = Way(rows=session.tree.rows)  # without a number, these sessions take the tree
+        return {"plain": Way(ROOT_ONLY), "medusa": Way(session.tree), "best_rows": best, "heads_only": heads_only, **fixed}
+    return {"plain": Way(ROOT_ONLY), "medusa": best, "heads_only": heads_only, **fixed}
 
 
 def summarise(runs: Mapping[str, Sequence[Sequence[TimedRun]]]) -> dict[str, Any]:
@@ -125,6 +126,7 @@ def summarise(runs: Mapping[str, Sequence[Sequence[TimedRun]]]) -> dict[str, Any
             "median_speedup": median(prompt[f"{name}_speedup"] for prompt in each),
             "overhead": sides[name]["ms_per_step"] / sides["plain"]["ms_per_step"],
             **_acceptance(kept[name]),
+            **_choice(kept[name]),
         }
     return {
         **sides,
@@ -142,6 +144,23 @@ def _acceptance(runs: Sequence[Sequence[TimedRun]]) -> dict[str, Any]:
     histogram = [steps[count] for count in range(max(steps) + 1)]
     drafted = sum(count * steps for count, steps in enumerate(histogram))
     return {"mean_acceptance_length": 1 + drafted / sum(histogram), "accepted_histogram": histogram}
+
+
+def _choice(runs: Sequence[Sequence[TimedRun]]) -> dict[str, Any]:
+    """How many rows the steps had; and why, where that was chosen."""
+    flat = [run for repeats in runs for run in repeats if run.choice]
+    if not flat:
+        return {}
+    steps: Counter[int] = Counter()
+    for run in flat:
+        steps.update(run.choice["rows_histogram"])
+    histogram = [steps[rows] for rows in range(max(steps) + 1)]
+    return {
+        "rows": sum(rows * count for rows, count in enumerate(histogram)) / sum(histogram),
+        "rows_histogram": histogram,
+        **{name: sum(run.choice[name] for run in flat) for name in ("plain_steps", "probes")},
+        **{name: flat[-1].choice[name] for name in ("trust", "costs") if flat[-1].choice[name] is not None},
+    }
 
 
 def _one_prompt(runs: Mapping[str, Sequence[TimedRun]]) -> dict[str, Any]:
@@ -174,7 +193,7 @@ def _side(runs: Sequence[Sequence[TimedRun]]) -> dict[str, Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
-    from .console import add_json_argument, positive_int
+    from .console import add_json_argument, positive_int, positive_ints
     from .engine_options import add_engine_arguments
     from .prompt_source import add_prompt_arguments
 
@@ -185,7 +204,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tree", metavar="NAME|FILE", help="also measure a fixed tree: one of the bundle's, or as in verify --trees"
     )
-    parser.add_argument("--rows", type=positive_int, metavar="N", help="rows of a step (default: as the bundle's tree)")
+    parser.add_argument("--rows", type=positive_int, metavar="N", help="rows of a step (default: as many as pay)")
+    parser.add_argument(
+        "--fixed-rows", type=positive_ints, default=(), metavar="N,N,…", help="also measure so many rows in every step"
+    )
     parser.add_argument(
         "--sweep", action="store_true", help="also measure the step time for 1 to 16 rows, and the tree size it suggests"
     )
@@ -206,9 +228,10 @@ def run(args: argparse.Namespace) -> int:
     session = load_session(args, variant=args.variant)
     tree, note = _tree(session.manifest, args.tree, args.seed)
     prompts = prompts_for(session, args.prompts, args.count, args.seed)
-    with Progress("bench", (len(ways_of(session, args.rows)) + (tree is not None)) * len(prompts) * args.repeats) as bar:
+    ways = len(ways_of(session, args.rows, args.fixed_rows)) + (tree is not None)
+    with Progress("bench", ways * len(prompts) * args.repeats) as bar:
         options = {"max_new_tokens": args.max_new_tokens, "repeats": args.repeats, "progress": bar.update}
-        report = bench(session, prompts, rows=args.rows, tree=tree, **options)
+        report = bench(session, prompts, rows=args.rows, fixed_rows=args.fixed_rows, tree=tree, **options)
         if args.sweep:
             from .row_sweep import row_sweep
 
@@ -240,10 +263,16 @@ def describe(report: Mapping[str, Any]) -> str:
         f"{medusa['tokens_per_s']:.1f} tokens/s with Medusa, {plain['tokens_per_s']:.1f} plain: {report['speedup']:.2f}× "
         f"over {len(report['per_prompt'])} prompts (median prompt {report['median_speedup']:.2f}×)"
     )
-    rows = [_row(title, report[name]) for name, title in _TITLES.items() if name in report]
+    fixed = {name: f"{name.removeprefix('rows_')} rows in every step" for name in report if name.startswith("rows_")}
+    rows = [_row(title, report[name]) for name, title in {**_TITLES, **fixed}.items() if name in report]
     headers = ["", "tokens/s", "speed-up", "mean acceptance length", "rows a step", "ms a step", "overhead", "outside the engine"]
     lines = [headline, "", table(rows, headers), ""]
     lines.append(f"steps by drafted tokens accepted (0, 1, …): {medusa['accepted_histogram']}")
+    if "costs" in medusa:
+        counts = f"{medusa['plain_steps']} plain, {medusa['probes']} probes"
+        lines.append(f"steps by rows (0, 1, …): {medusa['rows_histogram']}; {counts}")
+        lines.append(f"cost of a step against a plain one: {', '.join(f'{k} {v:.2f}' for k, v in medusa['costs'].items())}")
+        lines.append(f"trust in each head, and in lookup: {', '.join(f'{trust:.2f}' for trust in medusa['trust'])}")
     lines.append(f"weights read by plain steps: {report['bandwidth_gb_s']:.1f} GB/s")
     lines.append(f"equal output: {equal['prompts']}/{equal['of']} prompts")
     if equal["different"]:
@@ -262,4 +291,4 @@ def _row(title: str, side: Mapping[str, Any]) -> list[Any]:
     """One way's line; plain decoding is what the others are measured by."""
     speedup, overhead, length = side.get("speedup", 1.0), side.get("overhead", 1.0), side.get("mean_acceptance_length", 1.0)
     times = [f"{side['ms_per_step']:.2f}", f"{overhead:.2f}×", f"{side['host_fraction']:.1%}"]
-    return [title, f"{side['tokens_per_s']:.1f}", f"{speedup:.2f}×", f"{length:.2f}", side.get("rows", 1), *times]
+    return [title, f"{side['tokens_per_s']:.1f}", f"{speedup:.2f}×", f"{length:.2f}", f"{side.get('rows', 1):.1f}", *times]

@@ -34,6 +34,11 @@ def positive_int(text: str) -> int:
     return value
 
 
+def positive_ints(text: str) -> tuple[int, ...]:
+    """An argparse type: integers from 1, with commas between them."""
+    return tuple(positive_int(part) for part in text.split(","))
+
+
 def emit(text: str, report: Mapping[str, Any], destination: str | None) -> None:
     """The verb's result: text on stdout, and the report where ``--json`` asks for it (``-`` replaces the text)."""
     if destination != STDOUT:
@@ -42,7 +47,7 @@ def emit(text: str, report: Mapping[str, Any], destination: str | None) -> None:
         write_json(report, destination)
 
 
-def write_json(report: Mapping[str, Any], destination: str | Path) -> None:
+def write_json(report: Mapping[str, Any] | Sequence[Any], destination: str | Path) -> None:
     """Write ``report`` to a file, in one piece or not at all; ``-`` is stdout. NaN and infinities become null.
 
     Raises:

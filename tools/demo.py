@@ -58,7 +58,7 @@ def show(session: Session, lines: Sequence[PromptLine], output: Path, screen: Te
     facts = environment(session)
     with Progress("bench", 3 * _BENCH_REPEATS * len(prompts)) as bar:
         timed = bench(session, prompts, max_new_tokens=_MAX_NEW_TOKENS, repeats=_BENCH_REPEATS, progress=bar.update)
-        bar.phase("verify", len(few) * (2 + len(chosen.trees)))
+        bar.phase("verify", len(few) * (3 + len(chosen.trees)))
         exact = verify(session, few, trees=chosen.trees, best_rows=True, max_new_tokens=_VERIFY_TOKENS, progress=bar.update)
     reports = {
         "bench": {"environment": facts, **timed},

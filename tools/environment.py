@@ -34,6 +34,7 @@ def environment(session: Session) -> dict[str, Any]:
             "architecture": manifest.backbone.architecture,
             "dtype": manifest.dtype,
             "variant": variant(session),
+            "stage": 2 if manifest.provenance.get("adapter") else 1,  # an adapter belongs to heads of the second stage
             "heads": f"{manifest.heads.num_heads} {manifest.heads.kind}, {manifest.heads.projection} projection",
         },
     }

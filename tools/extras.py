@@ -13,6 +13,7 @@ EXTRAS = {
     "cpu": _CPU,
     "gpu": ("onnxruntime-gpu", "tokenizers", "minijinja"),
     "export": (*_CPU, "accelerate", "gguf", "onnx", "onnx-ir", "onnxscript", "safetensors", "torch", "transformers"),
+    "figure": ("matplotlib",),
     "serve": (*_CPU, "msgspec", "prometheus-client", "starlette", "uvicorn"),
     "tensorrt": ("tensorrt", "cuda-bindings", "tokenizers", "minijinja"),
     "tensorrt-rtx": ("tensorrt-rtx", "cuda-bindings", "tokenizers", "minijinja"),

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--tree", metavar="TREE", help="the same rows in every step: a tree by name, or a JSON file of choices"
     )
-    how.add_argument("--rows", type=positive_int, metavar="N", help="rows of a step, the root included (default: the bundle's)")
+    how.add_argument("--rows", type=positive_int, metavar="N", help="rows of a step, the root included (default: as many as pay)")
     parser.add_argument("--no-lookup", action="store_true", help="draft from the heads alone, not from what the text repeats")
     add_engine_arguments(parser)
     parser.add_argument("--threads", type=positive_int, help="CPU threads (default: all cores)")
@@ -119,6 +119,7 @@ def summary(report: dict[str, Any]) -> str:
     return (
         f"{len(report['token_ids'])} tokens  {report['tokens_per_s']:.1f} tokens/s  "
         f"mean acceptance length {report['mean_acceptance_length']:.2f} over {report['steps']} steps  "
+        f"{report['rows'] / max(report['steps'], 1):.1f} rows a step, {report['plain_steps']} plain  "
         f"prefill {report['prompt_tokens']} tokens in {report['prefill_seconds']:.2f} s  finish: {report['finish_reason']}"
     )
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from .console import add_json_argument
 
 if TYPE_CHECKING:
+    from ..runtime.bundle import Bundle
     from ..runtime.manifest import Manifest
 
 HELP = "say what a bundle holds and check its files against its manifest"
@@ -50,7 +51,7 @@ def inspect_bundle(bundle: Path | str, *, check_hashes: bool = True) -> dict[str
         **{name: asdict(getattr(manifest, name)) for name in ("backbone", "heads", "limits", "text")},
         "dtype": manifest.dtype,
         "variants": dict(manifest.variants),
-        "engines": dict(manifest.engines),
+        "engines": {target: _engine(opened, name) for target, name in manifest.engines.items()},
         "default_tree": manifest.default_tree,
         "trees": trees,
         "cache_bytes_per_slot": slot,
@@ -59,6 +60,28 @@ def inspect_bundle(bundle: Path | str, *, check_hashes: bool = True) -> dict[str
         "provenance": dict(manifest.provenance),
         "schema_version": manifest.schema_version,
     }
+
+
+def _engine(bundle: Bundle, name: str) -> dict[str, Any]:
+    """Of one engine: its record's path, what the record says, and its plans with the bytes of their files and of the plans."""
+    from ..runtime.engine_record import MAX_RECORD_BYTES, parse_engine_record
+    from ..runtime.errors import BundleError
+
+    files = bundle.manifest.files
+    try:
+        if files[name].size > MAX_RECORD_BYTES:
+            raise BundleError(f"{name} is over the limit of {MAX_RECORD_BYTES} bytes")
+        record = parse_engine_record(bundle.path(name).read_bytes())
+    except BundleError as error:  # the rest of the bundle can be told all the same
+        return {"record": name, "unreadable": error.message}
+    plans = {}
+    for plan in (record.plan, record.heads_plan):
+        stored = files.get(str(PurePosixPath(name).parent / plan))
+        how = record.compression.get(plan)
+        size = None if stored is None else stored.size
+        plans[plan] = {"stored_bytes": size, "plan_bytes": how.plan_bytes if how else size, "compression": how and how.method}
+    told = ("backend", "backend_version", "precision", "weights", "record_version")
+    return {"record": name, **{field: getattr(record, field) for field in told}, "plans": plans}
 
 
 def cache_bytes(manifest: Manifest) -> int:
@@ -90,7 +113,7 @@ def report_text(report: dict[str, Any]) -> str:
             "cache": f"{human_bytes(report['cache_bytes_per_slot'])} a slot, {human_bytes(report['cache_bytes'])} for all",
             "text": _text_line(text),
             "variants": ", ".join(f"{name} ({path})" for name, path in report["variants"].items()),
-            "engines": ", ".join(f"{target} ({path})" for target, path in report["engines"].items()) or "none",
+            "engines": ", ".join(f"{target} ({engine['record']})" for target, engine in report["engines"].items()) or "none",
             "made by": f"{made.get('created_by', 'unknown')}{f' with {versions}' if versions else ''}",
         }
     )
@@ -99,6 +122,7 @@ def report_text(report: dict[str, Any]) -> str:
         f"argmax agreement {check['argmax_agreement']:.1%} over {check['rows']} rows"
         for name, check in made.get("check", {}).items()
     ]
+    engines = [_engine_line(target, engine) for target, engine in report["engines"].items()]
     warnings = [f"warning: {warning}" for warning in made.get("warnings", [])]
     marks = {report["default_tree"]: " *"}
     trees = table(
@@ -110,7 +134,21 @@ def report_text(report: dict[str, Any]) -> str:
         [[name, human_bytes(record["size"]), record["sha256"][:12]] for name, record in report["files"].items()],
         ["file", "size", checked],
     )
-    return "\n".join([summary, *checks, *warnings, "", trees, "", files])
+    return "\n".join([summary, *engines, *checks, *warnings, "", trees, "", files])
+
+
+def _engine_line(target: str, engine: dict[str, Any]) -> str:
+    from .console import human_bytes
+
+    if "unreadable" in engine:
+        return f"engine {target}: {engine['unreadable']}"
+    plans = []
+    for name, plan in engine["plans"].items():
+        sizes = plan["stored_bytes"], plan["plan_bytes"]
+        stored, unpacked = ("missing" if size is None else human_bytes(size) for size in sizes)
+        plans.append(f"{name} {stored}{f', unpacked {unpacked}' if plan['compression'] else ''}")
+    made = f"{engine['backend']} {engine['backend_version']}, {engine['precision']}, weights {engine['weights']}"
+    return f"engine {target}: {made}; {'; '.join(plans)}"
 
 
 def _text_line(text: dict[str, Any]) -> str:

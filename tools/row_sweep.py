@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -20,10 +20,16 @@ _CONTEXT = 200
 
 
 def row_sweep(
-    session: Session, *, rounds: int = 15, seed: int = 0, progress: Callable[[int, str], object] = lambda _done, _note: None
+    session: Session,
+    *,
+    sizes: Sequence[int] = range(1, MOST_ROWS + 1),
+    rounds: int = 15,
+    seed: int = 0,
+    progress: Callable[[int, str], object] = lambda _done, _note: None,
 ) -> dict[str, Any]:
-    """Median step time in ms for 1 … 16 rows behind a context of random tokens, sizes interleaved over ``rounds``.
+    """Median step time in ms for steps of ``sizes`` rows behind a context of random tokens, sizes interleaved over ``rounds``.
 
+    1 is among the sizes, and sizes that the session can't run are left out.
     One row runs as plain decoding does, without the heads. With path rates in the bundle, ``suggestions`` holds the best tree
     of each size and what it promises over plain decoding: expected tokens a step ÷ step time.
     """
@@ -31,7 +37,7 @@ def row_sweep(
     rng, vocab = np.random.default_rng(seed), manifest.backbone.vocab_size
     context = rng.integers(0, vocab, min(_CONTEXT, manifest.limits.capacity // 2)).tolist()
     # The cost follows the number of rows, not the tree's shape: a root with children.
-    trees = [Tree.from_choices([(rank,) for rank in range(rows)]) for rows in range(min(MOST_ROWS, manifest.limits.max_rows))]
+    trees = [Tree.from_choices([(rank,) for rank in range(rows - 1)]) for rows in sizes if rows <= session.max_rows]
     seconds: list[list[float]] = [[] for _ in trees]
     with Probe(session) as probe:
         probe.prefill(context)

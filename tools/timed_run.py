@@ -10,10 +10,15 @@ from typing import Any
 from ..runtime.session import Session
 from ..runtime.tree import Tree
 
+_CHOICE = ("rows_histogram", "plain_steps", "probes", "trust", "costs")
+
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How a run drafts: on a tree, or the best rows of each step (None), with or without what the text repeats."""
+    """How a run drafts: on a tree, or the best rows of each step (None), with or without what the text repeats.
+
+    ``rows``: how many; None: as many as pay, chosen in each step.
+    """
 
     tree: Tree | None = None
     rows: int | None = None
@@ -29,7 +34,8 @@ class Way:
 class TimedRun:
     """``step_seconds`` of every decode step, detokenising included; ``engine_seconds``: the engine's share of their sum.
 
-    ``tokens`` are all emitted tokens. The first comes from the prefill and counts in no rate of decoding.
+    ``tokens`` are all emitted tokens. The first comes from the prefill and counts in no rate of decoding. ``choice``: how many
+    rows the steps had, and why (fields of :class:`..runtime.sequence.Stats`).
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -37,6 +43,7 @@ class TimedRun:
     step_seconds: list[float] = field(default_factory=list)
     engine_seconds: float = 0.0
     accepted: dict[int, int] = field(default_factory=dict)
+    choice: dict[str, Any] = field(default_factory=dict)
 
     @property
     def decoded(self) -> int:
@@ -61,6 +68,7 @@ def timed_run(session: Session, prompt: Sequence[int], way: Way, max_new_tokens:
         if chunk.finish_reason is not None:
             assert chunk.stats is not None
             run.accepted = dict(chunk.stats.accepted)
+            run.choice = {name: getattr(chunk.stats, name) for name in _CHOICE}
             break
         run.tokens += chunk.token_ids
         if index:

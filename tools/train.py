@@ -96,7 +96,8 @@ def train(plan: TrainPlan, config: TrainConfig) -> dict[str, Any]:
         CheckpointError, UnsupportedArchitectureError: the backbone can't be exported.
     """
     from ..calibration.hit_rates import find_hits, platt_scaling, rates_by_path, rates_by_rank
-    from ..calibration.train import load_examples, train_heads
+    from ..calibration.examples import load_examples
+    from ..calibration.train import train_heads
     from ..export.backbone import load_backbone
     from ..runtime.bundle import refuse_existing
     from ..runtime.heads_file import write_heads

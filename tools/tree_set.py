@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +16,7 @@ from ..runtime.json_file import read_json_file
 from ..runtime.manifest import Manifest
 from ..runtime.tree import ROOT_ONLY, RankPath, Tree, chain
 
-# Medusa's published tree mc_sim_7b_63 (FasterDecoding/Medusa, medusa/model/medusa_choices.py): a digit is a rank. The most
-# valuable path comes first, so any beginning of the list is a tree too.
-PUBLISHED = """
-    0 00 1 01 2 000 10 02 3 03 4 04 20 05 001 5 06 6 07 010 11 7 08 002 30 09 8 9 100 020 12 003 40 21 004 005
-    0000 011 006 030 50 13 007 008 009 60 040 14 70 012 200 31 22 80 050 15 101 021 90 060 0001 16 070
-"""
+PUBLISHED = "mc_sim_7b_63"
 NAMES = ("root", "chain", "published", "narrow", "wide", "random")
 _RANDOM_ROWS = 24
 _MAX_FILE_BYTES = 1 << 20
@@ -43,15 +41,23 @@ class TreeSet:
             self.notes[name] = note
 
 
-def published_choices() -> list[RankPath]:
-    """The 63 paths of mc_sim_7b_63, most valuable first: depth up to 4, ranks up to 9."""
-    return [tuple(int(rank) for rank in path) for path in PUBLISHED.split()]
+@cache
+def published_trees() -> dict[str, list[RankPath]]:
+    """Medusa's own trees by their names there; the most valuable path first, so any beginning of a list is a tree too."""
+    packaged = json.loads((files(__package__) / "published_trees.json").read_text("utf-8"))
+    return {name: [tuple(int(rank) for rank in path) for path in paths.split()] for name, paths in packaged["trees"].items()}
+
+
+def published_choices(name: str = PUBLISHED) -> list[RankPath]:
+    """The paths of a published tree; by default the 63 of mc_sim_7b_63: depth up to 4, ranks up to 9."""
+    return published_trees()[name]
 
 
 def trees_for(manifest: Manifest, names: Sequence[str] = (), seed: int = 0) -> TreeSet:
     """Trees by name or by file; none named means all of ``NAMES`` and the bundle's default tree.
 
-    A tree of ``NAMES`` that asks for more than the bundle has is cut, and ``notes`` says by how much; a file's tree isn't cut.
+    A tree of ``NAMES`` or a published one that asks for more than the bundle has is cut, and ``notes`` says by
+    how much; a file's tree isn't cut.
 
     Raises:
         UsageError: a name that is neither known, nor a tree of the bundle, nor a file.
@@ -60,7 +66,7 @@ def trees_for(manifest: Manifest, names: Sequence[str] = (), seed: int = 0) -> T
     heads, limits = manifest.heads, manifest.limits
     result = TreeSet()
     for name in names or (*NAMES, manifest.default_tree):
-        if name in NAMES:
+        if name in NAMES or name in published_trees():
             choices = _named(name, heads.num_heads, heads.top_k, seed)
             result.add(name, *fit(choices, heads.num_heads, heads.top_k, limits.max_rows))
         elif name in manifest.trees:
@@ -68,7 +74,7 @@ def trees_for(manifest: Manifest, names: Sequence[str] = (), seed: int = 0) -> T
         elif Path(name).is_file():
             result.add(Path(name).stem, read_tree(Path(name), manifest))
         else:
-            known = ", ".join(dict.fromkeys((*NAMES, *manifest.trees)))
+            known = ", ".join(dict.fromkeys((*NAMES, *manifest.trees, *published_trees())))
             raise UsageError(f"no tree {name!r}", hint=f"give one of {known}, or a JSON file of choices such as [[0], [0, 0]]")
     return result
 
@@ -106,13 +112,15 @@ def read_tree(path: Path, manifest: Manifest) -> Tree:
 
 
 def read_tree_file(path: Path) -> Tree:
-    """A tree from a JSON file: a list of paths of ranks.
+    """A tree from a JSON file: a list of paths of ranks, or what ``medusa-deploy tree`` wrote, which has it as ``choices``.
 
     Raises:
         TreeError: missing, too large, or not such a list.
     """
     hint = "give a JSON list of paths of ranks such as [[0], [0, 0]]"
     raw = read_json_file(path, limit=_MAX_FILE_BYTES, error=TreeError, hint=hint)
+    if isinstance(raw, dict):
+        raw = raw.get("choices", raw)
     if not isinstance(raw, list):
         raise TreeError(f"{path} holds a {type(raw).__name__}", hint=hint)
     return Tree.from_choices(raw)
@@ -131,6 +139,8 @@ def _named(name: str, heads: int, top_k: int, seed: int) -> Sequence[RankPath]:
             return [path for depth in range(heads) for path in ((0,) * depth + (0,), (0,) * depth + (1,))]
         case "wide":
             return [path for rank in range(top_k) for path in ((rank,), (rank, 0))]
+        case _ if name in published_trees():
+            return published_choices(name)
         case _:
             return _grown(heads, top_k, np.random.default_rng(seed))
 

@@ -19,7 +19,7 @@ HELP = "compare speculative with plain decoding, token for token, over many tree
 
 Advance = Callable[[int, str], object]
 Save = Callable[[dict[str, Any]], object]
-BEST_ROWS = "best-rows"
+BEST_ROWS, AUTOMATIC = "best-rows", "automatic"
 _COUNTS = ("prompts", "tokens_compared", "divergences", "explained", "unexplained")
 
 
@@ -38,8 +38,8 @@ def verify(
 ) -> dict[str, Any]:
     """Decode every prompt plainly once, then with every tree, and compare.
 
-    ``best_rows`` adds a run without a tree, as sessions draft by default: the rows that promise most in each step, prompt lookup
-    included.
+    ``best_rows`` adds two runs without a tree: the rows that promise most in each step, prompt lookup included, as many as the
+    bundle's tree has (``best-rows``), and as many as pay in each step, as sessions draft by default (``automatic``).
 
     Sequences run to ``max_new_tokens``, past end-of-sequence tokens. Where a tree first differs from plain decoding, the
     position is computed again in several ways and the difference is explained by their measured noise, or it isn't
@@ -61,13 +61,16 @@ def verify(
 
     check_room(session, list(prompts), max_new_tokens)
     comparison = Comparison(session, TOLERANCE[session.manifest.dtype] if tolerance is None else tolerance)
-    ways = {name: Way(tree) for name, tree in trees.items()} | ({BEST_ROWS: Way(lookup=True)} if best_rows else {})
+    ways = {name: Way(tree) for name, tree in trees.items()}
+    if best_rows:
+        ways |= {BEST_ROWS: Way(rows=session.tree.rows, lookup=True), AUTOMATIC: Way(lookup=True)}
     tallies = {name: Tally() for name in ways}
     against = Tally()
     shapes: dict[str, dict[str, Any]] = {
         name: {"rows": tree.rows, "depth": tree.depth, "choices": tree.choices()} for name, tree in trees.items()
     }
-    shapes[BEST_ROWS] = {"rows": session.tree.rows, "depth": session.manifest.heads.num_heads}
+    depth = session.manifest.heads.num_heads
+    shapes |= {BEST_ROWS: {"rows": session.tree.rows, "depth": depth}, AUTOMATIC: {"rows": None, "depth": depth}}
     done, started = 0, time.perf_counter()
 
     def report_after(count: int) -> dict[str, Any]:
@@ -118,7 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="A,B,…",
         help="root, chain, published, narrow, wide, random, the bundle's, JSON files of choices, or best-rows: rows chosen in "
-        "each step (default: all but files)",
+        "each step, a fixed number of them and as many as pay (default: all but files)",
     )
     parser.add_argument(
         "--reference", type=Path, metavar="MODEL", help="also compare with transformers' greedy generate of this model"
@@ -166,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json not in (None, STDOUT):
             write_json({"complete": False, "environment": machine, **part}, args.json)
 
-    runs = len(prompts) * (1 + len(chosen.trees) + best_rows)
+    runs = len(prompts) * (1 + len(chosen.trees) + 2 * best_rows)
     with Progress("verify", runs + len(prompts) * (reference is not None)) as bar:
         report = verify(session, prompts, reference=reference, progress=bar.update, save=save, **options)
         if args.sampled:

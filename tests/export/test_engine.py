@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from medusa_deploy.export import engine
-from medusa_deploy.export.builder_process import input_shapes
+from medusa_deploy.export.builder_process import BuildRequest, BuiltPlan, input_shapes
 from medusa_deploy.export.engine import build_engines
 from medusa_deploy.export.engine_plan import EngineOptions, default_rows, profiles_for
 from medusa_deploy.runtime.bundle import open_bundle, sha256, write_manifest
@@ -27,6 +27,7 @@ from medusa_deploy.runtime.errors import (
     QuantisationError,
     UsageError,
 )
+from medusa_deploy.runtime.plan_file import plan_bytes
 from support.fake_tensorrt import INPUTS, FakeTensorRT, fake_tensorrt, half_precision_bundle, state
 from support.records import manifest, write_stub_bundle
 
@@ -78,6 +79,31 @@ def test_engines_are_added_to_the_bundle(bundle: Path, made: type[FakeTensorRT])
     assert {name: data for name, data in state(bundle).items() if name in before and name != "manifest.json"} == {
         name: data for name, data in before.items() if name != "manifest.json"
     }
+
+
+def test_plans_without_weights_are_compressed(bundle: Path, made: type[FakeTensorRT], monkeypatch: pytest.MonkeyPatch) -> None:
+    build = made.build_plan
+
+    def repetitive(request: BuildRequest, advance: Any) -> BuiltPlan:
+        built = build(request, advance)
+        Path(request.output).write_bytes(b"kernel" * 10_000)
+        return built
+
+    monkeypatch.setattr(engine, "build_plan", repetitive)
+    [inside] = build_engines(bundle, ["sm_89"], EngineOptions(rows=[1]))
+    assert inside["record"].compression == {} and inside["record"].plan == "step.plan"
+    [streamed] = build_engines(bundle, ["sm_86"], EngineOptions(rows=[1], weights="streamed"))
+    record = streamed["record"]
+    names = ("step.plan.xz", "heads.plan.xz")
+    assert (record.plan, record.heads_plan) == names == tuple(record.compression) == tuple(record.logs)
+    folder = bundle / "engines" / "sm_86"
+    assert sorted(path.name for path in folder.iterdir()) == ["engine.json", "heads.plan.xz", "step.plan.xz"]
+    stored = (folder / record.plan).read_bytes()
+    assert plan_bytes(record.plan, stored, record.compression[record.plan]) == b"kernel" * 10_000
+    assert open_bundle(bundle).manifest.files["engines/sm_86/step.plan.xz"].size == len(stored)
+    assert parse_engine_record((folder / "engine.json").read_bytes()) == record
+    [kept] = build_engines(bundle, ["sm_86"], EngineOptions(rows=[1], weights="streamed"), resume=True)
+    assert kept["kept"]
 
 
 def test_shapes_follow_the_axes(bundle: Path, made: type[FakeTensorRT]) -> None:

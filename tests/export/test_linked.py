@@ -75,6 +75,21 @@ def test_a_linked_bundle_generates_what_a_copied_one_does(bundle: Path, tiny_ses
     assert generated(load(bundle, threads=1)) == generated(tiny_session)
 
 
+def test_the_rules_that_are_left_out_would_change_nothing(
+    bundle: Path, sharded: Path, tiny_heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxscript import optimizer
+
+    from medusa_deploy.export import linked
+
+    monkeypatch.setattr(linked, "optimise", lambda model, keeps: optimizer.optimize_ir(model, should_fold=keeps))
+    export_bundle(sharded, tiny_heads, tmp_path / "bundle", weights="linked", **OPTIONS)
+    graphs = sorted(path.name for path in (bundle / "onnx").glob("*.onnx"))
+    assert len(graphs) == 4
+    for name in graphs:
+        assert (tmp_path / "bundle" / "onnx" / name).read_bytes() == (bundle / "onnx" / name).read_bytes()
+
+
 def test_the_weights_are_the_checkpoints_own_files(bundle: Path, sharded: Path) -> None:
     shards = sorted(path.name for path in sharded.glob("*.safetensors"))
     assert len(shards) == 2

@@ -11,6 +11,7 @@ from medusa_deploy.export.engine_plan import EngineOptions
 from medusa_deploy.export.exporter import export_bundle
 from medusa_deploy.runtime.bundle import open_bundle
 from medusa_deploy.runtime.engine_record import parse_engine_record
+from medusa_deploy.runtime.plan_file import plan_bytes
 from support.families import Family, make_family
 
 pytest.importorskip("tensorrt_rtx")
@@ -32,7 +33,7 @@ def test_every_layers_attention_is_fused_and_the_plan_holds_no_weights(kv_heads:
     bundle = open_bundle(folder)
     record = parse_engine_record(bundle.path(bundle.manifest.engines["sm_89"]).read_bytes())
     assert record.weights == "streamed"
-    assert record.logs["step.plan"].attention_calls == LAYERS * len(record.profiles)
+    assert record.logs[record.plan].attention_calls == LAYERS * len(record.profiles)
     inputs = {tensor.name: tensor for tensor in record.inputs}
     streamed = {weight.name: weight for weight in record.weight_inputs}
     assert sum(name.endswith("q_proj+k_proj+v_proj.weight") for name in streamed) == LAYERS
@@ -42,7 +43,9 @@ def test_every_layers_attention_is_fused_and_the_plan_holds_no_weights(kv_heads:
     assert all(bundle.path(piece.file).stat().st_size >= piece.offset + piece.nbytes for piece in places)
     matrices = 2 * sum(parameter.size for parameter in _matrices(folder))
     assert sum(piece.nbytes for piece in places) >= matrices
-    plan = bundle.path("engines/sm_89/step.plan").read_bytes()
+    stored = bundle.path(f"engines/sm_89/{record.plan}").read_bytes()
+    plan = plan_bytes(record.plan, stored, record.compression[record.plan])
+    assert len(plan) == record.logs[record.plan].plan_bytes > 10 * len(stored), "kernels repeat each other"
     sample = _matrices(folder)[0].tobytes()[:256]
     assert sample not in plan
 

@@ -115,7 +115,8 @@ def test_many_at_a_time_are_the_same_as_one_at_a_time(requests: list[Request], s
         assert generation.token_ids == expected.token_ids
         assert generation.finish_reason == expected.finish_reason
         assert generation.prompt_token_ids == request.token_ids
-        assert generation.stats.accepted == expected.stats.accepted
+        if request.tree is not None:  # how many rows are chosen depends on who else decodes
+            assert generation.stats.accepted == expected.stats.accepted
         assert (generation.hidden is None) == (not request.keep_hidden)
         if request.keep_hidden:
             assert np.array_equal(generation.hidden[:, 0], expected.hidden[:, 0])  # type: ignore[index]

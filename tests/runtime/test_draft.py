@@ -135,7 +135,7 @@ def test_repetition_is_accepted_where_heads_know_nothing() -> None:
     prompt = [3, 1, 4, 1, 5] * 3
     runs = [
         session.generate(token_ids=prompt, max_new_tokens=40, **options)
-        for options in ({"speculative": False}, {}, {"lookup": False}, {"rows": 9}, {"tree": session.tree})
+        for options in ({"speculative": False}, {"rows": 4}, {"rows": 4, "lookup": False}, {"rows": 9}, {"tree": session.tree})
     ]
     assert len({tuple(run.token_ids) for run in runs}) == 1
     _, default, heads, wide, fixed = (run.stats for run in runs)

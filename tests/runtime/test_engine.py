@@ -94,7 +94,8 @@ def test_many_slots_are_the_same_as_one(sessions: dict[str, Session], four_slots
             ((_, expected),) = session.generate_many([request])
             assert found[index].token_ids == expected.token_ids
             assert found[index].finish_reason == expected.finish_reason
-            assert found[index].stats.accepted == expected.stats.accepted
+            if request.tree is not None:  # how many rows are chosen depends on who else decodes
+                assert found[index].stats.accepted == expected.stats.accepted
             if request.keep_hidden:
                 np.testing.assert_allclose(found[index].hidden, expected.hidden, atol=2e-4)  # type: ignore[arg-type]
 

@@ -78,11 +78,12 @@ def test_a_slot_fills_to_its_capacity_and_no_further(prompt: int, tree: Tree | N
         session.generate(token_ids=ids[:prompt], max_new_tokens=257 - prompt, tree=tree)
 
 
-def test_the_bundles_tree_is_used_unless_another_is_given() -> None:
+def test_a_request_says_how_many_rows_a_step_has() -> None:
     session = fake_session(tree=chain(2))
+    typical = {"params": SamplingParams(mode="typical")}  # its text depends on the rows: as many as the bundle's tree has
     stats = [
         session.generate(token_ids=[1], max_new_tokens=9, **options).stats
-        for options in ({}, {"tree": chain(1)}, {"speculative": False}, {"speculative": False, "tree": chain(1)})
+        for options in (typical, {"tree": chain(1)}, {"speculative": False}, {"speculative": False, "tree": chain(1)})
     ]
     assert [stat.rows // stat.steps for stat in stats] == [3, 2, 1, 1]
 

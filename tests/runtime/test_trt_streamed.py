@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from medusa_deploy.runtime import Session, trt_load
+from medusa_deploy.runtime import Session
 from medusa_deploy.runtime.tree import chain
+from medusa_deploy.runtime.weight_inputs import WeightInput, WeightPiece
 from support.fake_cuda import FakeRuntime
 from support.fake_engine import add_fake_engine, load_fake
 from support.fake_trt import FakeTrt
 
 
-@dataclass(frozen=True)
-class Piece:
-    file: str
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Weight:
-    name: str
-    pieces: tuple[Piece, ...]
-
-
-def _with_streamed_weights(graph: Path, network: Path) -> list[Weight]:
+def _with_streamed_weights(graph: Path, network: Path) -> list[WeightInput]:
     """Write ``graph`` with its large initializers as inputs; what they held, as pieces of the bundle's files."""
     onnx = pytest.importorskip("onnx")
     model = onnx.load(graph, load_external_data=False)
@@ -40,7 +26,8 @@ def _with_streamed_weights(graph: Path, network: Path) -> list[Weight]:
             offset, nbytes = int(where.get("offset", 0)), int(where["length"])
             half = nbytes // 2  # in two pieces, as merged weights are
             place = f"onnx/{where['location']}"
-            weights.append(Weight(tensor.name, (Piece(place, offset, half), Piece(place, offset + half, nbytes - half))))
+            pieces = WeightPiece(place, offset, half), WeightPiece(place, offset + half, nbytes - half)
+            weights.append(WeightInput(tensor.name, "float32", tuple(tensor.dims), pieces))
             model.graph.initializer.remove(tensor)
             model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     onnx.save(model, network)
@@ -53,15 +40,7 @@ def test_weights_that_are_inputs_come_from_the_bundles_files(
     network = bundle_copy / "onnx" / "streamed.onnx"
     weights = _with_streamed_weights(bundle_copy / "onnx" / "step.device.onnx", network)
     assert len(weights) > 5
-    add_fake_engine(bundle_copy, network=network)
-    read = trt_load.read_record
-
-    def with_weights(*arguments: Any) -> Any:
-        record = read(*arguments)
-        known = {field.name: getattr(record, field.name) for field in fields(record)}
-        return SimpleNamespace(**{**known, "weight_inputs": weights})
-
-    monkeypatch.setattr(trt_load, "read_record", with_weights)
+    add_fake_engine(bundle_copy, network=network, packed=True, weight_inputs=weights)
     session = load_fake(bundle_copy, monkeypatch, FakeTrt(FakeRuntime()))
     for prompt in ([1, 2, 3], [8] * 20):
         options: dict[str, Any] = {"token_ids": prompt, "max_new_tokens": 40, "tree": chain(3)}

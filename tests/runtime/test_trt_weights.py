@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,27 +12,16 @@ from medusa_deploy.runtime.bundle import Bundle
 from medusa_deploy.runtime.cuda import Cuda
 from medusa_deploy.runtime.errors import BundleIntegrityError, DeviceMemoryError
 from medusa_deploy.runtime.trt_weights import upload_weights
+from medusa_deploy.runtime.weight_inputs import WeightInput, WeightPiece
 from support.fake_cuda import FakeRuntime
 from support.records import manifest
 
-
-@dataclass(frozen=True)
-class Piece:
-    file: str
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Weight:
-    name: str
-    pieces: tuple[Piece, ...]
-
-
 WEIGHTS = (
-    Weight("one", (Piece("a.bin", 0, 1000),)),
-    Weight("merged", (Piece("a.bin", 1000, 333), Piece("b.bin", 7, 2000), Piece("a.bin", 100, 1))),
-    Weight("tiny", (Piece("b.bin", 0, 3),)),
+    WeightInput("one", "int8", (1000,), (WeightPiece("a.bin", 0, 1000),)),
+    WeightInput(
+        "merged", "int8", (2334,), (WeightPiece("a.bin", 1000, 333), WeightPiece("b.bin", 7, 2000), WeightPiece("a.bin", 100, 1))
+    ),
+    WeightInput("tiny", "int8", (3,), (WeightPiece("b.bin", 0, 3),)),
 )
 
 

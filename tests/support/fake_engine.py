@@ -11,11 +11,13 @@ from typing import Any
 import onnxruntime
 import pytest
 
+from medusa_deploy.export.plan_packing import pack_plan
 from medusa_deploy.runtime import cuda, trt_load
 from medusa_deploy.runtime.bundle import open_bundle, record_files, write_manifest
-from medusa_deploy.runtime.engine_record import Profile
+from medusa_deploy.runtime.engine_record import RECORD_VERSION, Profile
 from medusa_deploy.runtime.manifest import Manifest
 from medusa_deploy.runtime.session import Session, load
+from medusa_deploy.runtime.weight_inputs import WeightInput
 from support.fake_cuda import FakeRuntime
 from support.fake_trt import NUMPY_NAMES, FakeTrt, write_plan
 
@@ -49,10 +51,12 @@ def add_fake_engine(
     target: str = TARGET,
     backend: str = "tensorrt",
     network: Path | None = None,
+    packed: bool = False,
+    weight_inputs: Sequence[WeightInput] = (),
 ) -> Path:
     """Put an engine into the bundle as ``build`` does: plans that the fake can run, the record, the manifest.
 
-    ``network``: what the plan runs in the place of the bundle's device graph.
+    ``network``: what the plan runs in the place of the bundle's device graph. ``packed``: plans are stored compressed.
     """
     bundle = open_bundle(folder, check_hashes=False)
     manifest = bundle.manifest
@@ -65,11 +69,27 @@ def add_fake_engine(
     write_plan(place / "heads.plan", heads, [replace(profiles[0], slots=(1, 1, manifest.limits.batch))])
     session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
     record = engine_record(backend, target, manifest.files[device].sha256, profiles, session)
+    if packed or weight_inputs:
+        record = json.dumps({**json.loads(record), **_newest(place, packed, weight_inputs)})
     (place / "engine.json").write_text(record)
     files = {f"engines/{target}/{name}": entry for name, entry in record_files(place).items()}
     engines = {**manifest.engines, target: f"engines/{target}/engine.json"}
     write_manifest(folder, replace(manifest, files={**manifest.files, **files}, engines=engines))
     return folder
+
+
+def _newest(place: Path, packed: bool, weight_inputs: Sequence[WeightInput]) -> dict[str, Any]:
+    """What the newest version of the record says beside the oldest; plans become compressed files, if ``packed``."""
+    stored, compression = {}, {}
+    for role, name in (("plan", "step.plan"), ("heads_plan", "heads.plan")):
+        path, how = pack_plan(place / name) if packed else (place / name, None)
+        stored[role] = path.name
+        if how is not None:
+            compression[path.name] = asdict(how)
+    return {
+        "record_version": RECORD_VERSION, "variant": "device", "features": [], "sources": {}, "versions": {}, "logs": {},
+        "weight_inputs": [asdict(weight) for weight in weight_inputs], "compression": compression, **stored,
+    }  # fmt: skip
 
 
 def engine_record(

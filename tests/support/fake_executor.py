@@ -189,7 +189,9 @@ def fake_session(
         else write_text_files(text_folder, eos_token_ids=eos_token_ids)
     )
     facts = replace(facts, text=text)
-    return FakeSession(Bundle(text_folder or Path("nowhere"), facts), FakeExecutor(facts, slots, seed=seed), slots)
+    session = FakeSession(Bundle(text_folder or Path("nowhere"), facts), FakeExecutor(facts, slots, seed=seed), slots)
+    session._decoder.clock = lambda: session.executor.engine_seconds  # what is chosen must not depend on this machine
+    return session
 
 
 class FakeSession(Session):

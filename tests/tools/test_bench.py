@@ -32,6 +32,7 @@ KEYS = [
     "environment.date",
     "environment.bundle.manifest_sha256",
     "environment.bundle.dtype",
+    "environment.bundle.stage",
     "environment.bundle.variant",
     "plain.tokens_per_s",
     "plain.ms_per_step",
@@ -40,6 +41,9 @@ KEYS = [
     "medusa.rows",
     "medusa.mean_acceptance_length",
     "medusa.accepted_histogram",
+    "medusa.rows_histogram",
+    "medusa.trust",
+    "medusa.costs",
     "speedup",
     "median_speedup",
     "heads_only.speedup",
@@ -170,9 +174,19 @@ def test_a_tree_from_a_file_is_used(tiny_session: Session, tmp_path: Path):
     assert (tree.choices(), note) == ([[0], [1]], "")
     report = bench(tiny_session, PROMPTS[:1], tree=tree, max_new_tokens=6, repeats=1)
     assert report["fixed_tree"]["rows"] == 3
+    assert set(report["fixed_tree"]["rows_histogram"]) <= {0, report["fixed_tree"]["rows_histogram"][-1]}
     assert report["fixed_tree"]["choices"] == [[0], [1]]
     assert len(report["fixed_tree"]["accepted_histogram"]) <= 2
-    assert report["medusa"]["rows"] == tiny_session.tree.rows
+    assert 1 <= report["medusa"]["rows"] <= 16
+
+
+def test_fixed_numbers_of_rows_stand_beside_the_chosen_ones(tiny_session: Session):
+    report = bench(tiny_session, PROMPTS[:1], fixed_rows=(2, 4), max_new_tokens=6, repeats=1)
+    assert (report["rows_2"]["rows"], report["rows_4"]["rows"]) == (2, 4)
+    assert "costs" in report["medusa"] and "costs" not in report["rows_4"]
+    shown = describe({**report, "bandwidth_gb_s": 1.0})
+    assert "4 rows in every step" in shown
+    assert "cost of a step against a plain one: 1 1.00" in shown
 
 
 def test_the_sweep_measures_every_size(tiny_session: Session):

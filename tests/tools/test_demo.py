@@ -169,7 +169,7 @@ def test_the_show_answers_live_and_reports(talking_session: Session, tmp_path: P
         written = json.loads((tmp_path / "demo" / f"{name}.json").read_text())
         assert written["environment"]["cpu"]
         assert written["prompts"] == len(LINES) == reports[name]["prompts"]
-    assert set(reports["verify"]["trees"]) == {"root", "chain", "published", "narrow", "wide", "random", "best-rows"}
+    assert set(reports["verify"]["trees"]) == {"root", "chain", "published", "narrow", "wide", "random", "best-rows", "automatic"}
 
 
 @pytest.mark.parametrize("screen", [io.StringIO(), Terminal()])

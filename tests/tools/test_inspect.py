@@ -82,3 +82,23 @@ def test_a_missing_or_truncated_file_is_found_without_hashes(fault: str, stub: P
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path)]) == USER_ERROR
     assert "has no manifest.json" in capsys.readouterr().err
+
+
+def test_an_engine_is_told_with_its_plans(bundle_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    from support.fake_engine import add_fake_engine
+
+    add_fake_engine(bundle_copy, packed=True)
+    add_fake_engine(bundle_copy, target="sm_86")
+    engines = inspect_bundle(bundle_copy)["engines"]
+    packed = engines["sm_89"]["plans"]["step.plan.xz"]
+    assert packed["compression"] == "xz" and packed["stored_bytes"] < packed["plan_bytes"]
+    plain = engines["sm_86"]["plans"]["step.plan"]
+    assert plain["compression"] is None and plain["stored_bytes"] == plain["plan_bytes"] == packed["plan_bytes"]
+    assert main(["inspect", str(bundle_copy)]) == 0
+    shown = capsys.readouterr().out
+    assert "engine sm_89: tensorrt 9.9, fp16, weights inside; step.plan.xz" in shown and ", unpacked " in shown
+    record = bundle_copy / "engines" / "sm_86" / "engine.json"
+    record.write_text(record.read_text().replace('"record_version": 1', '"record_version": 9'))
+    assert main(["inspect", str(bundle_copy), "--no-hashes"]) == 0
+    assert "engine sm_86: engine.json has version 9" in capsys.readouterr().out

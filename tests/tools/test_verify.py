@@ -77,7 +77,7 @@ def test_a_run_that_is_killed_leaves_what_it_found(tiny_bundle: Path, tmp_path: 
 def test_rows_chosen_in_each_step_are_verified_too(tiny_session: Session):
     report = verify(tiny_session, PROMPTS[:1], trees={}, best_rows=True, max_new_tokens=TOKENS)
     assert report["unexplained"] == 0
-    assert list(report["trees"]) == ["best-rows"]
+    assert list(report["trees"]) == ["best-rows", "automatic"]
     assert report["trees"]["best-rows"]["rows"] == tiny_session.tree.rows
 
 
@@ -159,7 +159,7 @@ def test_the_verb_reports_and_exits_with_0(tiny_bundle: Path, tmp_path: Path, ca
     assert "no unexplained divergence" in capsys.readouterr().out
     report = json.loads(output.read_text())
     assert report["unexplained"] == 0
-    assert list(report["trees"]) == list(report["sampled"]["trees"]) == ["chain", "wide", "best-rows"]
+    assert list(report["trees"]) == list(report["sampled"]["trees"]) == ["chain", "wide", "best-rows", "automatic"]
     assert report["environment"]["bundle"]["variant"] == "cpu"
     assert report["notes"] == {}
 

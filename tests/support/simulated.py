@@ -1,0 +1,77 @@
+"""A simulated engine: text and step times are made up, so that what is chosen can be held against what would have been best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from medusa_deploy.runtime.acceptance import Acceptance
+from medusa_deploy.runtime.auto_rows import AutoRows
+from medusa_deploy.runtime.draft import Candidates
+from medusa_deploy.runtime.lookup import PromptLookup
+from medusa_deploy.runtime.right_size import RightSize
+from medusa_deploy.runtime.sampling import SamplingParams
+from medusa_deploy.runtime.sequence import Sequence
+
+HEADS, TOP_K = 4, 10
+
+
+def heads(says: float, right: float) -> Callable[[np.random.Generator, list[int]], Candidates]:
+    """Heads whose best candidate has the probability ``says`` and is right in a share ``right`` of the positions."""
+
+    def propose(rng: np.random.Generator, coming: list[int]) -> Candidates:
+        tokens = np.array([10_000 + 100 * head + np.arange(TOP_K) for head in range(HEADS)])
+        for head, token in enumerate(coming[:HEADS]):
+            if rng.random() < right:
+                tokens[head, 0] = token
+        rest = (1 - says) / (2 * TOP_K)
+        log_probs = np.log(np.tile([says, *[rest] * (TOP_K - 1)], (HEADS, 1))).astype(np.float32)
+        return Candidates(tokens, log_probs)
+
+    return propose
+
+
+class Simulation:
+    """One session; ``run`` decodes one request on it and returns its time in plain steps, against one plain step a token."""
+
+    def __init__(
+        self, cost: Callable[[int], float], *, of_heads: float = 0.05, sizes: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 12, 16),
+        measured: bool = False, noise: float = 0.03, seed: int = 0,
+    ) -> None:  # fmt: skip
+        scaling = ((1.0, 0.0),) * HEADS if measured else ()
+        self.right_size = RightSize(sizes, HEADS, scaling)
+        self.rng = np.random.default_rng(seed)
+        self._cost, self._of_heads, self._noise = cost, of_heads, noise
+        self.sequence: Sequence
+
+    def run(self, propose: Callable[[np.random.Generator, list[int]], Candidates], tokens: int = 128) -> float:
+        """Speed-up over plain decoding, with the same noise in the step times."""
+        text = self.rng.integers(0, 5000, tokens + HEADS + 1).tolist()
+        drafter = self.right_size.drafter(None, on_host=False)
+        self.sequence = sequence = Sequence(0, [0], 0, SamplingParams(), tokens + 1, frozenset(), drafter)
+        sequence.candidates = propose(self.rng, text) if drafter.heads else None
+        taken = 0.0
+        self.right_size.pause()
+        while (done := len(sequence.tokens) - 1) < tokens:
+            self.right_size.plan([sequence])
+            draft = drafter.draft(sequence.candidates)
+            assert draft.shape.rows <= drafter.rows
+            path: list[int] = []
+            for row, rows in enumerate(draft.shape.row_paths):
+                guess = [int(draft.tokens[at - 1]) for at in rows]
+                if row and guess == text[done : done + len(rows)] and len(rows) > len(path):
+                    path = list(rows)
+            emitted = text[done : done + len(path) + 1]
+            seconds = self._cost(drafter.rows) + self._of_heads * drafter.heads
+            taken += seconds
+            seconds *= 0.03 * np.exp(self._noise * self.rng.normal())
+            after = text[done + len(emitted) :]
+            sequence.candidates = propose(self.rng, after) if drafter.heads else None
+            sequence.stats.add_step(draft, len(path), len(emitted), heads=drafter.heads)
+            self.right_size.learn([sequence], [Acceptance(tuple(path), emitted)], seconds)
+            sequence.tokens += emitted[: tokens - done]
+        return tokens / taken
+
+
+__all__ = ["AutoRows", "PromptLookup", "Simulation", "heads"]

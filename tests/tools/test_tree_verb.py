@@ -1,0 +1,118 @@
+"""tree: counted on the engine, searched exactly, written so that every verb reads it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from medusa_deploy.runtime.errors import TreeError, UsageError
+from medusa_deploy.runtime.hits import MISS, NO_LABEL, path_rates, ranks_of
+from medusa_deploy.runtime.session import Session
+from medusa_deploy.runtime.tree import Tree, chain
+from medusa_deploy.tools.cli import main
+from medusa_deploy.tools.hit_table import HitTable, Recorder, count_hits, read_hit_table
+from medusa_deploy.tools.prompt_source import random_prompts
+from medusa_deploy.tools.tree import search
+from medusa_deploy.tools.tree_search import best_trees
+from medusa_deploy.tools.tree_set import published_trees, read_tree_file, trees_for
+from support.records import manifest
+
+
+def best_by_force(rates: np.ndarray, rows: int) -> float:
+    """The most expected tokens of all prefix-closed sets of ``rows`` - 1 paths."""
+    heads, ranks = rates.shape
+    paths = [path for depth in range(1, heads + 1) for path in itertools.product(range(ranks), repeat=depth)]
+    value = {path: float(np.prod([rates[head, rank] for head, rank in enumerate(path)])) for path in paths}
+    closed = (
+        chosen
+        for chosen in itertools.combinations(paths, min(rows - 1, len(paths)))
+        if all(len(path) == 1 or path[:-1] in chosen for path in chosen)
+    )
+    return 1 + max(sum(value[path] for path in chosen) for chosen in closed)
+
+
+@given(shape=st.sampled_from([(1, 3), (2, 2), (2, 3), (3, 2)]), rows=st.integers(1, 5), data=st.data())
+@settings(max_examples=40)
+def test_the_searched_tree_is_as_good_as_the_best_of_all_trees(shape: tuple[int, int], rows: int, data: st.DataObject):
+    values = st.floats(0, 1, allow_subnormal=False)
+    flat = data.draw(st.lists(values, min_size=shape[0] * shape[1], max_size=shape[0] * shape[1]))
+    rates = np.array(flat).reshape(shape)
+    tree, promised = best_trees(rates, 5)[rows - 1]
+    assert tree.rows <= rows
+    assert promised == pytest.approx(best_by_force(rates, rows))
+    own = 1 + sum(np.prod([rates[head, rank] for head, rank in enumerate(path)]) for path in tree.paths[1:])
+    assert promised == pytest.approx(own)
+
+
+def test_labels_are_ranked_and_missing_ones_told_from_wrong_ones():
+    assert ranks_of(np.array([[5, 6], [7, 8], [1, 2]]), [6, 9]) == [1, MISS, NO_LABEL]
+
+
+def test_what_is_counted_is_what_the_heads_proposed_and_the_backbone_emitted(tiny_session: Session):
+    """Against a step-by-step account: candidates of plain positions, looked up in plain decoding's tokens."""
+    (prompt,) = random_prompts(128, 256, 1, seed=3)
+    plain = tiny_session.generate(token_ids=prompt, max_new_tokens=24, speculative=False).token_ids
+    table = count_hits(tiny_session, [prompt], 24)
+    rows = []
+    at = 1
+    while at < len(plain):
+        seen: list[np.ndarray] = []
+        recorder = Recorder(4, lambda found, kept=seen: kept.append(found.tokens))
+        tiny_session.generate(token_ids=prompt + plain[: at - 1], max_new_tokens=2, drafter=recorder, ignore_eos=True)
+        rows.append(ranks_of(seen[0], plain[at : at + 3]))
+        at += 1 + (rows[-1][0] == 3)  # the drafted candidate was right
+    assert table.positions == len(rows)
+    assert table.paths == pytest.approx(path_rates(np.array(rows)))
+
+
+def test_a_drafter_excludes_other_ways_to_choose_rows(tiny_session: Session):
+    with pytest.raises(UsageError, match="a drafter and tree"):
+        tiny_session.generate(token_ids=[1], drafter=Recorder(4, lambda _found: None), tree=chain(1))
+
+
+def test_the_size_is_chosen_by_tokens_over_time_and_can_be_forced():
+    table = HitTable(np.array([[0.5, 0.2]]), {(0,): 0.5, (1,): 0.2}, 10)
+    assert search(table, {1: 1.0, 2: 1.1, 3: 2.0})["rows"] == 2
+    assert search(table, {1: 1.0, 2: 1.6, 3: 1.6})["rows"] == 3
+    assert search(table, {}, rows=3)["choices"] == [[0], [1]]
+    with pytest.raises(UsageError, match="no step times"):
+        search(table, {})
+    with pytest.raises(UsageError, match="4 rows"):
+        search(table, {}, rows=4)
+
+
+def test_the_verb_writes_what_other_verbs_read(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out, plain, again = tmp_path / "tree.json", tmp_path / "choices.json", tmp_path / "again.json"
+    options = ["--count", "6", "--max-new-tokens", "32", "--threads", "1"]
+    assert main(["tree", str(tiny_bundle), *options, "-o", str(out), "--choices", str(plain), "--rows", "3"]) == 0
+    assert "expected acceptance length" in capsys.readouterr().out
+    written = json.loads(out.read_text())
+    assert json.loads(plain.read_text()) == written["choices"]
+    assert read_tree_file(out) == read_tree_file(plain) == Tree.from_choices(written["choices"])
+    assert len(written["provenance"]["environment"]["bundle"]["manifest_sha256"]) == 64
+    assert len(written["provenance"]["prompts_sha256"]) == 64
+    assert main(["verify", str(tiny_bundle), "--trees", str(out), "--count", "1", "--max-new-tokens", "8"]) == 0
+    assert main(["tree", "--table", str(out), "-o", str(again)]) == 0
+    assert json.loads(again.read_text())["table"] == written["table"]
+    assert main(["tree", "--table", str(out), "-o", str(again)]) == 1
+    assert "--force" in capsys.readouterr().err
+
+
+def test_what_is_no_table_is_refused(tmp_path: Path):
+    path = tmp_path / "x.json"
+    for text in ("[]", '{"choices": []}', '{"table": {"positions": 1, "rank_rates": [[2.0]], "path_rates": []}}'):
+        path.write_text(text)
+        with pytest.raises(TreeError, match="no table"):
+            read_hit_table(path)
+
+
+def test_every_published_tree_is_a_tree_and_is_found_by_its_name():
+    assert len(published_trees()) == 9
+    for name, choices in published_trees().items():
+        assert Tree.from_choices(choices).rows == 64
+        assert name in trees_for(manifest(), [name]).trees

@@ -1,0 +1,120 @@
+"""``medusa-deploy figure``: reports of bench as one picture."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .figure_data import FigureData
+
+HELP = "draw reports of bench: tokens/s with speed-ups, and where a step's time goes"
+KINDS = (".svg", ".png")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    from .console import add_json_argument
+
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS", help="reports that bench --json wrote")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the picture: .svg or .png")
+    parser.add_argument(
+        "--label", action="append", default=[], metavar="FILE=NAME", help="a report's model (default: the file's name)"
+    )
+    parser.add_argument(
+        "--stage", action="append", default=[], metavar="FILE=1|2", help="whether a report's heads are Medusa-1 or Medusa-2"
+    )
+    parser.add_argument("--force", action="store_true", help="replace FILE")
+    add_json_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The verb."""
+    from dataclasses import asdict
+
+    from .console import emit
+    from .figure_draw import describe
+
+    labels = _pairs("--label", args.label)
+    stages = {path: int(text) if text in ("1", "2") else 0 for path, text in _pairs("--stage", args.stage).items()}
+    data = draw_figure(args.results, args.output, labels=labels, stages=stages, force=args.force)
+    emit(f"{describe(data)}\n\n{args.output}", {"output": args.output, **asdict(data)}, args.json)
+    return 0
+
+
+def draw_figure(
+    results: Sequence[Path],
+    output: Path,
+    *,
+    labels: Mapping[Path, str] | None = None,
+    stages: Mapping[Path, int] | None = None,
+    force: bool = False,
+) -> FigureData:
+    """Draw the reports into ``output``, which is written whole or not at all; return what it shows.
+
+    Raises:
+        BundleExistsError: ``output`` exists and ``force`` is false.
+        MissingDependencyError: matplotlib isn't installed.
+        OutputError: the file system refused.
+        UsageError: a suffix other than .svg and .png, a report that can't be read or drawn.
+    """
+    from ..runtime.bundle import refuse_existing
+    from ..runtime.errors import UsageError
+    from ..runtime.json_file import read_json_file
+    from .extras import require
+    from .figure_data import MAX_REPORT_BYTES, figure_data
+    from .figure_draw import draw
+
+    kind = output.suffix.lower()
+    if kind not in KINDS:
+        raise UsageError(f"{output}: can't draw {kind or 'a file without a suffix'}", hint=f"name it {' or '.join(KINDS)}")
+    refuse_existing(output, force=force)
+    stages = stages or {}
+    for path, stage in stages.items():
+        if stage not in (1, 2):
+            raise UsageError(f"the stage of {path} is neither 1 nor 2", hint="--stage FILE=1 or --stage FILE=2")
+    hint = "give reports that medusa-deploy bench --json wrote"
+    reports: dict[Path, Any] = {
+        path: read_json_file(path, limit=MAX_REPORT_BYTES, error=UsageError, hint=hint) for path in results
+    }
+    data = figure_data(reports, labels, stages)
+    require("figure")
+    _write(output, draw(data, kind[1:]))
+    return data
+
+
+def _pairs(option: str, texts: Sequence[str]) -> dict[Path, str]:
+    from ..runtime.errors import UsageError
+
+    pairs = {}
+    for text in texts:
+        path, _, value = text.rpartition("=")
+        if not path or not value:
+            raise UsageError(f"{option} {text} is not FILE=VALUE", hint=f"for instance {option} results.json=…")
+        pairs[Path(path)] = value
+    return pairs
+
+
+def _write(output: Path, content: bytes) -> None:
+    """In one piece or not at all."""
+    from ..runtime.bundle import output_error
+
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, output)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        raise output_error(output, error) from error

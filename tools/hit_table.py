@@ -1,0 +1,108 @@
+"""Hit rates of a bundle's heads, counted on the engine at hand while it decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..runtime.draft import Candidates, Draft
+from ..runtime.errors import TreeError, UsageError
+from ..runtime.hits import path_rates, rank_rates, ranks_of
+from ..runtime.json_file import read_json_file
+from ..runtime.session import Session
+from ..runtime.tree import MAX_ROWS, RankPath, Tree, tree_of_paths
+
+_MAX_FILE_BYTES = 1 << 20
+_HINT = "give a file that medusa-deploy tree wrote"
+
+
+class Recorder:
+    """Drafts as little as leaves the heads running, the last candidate of the first head, and keeps what was proposed.
+
+    That candidate is seldom right, so nearly every position becomes a root and is counted.
+    """
+
+    rows = 2
+    heads = True
+
+    def __init__(self, top_k: int, observe: Callable[[Candidates], object]) -> None:
+        """``observe`` gets what the heads propose at each root."""
+        self._tree, self._observe = Tree.from_choices([(top_k - 1,)]), observe
+
+    def draft(self, candidates: Candidates | None) -> Draft:
+        """One row below the root."""
+        assert candidates is not None
+        self._observe(candidates)
+        return Draft(self._tree, candidates.tokens[:1, -1])
+
+
+@dataclass(frozen=True, slots=True)
+class HitTable:
+    """``rates`` float64 [K, k] by head and rank; ``paths``: the most frequent paths of ranks, at most 511; ``positions``: n."""
+
+    rates: np.ndarray
+    paths: Mapping[RankPath, float]
+    positions: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As the file holds it."""
+        pairs = [[list(path), round(rate, 6)] for path, rate in self.paths.items()]
+        return {"positions": self.positions, "rank_rates": self.rates.round(6).tolist(), "path_rates": pairs}
+
+
+def count_hits(
+    session: Session,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    progress: Callable[[int, str], object] = lambda _done, _note: None,
+) -> HitTable:
+    """Decode the prompts greedily and compare each root's candidates with what the backbone then emitted.
+
+    Raises:
+        UsageError: the bundle has no heads, or nothing was decoded.
+    """
+    heads = session.manifest.heads
+    if heads.num_heads == 0:
+        raise UsageError("the bundle has no heads", hint="export it with --heads")
+    ranks: list[list[int]] = []
+    for index, prompt in enumerate(prompts):
+        tokens: list[int] = []
+        seen: list[tuple[int, np.ndarray]] = []
+
+        def observe(found: Candidates, at: list[int] = tokens, kept: list[tuple[int, np.ndarray]] = seen) -> None:
+            kept.append((len(at), found.tokens))
+
+        recorder = Recorder(heads.top_k, observe)
+        for chunk in session.stream(token_ids=prompt, max_new_tokens=max_new_tokens, drafter=recorder):
+            tokens += chunk.token_ids
+        ranks += [ranks_of(candidates, tokens[at : at + heads.num_heads]) for at, candidates in seen]
+        progress(index + 1, f"{len(ranks)} positions")
+    if not ranks:
+        raise UsageError("every prompt ended at its first token: there is nothing to count", hint="give other prompts")
+    found = np.array(ranks)
+    rates = path_rates(found)
+    kept = {path: rates[path] for path in tree_of_paths(rates, MAX_ROWS).paths[1:]}
+    return HitTable(rank_rates(found, heads.top_k), kept, len(found))
+
+
+def read_hit_table(path: Path) -> tuple[HitTable, dict[int, float], dict[str, Any]]:
+    """The table, step times in ms by rows and provenance of a tree file.
+
+    Raises:
+        TreeError: the file holds no such table.
+    """
+    raw = read_json_file(path, limit=_MAX_FILE_BYTES, error=TreeError, hint=_HINT)
+    try:
+        table = raw["table"]
+        rates = np.array(table["rank_rates"], np.float64)
+        paths = {tuple(int(rank) for rank in ranks): float(rate) for ranks, rate in table["path_rates"]}
+        times = {int(rows): float(taken) for rows, taken in raw.get("ms_by_rows", {}).items()}
+        if rates.ndim != 2 or not np.isfinite(rates).all() or any(not 0 <= rate <= 1 for rate in (*rates.flat, *paths.values())):
+            raise ValueError("a rate is not in 0 … 1")
+        return HitTable(rates, paths, int(table["positions"])), times, dict(raw.get("provenance", {}))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise TreeError(f"{path} holds no table of hit rates: {error!r}", hint=_HINT) from None
