@@ -57,13 +57,23 @@ def write_json(report: Mapping[str, Any] | Sequence[Any], destination: str | Pat
     if str(destination) == STDOUT:
         sys.stdout.write(text)
         return
-    path = Path(destination)
+    write_whole(Path(destination), text.encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file in one piece or not at all.
+
+    Raises:
+        OutputError: the file system refused.
+    """
+    from ..runtime.bundle import output_error
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(name, 0o644)
@@ -72,11 +82,7 @@ def write_json(report: Mapping[str, Any] | Sequence[Any], destination: str | Pat
             os.unlink(name)
             raise
     except OSError as error:
-        from ..runtime.errors import OutputError
-
-        raise OutputError(
-            f"can't write {path}: {error.strerror or error}", hint="free some space or choose another file for --json"
-        ) from error
+        raise output_error(path, error) from error
 
 
 def _plain(value: Any) -> Any:

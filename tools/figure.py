@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +63,7 @@ def draw_figure(
     from ..runtime.bundle import refuse_existing
     from ..runtime.errors import UsageError
     from ..runtime.json_file import read_json_file
+    from .console import write_whole
     from .extras import require
     from .figure_data import MAX_REPORT_BYTES, figure_data
     from .figure_draw import draw
@@ -83,7 +82,7 @@ def draw_figure(
     }
     data = figure_data(reports, labels, stages)
     require("figure")
-    _write(output, draw(data, kind[1:]))
+    write_whole(output, draw(data, kind[1:]))
     return data
 
 
@@ -97,24 +96,3 @@ def _pairs(option: str, texts: Sequence[str]) -> dict[Path, str]:
             raise UsageError(f"{option} {text} is not FILE=VALUE", hint=f"for instance {option} results.json=…")
         pairs[Path(path)] = value
     return pairs
-
-
-def _write(output: Path, content: bytes) -> None:
-    """In one piece or not at all."""
-    from ..runtime.bundle import output_error
-
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, output)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        raise output_error(output, error) from error

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from medusa_deploy.runtime.errors import BundleExistsError, MissingDependencyError, OutputError, UsageError
-from medusa_deploy.tools import extras, figure as module
+from medusa_deploy.tools import extras
 from medusa_deploy.tools.cli import OK, USER_ERROR, main
 from medusa_deploy.tools.figure import draw_figure
 from medusa_deploy.tools.figure_data import figure_data
@@ -155,7 +155,7 @@ def test_a_picture_is_written_whole_or_not_at_all(suffix: str, tmp_path: Path, m
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.os, "fsync", full)
+        patch.setattr("os.fsync", full)
         with pytest.raises(OutputError, match="No space left"):
             draw_figure([RESULTS], picture, force=True)
     assert [path.name for path in tmp_path.iterdir()] == [picture.name]
