@@ -20,7 +20,8 @@ def add_adapter(module: Any, rank: int, alpha: float) -> LoraShape:
     import peft
 
     output = module.get_output_embeddings()
-    linear = {name.rsplit(".", 1)[-1] for name, child in module.named_modules() if isinstance(child, nn.Linear) and child is not output}
+    layers = [name for name, child in module.named_modules() if isinstance(child, nn.Linear) and child is not output]
+    linear = {name.rsplit(".", 1)[-1] for name in layers}
     if not linear:
         raise TrainingError(f"{type(module).__name__} has no linear layers to adapt", hint="train heads alone: --stage 1")
     shape = LoraShape(rank, alpha, tuple(sorted(linear)))

@@ -1,7 +1,7 @@
 """Medusa-2: a LoRA adapter on the backbone is trained together with the heads, which come from the first stage.
 
-Loss (arXiv 2401.10774, section 2.2.2): KL(backbone ‖ tuned backbone) + λ0 · Σ λ_k · cross-entropy of head k, at the positions that
-emit the backbone's own answers. What the backbone said there is known from its cached hidden states, so it isn't run again.
+Loss (arXiv 2401.10774, section 2.2.2): KL(backbone ‖ tuned backbone) + λ0 · Σ λ_k · cross-entropy of head k, at the positions
+that emit the backbone's own answers. What the backbone said there is known from its cached hidden states, so it isn't run again.
 Both rates rise over the warm-up and fall along a cosine; the heads' is ``heads_rate`` times the adapter's.
 """
 
@@ -104,8 +104,9 @@ def finetune(
     """
     _check(config)
     run = _Run(module, start, sequences, config, device)
-    per_epoch = [plan_batches([len(s) for s in sequences], config.batch_tokens, config.seed * 1000 + e) for e in range(config.epochs)]
-    plan = [batch for epoch in per_epoch for batch in epoch]
+    lengths = [len(sequence) for sequence in sequences]
+    epochs = (plan_batches(lengths, config.batch_tokens, config.seed * 1000 + epoch) for epoch in range(config.epochs))
+    plan = [batch for epoch in epochs for batch in epoch]
     # The limit may change: more time for a run that goes on is no other run.
     settings = {**asdict(config), "time_limit": None, "start": start.digest(), "backbone": backbone, "steps": len(plan)}
     done = {} if checkpoint is None else resume_checkpoint(checkpoint, settings, run.parts)
@@ -223,10 +224,11 @@ def _rate(share: float, warmup: float) -> float:
 
 
 def _check(config: FinetuneConfig) -> None:
-    positive = {name: getattr(config, name) for name in ("rank", "alpha", "epochs", "batch_tokens", "learning_rate", "checkpoint_steps")}
-    bad = [f"{name} is {value}" for name, value in positive.items() if not value > 0]
+    positive = ("rank", "alpha", "epochs", "batch_tokens", "learning_rate", "checkpoint_steps")
+    bad = [f"{name} is {getattr(config, name)}" for name in positive if not getattr(config, name) > 0]
     shares = {"kl_share": (0, 1), "warmup": (0, 0.9), "dropout": (-1e-9, 0.99)}
-    bad += [f"{name} is {getattr(config, name)}" for name, (low, high) in shares.items() if not low < getattr(config, name) <= high]
+    values = {name: getattr(config, name) for name in shares}
+    bad += [f"{name} is {values[name]}" for name, (low, high) in shares.items() if not low < values[name] <= high]
     if config.time_limit is not None and not config.time_limit > 0:
         bad.append(f"time_limit is {config.time_limit}")
     if bad:

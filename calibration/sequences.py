@@ -34,8 +34,9 @@ class AnsweredPrompt:
 class Batch:
     """Padded sequences, and what is known at the n positions that emit an answer's tokens.
 
-    ``ids`` int64 [B, L], padded at the end: with causal attention nothing looks there. ``rows`` int64 [n] into the B · L positions;
-    ``roots`` int64 [n] the tokens emitted there, ``labels`` int64 [n, K] those after them, IGNORE past the end of an answer;
+    ``ids`` int64 [B, L], padded at the end: with causal attention nothing looks there. ``rows`` int64 [n] into the B · L
+    positions; ``roots`` int64 [n] the tokens emitted there, ``labels`` int64 [n, K] those after them, IGNORE past the end of an
+    answer;
     ``hidden`` float16 [n, H] of the backbone that answered.
     """
 
@@ -57,7 +58,8 @@ def load_sequences(folder: Path, prompts: Sequence[Sequence[int]]) -> list[Answe
         for answer in shard:
             if answer.prompt >= len(prompts):
                 raise TrainingError(
-                    f"{folder} answers prompt {answer.prompt + 1}, and there are {len(prompts)}", hint="give another --work folder"
+                    f"{folder} answers prompt {answer.prompt + 1}, and there are {len(prompts)}",
+                    hint="give another --work folder",
                 )
             sequences.append(AnsweredPrompt(np.asarray(prompts[answer.prompt], np.int64), answer.tokens, answer.hidden))
     if not sequences:

@@ -116,4 +116,4 @@ def _check_start(start: HeadSet, config: TrainConfig, output_weight: Tensor) -> 
     for name in ("kind", "num_heads", "num_layers", "draft_vocab_size"):
         has, wanted = getattr(start.config, name), getattr(config, name)
         if has != wanted:
-            raise TrainingError(f"the heads to go on from have {name} {has!r}, asked for is {wanted!r}", hint="leave the option out")
+            raise TrainingError(f"the heads to go on from have {name} {has!r}, not {wanted!r}", hint="leave the option out")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def resume_checkpoint(path: Path, settings: Mapping[str, Any], parts: Mapping[st
         return {}
     try:
         saved = torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # unpickling fails in as many ways as there are damaged files
         raise TrainingError(f"{path} can't be read: {type(error).__name__}", hint="remove it: training starts anew") from error
     found = saved.get("settings") if isinstance(saved, dict) else None
     if not isinstance(found, dict) or found != dict(settings):
@@ -58,4 +57,5 @@ def resume_checkpoint(path: Path, settings: Mapping[str, Any], parts: Mapping[st
 
 def _different(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     names = sorted(found.keys() | settings.keys())
-    return [f"{name} {found.get(name)!r} there, {settings.get(name)!r} here" for name in names if found.get(name) != settings.get(name)]
+    pairs = {name: (found.get(name), settings.get(name)) for name in names}
+    return [f"{name} {there!r} there, {here!r} here" for name, (there, here) in pairs.items() if there != here]

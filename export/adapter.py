@@ -39,9 +39,10 @@ def merge_adapter(module: Any, adapter: Adapter) -> Any:
         ) from error
     tensors = _read_tensors(adapter)
     _check_tensors(module, adapter, tensors)
-    if backbone_digest(module) != adapter.backbone:
+    found = backbone_digest(module)
+    if found != adapter.backbone:
         raise HeadsMismatchError(
-            f"the adapter changes a backbone with the digest {adapter.backbone[:16]}…, this one has {backbone_digest(module)[:16]}…",
+            f"the adapter changes a backbone with the digest {adapter.backbone[:16]}…, this one has {found[:16]}…",
             hint=_OTHER,
         )
     config = peft.LoraConfig(
@@ -82,5 +83,6 @@ def _check_tensors(module: nn.Module, adapter: Adapter, tensors: Mapping[str, Te
             f"the adapter {where} {different[0]}: it has {len(tensors)} tensors, this backbone takes {len(expected)}", hint=_OTHER
         )
     for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            raise HeadsMismatchError(f"the adapter's {name} has shape {tuple(tensors[name].shape)}, expected {shape}", hint=_OTHER)
+        has = tuple(tensors[name].shape)
+        if has != shape:
+            raise HeadsMismatchError(f"the adapter's {name} has shape {has}, expected {shape}", hint=_OTHER)

@@ -67,20 +67,9 @@ def load_backbone(source: Path, dtype: str, capacity: int, adapter: Adapter | No
         HeadsError, HeadsMismatchError: the adapter is damaged, or belongs to another model.
         UnsupportedArchitectureError: sliding windows shorter than ``capacity``, length-dependent positions within it, …
     """
-    from transformers import AutoModelForCausalLM
-
     folder, options = locate(source)
     load_config(source, capacity)
-    with transformers_errors(source):
-        loaded = DTYPES[dtype if adapter is None else "fp32"]
-        module, info = AutoModelForCausalLM.from_pretrained(folder, dtype=loaded, output_loading_info=True, **options)
-    module.eval()
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{source} lacks {len(missing)} tensors of {type(module).__name__}, such as {missing[0]}",
-            hint="check that config.json belongs to these weights and that the download is complete",
-        )
+    module = load_module(source, dtype if adapter is None else "fp32")
     if adapter is not None:
         module = merge_adapter(module, adapter)
         for parameter in module.parameters():  # buffers such as position frequencies stay float32
@@ -90,6 +79,27 @@ def load_backbone(source: Path, dtype: str, capacity: int, adapter: Adapter | No
     shape = backbone_shape(module)
     attention.install(module)
     return Backbone(module, shape, DTYPES[dtype], folder, options)
+
+
+def load_module(source: Path, dtype: str) -> Any:
+    """The transformers module of a model as transformers runs it, for evaluation.
+
+    Raises:
+        CheckpointError: no such model, or tensors are missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder, options = locate(source)
+    with transformers_errors(source):
+        module, info = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], output_loading_info=True, **options)
+    module.eval()
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} tensors of {type(module).__name__}, such as {missing[0]}",
+            hint="check that config.json belongs to these weights and that the download is complete",
+        )
+    return module
 
 
 def load_config(source: Path, capacity: int) -> Any:

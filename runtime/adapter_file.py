@@ -110,7 +110,8 @@ def read_lora_shape(path: Path) -> LoraShape:
     Raises:
         HeadsError: too large, not JSON, another kind of adapter, or a setting that plain LoRA doesn't have.
     """
-    raw = read_json_file(path, limit=_MAX_CONFIG_BYTES, error=HeadsError, hint=_AGAIN, too_large="this is no config of an adapter")
+    no_config = "this is no config of an adapter"
+    raw = read_json_file(path, limit=_MAX_CONFIG_BYTES, error=HeadsError, hint=_AGAIN, too_large=no_config)
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
         raise HeadsError(f"{path} describes an adapter of the kind {kind!r:.40}", hint="only LoRA can be merged here")
@@ -119,7 +120,8 @@ def read_lora_shape(path: Path) -> LoraShape:
         raise HeadsError(f"{path} has the rank {rank!r:.40}", hint=f"an integer from 1 to {MAX_RANK}")
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < 1e6:
         raise HeadsError(f"{path} has lora_alpha {alpha!r:.40}", hint="a positive number")
-    if not isinstance(targets, list) or not targets or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in targets):
+    named = isinstance(targets, list) and all(isinstance(name, str) and _NAME.fullmatch(name) for name in targets)
+    if not named or not targets:
         raise HeadsError(f"{path} has target_modules {targets!r:.80}", hint="a list of names such as q_proj")
     known = {"peft_type", "r", "lora_alpha", "target_modules"} | _NEUTRAL
     others = sorted(name for name, value in raw.items() if name not in known and value not in (None, False, "none", [], {}))
@@ -133,8 +135,17 @@ def read_lora_shape(path: Path) -> LoraShape:
 
 def lora_config(shape: LoraShape) -> bytes:
     """The text of peft's ``adapter_config.json``."""
-    fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True, "r": shape.rank,
-              "lora_alpha": shape.alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": sorted(shape.targets)}  # fmt: skip
+    fields = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": shape.rank,
+        "lora_alpha": shape.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(shape.targets),
+    }
     return (json.dumps(fields, indent=1) + "\n").encode()
 
 

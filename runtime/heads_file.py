@@ -4,7 +4,8 @@
 ``tree`` (the choices that suit these heads), ``trees`` (more of them, by name), ``platt_scaling`` (for each head a slope and an
 offset: how sure it is against how often it is right), and whatever the maker wants to record (hit rates, the command and the
 data that made them). Heads of the second training stage need the adapter that they were trained with: it lies in ``adapter/``,
-the field ``adapter`` says so (:mod:`.adapter_file`), and the format version is 2, so that older programs refuse them. Tensors have the canonical names of :class:`.heads.HeadSet`.
+the field ``adapter`` says so (:mod:`.adapter_file`), and the format version is 2, so that older programs refuse them. Tensors
+have the canonical names of :class:`.heads.HeadSet`.
 """
 
 from __future__ import annotations
