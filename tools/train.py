@@ -108,8 +108,8 @@ def run(args: argparse.Namespace) -> int:
 
         if args.heads is None:
             raise UsageError("the second stage needs heads to begin with", hint="give --heads: what the first stage made")
-        names = ("rank", "batch_tokens", "time_limit", *shared)
-        config = FinetuneConfig(alpha=2.0 * args.rank, **{name: getattr(args, name) for name in names}, **given)
+        chosen = ("rank", "batch_tokens", "time_limit", *shared)
+        config = FinetuneConfig(alpha=2.0 * args.rank, **{name: getattr(args, name) for name in chosen}, **given)
         report = train_backbone(plan, args.heads, config)
         text = f"{hit_rate_table(report['hit_rates'])}\n\n{quality_table(report)}"
     emit(text, report, args.json)
