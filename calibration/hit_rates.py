@@ -12,7 +12,7 @@ from torch.nn import functional
 from ..runtime.heads import HeadSet
 from ..runtime.hits import MISS, NO_LABEL, path_rates, rank_rates
 from ..runtime.tree import RankPath
-from .train import Examples
+from .examples import Examples
 
 _PRIOR = 1.0
 

@@ -13,8 +13,10 @@ import torch
 
 from ..runtime.errors import CheckpointError, DeployError, UnsupportedArchitectureError
 from . import attention
+from .adapter import merge_adapter
 
 if TYPE_CHECKING:
+    from ..runtime.adapter_file import Adapter
     from .linked import LinkedWeights
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -55,17 +57,39 @@ class Backbone:
     linked: LinkedWeights | None = None
 
 
-def load_backbone(source: Path, dtype: str, capacity: int) -> Backbone:
+def load_backbone(source: Path, dtype: str, capacity: int, adapter: Adapter | None = None) -> Backbone:
     """Load a folder of safetensors (or a GGUF file, or a folder with one) in ``dtype`` for tracing.
+
+    ``adapter``: low-rank changes that are merged into the weights in float32, before they become ``dtype``.
 
     Raises:
         CheckpointError: no such model, or non-finite weights.
+        HeadsError, HeadsMismatchError: the adapter is damaged, or belongs to another model.
         UnsupportedArchitectureError: sliding windows shorter than ``capacity``, length-dependent positions within it, …
+    """
+    folder, options = locate(source)
+    load_config(source, capacity)
+    module = load_module(source, dtype if adapter is None else "fp32")
+    if adapter is not None:
+        module = merge_adapter(module, adapter)
+        for parameter in module.parameters():  # buffers such as position frequencies stay float32
+            parameter.data = parameter.data.to(DTYPES[dtype])
+    _check_finite(module)
+    freeze_rope(module)
+    shape = backbone_shape(module)
+    attention.install(module)
+    return Backbone(module, shape, DTYPES[dtype], folder, options)
+
+
+def load_module(source: Path, dtype: str) -> Any:
+    """The transformers module of a model as transformers runs it, for evaluation.
+
+    Raises:
+        CheckpointError: no such model, or tensors are missing.
     """
     from transformers import AutoModelForCausalLM
 
     folder, options = locate(source)
-    load_config(source, capacity)
     with transformers_errors(source):
         module, info = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], output_loading_info=True, **options)
     module.eval()
@@ -75,11 +99,7 @@ def load_backbone(source: Path, dtype: str, capacity: int) -> Backbone:
             f"{source} lacks {len(missing)} tensors of {type(module).__name__}, such as {missing[0]}",
             hint="check that config.json belongs to these weights and that the download is complete",
         )
-    _check_finite(module)
-    freeze_rope(module)
-    shape = backbone_shape(module)
-    attention.install(module)
-    return Backbone(module, shape, DTYPES[dtype], folder, options)
+    return module
 
 
 def load_config(source: Path, capacity: int) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 
 from .. import __version__
 from ..runtime import step_io
+from ..runtime.adapter_file import Adapter
 from ..runtime.bundle import record_files, sha256, staged_folder
 from ..runtime.draft import PlattScaling
 from ..runtime.errors import UsageError
@@ -30,7 +31,7 @@ from .head_layouts import check_fit, read_heads
 from .heads import HeadStack
 from .linked import load_linked_backbone, prune_projection
 from .linked_check import check_linked
-from .plan import DEFAULT_TREE, bundle_trees, tree_rows
+from .plan import DEFAULT_TREE, bundle_trees, refuse_linked_adapter, tree_rows
 from .tokenizer import write_text_files
 
 Report = Callable[[str], None]
@@ -53,11 +54,13 @@ def export_bundle(
     max_rows: int = 64,
     prefill_chunk: int = 256,
     force: bool = False,
+    adapter: Adapter | None = None,
     report: Report = lambda phase: None,
 ) -> dict[str, Any]:
     """Write a bundle and return what was measured on the way.
 
     ``heads``: a file or folder in any layout of :mod:`.head_layouts`; None exports the backbone alone (it decodes plainly).
+    An adapter that the heads were trained with is merged into the backbone; ``adapter`` is one to merge without heads.
     ``weights``: ``copied`` into the bundle in the layout that engines like best, or ``linked``: the checkpoint's own safetensors
     become files of the bundle (hard links where the file system has them) and are never in memory as a whole.
     ``capacity``: tokens a slot holds, prompt and answer together. ``batch``: slots at most. ``report`` is told each phase.
@@ -78,15 +81,17 @@ def export_bundle(
     with staged_folder(Path(output), force=force) as staging, ThreadPoolExecutor(1) as beside:
         folder = staging / ONNX
         folder.mkdir()
-        report("loading the backbone")
+        read = None if heads is None else read_heads(heads)
+        adapter = adapter if read is None else read.adapter
+        refuse_linked_adapter(weights, adapter)
+        report("loading the backbone" if adapter is None else "loading the backbone and merging its adapter")
         hashes: dict[Path, Future[str]] = {}
         if weights == "linked":
             backbone = load_linked_backbone(Path(model), dtype, capacity, folder, report)
             # 13 GB of a 7B take as long as a tenth of the rest, which keeps one processor busy.
             hashes = {path: beside.submit(sha256, path) for path in folder.glob("*.safetensors")}
         else:
-            backbone = load_backbone(Path(model), dtype, capacity)
-        read = None if heads is None else read_heads(heads)
+            backbone = load_backbone(Path(model), dtype, capacity, adapter)
         head_set = identity_heads(backbone) if read is None else read.heads
         check_fit(head_set, hidden_size=backbone.shape.hidden_size, vocab_size=backbone.shape.vocab_size, top_k=top_k)
         head_set = prune_projection(backbone, head_set)
@@ -117,6 +122,7 @@ def export_bundle(
             "weights": {"kind": weights, **places},
             "warnings": warnings,
             "heads": None if read is None else {"layout": read.layout, **read.measured},
+            "adapter": None if adapter is None else {"files": dict(adapter.files), **asdict(adapter.shape)},
         }
         complete = Manifest(
             **{**manifest, "limits": limits, "files": record_files(staging, known), "provenance": provenance},
@@ -124,7 +130,7 @@ def export_bundle(
             default_tree=DEFAULT_TREE,
         )
         (staging / MANIFEST_NAME).write_text(complete.to_json(), "utf-8")
-    measured = {name: provenance[name] for name in ("check", "weights", "warnings")}
+    measured = {name: provenance[name] for name in ("check", "weights", "warnings", "adapter")}
     return {"seconds": time.perf_counter() - started, **measured}
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from ..runtime.adapter_file import Adapter, read_adapter
 from ..runtime.draft import PlattScaling
 from ..runtime.errors import HeadsError, HeadsMismatchError
 from ..runtime.heads import HeadConfig, HeadSet, Projection
@@ -51,6 +52,7 @@ class ReadHeads:
 
     ``layout``: its letter. ``trees`` by name, ``platt_scaling``, and ``measured``: the maker's counts of hits, kept as they are.
     Heads over a shared projection don't always say how large the vocabulary is: ``draft_vocab_size`` is 0 then.
+    ``adapter``: what the backbone must be changed by, if they were trained with it.
     """
 
     heads: HeadSet
@@ -59,6 +61,7 @@ class ReadHeads:
     trees: Mapping[str, list[list[int]]] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
     platt_scaling: PlattScaling = ()
+    adapter: Adapter | None = None
 
     @property
     def tree(self) -> list[list[int]] | None:
@@ -81,7 +84,8 @@ def read_heads(source: Path | str) -> ReadHeads:
         count = heads.config.num_heads
         measured: dict[str, Any] = {name: config[name] for name in ("hit_rates", "path_rates") if name in config}
         scaling = platt_scaling(config, count)
-        return ReadHeads(heads, "g", trees=named_trees(config, count), measured=measured, platt_scaling=scaling)
+        trees, adapter = named_trees(config, count), read_adapter(folder, config)
+        return ReadHeads(heads, "g", trees=trees, measured=measured, platt_scaling=scaling, adapter=adapter)
     with find_tensors(source) as files:
         names = find_names(files.parts, source)
         heads = _assemble(files, names, config, warnings)

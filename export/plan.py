@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from ..runtime import step_io
+from ..runtime.adapter_file import Adapter
+from ..runtime.errors import UsageError
 from ..runtime.heads import HeadConfig
 from ..runtime.tree import ROOT_ONLY, Tree, chain
 from .backbone import DTYPES, backbone_shape, load_config
@@ -70,6 +72,7 @@ def plan_export(
     shape = backbone_shape(module)
     read = None if heads is None else read_heads(heads)
     if read is not None:
+        refuse_linked_adapter(weights, read.adapter)
         check_fit(read.heads, hidden_size=shape.hidden_size, vocab_size=shape.vocab_size, top_k=top_k)
     identity = HeadConfig("medusa", 1, 1, shape.hidden_size, shape.vocab_size, "shared")
     head_config = identity if read is None else read.heads.config
@@ -105,6 +108,19 @@ def plan_export(
         cache_bytes=slot * batch,
         warnings=read.warnings if read is not None else (),
     )
+
+
+def refuse_linked_adapter(weights: str, adapter: Adapter | None) -> None:
+    """Linked weights stay as the checkpoint has them, so nothing can be merged into them.
+
+    Raises:
+        UsageError: there is something to merge.
+    """
+    if weights == "linked" and adapter is not None:
+        raise UsageError(
+            "these heads need an adapter merged into the backbone, and linked weights stay as the checkpoint has them",
+            hint="export with --weights copied, or take heads that were trained on the frozen backbone",
+        )
 
 
 def empty_module(config: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -53,6 +54,15 @@ class HeadSet:
     def layer(self, head: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Weight and bias of one residual block."""
         return self.tensors[f"head.{head}.layer.{layer}.weight"], self.tensors[f"head.{head}.layer.{layer}.bias"]
+
+    def digest(self) -> str:
+        """Sha256 (hex) over names, types, shapes and bytes of all tensors: which heads these are."""
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            tensor = np.ascontiguousarray(self.tensors[name])
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+            digest.update(tensor.data)
+        return digest.hexdigest()
 
     def validate(self) -> None:
         """Check shapes and values against ``config``.

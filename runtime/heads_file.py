@@ -3,7 +3,9 @@
 ``config.json`` holds ``format``, ``format_version`` and the fields of :class:`.heads.HeadConfig`; beside them may stand
 ``tree`` (the choices that suit these heads), ``trees`` (more of them, by name), ``platt_scaling`` (for each head a slope and an
 offset: how sure it is against how often it is right), and whatever the maker wants to record (hit rates, the command and the
-data that made them). Tensors have the canonical names of :class:`.heads.HeadSet`.
+data that made them). Heads of the second training stage need the adapter that they were trained with: it lies in ``adapter/``,
+the field ``adapter`` says so (:mod:`.adapter_file`), and the format version is 2, so that older programs refuse them. Tensors
+have the canonical names of :class:`.heads.HeadSet`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from .adapter_file import FIELD, FOLDER, AdapterFiles, read_adapter
 from .bundle import staged_folder
 from .draft import PlattScaling, parse_platt_scaling
 from .errors import HeadsError, MissingDependencyError, TreeError
@@ -24,7 +27,8 @@ from .json_file import read_json_file
 from .tree import Tree
 
 FORMAT = "medusa-deploy-heads"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_WITHOUT_ADAPTER = 1
 CONFIG_NAME = "config.json"
 TENSORS_NAME = "heads.safetensors"
 MAX_CONFIG_BYTES = 16 << 20
@@ -32,8 +36,14 @@ _NUMPY_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "I64": "i
 _AGAIN = "write the heads again, or copy the whole folder again"
 
 
-def write_heads(heads: HeadSet, folder: Path | str, extra: Mapping[str, Any] | None = None, force: bool = False) -> None:
-    """Write ``heads`` and what ``extra`` says about them into ``folder``; complete or not at all.
+def write_heads(
+    heads: HeadSet,
+    folder: Path | str,
+    extra: Mapping[str, Any] | None = None,
+    force: bool = False,
+    adapter: AdapterFiles | None = None,
+) -> None:
+    """Write ``heads`` and what ``extra`` says about them into ``folder``, with the ``adapter`` they need; complete or not at all.
 
     Raises:
         HeadsError: the tensors don't match their config, or aren't finite; or ``extra`` has a field of the format, or
@@ -42,7 +52,10 @@ def write_heads(heads: HeadSet, folder: Path | str, extra: Mapping[str, Any] | N
         BundleExistsError, OutputError: the folder can't be written.
     """
     check_tensors(heads)
-    config: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(heads.config)}
+    version = _WITHOUT_ADAPTER if adapter is None else FORMAT_VERSION
+    config: dict[str, Any] = {"format": FORMAT, "format_version": version, **asdict(heads.config)}
+    if adapter is not None:
+        config[FIELD] = adapter.field()
     taken = config.keys() & (extra or {}).keys()
     if taken:
         raise HeadsError(f"extra fields {sorted(taken)} are fields of the format", hint="give them other names")
@@ -54,6 +67,8 @@ def write_heads(heads: HeadSet, folder: Path | str, extra: Mapping[str, Any] | N
     with staged_folder(Path(folder), force=force) as staging:
         # safetensors' own save_file reports a full disk as an error of its own kind: write the bytes here.
         (staging / TENSORS_NAME).write_bytes(data)
+        if adapter is not None:
+            adapter.write(staging / FOLDER)
         (staging / CONFIG_NAME).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
@@ -61,10 +76,13 @@ def read_heads_folder(folder: Path | str) -> HeadSet:
     """Read heads that :func:`write_heads` wrote.
 
     Raises:
-        HeadsError: not such a folder, a newer format, a damaged file, or tensors that don't match their config.
+        HeadsError: not such a folder, a newer format, a damaged file, tensors that don't match their config, or the adapter that
+            they need is missing or another.
     """
     folder = Path(folder)
-    config = config_from_json(read_heads_config(folder))
+    raw = read_heads_config(folder)
+    config = config_from_json(raw)
+    read_adapter(folder, raw)
     path = folder / TENSORS_NAME
     if not path.is_file():
         raise HeadsError(f"{path} is missing", hint=_AGAIN)

@@ -8,13 +8,15 @@ import re
 import sys
 
 _CPU = ("onnxruntime", "tokenizers", "minijinja")
+_EXPORT = (*_CPU, "accelerate", "gguf", "onnx", "onnx-ir", "onnxscript", "safetensors", "torch", "transformers")
 # The distributions of the extras in pyproject.toml that add abilities.
 EXTRAS = {
     "cpu": _CPU,
     "gpu": ("onnxruntime-gpu", "tokenizers", "minijinja"),
-    "export": (*_CPU, "accelerate", "gguf", "onnx", "onnx-ir", "onnxscript", "safetensors", "torch", "transformers"),
+    "export": _EXPORT,
     "figure": ("matplotlib",),
     "serve": (*_CPU, "msgspec", "prometheus-client", "starlette", "uvicorn"),
+    "train": (*_EXPORT, "peft"),
     "tensorrt": ("tensorrt", "cuda-bindings", "tokenizers", "minijinja"),
     "tensorrt-rtx": ("tensorrt-rtx", "cuda-bindings", "tokenizers", "minijinja"),
 }

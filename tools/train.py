@@ -1,6 +1,8 @@
-"""``medusa-deploy train``: Medusa-1 heads for a backbone by self-distillation, from prompts to a heads folder.
+"""``medusa-deploy train``: heads for a backbone by self-distillation, from prompts to a heads folder.
 
-Four stages, each kept in the work folder and taken up again by the next run: export the backbone alone, let it answer the
+``--stage 1`` trains heads on the frozen backbone (Medusa-1), ``--stage 2`` the backbone with them (Medusa-2,
+:mod:`.train_backbone`).
+Four steps, each kept in the work folder and taken up again by the next run: export the backbone alone, let it answer the
 prompts, train on the cached hidden states, count hit rates on prompts that training never saw.
 """
 
@@ -8,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..calibration.train import TrainConfig
+    from ..runtime.heads import HeadSet
     from ..runtime.session import Session
 
 HELP = "train Medusa heads on the backbone's own answers"
@@ -25,7 +29,8 @@ _RATED_PATHS = 128
 class TrainPlan:
     """What to train on. ``prompts`` and ``heldout`` None take the prompts that come with the package.
 
-    ``slots``: answers generated at a time. ``tree_rows``: size of the tree that is stored with the heads.
+    ``slots``: answers generated at a time. ``temperature``: of the answers to training prompts; 0 is greedy, as held-out answers
+    always are. ``tree_rows``: size of the tree that is stored with the heads.
     """
 
     model: Path
@@ -34,6 +39,7 @@ class TrainPlan:
     prompts: Path | None = None
     heldout: Path | None = None
     max_new_tokens: int = 400
+    temperature: float = 0.0
     slots: int = 48
     capacity: int = 2048
     tree_rows: int = 5
@@ -50,18 +56,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, help="folder for answers and checkpoints (default: HEADS.work)")
     parser.add_argument("--prompts", type=Path, help="JSONL of training prompts (default: those of the package)")
     parser.add_argument("--heldout", type=Path, help="JSONL of prompts that hit rates are measured on (default: the package's)")
+    parser.add_argument(
+        "--stage", type=int, choices=(1, 2), default=1, help="1: heads on the frozen backbone; 2: a LoRA adapter on it as well"
+    )
+    parser.add_argument("--heads", type=Path, help="heads to go on from (stage 2 needs them)")
     parser.add_argument("--kind", choices=("grounded", "medusa"), default="grounded", help="form of the heads")
     parser.add_argument("--num-heads", type=int, default=4)
     parser.add_argument("--num-layers", type=int, default=1, help="residual blocks a head")
     parser.add_argument("--draft-vocab-size", type=int, default=4096, help="tokens that heads can propose")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, help="default: 8 in stage 1, 1 in stage 2")
     parser.add_argument("--batch-size", type=int, default=512)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, help="default: 2e-3 in stage 1; in stage 2 the adapter's, 5e-4")
     parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--autocast", action="store_true", help="train in bfloat16, for processors that have it")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapter in stage 2")
+    parser.add_argument("--batch-tokens", type=int, default=1024, help="tokens of a step in stage 2")
+    parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="stage 2 ends, its schedule complete, after so long")
     parser.add_argument("--max-new-tokens", type=int, default=400, help="length of an answer at most")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the answers to training prompts (default: greedy)")
     parser.add_argument("--slots", type=int, default=48, help="answers generated at a time")
     parser.add_argument("--tree-rows", type=int, default=5, help="rows of the tree that is stored with the heads")
     parser.add_argument("--device", default="cpu", help="torch device that trains the heads")
@@ -73,91 +87,116 @@ def run(args: argparse.Namespace) -> int:
     """Train and print the hit rates."""
     from .extras import quiet_libraries, require
 
-    require("export")
+    require("export" if args.stage == 1 else "train")
     quiet_libraries()
     from ..calibration.train import TrainConfig
+    from ..runtime.errors import UsageError
     from .console import emit
 
-    same = ("model", "output", "prompts", "heldout", "max_new_tokens", "slots", "tree_rows", "device", "force")
+    same = ("model", "output", "prompts", "heldout", "max_new_tokens", "temperature", "slots", "tree_rows", "device", "force")
     work = args.work or args.output.with_name(args.output.name + ".work")
     plan = TrainPlan(work=work, **{name: getattr(args, name) for name in same})
-    config = TrainConfig(**{name: getattr(args, name) for name in TrainConfig.__dataclass_fields__})
-    report = train(plan, config)
-    emit(hit_rate_table(report["hit_rates"]), report, args.json)
+    given = {name: value for name in ("epochs", "learning_rate") if (value := getattr(args, name)) is not None}
+    shared = ("weight_decay", "dropout", "seed", "autocast")
+    if args.stage == 1:
+        names = ("kind", "num_heads", "num_layers", "draft_vocab_size", "batch_size", *shared)
+        report = train(plan, TrainConfig(**{name: getattr(args, name) for name in names}, **given), args.heads)
+        text = hit_rate_table(report["hit_rates"])
+    else:
+        from ..calibration.finetune import FinetuneConfig
+        from .train_backbone import quality_table, train_backbone
+
+        if args.heads is None:
+            raise UsageError("the second stage needs heads to begin with", hint="give --heads: what the first stage made")
+        chosen = ("rank", "batch_tokens", "time_limit", *shared)
+        config = FinetuneConfig(alpha=2.0 * args.rank, **{name: getattr(args, name) for name in chosen}, **given)
+        report = train_backbone(plan, args.heads, config)
+        text = f"{hit_rate_table(report['hit_rates'])}\n\n{quality_table(report)}"
+    emit(text, report, args.json)
     return 0
 
 
-def train(plan: TrainPlan, config: TrainConfig) -> dict[str, Any]:
-    """Train heads into ``plan.output`` and return the report that is stored with them.
+def train(plan: TrainPlan, config: TrainConfig, start: Path | None = None) -> dict[str, Any]:
+    """Train heads into ``plan.output`` and return the report that is stored with them. ``start``: heads to go on from.
 
     Raises:
-        TrainingError: no data, or a work folder of another run.
+        TrainingError: no data, a work folder of another run, or ``start`` doesn't have the config's form.
         BundleExistsError: the output exists and ``plan.force`` is false.
         CheckpointError, UnsupportedArchitectureError: the backbone can't be exported.
     """
-    from ..calibration.hit_rates import find_hits, platt_scaling, rates_by_path, rates_by_rank
-    from ..calibration.train import load_examples, train_heads
+    from ..calibration.examples import load_examples
+    from ..calibration.train import train_heads
     from ..export.backbone import load_backbone
     from ..runtime.bundle import refuse_existing
-    from ..runtime.heads_file import write_heads
-    from ..runtime.session import load
-    from ..runtime.tree import tree_of_paths
+    from ..runtime.heads_file import read_heads_folder, write_heads
     from .console import Progress
-    from .prompt_source import packaged_prompts
 
     refuse_existing(plan.output, force=plan.force)
-    _claim(plan)
-    session = load(_backbone_bundle(plan), slots=plan.slots, variant="cpu")
-    tokens = {}
-    for part, path in (("train", plan.prompts), ("heldout", plan.heldout)):
-        tokens[part] = _answer(session, path or packaged_prompts(part), plan, config.seed, part)
-    del session
+    before = None if start is None else read_heads_folder(start)
+    claim(plan)
+    _, tokens, _ = answer_prompts(backbone_bundle(plan, "backbone", None), plan, config.seed)
     backbone = load_backbone(plan.model, "fp32", plan.capacity).module
-    embedding, output_weight = backbone.get_input_embeddings().weight.detach(), backbone.get_output_embeddings().weight.detach()
-    examples, heldout = (load_examples(plan.work / part, config.num_heads) for part in ("train", "heldout"))
     with Progress("training") as progress:
         heads = train_heads(
-            examples,
-            embedding,
-            output_weight,
+            load_examples(plan.work / "train", config.num_heads),
+            backbone.get_input_embeddings().weight.detach(),
+            backbone.get_output_embeddings().weight.detach(),
             config,
+            start=before,
             checkpoint=plan.work / f"checkpoint-{config.kind}-{config.num_layers}.pt",
             device=plan.device,
             progress=lambda step, total, loss: progress.update(step, note=f"loss {loss:.3f}", total=total),
         )
-    ranks = min(RANKS, heads.config.draft_vocab_size)
-    found = {
-        part: find_hits(heads, data, embedding, output_weight, ranks)
-        for part, data in (("train", examples), ("heldout", heldout))
-    }
-    path_rates = rates_by_path(found["heldout"])
-    tree = tree_of_paths(path_rates, plan.tree_rows)
     report = {
         "tokens": tokens,
         "training": asdict(config),
         "data": {part: json.loads((plan.work / part / "data.json").read_text("utf-8")) for part in ("train", "heldout")},
+        **measure_heads(heads, {part: plan.work / part for part in ("train", "heldout")}, backbone, plan.tree_rows),
+    }
+    write_heads(heads, plan.output, report, force=plan.force)
+    return report
+
+
+def measure_heads(heads: HeadSet, answers: Mapping[str, Path], backbone: Any, tree_rows: int) -> dict[str, Any]:
+    """Hit rates on each folder of answers; paths, scaling and tree from those called ``heldout``.
+
+    ``backbone``: the module whose embeddings the heads use.
+    """
+    from ..calibration.examples import load_examples
+    from ..calibration.hit_rates import find_hits, platt_scaling, rates_by_path, rates_by_rank
+    from ..runtime.tree import tree_of_paths
+
+    embedding, output_weight = backbone.get_input_embeddings().weight.detach(), backbone.get_output_embeddings().weight.detach()
+    ranks = min(RANKS, heads.config.draft_vocab_size)
+    found = {
+        part: find_hits(heads, load_examples(folder, heads.config.num_heads), embedding, output_weight, ranks)
+        for part, folder in answers.items()
+    }
+    path_rates = rates_by_path(found["heldout"])
+    tree = tree_of_paths(path_rates, tree_rows)
+    return {
         "hit_rates": {part: rates_by_rank(hits, ranks).round(4).tolist() for part, hits in found.items()},
         "path_rates": [[list(path), round(path_rates[path], 5)] for path in tree_of_paths(path_rates, _RATED_PATHS).paths[1:]],
         "platt_scaling": platt_scaling(found["heldout"]),
         "tree": tree.choices(),
         "expected_acceptance_length": round(1 + sum(path_rates[path] for path in tree.paths[1:]), 3),
     }
-    write_heads(heads, plan.output, report, force=plan.force)
-    return report
 
 
 def hit_rate_table(rates: dict[str, list[list[float]]]) -> str:
-    """Top-1 and top-5 hit rate of each head, on training and on held-out answers."""
+    """Top-1 and top-5 hit rate of each head, on held-out answers and, where they were counted, on training answers."""
     from .console import table
 
-    def cells(part: str, head: int) -> list[str]:
-        return [f"{rates[part][head][0]:.3f}", f"{sum(rates[part][head][:5]):.3f}"]
+    parts = [part for part in ("train", "heldout") if part in rates]
+    rows = [
+        [str(head + 1), *(f"{value:.3f}" for part in parts for value in (rates[part][head][0], sum(rates[part][head][:5])))]
+        for head in range(len(rates["heldout"]))
+    ]
+    titles = {"train": "train", "heldout": "held-out"}
+    return table(rows, ["head", *(f"{titles[part]} {top}" for part in parts for top in ("top-1", "top-5"))])
 
-    rows = [[str(head + 1), *cells("train", head), *cells("heldout", head)] for head in range(len(rates["train"]))]
-    return table(rows, ["head", "train top-1", "train top-5", "held-out top-1", "held-out top-5"])
 
-
-def _claim(plan: TrainPlan) -> None:
+def claim(plan: TrainPlan) -> None:
     """A work folder belongs to one model: refuse to mix its answers with another's."""
     from ..runtime.errors import TrainingError
 
@@ -169,29 +208,59 @@ def _claim(plan: TrainPlan) -> None:
         raise TrainingError(f"{plan.work} belongs to a run with {found}", hint="give another --work folder")
 
 
-def _backbone_bundle(plan: TrainPlan) -> Path:
+def backbone_bundle(plan: TrainPlan, name: str, heads: Path | None) -> Session:
+    """The bundle ``name`` in the work folder, loaded to answer many prompts at a time; exported where there is none.
+
+    One with ``heads`` is exported anew: they may be other ones than before.
+    """
     from ..export.exporter import export_bundle
+    from ..runtime.session import load
     from .console import Progress
 
-    bundle = plan.work / "backbone"
-    if not bundle.exists():
-        with Progress("exporting the backbone") as progress:
-            export_bundle(plan.model, None, bundle, batch=plan.slots, capacity=plan.capacity, report=progress.phase)
-    return bundle
+    bundle = plan.work / name
+    if heads is not None or not bundle.exists():
+        with Progress(f"exporting {name}") as progress:
+            export_bundle(
+                plan.model, heads, bundle, batch=plan.slots, capacity=plan.capacity, force=True, report=progress.phase
+            )
+    return load(bundle, slots=plan.slots, variant="cpu")
 
 
-def _answer(session: Session, path: Path, plan: TrainPlan, seed: int, part: str) -> int:
+def answer_prompts(
+    session: Session, plan: TrainPlan, seed: int
+) -> tuple[list[list[int]], dict[str, int], list[tuple[list[int], list[int]]]]:
+    """Let the backbone answer both prompt files into the work folder.
+
+    Returns the training prompts, the number of answered tokens of each part, and the held-out prompts with their answers.
+    """
+    from ..calibration.distill import iter_shards
+
+    prompts, tokens = {}, {}
+    for part in ("train", "heldout"):
+        prompts[part], tokens[part] = answer(session, plan, part, seed)
+    answers = {each.prompt: each.tokens.tolist() for shard in iter_shards(plan.work / "heldout") for each in shard}
+    return prompts["train"], tokens, [(prompt, answers[index]) for index, prompt in enumerate(prompts["heldout"])]
+
+
+def answer(
+    session: Session, plan: TrainPlan, part: str, seed: int = 0, folder: str | None = None
+) -> tuple[list[list[int]], int]:
+    """Answer one prompt file into a folder of the work folder (None: ``part``). Returns prompts and the number of tokens."""
     from ..calibration.distill import distill
     from ..runtime.prompts import read_prompts
     from .console import Progress
+    from .prompt_source import packaged_prompts
 
+    path = (plan.prompts if part == "train" else plan.heldout) or packaged_prompts(part)
     prompts = [session.encode(line.request()) for line in read_prompts(path)]
     with Progress(f"answering {part} prompts", len(prompts)) as progress:
-        return distill(
+        count = distill(
             session,
             prompts,
-            plan.work / part,
+            plan.work / (folder or part),
             max_new_tokens=plan.max_new_tokens,
+            temperature=plan.temperature if part == "train" else 0.0,
             seed=seed,
             progress=lambda done, total, tokens: progress.update(done, note=f"{tokens:,} tokens"),
         )
+    return prompts, count

@@ -17,6 +17,7 @@ from support.tiny import HEADS, HIDDEN, VOCAB
 
 torch: Any = pytest.importorskip("torch")
 
+from medusa_deploy.calibration.examples import IGNORE, Examples  # noqa: E402
 from medusa_deploy.calibration.hit_rates import (  # noqa: E402
     MISS,
     NO_LABEL,
@@ -26,7 +27,7 @@ from medusa_deploy.calibration.hit_rates import (  # noqa: E402
     platt_scaling,
     rates_by_path,
 )
-from medusa_deploy.calibration.train import IGNORE, Examples, TrainableHeads, TrainConfig  # noqa: E402
+from medusa_deploy.calibration.trainable import TrainableHeads  # noqa: E402
 from medusa_deploy.export.heads import HeadStack  # noqa: E402
 from support.learnable import hit_rates  # noqa: E402
 
@@ -93,7 +94,7 @@ def test_trained_exported_and_counted_heads_compute_the_same(kind: Any, layers: 
     torch.manual_seed(0)
     embedding, output_weight = torch.randn(_V, _H), torch.randn(_V, _H)
     token_map = torch.tensor([1, 2, 3, 5, 8, 13])
-    config = TrainConfig(kind=kind, num_heads=_K, num_layers=layers)
+    config = HeadConfig(kind, _K, layers, _H, len(token_map), "pruned")
     sizes = [2.0 ** torch.randint(-3, 4, (_H,)) for _ in range(2)]  # powers of two: half precision keeps the quotients
     trained = TrainableHeads(config, embedding, output_weight[token_map], *sizes).eval()
     for parameter in trained.parameters():

@@ -12,7 +12,8 @@ torch = pytest.importorskip("torch")
 
 from medusa_deploy.calibration import distill as distill_module  # noqa: E402
 from medusa_deploy.calibration.distill import Answer  # noqa: E402
-from medusa_deploy.calibration.train import IGNORE, Examples, draft_vocabulary, load_examples, train_heads  # noqa: E402
+from medusa_deploy.calibration.examples import IGNORE, Examples, draft_vocabulary, load_examples  # noqa: E402
+from medusa_deploy.calibration.train import train_heads  # noqa: E402
 from medusa_deploy.runtime.errors import TrainingError  # noqa: E402
 from medusa_deploy.runtime.heads import HeadSet  # noqa: E402
 from support.learnable import CONFIG, HEADS, HIDDEN, VOCAB, backbone, examples, hit_rates, same_tensors  # noqa: E402

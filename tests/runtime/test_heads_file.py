@@ -136,7 +136,7 @@ def test_a_broken_config_is_refused(folder: Path, config: bytes, message: str) -
 
 def test_a_newer_format_is_refused(folder: Path) -> None:
     rewrite_config(folder, format_version=FORMAT_VERSION + 1)
-    with pytest.raises(HeadsError, match="format version 2; this program reads up to 1"):
+    with pytest.raises(HeadsError, match="format version 3; this program reads up to 2"):
         read_heads_folder(folder)
 
 

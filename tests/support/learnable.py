@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from medusa_deploy.calibration.examples import Examples
 from medusa_deploy.calibration.hit_rates import find_hits, rates_by_rank
-from medusa_deploy.calibration.train import Examples, TrainConfig
+from medusa_deploy.calibration.train import TrainConfig
 
 VOCAB, HIDDEN, HEADS = 16, 32, 2
 CONFIG = TrainConfig(

@@ -87,3 +87,48 @@ def test_an_existing_output_is_refused_before_any_work(tiny_model: Path, tmp_pat
     with pytest.raises(BundleExistsError):
         verb.train(verb.TrainPlan(tiny_model, tmp_path / "heads", tmp_path / "work"), TrainConfig())
     assert not (tmp_path / "work").exists()
+
+
+def test_the_second_stage_makes_heads_that_are_exported_with_their_adapter(
+    arguments: list[str], report: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from medusa_deploy.runtime import load
+
+    stage_1, output = arguments[-1], tmp_path / "tuned"
+    files = [arguments[index] for flag in ("--prompts", "--heldout", "--work") for index in range(len(arguments))
+             if arguments[index] == flag or arguments[index - 1] == flag]  # fmt: skip
+    common = ["train", arguments[1], *files, "--slots", "4", "--max-new-tokens", "16", "--stage", "2", "-o", str(output)]
+    assert main(common) == 1
+    assert "--heads" in capsys.readouterr().err
+    sizes = ["--rank", "2", "--batch-tokens", "64"]
+    assert main([*common, "--heads", stage_1, *sizes, "--json", str(tmp_path / "report.json")]) == 0
+    made = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert made["stage"] == 2
+    assert set(made["quality"]["tuned"]) == {"the backbone's own answers"}  # no tokenizer, so no prose
+    assert len(made["hit_rates"]["heldout"]) == 4
+    assert len(made["answers"]) == 4
+    assert "perplexity" in capsys.readouterr().out
+    assert main(["export", arguments[1], "--heads", str(output), "-o", str(tmp_path / "bundle"), "--capacity", "64"]) == 0
+    assert "adapter (rank 2) is merged" in capsys.readouterr().out
+    bundle = load(tmp_path / "bundle")
+    assert bundle.manifest.provenance["adapter"]["rank"] == 2
+    assert bundle.generate(token_ids=[5, 6, 7], max_new_tokens=8).token_ids
+    assert main([*common, "--heads", str(output), "--force"]) == 1
+    assert "already has an adapter" in capsys.readouterr().err
+    assert main(["export", arguments[1], "--heads", str(output), "-o", str(tmp_path / "linked"), "--weights", "linked"]) == 1
+    assert "adapter" in capsys.readouterr().err
+
+
+def test_the_first_stage_goes_on_from_heads_and_samples_answers(
+    arguments: list[str], report: dict[str, object], tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    more_options = ["--heads", arguments[-1], "--temperature", "0.7", "--work", str(work)]
+    options = [*arguments[:-1], str(tmp_path / "more"), *more_options]
+    assert main([*options, "--epochs", "1"]) == 0
+    described = {part: json.loads((work / part / "data.json").read_text("utf-8")) for part in ("train", "heldout")}
+    assert (described["train"]["temperature"], described["heldout"]["temperature"]) == (0.7, 0.0)
+    first, more = read_heads(Path(arguments[-1])).heads, read_heads(tmp_path / "more").heads
+    assert more.token_map is not None
+    assert np.array_equal(more.token_map, first.token_map)
+    assert main([*options, "--force", "--kind", "medusa"]) == 1

@@ -1,0 +1,35 @@
+"""Perplexity: how well a causal LM predicts given tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from ..runtime.errors import TrainingError
+
+
+def perplexity(module: Any, sequences: Iterable[tuple[Sequence[int], int]], device: str = "cpu") -> float:
+    """Exp of the mean negative log-likelihood in nats over all predicted tokens of all sequences.
+
+    ``sequences``: token ids, and how many of them (at least 1) are given and not predicted.
+
+    Raises:
+        TrainingError: nothing is predicted, or the result isn't finite.
+    """
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for tokens, given in sequences:
+            assert given >= 1
+            if len(tokens) <= given:
+                continue
+            ids = torch.tensor([list(tokens)], device=device)
+            logits = module(input_ids=ids[:, :-1], use_cache=False).logits[0, given - 1 :]
+            total += float(functional.cross_entropy(logits.float(), ids[0, given:], reduction="sum"))
+            count += len(tokens) - given
+    if not count or not math.isfinite(total):
+        raise TrainingError(f"the log-likelihood of {count} tokens is {total}", hint="give longer texts, and check the weights")
+    return math.exp(total / count)

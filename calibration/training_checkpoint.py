@@ -1,0 +1,61 @@
+"""A training run on disk: what it needs to go on after an interruption, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..runtime.bundle import output_error
+from ..runtime.errors import TrainingError
+
+_AGAIN = "remove it, or train with the same settings"
+
+
+def save_checkpoint(path: Path, settings: Mapping[str, Any], done: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+    """Write the state of ``parts`` (anything with ``state_dict``) and how far the run is.
+
+    Raises:
+        OutputError: the file system refused; an older checkpoint is still there.
+    """
+    temporary = path.with_suffix(".partial")
+    states = {name: part.state_dict() for name, part in parts.items()}
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"settings": dict(settings), "done": dict(done), "states": states}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise output_error(path, error) from error
+
+
+def resume_checkpoint(path: Path, settings: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Load ``parts`` from ``path`` and return how far the run was; empty when there is no such file.
+
+    Raises:
+        TrainingError: the file is damaged, or belongs to a run with other settings.
+    """
+    if not path.exists():
+        return {}
+    try:
+        saved = torch.load(path, weights_only=True)
+    except Exception as error:  # unpickling fails in as many ways as there are damaged files
+        raise TrainingError(f"{path} can't be read: {type(error).__name__}", hint="remove it: training starts anew") from error
+    found = saved.get("settings") if isinstance(saved, dict) else None
+    if not isinstance(found, dict) or found != dict(settings):
+        names = sorted(settings) if not isinstance(found, dict) else _different(found, settings)
+        raise TrainingError(f"{path} belongs to a run with other settings: {', '.join(names)}", hint=_AGAIN)
+    for name, part in parts.items():
+        part.load_state_dict(saved["states"][name])
+    return dict(saved["done"])
+
+
+def _different(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    names = sorted(found.keys() | settings.keys())
+    pairs = {name: (found.get(name), settings.get(name)) for name in names}
+    return [f"{name} {there!r} there, {here!r} here" for name, (there, here) in pairs.items() if there != here]
