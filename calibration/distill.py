@@ -7,7 +7,6 @@ computed twice. Finished answers go to disk in shards, and a run that was interr
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 
 from ..runtime.errors import TrainingError
 from ..runtime.json_file import read_json_file
+from ..runtime.prompts import prompts_digest
 from ..runtime.sampling import SamplingParams
 from ..runtime.session import Request, Session
 
@@ -53,8 +53,7 @@ def describe(
 ) -> DataDescription:
     """The description of the data that :func:`distill` makes from the same arguments."""
     weights = next(record.sha256 for name, record in session.manifest.files.items() if name.endswith("weights.bin"))
-    digest = hashlib.sha256(json.dumps([list(map(int, prompt)) for prompt in prompts]).encode()).hexdigest()
-    return DataDescription(digest, len(prompts), weights, max_new_tokens, temperature, seed)
+    return DataDescription(prompts_digest(prompts), len(prompts), weights, max_new_tokens, temperature, seed)
 
 
 def distill(
@@ -126,6 +125,11 @@ def _write_shard(output: Path, answers: list[Answer]) -> None:
     with temporary.open("wb") as file:
         np.savez(file, **arrays)
     os.replace(temporary, path)
+
+
+def answers_by_prompt(folder: Path) -> dict[int, list[int]]:
+    """Token ids of every answer on disk, by the index of its prompt."""
+    return {answer.prompt: answer.tokens.tolist() for shard in iter_shards(folder) for answer in shard}
 
 
 def iter_shards(folder: Path) -> Iterator[list[Answer]]:

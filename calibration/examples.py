@@ -57,10 +57,15 @@ def draft_vocabulary(tokens: Tensor, size: int) -> Tensor:
     return torch.sort(values[order])[0]
 
 
-def draft_labels(labels: Tensor, token_map: Tensor, vocab_size: int) -> Tensor:
-    """``labels`` (token ids or IGNORE) as indices into the draft vocabulary; IGNORE where that lacks them."""
-    to_draft = torch.full((vocab_size,), IGNORE)
-    to_draft[token_map] = torch.arange(len(token_map))
+def draft_indices(token_map: Tensor, vocab_size: int) -> Tensor:
+    """Index into the draft vocabulary of every token id, int64 [V]; IGNORE where it lacks the token."""
+    indices = torch.full((vocab_size,), IGNORE)
+    indices[token_map] = torch.arange(len(token_map))
+    return indices
+
+
+def draft_labels(labels: Tensor, to_draft: Tensor) -> Tensor:
+    """``labels`` (token ids or IGNORE) as indices into the draft vocabulary (``to_draft``: :func:`draft_indices`)."""
     return torch.where(labels >= 0, to_draft[labels.clamp(min=0)], IGNORE)
 
 

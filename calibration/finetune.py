@@ -22,7 +22,7 @@ from ..runtime.errors import TrainingError
 from ..runtime.heads import HeadSet
 from .adapter import adapter_files, adapter_parameters, add_adapter
 from .divergence import mean_divergence
-from .examples import draft_labels, root_mean_square
+from .examples import draft_indices, draft_labels
 from .sequences import AnsweredPrompt, Batch, make_batch, plan_batches
 from .trainable import TrainableHeads, check_trainable, loss_weights
 from .training_checkpoint import resume_checkpoint, save_checkpoint
@@ -163,15 +163,10 @@ class _Run:
         self.token_map = torch.from_numpy(start.token_map)
         self.lora = add_adapter(module, config.rank, config.alpha)
         self.module = module.eval().to(device)
-        hidden = torch.from_numpy(sequences[0].hidden) if len(sequences) == 1 else _sample(sequences)
-        roots = torch.unique(torch.cat([torch.from_numpy(sequence.tokens) for sequence in sequences]))
-        self.heads = TrainableHeads(
-            start.config,
-            embedding.float(),
-            output.weight.detach()[self.token_map].float(),
-            root_mean_square(hidden),
-            root_mean_square(embedding[roots]),
-            config.dropout,
+        self.to_draft = draft_indices(self.token_map, len(output.weight))
+        roots = torch.cat([torch.from_numpy(sequence.tokens) for sequence in sequences])
+        self.heads = TrainableHeads.on_backbone(
+            start.config, embedding, output.weight.detach(), self.token_map, _sample(sequences), roots, config.dropout
         )
         self.heads.load(start)
         self.heads.to(device).train()
@@ -189,7 +184,7 @@ class _Run:
             group["lr"] = rate * factor * config.learning_rate
         chosen = torch.randperm(len(batch.rows))[: max(1, round(config.kl_share * len(batch.rows)))]
         output = self.module.get_output_embeddings()
-        labels = draft_labels(batch.labels, self.token_map, len(output.weight)).to(self.device)
+        labels = draft_labels(batch.labels, self.to_draft).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast):
             states = self.module.base_model(input_ids=batch.ids.to(self.device), use_cache=False).last_hidden_state
             hidden = states.flatten(0, 1)[batch.rows.to(self.device)].float()

@@ -1,4 +1,4 @@
-"""How often heads are right: by rank, by path of ranks, and by how sure they are."""
+"""Where heads are right (how often: :mod:`..runtime.hits`), and how sure they may be."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..runtime.heads import HeadSet
-from ..runtime.hits import MISS, NO_LABEL, path_rates, rank_rates
-from ..runtime.tree import RankPath
+from ..runtime.hits import MISS, NO_LABEL
 from .examples import Examples
 
 _PRIOR = 1.0
@@ -72,19 +71,6 @@ def find_hits(
                 found.ranks[part, head] = np.where(labels[:, head].numpy() >= 0, rank, NO_LABEL)
                 found.log_probs[part, head] = best.values.numpy()
     return found
-
-
-def rates_by_rank(found: Hits, ranks: int = 10) -> np.ndarray:
-    """Share of positions whose label is the candidate of rank r of head h, float64 [K, ranks].
-
-    Each head is counted over all positions that have a label.
-    """
-    return rank_rates(found.ranks, ranks)
-
-
-def rates_by_path(found: Hits) -> dict[RankPath, float]:
-    """How often paths of ranks are right: :func:`..runtime.hits.path_rates`."""
-    return path_rates(found.ranks)
 
 
 def platt_scaling(found: Hits, iterations: int = 30) -> list[tuple[float, float]]:

@@ -36,8 +36,7 @@ class Batch:
 
     ``ids`` int64 [B, L], padded at the end: with causal attention nothing looks there. ``rows`` int64 [n] into the B · L
     positions; ``roots`` int64 [n] the tokens emitted there, ``labels`` int64 [n, K] those after them, IGNORE past the end of an
-    answer;
-    ``hidden`` float16 [n, H] of the backbone that answered.
+    answer; ``hidden`` float16 [n, H] of the backbone that answered.
     """
 
     ids: Tensor

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..runtime.errors import TrainingError
 from ..runtime.heads import HeadConfig, HeadKind, HeadSet
-from .examples import Examples, draft_labels, draft_vocabulary, root_mean_square
+from .examples import Examples, draft_indices, draft_labels, draft_vocabulary
 from .trainable import TrainableHeads, check_trainable, loss_weights
 from .training_checkpoint import resume_checkpoint, save_checkpoint
 
@@ -62,15 +62,10 @@ def train_heads(
         _check_start(start, config, output_weight)
     known = None if start is None else start.token_map
     token_map = draft_vocabulary(examples.roots, config.draft_vocab_size) if known is None else torch.from_numpy(known)
-    labels = draft_labels(examples.labels, token_map, len(output_weight))
-    hidden_size = output_weight.shape[1]
-    heads = TrainableHeads(
-        HeadConfig(config.kind, config.num_heads, config.num_layers, hidden_size, len(token_map), "pruned"),
-        embedding.float(),
-        output_weight[token_map].float(),
-        root_mean_square(examples.hidden),
-        root_mean_square(embedding[torch.unique(examples.roots)]),
-        config.dropout,
+    labels = draft_labels(examples.labels, draft_indices(token_map, len(output_weight)))
+    form = HeadConfig(config.kind, config.num_heads, config.num_layers, output_weight.shape[1], len(token_map), "pruned")
+    heads = TrainableHeads.on_backbone(
+        form, embedding, output_weight, token_map, examples.hidden, examples.roots, config.dropout
     )
     if start is not None:
         heads.load(start)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ..runtime.errors import TrainingError
 from ..runtime.heads import HeadConfig, HeadSet
-from .examples import IGNORE
+from .examples import IGNORE, root_mean_square
 
 LOSS_DECAY = 0.8
 
@@ -52,6 +52,24 @@ class TrainableHeads(nn.Module):
         self.blocks = nn.ModuleList(nn.ModuleList(layers) for layers in self._layers)
         for parameter in self.blocks.parameters():
             nn.init.zeros_(parameter)
+
+    @classmethod
+    def on_backbone(
+        cls,
+        config: HeadConfig,
+        embedding: Tensor,
+        output_weight: Tensor,
+        token_map: Tensor,
+        hidden: Tensor,
+        roots: Tensor,
+        dropout: float,
+    ) -> TrainableHeads:
+        """Over the rows of a backbone's output weight that ``token_map`` int64 [V'] names.
+
+        ``embedding`` and ``output_weight`` [V, H] are the backbone's; ``hidden`` [n, H] and ``roots`` int64: what is trained on.
+        """
+        sizes = root_mean_square(hidden), root_mean_square(embedding[torch.unique(roots)])
+        return cls(config, embedding.float(), output_weight[token_map].float(), *sizes, dropout)
 
     def forward(self, hidden: Tensor, roots: Tensor) -> list[Tensor]:
         """Draft logits [n, V'] of each head; hidden [n, H], roots int64 [n]."""

@@ -14,7 +14,6 @@ import numpy as np
 
 from .. import __version__
 from ..runtime import step_io
-from ..runtime.adapter_file import Adapter
 from ..runtime.bundle import record_files, sha256, staged_folder
 from ..runtime.draft import PlattScaling
 from ..runtime.errors import UsageError
@@ -54,13 +53,12 @@ def export_bundle(
     max_rows: int = 64,
     prefill_chunk: int = 256,
     force: bool = False,
-    adapter: Adapter | None = None,
     report: Report = lambda phase: None,
 ) -> dict[str, Any]:
     """Write a bundle and return what was measured on the way.
 
     ``heads``: a file or folder in any layout of :mod:`.head_layouts`; None exports the backbone alone (it decodes plainly).
-    An adapter that the heads were trained with is merged into the backbone; ``adapter`` is one to merge without heads.
+    An adapter that the heads were trained with is merged into the backbone.
     ``weights``: ``copied`` into the bundle in the layout that engines like best, or ``linked``: the checkpoint's own safetensors
     become files of the bundle (hard links where the file system has them) and are never in memory as a whole.
     ``capacity``: tokens a slot holds, prompt and answer together. ``batch``: slots at most. ``report`` is told each phase.
@@ -82,7 +80,7 @@ def export_bundle(
         folder = staging / ONNX
         folder.mkdir()
         read = None if heads is None else read_heads(heads)
-        adapter = adapter if read is None else read.adapter
+        adapter = None if read is None else read.adapter
         refuse_linked_adapter(weights, adapter)
         report("loading the backbone" if adapter is None else "loading the backbone and merging its adapter")
         hashes: dict[Path, Future[str]] = {}

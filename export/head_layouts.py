@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.adapter_file import Adapter, read_adapter
+from ..runtime.adapter_file import Adapter
 from ..runtime.draft import PlattScaling
 from ..runtime.errors import HeadsError, HeadsMismatchError
 from ..runtime.heads import HeadConfig, HeadSet, Projection
@@ -36,8 +36,8 @@ from ..runtime.heads_file import (
     TENSORS_NAME,
     check_tensors,
     named_trees,
+    open_heads_folder,
     platt_scaling,
-    read_heads_folder,
     read_json,
 )
 from .head_names import HeadNames, find_names
@@ -80,11 +80,10 @@ def read_heads(source: Path | str) -> ReadHeads:
     folder = source if source.is_dir() else source.parent
     config, warnings = _config(folder)
     if config.get("format") == FORMAT and (source.is_dir() or source.name == TENSORS_NAME):
-        heads = read_heads_folder(folder)
+        heads, adapter = open_heads_folder(folder)
         count = heads.config.num_heads
         measured: dict[str, Any] = {name: config[name] for name in ("hit_rates", "path_rates") if name in config}
-        scaling = platt_scaling(config, count)
-        trees, adapter = named_trees(config, count), read_adapter(folder, config)
+        trees, scaling = named_trees(config, count), platt_scaling(config, count)
         return ReadHeads(heads, "g", trees=trees, measured=measured, platt_scaling=scaling, adapter=adapter)
     with find_tensors(source) as files:
         names = find_names(files.parts, source)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .errors import BundleSchemaError
+from .errors import BundleIntegrityError, BundleSchemaError
 from .plan_file import Compression, parse_compression
 from .weight_inputs import WeightInput, parse_weight_inputs
 
@@ -103,6 +103,16 @@ class EngineRecord:
 
 # What a record of version 1 didn't say: it was always built from the standard graph, which carries no rows.
 _ADDED_IN_2 = {"variant": "standard", "features": [], "sources": {}, "versions": {}, "logs": {}, "weight_inputs": []}
+
+
+def check_record_size(name: str, size: int) -> None:
+    """Refuse a record that is too large to be one before it is read.
+
+    Raises:
+        BundleIntegrityError: more than ``MAX_RECORD_BYTES``.
+    """
+    if size > MAX_RECORD_BYTES:
+        raise BundleIntegrityError(f"{name} is over the limit of {MAX_RECORD_BYTES} bytes", hint="don't use this bundle")
 
 
 def parse_engine_record(text: str | bytes) -> EngineRecord:

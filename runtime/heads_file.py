@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .adapter_file import FIELD, FOLDER, AdapterFiles, read_adapter
+from .adapter_file import FIELD, FOLDER, Adapter, AdapterFiles, read_adapter
 from .bundle import staged_folder
 from .draft import PlattScaling, parse_platt_scaling
 from .errors import HeadsError, MissingDependencyError, TreeError
@@ -73,7 +73,12 @@ def write_heads(
 
 
 def read_heads_folder(folder: Path | str) -> HeadSet:
-    """Read heads that :func:`write_heads` wrote.
+    """Heads that :func:`write_heads` wrote, without the adapter that they may need: see :func:`open_heads_folder`."""
+    return open_heads_folder(folder)[0]
+
+
+def open_heads_folder(folder: Path | str) -> tuple[HeadSet, Adapter | None]:
+    """Read heads that :func:`write_heads` wrote, and find the adapter that they need.
 
     Raises:
         HeadsError: not such a folder, a newer format, a damaged file, tensors that don't match their config, or the adapter that
@@ -82,7 +87,7 @@ def read_heads_folder(folder: Path | str) -> HeadSet:
     folder = Path(folder)
     raw = read_heads_config(folder)
     config = config_from_json(raw)
-    read_adapter(folder, raw)
+    adapter = read_adapter(folder, raw)
     path = folder / TENSORS_NAME
     if not path.is_file():
         raise HeadsError(f"{path} is missing", hint=_AGAIN)
@@ -102,7 +107,7 @@ def read_heads_folder(folder: Path | str) -> HeadSet:
         raise HeadsError(f"{path} can't be read: {error}", hint="the file is damaged or truncated: copy it again") from error
     heads = HeadSet(config, tensors)
     check_tensors(heads)
-    return heads
+    return heads, adapter
 
 
 def read_heads_config(folder: Path | str) -> dict[str, Any]:

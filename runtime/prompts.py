@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,11 @@ class PromptLine:
     def request(self, **options: Any) -> Request:
         """The request that this line asks for; ``options`` are other fields of :class:`.request.Request`."""
         return Request(prompt=self.prompt, messages=self.messages, token_ids=self.token_ids, **options)
+
+
+def prompts_digest(prompts: Sequence[Sequence[int]]) -> str:
+    """Sha256 (hex) of prompts given as token ids: the same in every record that says which prompts were used."""
+    return hashlib.sha256(json.dumps([list(map(int, prompt)) for prompt in prompts]).encode()).hexdigest()
 
 
 def read_prompts(path: Path | str) -> list[PromptLine]:

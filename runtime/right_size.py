@@ -47,18 +47,17 @@ class RightSize:
 
     def plan(self, sequences: list[Sequence]) -> None:
         """Set ``rows`` and ``heads`` of every open sequence's drafter for the step that is next."""
-        drafters = [s.drafter for s in sequences if isinstance(s.drafter, AutoRows)]
-        if not drafters:
+        open_ones = [(s, s.drafter) for s in sequences if isinstance(s.drafter, AutoRows)]
+        if not open_ones:
             return
+        drafters = [drafter for _, drafter in open_ones]
         cost = self._cost(sequences)
         fixed = [s.drafter for s in sequences if not isinstance(s.drafter, AutoRows)]
         paces = [drafter.beliefs.pace() for drafter in drafters]
         pace = sum(paces)
         least = _LEAST_CHANCE if len(sequences) > 1 else max(pace * cost.least_slope, _LEAST_CHANCE)
         goes_on = False
-        for sequence, own in zip((s for s in sequences if isinstance(s.drafter, AutoRows)), paces, strict=True):
-            drafter = sequence.drafter
-            assert isinstance(drafter, AutoRows)
+        for (sequence, drafter), own in zip(open_ones, paces, strict=True):
             by_lookup = drafter.rank(sequence.candidates, sequence.remaining - 1, cost.sizes[-1] - 1, least)
             if drafter.has_candidates:
                 worth = _best(drafter.gains, own, cost)[1] - _best(by_lookup, own, cost)[1]
@@ -100,7 +99,7 @@ class RightSize:
         if not open_ones:
             return
         cost = self._cost(sequences)
-        rows, heads = (open_ones[0][1].rows, open_ones[0][1].heads)
+        rows, heads = open_ones[0][1].rows, open_ones[0][1].heads
         taken = cost.of(rows, heads)
         cost.observe(rows, heads, seconds)
         for sequence, drafter, tokens in open_ones:

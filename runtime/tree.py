@@ -153,6 +153,14 @@ def chain(depth: int) -> Tree:
     return Tree.from_choices([(0,) * length for length in range(1, depth + 1)])
 
 
+def expected_acceptance_length(tree: Tree, path_rates: Mapping[RankPath, float]) -> float:
+    """Tokens that a step of ``tree`` emits at a root, on average over the positions that ``path_rates`` were counted at.
+
+    A path that isn't in ``path_rates`` was never right.
+    """
+    return 1 + sum(path_rates.get(path, 0.0) for path in tree.paths[1:])
+
+
 def tree_of_paths(path_rates: Mapping[RankPath, float], rows: int) -> Tree:
     """The tree of at most ``rows`` rows with the largest expected number of accepted tokens.
 

@@ -15,7 +15,7 @@ from typing import Any
 from . import step_io
 from .bundle import Bundle
 from .cuda import Device
-from .engine_record import MAX_RECORD_BYTES, EngineRecord, TensorRecord, parse_engine_record
+from .engine_record import EngineRecord, TensorRecord, check_record_size, parse_engine_record
 from .errors import BundleError, BundleIntegrityError, EngineError, EngineMismatchError, MissingDependencyError, UsageError
 from .plan_file import Compression, plan_bytes
 
@@ -79,8 +79,7 @@ def read_record(bundle: Bundle, target: str, backend: str, version: str, device:
         UsageError: ``backend`` isn't the one that built the engine.
     """
     name = bundle.manifest.engines[target]
-    if bundle.manifest.files[name].size > MAX_RECORD_BYTES:
-        raise BundleIntegrityError(f"{name} is over the limit of {MAX_RECORD_BYTES} bytes", hint="don't use this bundle")
+    check_record_size(name, bundle.manifest.files[name].size)
     record = parse_engine_record(checked_bytes(bundle, name))
     again = f"build it again: medusa-deploy build {bundle.folder} --target {target} --backend {backend} --force"
     if record.backend != backend:

@@ -71,27 +71,8 @@ def _rates(axes: Axes, data: FigureData) -> None:
             drawn = axes.bar(at, bar.tokens_per_s, 0.82, color=_COLOURS[bar.stage, bar.lookup], label=bar.label)
             named.setdefault((bar.stage, bar.lookup), (drawn, bar.label))
             if bar.stage:
-                speedup = f"{bar.speedup:.2f}×"
-                axes.annotate(
-                    speedup,
-                    (at, bar.tokens_per_s),
-                    (0, 13),
-                    textcoords="offset points",
-                    ha="center",
-                    va="bottom",
-                    fontweight="bold",
-                )
-            rate = f"{bar.tokens_per_s:.1f}"
-            axes.annotate(
-                rate,
-                (at, bar.tokens_per_s),
-                (0, 2),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                color=_QUIET,
-                fontsize=9,
-            )
+                _above(axes, (at, bar.tokens_per_s), 13, f"{bar.speedup:.2f}×", fontweight="bold")
+            _above(axes, (at, bar.tokens_per_s), 2, f"{bar.tokens_per_s:.1f}", color=_QUIET, fontsize=9)
             if _differs(bar, group.bars[0]):
                 axes.hlines(bar.plain_tokens_per_s, at - 0.41, at + 0.41, color=_INK, linestyle=":", linewidth=1.2)
             at += 0.94
@@ -103,6 +84,11 @@ def _rates(axes: Axes, data: FigureData) -> None:
     axes.set_ylim(0, 1.24 * max(bar.tokens_per_s for group in data.groups for bar in group.bars))
     axes.set_ylabel("tokens/s, decoding")
     _frame(axes, "How fast", [named[key] for key in sorted(named)], "left", 0.0)
+
+
+def _above(axes: Axes, end: tuple[float, float], points: float, text: str, **style: Any) -> None:
+    """Write ``text`` so many points above the end of a bar."""
+    axes.annotate(text, end, (0, points), textcoords="offset points", ha="center", va="bottom", **style)
 
 
 def _differs(bar: Bar, plain: Bar) -> bool:

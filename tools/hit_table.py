@@ -70,16 +70,7 @@ def count_hits(
         raise UsageError("the bundle has no heads", hint="export it with --heads")
     ranks: list[list[int]] = []
     for index, prompt in enumerate(prompts):
-        tokens: list[int] = []
-        seen: list[tuple[int, np.ndarray]] = []
-
-        def observe(found: Candidates, at: list[int] = tokens, kept: list[tuple[int, np.ndarray]] = seen) -> None:
-            kept.append((len(at), found.tokens))
-
-        recorder = Recorder(heads.top_k, observe)
-        for chunk in session.stream(token_ids=prompt, max_new_tokens=max_new_tokens, drafter=recorder):
-            tokens += chunk.token_ids
-        ranks += [ranks_of(candidates, tokens[at : at + heads.num_heads]) for at, candidates in seen]
+        ranks += _ranks_in_answer(session, prompt, max_new_tokens)
         progress(index + 1, f"{len(ranks)} positions")
     if not ranks:
         raise UsageError("every prompt ended at its first token: there is nothing to count", hint="give other prompts")
@@ -87,6 +78,17 @@ def count_hits(
     rates = path_rates(found)
     kept = {path: rates[path] for path in tree_of_paths(rates, MAX_ROWS).paths[1:]}
     return HitTable(rank_rates(found, heads.top_k), kept, len(found))
+
+
+def _ranks_in_answer(session: Session, prompt: list[int], max_new_tokens: int) -> list[list[int]]:
+    """For each root of the answer: the ranks, by head, of the tokens that came after it."""
+    heads = session.manifest.heads
+    tokens: list[int] = []
+    seen: list[tuple[int, np.ndarray]] = []
+    recorder = Recorder(heads.top_k, lambda found: seen.append((len(tokens), found.tokens)))
+    for chunk in session.stream(token_ids=prompt, max_new_tokens=max_new_tokens, drafter=recorder):
+        tokens.extend(chunk.token_ids)
+    return [ranks_of(candidates, tokens[at : at + heads.num_heads]) for at, candidates in seen]
 
 
 def read_hit_table(path: Path) -> tuple[HitTable, dict[int, float], dict[str, Any]]:

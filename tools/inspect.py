@@ -64,13 +64,12 @@ def inspect_bundle(bundle: Path | str, *, check_hashes: bool = True) -> dict[str
 
 def _engine(bundle: Bundle, name: str) -> dict[str, Any]:
     """Of one engine: its record's path, what the record says, and its plans with the bytes of their files and of the plans."""
-    from ..runtime.engine_record import MAX_RECORD_BYTES, parse_engine_record
+    from ..runtime.engine_record import check_record_size, parse_engine_record
     from ..runtime.errors import BundleError
 
     files = bundle.manifest.files
     try:
-        if files[name].size > MAX_RECORD_BYTES:
-            raise BundleError(f"{name} is over the limit of {MAX_RECORD_BYTES} bytes")
+        check_record_size(name, files[name].size)
         record = parse_engine_record(bundle.path(name).read_bytes())
     except BundleError as error:  # the rest of the bundle can be told all the same
         return {"record": name, "unreadable": error.message}

@@ -12,7 +12,7 @@ import numpy as np
 from ..runtime.executor import Wanted
 from ..runtime.manifest import Manifest
 from ..runtime.session import Session
-from ..runtime.tree import RankPath, Tree, tree_of_paths
+from ..runtime.tree import RankPath, Tree, expected_acceptance_length, tree_of_paths
 from .probe import Probe
 
 MOST_ROWS = 16
@@ -72,7 +72,7 @@ def suggest(rates: Mapping[RankPath, float], milliseconds: Mapping[int, float]) 
     suggestions = []
     for rows, taken in milliseconds.items():
         tree = tree_of_paths(rates, rows)
-        expected = 1 + sum(rates[path] for path in tree.paths[1:])
+        expected = expected_acceptance_length(tree, rates)
         suggestions.append(
             {"rows": rows, "tokens_per_step": expected, "speedup": expected * milliseconds[1] / taken, "choices": tree.choices()}
         )

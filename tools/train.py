@@ -163,8 +163,9 @@ def measure_heads(heads: HeadSet, answers: Mapping[str, Path], backbone: Any, tr
     ``backbone``: the module whose embeddings the heads use.
     """
     from ..calibration.examples import load_examples
-    from ..calibration.hit_rates import find_hits, platt_scaling, rates_by_path, rates_by_rank
-    from ..runtime.tree import tree_of_paths
+    from ..calibration.hit_rates import find_hits, platt_scaling
+    from ..runtime.hits import path_rates, rank_rates
+    from ..runtime.tree import expected_acceptance_length, tree_of_paths
 
     embedding, output_weight = backbone.get_input_embeddings().weight.detach(), backbone.get_output_embeddings().weight.detach()
     ranks = min(RANKS, heads.config.draft_vocab_size)
@@ -172,14 +173,14 @@ def measure_heads(heads: HeadSet, answers: Mapping[str, Path], backbone: Any, tr
         part: find_hits(heads, load_examples(folder, heads.config.num_heads), embedding, output_weight, ranks)
         for part, folder in answers.items()
     }
-    path_rates = rates_by_path(found["heldout"])
-    tree = tree_of_paths(path_rates, tree_rows)
+    rates = path_rates(found["heldout"].ranks)
+    tree = tree_of_paths(rates, tree_rows)
     return {
-        "hit_rates": {part: rates_by_rank(hits, ranks).round(4).tolist() for part, hits in found.items()},
-        "path_rates": [[list(path), round(path_rates[path], 5)] for path in tree_of_paths(path_rates, _RATED_PATHS).paths[1:]],
+        "hit_rates": {part: rank_rates(hits.ranks, ranks).round(4).tolist() for part, hits in found.items()},
+        "path_rates": [[list(path), round(rates[path], 5)] for path in tree_of_paths(rates, _RATED_PATHS).paths[1:]],
         "platt_scaling": platt_scaling(found["heldout"]),
         "tree": tree.choices(),
-        "expected_acceptance_length": round(1 + sum(path_rates[path] for path in tree.paths[1:]), 3),
+        "expected_acceptance_length": round(expected_acceptance_length(tree, rates), 3),
     }
 
 
@@ -233,12 +234,12 @@ def answer_prompts(
 
     Returns the training prompts, the number of answered tokens of each part, and the held-out prompts with their answers.
     """
-    from ..calibration.distill import iter_shards
+    from ..calibration.distill import answers_by_prompt
 
     prompts, tokens = {}, {}
     for part in ("train", "heldout"):
         prompts[part], tokens[part] = answer(session, plan, part, seed)
-    answers = {each.prompt: each.tokens.tolist() for shard in iter_shards(plan.work / "heldout") for each in shard}
+    answers = answers_by_prompt(plan.work / "heldout")
     return prompts["train"], tokens, [(prompt, answers[index]) for index, prompt in enumerate(prompts["heldout"])]
 
 

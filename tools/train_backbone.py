@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -45,10 +45,11 @@ def train_backbone(plan: TrainPlan, heads: Path, config: FinetuneConfig) -> dict
     claim(plan)
     backbone = backbone_bundle(plan, "backbone", None)
     prompts, tokens, heldout_texts = answer_prompts(backbone, plan, config.seed)
-    texts = [*_prose(backbone), *((prompt + answer, len(prompt)) for prompt, answer in heldout_texts)]
+    own = [(prompt + answer, len(prompt)) for prompt, answer in heldout_texts]
+    texts = {"prose": _prose(backbone), "the backbone's own answers": own}
     del backbone  # its caches are large
     module = load_module(plan.model, "fp32")
-    before = _quality(module, texts, len(texts) - len(heldout_texts))
+    before = _quality(module, texts)
     sequences = load_sequences(plan.work / "train", prompts)
     digest = backbone_digest(module)
     with Progress("training") as progress:
@@ -61,7 +62,7 @@ def train_backbone(plan: TrainPlan, heads: Path, config: FinetuneConfig) -> dict
             module, digest, start.heads, sequences, config,
             checkpoint=plan.work / "checkpoint-stage-2.pt", device=plan.device, progress=show,
         )  # fmt: skip
-    after = _quality(module.to("cpu"), texts, len(texts) - len(heldout_texts))
+    after = _quality(module.to("cpu"), texts)
     unmeasured = plan.work / "tuned"
     write_heads(tuned.heads, unmeasured, force=True, adapter=tuned.adapter)
     merged = backbone_bundle(plan, "tuned-bundle", unmeasured)
@@ -105,24 +106,24 @@ def _prose(session: Session) -> list[tuple[list[int], int]]:
     return [(session.codec.encode(paragraph.strip(), add_special_tokens=True), 1) for paragraph in paragraphs]
 
 
-def _quality(module: Any, texts: Sequence[tuple[list[int], int]], prose: int) -> dict[str, float]:
+def _quality(module: Any, texts: Mapping[str, list[tuple[list[int], int]]]) -> dict[str, float]:
+    """Perplexity of each kind of text that there is."""
     from ..calibration.quality import perplexity
 
-    parts = {"prose": texts[:prose], "the backbone's own answers": texts[prose:]}
-    return {name: perplexity(module, part) for name, part in parts.items() if part}
+    return {name: perplexity(module, part) for name, part in texts.items() if part}
 
 
 def _answers(session: Session, plan: TrainPlan) -> list[list[int]]:
     """What the tuned backbone answers to the held-out prompts, by prompt."""
     import shutil
 
-    from ..calibration.distill import iter_shards
+    from ..calibration.distill import answers_by_prompt
     from .train import answer
 
     # A tuned backbone of another run may have answered before.
     shutil.rmtree(plan.work / "tuned-heldout", ignore_errors=True)
     answer(session, plan, "heldout", folder="tuned-heldout")
-    found = {each.prompt: each.tokens.tolist() for shard in iter_shards(plan.work / "tuned-heldout") for each in shard}
+    found = answers_by_prompt(plan.work / "tuned-heldout")
     return [found[index] for index in sorted(found)]
 
 

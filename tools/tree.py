@@ -25,7 +25,7 @@ def search(table: HitTable, times: Mapping[int, float], rows: int | None = None)
         UsageError: no size to choose by, or more rows than there are paths for.
     """
     from ..runtime.errors import UsageError
-    from ..runtime.tree import tree_of_paths
+    from ..runtime.tree import expected_acceptance_length, tree_of_paths
     from .tree_search import best_trees
 
     independent = best_trees(table.rates, MOST_ROWS)
@@ -37,9 +37,9 @@ def search(table: HitTable, times: Mapping[int, float], rows: int | None = None)
         promising, value = independent[size - 1]
         entry: dict[str, Any] = {
             "rows": size,
-            "expected_acceptance_length": 1 + sum(table.paths[path] for path in tree.paths[1:]),
+            "expected_acceptance_length": expected_acceptance_length(tree, table.paths),
             "independent": value,
-            "independent_counted": 1 + sum(table.paths.get(path, 0.0) for path in promising.paths[1:]),
+            "independent_counted": expected_acceptance_length(promising, table.paths),
             "choices": tree.choices(),
         }
         if size in times and 1 in times:
@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace, table: HitTable | None) -> tuple[HitTable, dict[int, float], dict[str, Any]]:
     """Hit rates, where there are none yet, and step times, both of the engine that the arguments name."""
+    from ..runtime.prompts import prompts_digest
     from .console import Progress
     from .engine_options import load_session
     from .environment import environment
@@ -136,14 +137,6 @@ def _measure(args: argparse.Namespace, table: HitTable | None) -> tuple[HitTable
         bar.phase("step times")
         times = row_sweep(session, sizes=TIMED_SIZES, rounds=9, progress=bar.update)["ms_by_rows"]
     return table, times, provenance
-
-
-def prompts_digest(prompts: list[list[int]]) -> str:
-    """SHA-256 of the prompts' token ids, as compact JSON."""
-    import hashlib
-    import json
-
-    return hashlib.sha256(json.dumps(prompts, separators=(",", ":")).encode()).hexdigest()
 
 
 def describe(report: Mapping[str, Any]) -> str:

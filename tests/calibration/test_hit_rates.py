@@ -12,6 +12,7 @@ import pytest
 from medusa_deploy.runtime import ROOT_ONLY, Session, Tree
 from medusa_deploy.runtime.heads import HeadConfig, HeadSet
 from medusa_deploy.runtime.heads_file import read_heads_folder
+from medusa_deploy.runtime.hits import MISS, NO_LABEL, path_rates
 from medusa_deploy.runtime.tree import tree_of_paths
 from support.tiny import HEADS, HIDDEN, VOCAB
 
@@ -19,13 +20,10 @@ torch: Any = pytest.importorskip("torch")
 
 from medusa_deploy.calibration.examples import IGNORE, Examples  # noqa: E402
 from medusa_deploy.calibration.hit_rates import (  # noqa: E402
-    MISS,
-    NO_LABEL,
     Hits,
     draft_projection,
     head_logits,
     platt_scaling,
-    rates_by_path,
 )
 from medusa_deploy.calibration.trainable import TrainableHeads  # noqa: E402
 from medusa_deploy.export.heads import HeadStack  # noqa: E402
@@ -200,13 +198,13 @@ def ranked(ranks: np.ndarray) -> Hits:
 
 def test_paths_are_counted_as_far_as_every_head_was_right() -> None:
     found = np.array([[0, 0, 1], [0, 0, MISS], [0, MISS, 0], [1, 0, NO_LABEL], [MISS, 0, 0], [NO_LABEL, NO_LABEL, NO_LABEL]])
-    assert rates_by_path(ranked(found)) == {(0,): 3 / 5, (0, 0): 2 / 5, (0, 0, 1): 1 / 5, (1,): 1 / 5, (1, 0): 1 / 5}
+    assert path_rates(found) == {(0,): 3 / 5, (0, 0): 2 / 5, (0, 0, 1): 1 / 5, (1,): 1 / 5, (1, 0): 1 / 5}
 
 
 def test_a_tree_of_counted_paths_promises_what_decoding_accepts_on_average() -> None:
     """Summed over positions: the deepest path of the tree that is right there."""
     found = np.random.default_rng(0).integers(MISS, 3, (500, 3))
-    rates = rates_by_path(ranked(found))
+    rates = path_rates(found)
     tree = tree_of_paths(rates, 8)
     accepted = [max(len(path) for path in tree.paths if all(row[: len(path)] == path)) for row in found]
     assert sum(rates[path] for path in tree.paths[1:]) == pytest.approx(np.mean(accepted))

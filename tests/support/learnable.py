@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from medusa_deploy.calibration.examples import Examples
-from medusa_deploy.calibration.hit_rates import find_hits, rates_by_rank
+from medusa_deploy.calibration.hit_rates import find_hits
 from medusa_deploy.calibration.train import TrainConfig
+from medusa_deploy.runtime.hits import rank_rates
 
 VOCAB, HIDDEN, HEADS = 16, 32, 2
 CONFIG = TrainConfig(
@@ -42,4 +43,4 @@ def same_tensors(one: Any, other: Any) -> bool:
 
 def hit_rates(*arguments: Any, ranks: int, **options: Any) -> np.ndarray:
     """Hit rates [K, ranks] of heads on examples: the two halves of counting them in one call."""
-    return rates_by_rank(find_hits(*arguments, ranks=ranks, **options), ranks)
+    return rank_rates(find_hits(*arguments, ranks=ranks, **options).ranks, ranks)

@@ -7,9 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from medusa_deploy.runtime.acceptance import Acceptance
-from medusa_deploy.runtime.auto_rows import AutoRows
 from medusa_deploy.runtime.draft import Candidates
-from medusa_deploy.runtime.lookup import PromptLookup
 from medusa_deploy.runtime.right_size import RightSize
 from medusa_deploy.runtime.sampling import SamplingParams
 from medusa_deploy.runtime.sequence import Sequence
@@ -73,5 +71,3 @@ class Simulation:
             sequence.tokens += emitted[: tokens - done]
         return tokens / taken
 
-
-__all__ = ["AutoRows", "PromptLookup", "Simulation", "heads"]
