@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.errors import TrainingError
-from .distill import iter_shards
+from .answers import iter_shards
 
 IGNORE = -100
 

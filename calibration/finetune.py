@@ -36,8 +36,8 @@ class FinetuneConfig:
 
     ``batch_tokens``: positions a step, prompts and padding included. ``heads_weight``: λ0. ``kl_share``: of a step's positions,
     those whose divergence is taken: projecting to a large vocabulary twice is much of a small backbone's step.
-    ``warmup``: share of the run. ``time_limit``: minutes after which training ends; the schedule ends with whichever comes first,
-    the data or the time.
+    ``warmup``: share of the run, and ``warmup_steps`` at least: under a time limit a share can be a few steps. ``time_limit``:
+    minutes after which training ends; the schedule ends with whichever comes first, the data or the time.
     """
 
     rank: int = 16
@@ -49,6 +49,7 @@ class FinetuneConfig:
     heads_weight: float = 0.2
     kl_share: float = 0.25
     warmup: float = 0.05
+    warmup_steps: int = 50
     weight_decay: float = 0.0
     dropout: float = 0.1
     clip: float = 1.0
@@ -125,7 +126,7 @@ def finetune(
     while step < len(plan) and seconds < limit:
         chosen = [sequences[index] for index in plan[step]]
         share = max(step / len(plan), seconds / limit)
-        losses = run.step(make_batch(chosen, start.config.num_heads), config.seed * 1_000_003 + step, _rate(share, config.warmup))
+        losses = run.step(make_batch(chosen, start.config.num_heads), config.seed * 1_000_003 + step, _rate(share, step, config))
         step += 1
         tokens += sum(len(sequence) for sequence in chosen)
         seconds = before + time.monotonic() - started
@@ -211,15 +212,15 @@ def _sample(sequences: Sequence[AnsweredPrompt], rows: int = 65536) -> Tensor:
     return torch.cat(kept)
 
 
-def _rate(share: float, warmup: float) -> float:
-    """Factor of both rates: rises to 1 over the warm-up, then falls to 0 along a cosine."""
-    if share < warmup:
-        return max(share, 1e-3) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
+def _rate(share: float, step: int, config: FinetuneConfig) -> float:
+    """Factor of both rates: rises to 1 over the warm-up, and falls to 0 along a cosine behind its share of the run."""
+    rise = min(1.0, share / config.warmup, step / config.warmup_steps)
+    fall = 0.5 * (1 + math.cos(math.pi * max(0.0, share - config.warmup) / (1 - config.warmup)))
+    return max(rise, 1e-3) * fall
 
 
 def _check(config: FinetuneConfig) -> None:
-    positive = ("rank", "alpha", "epochs", "batch_tokens", "learning_rate", "checkpoint_steps")
+    positive = ("rank", "alpha", "epochs", "batch_tokens", "learning_rate", "warmup_steps", "checkpoint_steps")
     bad = [f"{name} is {getattr(config, name)}" for name in positive if not getattr(config, name) > 0]
     shares = {"kl_share": (0, 1), "warmup": (0, 0.9), "dropout": (-1e-9, 0.99)}
     values = {name: getattr(config, name) for name in shares}

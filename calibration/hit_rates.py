@@ -32,7 +32,7 @@ def head_logits(heads: HeadSet, head: int, hidden: Tensor, root_embedding: Tenso
     """Draft logits [n, V'] of one head, from the record's arrays; hidden and root_embedding [n, H]."""
     x = hidden
     for layer in range(heads.config.num_layers):
-        weight, bias = (torch.from_numpy(array).float() for array in heads.layer(head, layer))
+        weight, bias = (torch.from_numpy(array).to(hidden) for array in heads.layer(head, layer))
         grounded = heads.config.kind == "grounded" and layer == 0
         x = x + functional.silu(functional.linear(torch.cat([x, root_embedding], -1) if grounded else x, weight, bias))
     return functional.linear(x, projection)
@@ -42,34 +42,40 @@ def draft_projection(heads: HeadSet, head: int, output_weight: Tensor) -> Tensor
     """Vocabulary projection [V', H] of one head: its own, one for all heads, or the backbone's rows in the draft vocabulary."""
     for name in (f"head.{head}.projection.weight", "projection.weight"):
         if name in heads.tensors:
-            return torch.from_numpy(heads.tensors[name]).float()
+            return torch.from_numpy(heads.tensors[name]).float().to(output_weight.device)
     return (output_weight if heads.token_map is None else output_weight[torch.from_numpy(heads.token_map)]).float()
 
 
 def find_hits(
-    heads: HeadSet, examples: Examples, embedding: Tensor, output_weight: Tensor, ranks: int = 10, batch: int = 2048
+    heads: HeadSet,
+    examples: Examples,
+    embedding: Tensor,
+    output_weight: Tensor,
+    ranks: int = 10,
+    batch: int = 2048,
+    device: str = "cpu",
 ) -> Hits:
-    """Look for each position's labels among the ``ranks`` best candidates of each head.
+    """Look for each position's labels among the ``ranks`` best candidates of each head, computed on a torch ``device``.
 
     A label outside the draft vocabulary is a miss.
     """
     tokens = np.arange(len(output_weight)) if heads.token_map is None else heads.token_map
-    token_map = torch.from_numpy(tokens)
+    token_map, embedding, output_weight = torch.from_numpy(tokens).to(device), embedding.to(device), output_weight.to(device)
     count, positions = heads.config.num_heads, len(examples.roots)
     projections = [draft_projection(heads, head, output_weight) for head in range(count)]
     found = Hits(np.full((positions, count), NO_LABEL), np.empty((positions, count, ranks), np.float32))
     with torch.no_grad():
         for start in range(0, positions, batch):
             part = slice(start, start + batch)
-            hidden, roots = examples.hidden[part].float(), embedding[examples.roots[part]].float()
-            labels = examples.labels[part]
+            hidden, roots = examples.hidden[part].to(device).float(), embedding[examples.roots[part].to(device)].float()
+            labels = examples.labels[part].to(device)
             for head in range(count):
                 logits = head_logits(heads, head, hidden, roots, projections[head])
                 best = logits.log_softmax(-1).topk(ranks, -1)
-                hits = (token_map[best.indices] == labels[:, head : head + 1]).numpy()
+                hits = (token_map[best.indices] == labels[:, head : head + 1]).cpu().numpy()
                 rank = np.where(hits.any(1), hits.argmax(1), MISS)
-                found.ranks[part, head] = np.where(labels[:, head].numpy() >= 0, rank, NO_LABEL)
-                found.log_probs[part, head] = best.values.numpy()
+                found.ranks[part, head] = np.where(labels[:, head].cpu().numpy() >= 0, rank, NO_LABEL)
+                found.log_probs[part, head] = best.values.cpu().numpy()
     return found
 
 

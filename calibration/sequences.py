@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.errors import TrainingError
-from .distill import iter_shards
+from .answers import iter_shards
 from .examples import following_tokens
 
 _BUCKET = 64  # sequences that are sorted by length together: enough for little padding, too few to always meet the same ones
@@ -55,12 +55,12 @@ def load_sequences(folder: Path, prompts: Sequence[Sequence[int]]) -> list[Answe
     sequences = []
     for shard in iter_shards(folder):
         for answer in shard:
-            if answer.prompt >= len(prompts):
+            if answer.question >= len(prompts):
                 raise TrainingError(
-                    f"{folder} answers prompt {answer.prompt + 1}, and there are {len(prompts)}",
+                    f"{folder} answers prompt {answer.question + 1}, and there are {len(prompts)}",
                     hint="give another --work folder",
                 )
-            sequences.append(AnsweredPrompt(np.asarray(prompts[answer.prompt], np.int64), answer.tokens, answer.hidden))
+            sequences.append(AnsweredPrompt(np.asarray(prompts[answer.question], np.int64), answer.tokens, answer.hidden))
     if not sequences:
         raise TrainingError(f"{folder} holds no answers", hint="generate them first")
     return sequences

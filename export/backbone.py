@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ class BackboneShape:
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
-    """A transformers causal LM, its sizes, and where it came from: a folder, and the options that select a GGUF file in it.
+    """A transformers causal LM and its sizes.
 
     ``linked``: where the weights are, when ``module`` has none.
     """
@@ -52,8 +52,6 @@ class Backbone:
     module: Any
     shape: BackboneShape
     dtype: torch.dtype
-    folder: Path
-    options: dict[str, Any] = field(default_factory=dict)
     linked: LinkedWeights | None = None
 
 
@@ -67,7 +65,6 @@ def load_backbone(source: Path, dtype: str, capacity: int, adapter: Adapter | No
         HeadsError, HeadsMismatchError: the adapter is damaged, or belongs to another model.
         UnsupportedArchitectureError: sliding windows shorter than ``capacity``, length-dependent positions within it, …
     """
-    folder, options = locate(source)
     load_config(source, capacity)
     module = load_module(source, dtype if adapter is None else "fp32")
     if adapter is not None:
@@ -78,7 +75,7 @@ def load_backbone(source: Path, dtype: str, capacity: int, adapter: Adapter | No
     freeze_rope(module)
     shape = backbone_shape(module)
     attention.install(module)
-    return Backbone(module, shape, DTYPES[dtype], folder, options)
+    return Backbone(module, shape, DTYPES[dtype])
 
 
 def load_module(source: Path, dtype: str) -> Any:

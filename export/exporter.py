@@ -100,7 +100,7 @@ def export_bundle(
         rows = step_io.cache_rows(capacity, head_set.config.num_heads, max_rows)
         report("tracing")
         graphs = write_graphs(backbone, stack, rows, folder, report)
-        text = write_text_files(backbone, staging)
+        text = write_text_files(Path(model), backbone.module.config, staging)
         scaling = () if read is None else read.platt_scaling
         manifest = _manifest(backbone, head_set, scaling, top_k, text, graphs, _NUMPY_DTYPES[dtype])
         limits = Limits(capacity, rows, max_rows, batch, min(prefill_chunk, capacity))

@@ -90,7 +90,7 @@ def load_linked_backbone(source: Path, dtype: str, capacity: int, folder: Path, 
     module = empty_module(config, DTYPES[dtype], mode)
     stored = {name: placed.tensors[tensor.name] for name, tensor in needed.items()}
     weights = LinkedWeights(mode, folder, stored, placed.files)
-    return Backbone(module, backbone_shape(module), DTYPES[dtype], source, {}, weights)
+    return Backbone(module, backbone_shape(module), DTYPES[dtype], weights)
 
 
 def stored_parameters(source: Path, dtype: str, capacity: int) -> tuple[Any, dict[str, StoredTensor]]:

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ..runtime.manifest import TextFacts
-from .backbone import Backbone, transformers_errors
+from .backbone import locate, transformers_errors
 
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 _SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
-def write_text_files(backbone: Backbone, output: Path) -> TextFacts:
-    """Write ``tokenizer.json`` and ``chat_template.jinja`` into ``output`` if the checkpoint has them.
+def write_text_files(source: Path, config: Any, output: Path) -> TextFacts:
+    """Write ``tokenizer.json`` and ``chat_template.jinja`` of a model into ``output`` if it has them.
+
+    ``config``: the model's, as transformers read it.
 
     Raises:
         CheckpointError: it has a tokenizer that transformers can't load.
     """
-    eos = eos_token_ids(backbone)
-    if not backbone.options and not any((backbone.folder / name).exists() for name in _SOURCES):
+    folder, options = locate(source)
+    eos = eos_token_ids(folder, config)
+    if not options and not any((folder / name).exists() for name in _SOURCES):
         return TextFacts(eos_token_ids=eos)
     from transformers import AutoTokenizer
 
-    with transformers_errors(backbone.folder):
-        tokenizer = AutoTokenizer.from_pretrained(backbone.folder, **backbone.options)
+    with transformers_errors(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     (output / TOKENIZER).write_text(tokenizer.backend_tokenizer.to_str(), "utf-8")
     template = tokenizer.chat_template
     if isinstance(template, dict):
@@ -43,14 +47,14 @@ def write_text_files(backbone: Backbone, output: Path) -> TextFacts:
     )
 
 
-def eos_token_ids(backbone: Backbone) -> tuple[int, ...]:
+def eos_token_ids(folder: Path, config: Any) -> tuple[int, ...]:
     """End-of-sequence ids of the model's config and generation config."""
     found: set[int] = set()
-    configs = [backbone.module.config.to_dict()]
-    path = backbone.folder / "generation_config.json"
+    settings = [config.to_dict()]
+    path = folder / "generation_config.json"
     if path.exists():
-        configs.append(json.loads(path.read_text("utf-8")))
-    for config in configs:
-        value = config.get("eos_token_id")
+        settings.append(json.loads(path.read_text("utf-8")))
+    for entry in settings:
+        value = entry.get("eos_token_id")
         found.update([value] if isinstance(value, int) else value or [])
     return tuple(sorted(found))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence as SequenceOf
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from .draft import BestRows, Drafter, FixedTree
 from .errors import CapacityError, PromptError, UsageError
 from .executor import AheadExecutor, Executor
 from .lookup import PromptLookup
+from .prompt_encoder import PromptEncoder
 from .request import Chunk, Generation, Message, Request, Run
 from .right_size import SIZES, RightSize
 from .sequence import Sequence
@@ -47,6 +47,7 @@ class Session:
         self.manifest = bundle.manifest
         self.executor = executor
         limits = self.manifest.limits
+        self.encoder = PromptEncoder(self.manifest.text, self.manifest.backbone.vocab_size, bundle.path)
         self.slots = SlotPool(slots, limits.capacity)
         self.tree = self.manifest.tree() if drafts else ROOT_ONLY
         self._drafts = drafts
@@ -56,63 +57,17 @@ class Session:
         self._right_size = RightSize(tuple(sorted(set(sizes))), heads.num_heads, heads.platt_scaling)
         self._decoder = Decoder(executor, self.slots, heads.num_heads, limits.prefill_chunk, self._right_size)
         self._lock = threading.RLock()  # a stream may be closed by the garbage collector, in the middle of anything
-        self._codec: Any = None
-        self._template: Any = None
 
     # -- text ------------------------------------------------------------------------------------------------------
 
     @property
     def codec(self) -> Any:
         """The bundle's tokenizer (:class:`.text.TextCodec`), or None when it speaks token ids only."""
-        name = self.manifest.text.tokenizer
-        if self._codec is None and name is not None:
-            from .text import TextCodec
-
-            self._codec = TextCodec(self.bundle.path(name))
-        return self._codec
-
-    def render(self, messages: SequenceOf[Message]) -> str:
-        """Messages through the bundle's chat template, ready for an answer.
-
-        Raises:
-            PromptError: the bundle has no chat template, or a message is malformed.
-            TemplateError: the template fails.
-        """
-        facts = self.manifest.text
-        if facts.chat_template is None:
-            raise PromptError("the bundle has no chat template", hint="give prompt=… or token_ids=… instead of messages")
-        if self._template is None:
-            from .template import ChatTemplate
-
-            source = self.bundle.path(facts.chat_template).read_text("utf-8")
-            self._template = ChatTemplate(source, bos_token=facts.bos_token or "", eos_token=facts.eos_token or "")
-        return str(self._template.render(messages))
+        return self.encoder.codec
 
     def encode(self, request: Request) -> list[int]:
-        """The request's prompt as token ids.
-
-        Raises:
-            PromptError: not exactly one kind of prompt, an empty one, ids outside the vocabulary, or text without a tokenizer.
-        """
-        given = [name for name in ("prompt", "messages", "token_ids") if getattr(request, name) is not None]
-        if len(given) != 1:
-            raise PromptError(f"got {given or 'no prompt'}", hint="give exactly one of prompt, messages and token_ids")
-        if request.token_ids is not None:
-            ids = _integers(request.token_ids)
-        elif self.codec is None:
-            raise PromptError("the bundle has no tokenizer", hint="give token_ids=…")
-        else:
-            text = self.render(request.messages) if request.messages is not None else request.prompt
-            # A chat template writes its own special tokens; a plain prompt gets the tokenizer's.
-            ids = self.codec.encode(text, add_special_tokens=request.messages is None)
-        vocab = self.manifest.backbone.vocab_size
-        if not ids:
-            raise PromptError("the prompt is empty", hint="give at least one token")
-        if min(ids) < 0 or max(ids) >= vocab:
-            raise PromptError(
-                f"token ids must be in 0 … {vocab - 1}, got {min(ids)} … {max(ids)}", hint="use the bundle's own tokenizer"
-            )
-        return ids
+        """The request's prompt as token ids; see :meth:`.prompt_encoder.PromptEncoder.encode`."""
+        return self.encoder.encode(request)
 
     # -- generation ------------------------------------------------------------------------------------------------
 
@@ -252,13 +207,6 @@ class Session:
                 hint="use fewer rows or a smaller tree; or export with a larger --max-rows, and build engines with more --rows",
             )
         return drafter
-
-
-def _integers(token_ids: SequenceOf[int]) -> list[int]:
-    try:
-        return [operator.index(token) for token in token_ids]
-    except TypeError:
-        raise PromptError(f"token_ids is {str(token_ids)[:80]}", hint="token_ids is a list of integers") from None
 
 
 def _request(prompt: str | None, speculative: bool, options: dict[str, Any]) -> Request:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medusa_deploy.calibration import distill as module
-from medusa_deploy.calibration.distill import DESCRIPTION, Answer, distill, iter_shards
+from medusa_deploy.calibration import answers as module
+from medusa_deploy.calibration.answers import DESCRIPTION, Answer, iter_shards
+from medusa_deploy.calibration.distill import RuntimeAnswerer, distill
 from medusa_deploy.runtime import SamplingParams, chain
 from medusa_deploy.runtime.errors import TrainingError
 from support.fake_executor import FakeSession, fake_session
@@ -26,8 +27,12 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _answers(folder: Path) -> dict[int, Answer]:
     answers = [answer for shard in iter_shards(folder) for answer in shard]
-    assert len({answer.prompt for answer in answers}) == len(answers), "a prompt was answered twice"
-    return {answer.prompt: answer for answer in answers}
+    assert len({answer.question for answer in answers}) == len(answers), "a question was answered twice"
+    return {answer.question: answer for answer in answers}
+
+
+def _distill(session: FakeSession, *arguments: Any, **options: Any) -> int:
+    return distill(RuntimeAnswerer(session), *arguments, **options)
 
 
 def _same(one: dict[int, Answer], other: dict[int, Answer]) -> bool:
@@ -42,7 +47,7 @@ def _same(one: dict[int, Answer], other: dict[int, Answer]) -> bool:
 def test_every_prompt_is_answered_once_with_the_states_behind_each_token(tmp_path: Path, slots: int) -> None:
     session = fake_session(slots, tree=chain(3))
     seen: list[tuple[int, int, int]] = []
-    total = distill(session, PROMPTS, tmp_path / "data", max_new_tokens=TOKENS, progress=lambda *numbers: seen.append(numbers))
+    total = _distill(session, PROMPTS, tmp_path / "data", max_new_tokens=TOKENS, progress=lambda *numbers: seen.append(numbers))
     answers = _answers(tmp_path / "data")
     assert sorted(answers) == list(range(len(PROMPTS)))
     assert total == TOKENS * len(PROMPTS)
@@ -58,7 +63,7 @@ def test_every_prompt_is_answered_once_with_the_states_behind_each_token(tmp_pat
 def test_an_end_of_sequence_token_is_part_of_the_answer(tmp_path: Path) -> None:
     eos = fake_session().language.greedy(PROMPTS[0], 5)[4]
     session = fake_session(eos_token_ids=(eos,), tree=chain(3))
-    distill(session, PROMPTS[:1], tmp_path / "data", max_new_tokens=TOKENS)
+    _distill(session, PROMPTS[:1], tmp_path / "data", max_new_tokens=TOKENS)
     answer = _answers(tmp_path / "data")[0]
     assert answer.tokens[-1] == eos and len(answer.tokens) <= 5
     assert len(answer.hidden) == len(answer.tokens)
@@ -78,22 +83,22 @@ def _interrupt_after(count: int) -> Any:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_data(tmp_path: Path, temperature: float) -> None:
-    options: dict[str, Any] = {"max_new_tokens": TOKENS, "temperature": temperature, "seed": 3}
-    distill(fake_session(2), PROMPTS, tmp_path / "whole", **options)
+    options: dict[str, Any] = {"max_new_tokens": TOKENS, "temperatures": (temperature,), "seed": 3}
+    _distill(fake_session(2), PROMPTS, tmp_path / "whole", **options)
     session = fake_session(2)
     with pytest.raises(_InterruptedError):
-        distill(session, PROMPTS, tmp_path / "data", progress=_interrupt_after(5), **options)
+        _distill(session, PROMPTS, tmp_path / "data", progress=_interrupt_after(5), **options)
     assert session.slots.free == 2
     kept = _answers(tmp_path / "data")
     assert len(kept) == 4, "whole shards of two are kept"
     again = fake_session(2)
     done: list[int] = []
-    total = distill(again, PROMPTS, tmp_path / "data", progress=lambda count, *rest: done.append(count), **options)
+    total = _distill(again, PROMPTS, tmp_path / "data", progress=lambda count, *rest: done.append(count), **options)
     assert done == [5, 6, 7], "what was there is counted and not made again"
     assert total == TOKENS * len(PROMPTS)
     assert _same(_answers(tmp_path / "data"), _answers(tmp_path / "whole"))
     finished = fake_session(2)
-    assert distill(finished, PROMPTS, tmp_path / "data", **options) == total
+    assert _distill(finished, PROMPTS, tmp_path / "data", **options) == total
     assert finished.executor.calls == 0
 
 
@@ -108,24 +113,31 @@ def test_a_shard_that_was_half_written_does_not_count(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
         with pytest.raises(_InterruptedError):
-            distill(fake_session(), PROMPTS, tmp_path / "data", max_new_tokens=TOKENS)
+            _distill(fake_session(), PROMPTS, tmp_path / "data", max_new_tokens=TOKENS)
     assert _answers(tmp_path / "data") == {}
     assert [path.suffix for path in (tmp_path / "data").iterdir() if path.name != DESCRIPTION] == [".partial"]
-    distill(fake_session(), PROMPTS, tmp_path / "data", max_new_tokens=TOKENS)
+    _distill(fake_session(), PROMPTS, tmp_path / "data", max_new_tokens=TOKENS)
     assert sorted(_answers(tmp_path / "data")) == list(range(len(PROMPTS)))
 
 
 @pytest.mark.parametrize(
     "other",
-    [{"prompts": PROMPTS[:-1]}, {"prompts": [*PROMPTS[:-1], [9, 9]]}, {"max_new_tokens": 13}, {"temperature": 0.5}, {"seed": 1}],
+    [
+        {"prompts": PROMPTS[:-1]},
+        {"prompts": [*PROMPTS[:-1], [9, 9]]},
+        {"max_new_tokens": 13},
+        {"temperatures": (0.5,)},
+        {"temperatures": (0.0, 0.0)},
+        {"seed": 1},
+    ],
     ids=str,
 )
 def test_data_made_otherwise_is_not_mixed(tmp_path: Path, other: dict[str, Any]) -> None:
-    settings = {"prompts": PROMPTS, "max_new_tokens": TOKENS, "temperature": 0.0, "seed": 0}
-    distill(fake_session(), output=tmp_path / "data", **settings)  # type: ignore[arg-type]
+    settings = {"prompts": PROMPTS, "max_new_tokens": TOKENS, "temperatures": (0.0,), "seed": 0}
+    _distill(fake_session(), output=tmp_path / "data", **settings)
     session = fake_session()
     with pytest.raises(TrainingError, match="other prompts, weights or settings") as caught:
-        distill(session, output=tmp_path / "data", **{**settings, **other})
+        _distill(session, output=tmp_path / "data", **{**settings, **other})
     assert caught.value.hint
     assert session.executor.calls == 0
     assert len(_answers(tmp_path / "data")) == len(PROMPTS)
@@ -134,13 +146,25 @@ def test_data_made_otherwise_is_not_mixed(tmp_path: Path, other: dict[str, Any])
 def test_a_damaged_description_is_a_named_error(tmp_path: Path) -> None:
     (tmp_path / DESCRIPTION).write_text('{"prompts')
     with pytest.raises(TrainingError, match="is not JSON"):
-        distill(fake_session(), PROMPTS, tmp_path, max_new_tokens=TOKENS)
+        _distill(fake_session(), PROMPTS, tmp_path, max_new_tokens=TOKENS)
 
 
 def test_each_prompt_is_sampled_with_its_own_seed(tmp_path: Path) -> None:
     session: FakeSession = fake_session(3, tree=chain(3))
-    distill(session, [[5, 6]] * 3, tmp_path / "data", max_new_tokens=TOKENS, temperature=0.7, seed=10)
+    _distill(session, [[5, 6]] * 3, tmp_path / "data", max_new_tokens=TOKENS, temperatures=(0.7,), seed=10)
     for index, answer in _answers(tmp_path / "data").items():
         params = SamplingParams(mode="sample", temperature=0.7, seed=10 + index)
         assert answer.tokens.tolist() == session.generate(token_ids=[5, 6], max_new_tokens=TOKENS, params=params).token_ids
     assert len({tuple(answer.tokens) for answer in _answers(tmp_path / "data").values()}) == 3
+
+
+def test_each_prompt_is_answered_once_a_temperature(tmp_path: Path) -> None:
+    session: FakeSession = fake_session(3, tree=chain(3))
+    total = _distill(session, [[5, 6], [7]], tmp_path / "data", max_new_tokens=TOKENS, temperatures=(0.0, 0.7))
+    answers = _answers(tmp_path / "data")
+    assert total == 4 * TOKENS and sorted(answers) == [0, 1, 2, 3]
+    for index, prompt in enumerate([[5, 6], [7]]):
+        assert answers[index].tokens.tolist() == session.language.greedy(prompt, TOKENS)
+        params = SamplingParams(mode="sample", temperature=0.7, seed=2 + index)
+        sampled = session.generate(token_ids=prompt, max_new_tokens=TOKENS, params=params).token_ids
+        assert answers[2 + index].tokens.tolist() == sampled

@@ -10,8 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from medusa_deploy.calibration import distill as distill_module  # noqa: E402
-from medusa_deploy.calibration.distill import Answer  # noqa: E402
+from medusa_deploy.calibration import answers as answers_module  # noqa: E402
+from medusa_deploy.calibration.answers import Answer  # noqa: E402
 from medusa_deploy.calibration.examples import IGNORE, Examples, draft_vocabulary, load_examples  # noqa: E402
 from medusa_deploy.calibration.train import train_heads  # noqa: E402
 from medusa_deploy.runtime.errors import TrainingError  # noqa: E402
@@ -152,8 +152,8 @@ def test_examples_are_the_tokens_that_follow_each_root(tmp_path: Path) -> None:
         Answer(index, rng.integers(0, 50, length), rng.normal(size=(length, 3)).astype(np.float16))
         for index, length in enumerate([1, 2, 7])
     ]
-    distill_module._write_shard(tmp_path, answers[:2])
-    distill_module._write_shard(tmp_path, answers[2:])
+    answers_module._write_shard(tmp_path, answers[:2])
+    answers_module._write_shard(tmp_path, answers[2:])
     data = load_examples(tmp_path, 3)
     row = 0
     for answer in answers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from medusa_deploy.export.head_layouts import check_fit, read_heads
 from medusa_deploy.runtime.errors import BundleExistsError, TrainingError
 from medusa_deploy.tools import train as verb
+from medusa_deploy.tools.answering import AnswerPlan
 from medusa_deploy.tools.cli import main
 
 
@@ -71,21 +73,16 @@ def test_a_second_run_answers_nothing_again(
 
 
 def test_a_work_folder_of_another_model_is_refused(arguments: list[str], report: dict[str, object], tmp_path: Path) -> None:
-    from medusa_deploy.calibration.train import TrainConfig
-
     work = Path(arguments[arguments.index("--work") + 1])
-    plan = verb.TrainPlan(model=tmp_path / "other", output=tmp_path / "heads", work=work)
     with pytest.raises(TrainingError, match="belongs to a run"):
-        verb.train(plan, TrainConfig())
-    assert not plan.output.exists()
+        verb.train(AnswerPlan(tmp_path / "other", work), tmp_path / "heads", {})
+    assert not (tmp_path / "heads").exists()
 
 
 def test_an_existing_output_is_refused_before_any_work(tiny_model: Path, tmp_path: Path) -> None:
-    from medusa_deploy.calibration.train import TrainConfig
-
     (tmp_path / "heads").mkdir()
     with pytest.raises(BundleExistsError):
-        verb.train(verb.TrainPlan(tiny_model, tmp_path / "heads", tmp_path / "work"), TrainConfig())
+        verb.train(AnswerPlan(tiny_model, tmp_path / "work"), tmp_path / "heads", {})
     assert not (tmp_path / "work").exists()
 
 
@@ -120,15 +117,56 @@ def test_the_second_stage_makes_heads_that_are_exported_with_their_adapter(
 
 
 def test_the_first_stage_goes_on_from_heads_and_samples_answers(
-    arguments: list[str], report: dict[str, object], tmp_path: Path
+    arguments: list[str], report: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work = tmp_path / "work"
-    more_options = ["--heads", arguments[-1], "--temperature", "0.7", "--work", str(work)]
-    options = [*arguments[:-1], str(tmp_path / "more"), *more_options]
+    more_options = ["--heads", arguments[-1], "--temperatures", "0,0.7", "--seed", "1", "--work", str(work)]
+    # Its form is that of the heads: only what is asked for, and differs, is refused.
+    options = [*_without(arguments[:-1], "--draft-vocab-size"), str(tmp_path / "more"), *more_options]
     assert main([*options, "--epochs", "1"]) == 0
     described = {part: json.loads((work / part / "data.json").read_text("utf-8")) for part in ("train", "heldout")}
-    assert (described["train"]["temperature"], described["heldout"]["temperature"]) == (0.7, 0.0)
+    assert (described["train"]["temperatures"], described["heldout"]["temperatures"]) == ([0.0, 0.7], [0.0])
+    assert (described["train"]["seed"], described["heldout"]["seed"]) == (1, 0)
     first, more = read_heads(Path(arguments[-1])).heads, read_heads(tmp_path / "more").heads
     assert more.token_map is not None
     assert np.array_equal(more.token_map, first.token_map)
+    capsys.readouterr()
     assert main([*options, "--force", "--kind", "medusa"]) == 1
+    assert "kind 'grounded', not 'medusa'" in capsys.readouterr().err
+
+
+def test_held_out_answers_are_the_same_whatever_training_is_sampled_with(
+    arguments: list[str], report: dict[str, object], tmp_path: Path
+) -> None:
+    """The seed went to the held-out answers, too, so that sampled data could not be used with another seed."""
+    options = [*arguments[:-1], str(tmp_path / "heads"), "--work", str(tmp_path / "work"), "--epochs", "1"]
+    assert main([*options, "--temperatures", "0.7", "--seed", "1"]) == 0
+    first = sorted((tmp_path / "work" / "heldout").glob("*.npz"))
+    held = [path.stat().st_mtime_ns for path in first]
+    shutil.rmtree(tmp_path / "work" / "train")
+    assert main([*options, "--temperatures", "0.7", "--seed", "2", "--force", "--num-layers", "2"]) == 0
+    assert [path.stat().st_mtime_ns for path in first] == held
+
+
+@pytest.mark.parametrize(
+    ("stage", "option"),
+    [("1", ["--rank", "4"]), ("1", ["--time-limit", "3"]), ("2", ["--kind", "medusa"]), ("2", ["--batch-size", "9"])],
+)
+def test_an_option_of_the_other_stage_is_refused(
+    arguments: list[str], tmp_path: Path, stage: str, option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["train", arguments[1], "-o", str(tmp_path / "heads"), "--stage", stage, "--heads", str(tmp_path)]
+    assert main([*start, *option]) == 1
+    assert f"{option[0]} belongs to the other stage" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_temperatures_are_numbers_from_zero(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in ("-1", "warm", "0,,1", "nan"):
+        assert main([*arguments, "--temperatures", wrong]) == 2
+        assert "is no list of numbers from 0" in capsys.readouterr().err
+
+
+def _without(arguments: list[str], option: str) -> list[str]:
+    at = arguments.index(option)
+    return arguments[:at] + arguments[at + 2 :]

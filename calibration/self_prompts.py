@@ -1,0 +1,77 @@
+"""Prompts that a chat model writes itself: given its template up to where a user speaks, it goes on as the user.
+
+Source: Z. Xu et al., Magpie, arXiv 2406.08464, section 2.1. Such prompts are as varied as what the model was tuned on, which few
+people could write down.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from ..runtime.errors import TrainingError
+from ..runtime.prompt_encoder import PromptEncoder
+from .answers import Answerer, Question
+
+CATEGORY = "self"
+TEMPERATURE = 0.9
+_MAX_TOKENS = 128
+_MIN_CHARACTERS = 12
+_MARK = "\u2997user speaks here\u2998"
+
+
+def write_self_prompts(
+    answerer: Answerer,
+    encoder: PromptEncoder,
+    tries: int,
+    output: Path,
+    *,
+    seed: int = 0,
+    known: Collection[str] = (),
+    progress: Callable[[int], None] = lambda done: None,
+) -> int:
+    """Let the backbone try to write ``tries`` prompts; write those that are new into a JSONL file and return how many.
+
+    Left out: what didn't come to its end within 128 tokens, what is shorter than 12 characters, repetitions, and what is
+    ``known`` (texts of prompts that must stay unseen, for instance).
+
+    Raises:
+        TrainingError: the backbone has no chat template that shows where a user speaks.
+    """
+    before, ends = _user_turn(encoder)
+    questions = [Question(before, TEMPERATURE, seed + index) for index in range(tries)]
+    seen = {_normal(text) for text in known}
+    lines = []
+    for done, answer in enumerate(answerer.answer(questions, _MAX_TOKENS), start=1):
+        progress(done)
+        tokens = answer.tokens.tolist()
+        end = next((index for index, token in enumerate(tokens) if token in ends), None)
+        text = "" if end is None else encoder.codec.decode(tokens[:end]).strip()
+        if len(text) < _MIN_CHARACTERS or not text.replace("\n", " ").isprintable() or _normal(text) in seen:
+            continue
+        seen.add(_normal(text))
+        lines.append(json.dumps({"messages": [{"role": "user", "content": text}], "category": CATEGORY}, ensure_ascii=False))
+    temporary = output.with_suffix(".partial")
+    temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    os.replace(temporary, output)
+    return len(lines)
+
+
+def _user_turn(encoder: PromptEncoder) -> tuple[list[int], set[int]]:
+    """Token ids up to where a user speaks, and those that end what is said."""
+    hint = "self-written prompts need a chat model: leave out --self-prompts"
+    if encoder.text.chat_template is None or encoder.codec is None:
+        raise TrainingError("the backbone has no chat template or no tokenizer", hint=hint)
+    parts = encoder.render([{"role": "user", "content": _MARK}]).split(_MARK)
+    if len(parts) != 2:
+        raise TrainingError("the chat template doesn't show the user's message as it is", hint=hint)
+    before, after = (encoder.codec.encode(part, add_special_tokens=False) for part in parts)
+    if not before:
+        raise TrainingError("the chat template has nothing before the user's message", hint=hint)
+    return before, {*encoder.text.eos_token_ids, *after[:1]}
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.split()).casefold()
