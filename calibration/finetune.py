@@ -220,7 +220,7 @@ def _rate(share: float, step: int, config: FinetuneConfig) -> float:
 
 
 def _check(config: FinetuneConfig) -> None:
-    positive = ("rank", "alpha", "epochs", "batch_tokens", "learning_rate", "warmup_steps", "checkpoint_steps")
+    positive = ("rank", "alpha", "epochs", "batch_tokens", "learning_rate", "heads_weight", "warmup_steps", "checkpoint_steps")
     bad = [f"{name} is {getattr(config, name)}" for name in positive if not getattr(config, name) > 0]
     shares = {"kl_share": (0, 1), "warmup": (0, 0.9), "dropout": (-1e-9, 0.99)}
     values = {name: getattr(config, name) for name in shares}

@@ -73,7 +73,8 @@ def train_heads(
     optimizer = torch.optim.AdamW(heads.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     per_epoch = max(1, len(labels) // config.batch_size)
     total = config.epochs * per_epoch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=total + 1, pct_start=0.1)
+    rise = max(0.1, 2 / (total + 1))  # share of the run; torch divides by zero where it is one step
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=total + 1, pct_start=rise)
     state = {"heads": heads, "optimizer": optimizer, "schedule": schedule}
     settings = {**asdict(config), "start": None if start is None else start.digest()}
     first = 0 if checkpoint is None else resume_checkpoint(checkpoint, settings, state).get("epochs", 0)

@@ -157,13 +157,14 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """One line on a terminal's stderr: what is being done, how far, how fast, how much longer. Silence elsewhere.
+    """One line on a terminal's stderr: what is being done, how far, how fast, how much longer. Elsewhere a line every 30 s.
 
     ``total``: None when the number of items isn't known. Use as a context manager; :meth:`phase` starts the next piece
     of work on a line of its own, so an instance can be passed where a function ``report(phase)`` is expected.
     """
 
     _interval = 0.1
+    _log_interval = 30.0
 
     def __init__(self, label: str, total: int | None = None, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
@@ -192,7 +193,7 @@ class Progress:
         self._draw(0, "")
 
     def _restart(self) -> None:
-        self._started = time.monotonic()
+        self._started = self._logged = time.monotonic()
         self._drawn = -math.inf
         self._first: tuple[int, float] | None = None
 
@@ -208,9 +209,12 @@ class Progress:
             self._draw(done, note)
 
     def _draw(self, done: int, note: str) -> None:
-        if not self._live:
-            return
         self._drawn = time.monotonic()
+        if not self._live:
+            if self._drawn - self._logged >= self._log_interval:
+                self._logged = self._drawn
+                self._write(f"{self._describe(done, note)}\n")
+            return
         self._line = self._describe(done, note)
         width = shutil.get_terminal_size().columns - 1
         self._write(f"\r{self._line[:width]}\x1b[K")

@@ -26,7 +26,7 @@ RANKS = 10
 _FORM = ("kind", "num_heads", "num_layers", "draft_vocab_size")
 _CHOICES = {
     1: (*_FORM, "batch_size"),
-    2: ("rank", "alpha", "batch_tokens", "time_limit"),
+    2: ("rank", "alpha", "heads_weight", "batch_tokens", "time_limit"),
 }
 """Options of one stage alone, by the names that its config has."""
 _SHARED_CHOICES = ("epochs", "learning_rate", "weight_decay", "dropout", "seed")
@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     second = parser.add_argument_group("stage 2")
     second.add_argument("--rank", type=int, help="of the adapter (default: 16)")
     second.add_argument("--alpha", type=float, help="the adapter's changes are scaled by alpha / rank (default: twice the rank)")
+    second.add_argument("--heads-weight", type=float, help="λ0, of the heads' losses against the divergence (default: 0.2)")
     second.add_argument("--batch-tokens", type=int, help="tokens of a step (default: 1024)")
     second.add_argument("--time-limit", type=float, metavar="MINUTES", help="training ends, its schedule complete, after so long")
     answers = parser.add_argument_group("answers")

@@ -111,12 +111,25 @@ def test_a_report_over_a_folder_is_a_named_error(tmp_path: Path) -> None:
 # -- progress ------------------------------------------------------------------------------------------------------
 
 
-def test_progress_is_silent_where_nobody_watches() -> None:
+def test_progress_of_short_work_is_silent_where_nobody_watches() -> None:
     stream = io.StringIO()
     with Progress("working", 3, stream) as progress:
         progress.update(3, "note")
         progress.phase("more")
     assert stream.getvalue() == ""
+
+
+def test_long_work_leaves_a_line_now_and_then_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    stream = io.StringIO()
+    with Progress("training", 1000, stream) as progress:
+        for step in range(100):
+            now = float(step)
+            progress.update(step, "loss 2.5")
+    lines = stream.getvalue().splitlines()
+    assert [line.split("  ")[1] for line in lines] == ["30/1000", "60/1000", "90/1000"]
+    assert lines[0] == "training  30/1000  1/s  ETA 16:10  loss 2.5"
 
 
 def test_progress_shows_how_far_how_fast_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:

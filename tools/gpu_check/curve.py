@@ -26,7 +26,7 @@ def _curve(rig: Rig, report: Report) -> None:
         times: dict[str, Any] = {}
         entry["lengths"][length] = times
         for rows in rig.options.rows:
-            report.check_time(15)
+            report.check_time(30)
             measured = rig.time_step(rows, length)
             times[str(rows)] = measured | {"of_one_row": measured["ms"] / times["1"]["ms"] if rows > 1 else 1.0}
             report.put(rig.size, entry)

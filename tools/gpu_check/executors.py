@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,9 @@ def loaded_sessions(options: Options, report: Report) -> Iterator[tuple[str, Ses
     if options.bundle is None:
         report.skip("executors", "no --bundle was given")
         return
+    # Torch brings CUDA's libraries along: once they are loaded, ONNX Runtime and TensorRT find them.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch")
     from ...runtime.backends import BACKENDS
     from ...runtime.session import load
 

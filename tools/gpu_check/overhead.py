@@ -34,7 +34,7 @@ def _overhead(rig: Rig, report: Report) -> None:
     for kind in PROJECTIONS:
         heads[kind] = {}
         for rows in [rows for rows in rig.options.rows if rows >= _FEWEST_ROWS]:
-            report.check_time(15)
+            report.check_time(30)
             measured = rig.time_step(rows, length, kind)
             heads[kind][str(rows)] = {**measured, "overhead": measured["ms"] / plain["ms"]}
             report.put(rig.size, entry)

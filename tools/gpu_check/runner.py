@@ -108,10 +108,11 @@ def _run_apart(stage: str, options: Options) -> dict[str, Any]:
     path.unlink(missing_ok=True)
     started = time.monotonic()
     command = [sys.executable, "-B", *_PROGRAM, *command_line(options, stage)]
-    # Compiled kernels go where everything goes; stages of one call share them.
+    # Compiled kernels go where everything goes, unless the caller keeps them; stages of one call share them.
     compiled = str((options.out / _COMPILED).absolute())
     search = [str(Path(__file__).absolute().parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    added = {"TORCHINDUCTOR_CACHE_DIR": compiled, "TRITON_CACHE_DIR": compiled, "PYTHONPATH": os.pathsep.join(search)}
+    caches = {name: os.environ.get(name, compiled) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    added = {**caches, "PYTHONPATH": os.pathsep.join(search)}
     code: int | None
     # What it prints belongs to no result.
     with subprocess.Popen(command, stdout=_STDERR, env=os.environ | added) as process:

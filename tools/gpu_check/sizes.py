@@ -22,10 +22,10 @@ def run(options: Options, report: Report) -> None:
 
     bandwidth = Clock(options.device).bandwidth()
     report.put("bandwidth", bandwidth)
-    each_size(options, report, lambda rig, report: _plain(rig, report, bandwidth["copy_gb_s"]))
+    each_size(options, report, lambda rig, report: _plain(rig, report, bandwidth["read_gb_s"]))
 
 
-def _plain(rig: Rig, report: Report, copy_gb_s: float) -> None:
+def _plain(rig: Rig, report: Report, read_gb_s: float) -> None:
     entry: dict[str, Any] = {"dtype": rig.options.dtype, "lengths": {}, "notes": rig.notes}
     for length in rig.shapes.lengths:
         report.check_time(15)
@@ -33,7 +33,7 @@ def _plain(rig: Rig, report: Report, copy_gb_s: float) -> None:
         measured = timed_loop(rig, rig.loop(way, 1, length), ahead=True)
         rate = rig.step_bytes(length) / (1e6 * measured["wall_ms_per_step"])
         tokens_per_s = 1e3 / measured["wall_ms_per_step"]
-        found = {"tokens_per_s": tokens_per_s, "gb_s": rate, "of_copy_bandwidth": rate / copy_gb_s, "way": way}
+        found = {"tokens_per_s": tokens_per_s, "gb_s": rate, "of_read_bandwidth": rate / read_gb_s, "way": way}
         entry["lengths"][length] = measured | found
         report.put(rig.size, entry)
 

@@ -83,7 +83,7 @@ def _curve(results: Mapping[str, Any]) -> str:
 
 
 def _sizes(results: Mapping[str, Any]) -> str:
-    shares = ("of_copy_bandwidth", "host_fraction")
+    shares = ("of_read_bandwidth", "host_fraction")
     rows = [
         [size, length, f"{found['tokens_per_s']:.1f}", f"{found['gb_s']:.0f}", *(f"{found[share]:.1%}" for share in shares)]
         for size, entry in _sizes_of(results, "lengths").items()

@@ -24,8 +24,8 @@ class Clock:
             raise DeviceError(f"torch {torch.__version__} sees no GPU", hint="--device cpu tries the tool itself")
         self.device = device
         self.is_cuda = device == "cuda"
-        # Graphs that never run at the same time may share their memory.
-        self._pool: Any = torch.cuda.graph_pool_handle() if self.is_cuda else None
+        # One stream for warm-ups and captures: workspaces of libraries belong to a stream, and are made while warming up.
+        self._side: Any = torch.cuda.Stream() if self.is_cuda else None  # type: ignore[no-untyped-call]
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -41,14 +41,13 @@ class Clock:
         if not self.is_cuda:
             work()
             return work
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
             for _ in range(_WARMUPS):
                 work()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, stream=self._side):
             work()
         return graph.replay
 

@@ -90,6 +90,7 @@ class Rig:
                     loop = self.loop(way, rows, length)
                     replay = self.clock.captured(loop.advance)
                     times[way] = self.clock.measure(replay, _TRIAL_REPEATS, lambda loop=loop: self.restart(loop))["ms"]  # type: ignore[misc]
+                    del replay  # its graph and memory go before the next capture
                 except Exception as error:
                     if len(self.ways) == 1 or isinstance(error, torch.cuda.OutOfMemoryError):
                         raise
