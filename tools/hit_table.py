@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..runtime.bundle import sha256
 from ..runtime.draft import Candidates, Draft
 from ..runtime.errors import TreeError, UsageError
 from ..runtime.hits import path_rates, rank_rates, ranks_of
@@ -92,19 +94,52 @@ def _ranks_in_answer(session: Session, prompt: list[int], max_new_tokens: int) -
 
 
 def read_hit_table(path: Path) -> tuple[HitTable, dict[int, float], dict[str, Any]]:
-    """The table, step times in ms by rows and provenance of a tree file.
+    """The table of a tree file, step times in ms by rows if there are any, and where both come from (``hits``, ``times``).
 
     Raises:
-        TreeError: the file holds no such table.
+        TreeError: the file holds no such table, or times that can't be.
     """
     raw = read_json_file(path, limit=_MAX_FILE_BYTES, error=TreeError, hint=_HINT)
     try:
-        table = raw["table"]
-        rates = np.array(table["rank_rates"], np.float64)
-        paths = {tuple(int(rank) for rank in ranks): float(rate) for ranks, rate in table["path_rates"]}
-        times = {int(rows): float(taken) for rows, taken in raw.get("ms_by_rows", {}).items()}
-        if rates.ndim != 2 or not np.isfinite(rates).all() or any(not 0 <= rate <= 1 for rate in (*rates.flat, *paths.values())):
-            raise ValueError("a rate is not in 0 … 1")
-        return HitTable(rates, paths, int(table["positions"])), times, dict(raw.get("provenance", {}))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        found = _table(raw["table"])
+        former = dict(raw.get("provenance", {}))
+        times = {str(rows): taken for rows, taken in raw.get("ms_by_rows", {}).items()}
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise TreeError(f"{path} holds no table of hit rates: {error!r}", hint=_HINT) from None
+    # Earlier files don't tell what was counted from what was timed: one run did both.
+    hits, timed = former.get("hits", former), former.get("times", {key: former[key] for key in former if key == "environment"})
+    source = {"table": {"file": str(path), "sha256": sha256(path)}}
+    checked = _step_times(path, times)
+    return found, checked, {"hits": hits | source} | ({"times": timed | source} if checked else {})
+
+
+def _table(raw: Mapping[str, Any]) -> HitTable:
+    """A table from its JSON form, checked: ValueError and its kin tell what is wrong."""
+    rates = np.array(raw["rank_rates"], np.float64)
+    paths = {tuple(int(rank) for rank in ranks): float(rate) for ranks, rate in raw["path_rates"]}
+    if rates.ndim != 2 or not rates.size:
+        raise ValueError(f"rates by head and rank have the shape {rates.shape}")
+    if not all(0 <= rate <= 1 for rate in (*rates.flat, *paths.values())):
+        raise ValueError("a rate is not in 0 … 1")
+    heads, ranks = rates.shape
+    for ranked in paths:
+        if not 1 <= len(ranked) <= heads or not all(0 <= rank < ranks for rank in ranked):
+            raise ValueError(f"path {list(ranked)} is none of {heads} heads with {ranks} ranks")
+        if ranked[:-1] and ranked[:-1] not in paths:
+            raise ValueError(f"path {list(ranked)} has a rate, and {list(ranked[:-1])} has none")
+    positions = int(raw["positions"])
+    if positions < 1:
+        raise ValueError(f"counted at {positions} positions")
+    return HitTable(rates, paths, positions)
+
+
+def _step_times(path: Path, raw: Mapping[str, Any]) -> dict[int, float]:
+    times = {}
+    for rows, taken in raw.items():
+        if not rows.isdecimal() or rows == "0" or type(taken) not in (int, float) or not 0 < taken < math.inf:
+            raise TreeError(
+                f"{path}: a step of {rows} rows can't take {taken} ms",
+                hint="take ms_by_rows out of the file, and give BUNDLE to measure it again",
+            )
+        times[int(rows)] = float(taken)
+    return times

@@ -102,13 +102,22 @@ def read_tree(path: Path, manifest: Manifest) -> Tree:
         TreeError: no tree, or more than the bundle's heads, candidates or rows.
     """
     tree = read_tree_file(path)
+    check_runs(tree, manifest, str(path))
+    return tree
+
+
+def check_runs(tree: Tree, manifest: Manifest, name: str) -> None:
+    """Refuse a tree that the bundle can't run; ``name``: whose it is.
+
+    Raises:
+        TreeError: more than the bundle's heads, candidates or rows.
+    """
     tree.check_fits(manifest.heads.num_heads, manifest.heads.top_k)
     if tree.rows > manifest.limits.max_rows:
         raise TreeError(
-            f"{path} has {tree.rows} rows, the bundle allows {manifest.limits.max_rows}",
+            f"{name} has {tree.rows} rows, the bundle allows {manifest.limits.max_rows}",
             hint="prune it, or export with --max-rows",
         )
-    return tree
 
 
 def read_tree_file(path: Path) -> Tree:

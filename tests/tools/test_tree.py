@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from medusa_deploy.runtime.bundle import sha256
 from medusa_deploy.runtime.errors import TreeError, UsageError
 from medusa_deploy.runtime.hits import MISS, NO_LABEL, path_rates, ranks_of
 from medusa_deploy.runtime.session import Session
@@ -94,8 +96,8 @@ def test_the_verb_writes_what_other_verbs_read(tiny_bundle: Path, tmp_path: Path
     written = json.loads(out.read_text())
     assert json.loads(plain.read_text()) == written["choices"]
     assert read_tree_file(out) == read_tree_file(plain) == Tree.from_choices(written["choices"])
-    assert len(written["provenance"]["environment"]["bundle"]["manifest_sha256"]) == 64
-    assert len(written["provenance"]["prompts_sha256"]) == 64
+    assert len(written["provenance"]["hits"]["environment"]["bundle"]["manifest_sha256"]) == 64
+    assert len(written["provenance"]["hits"]["prompts_sha256"]) == 64
     assert main(["verify", str(tiny_bundle), "--trees", str(out), "--count", "1", "--max-new-tokens", "8"]) == 0
     assert main(["tree", "--table", str(out), "-o", str(again)]) == 0
     assert json.loads(again.read_text())["table"] == written["table"]
@@ -103,12 +105,107 @@ def test_the_verb_writes_what_other_verbs_read(tiny_bundle: Path, tmp_path: Path
     assert "--force" in capsys.readouterr().err
 
 
-def test_what_is_no_table_is_refused(tmp_path: Path):
+TABLE = {"positions": 4, "rank_rates": [[0.5, 0.25], [0.5, 0.0]], "path_rates": [[[0], 0.5], [[1], 0.25], [[0, 0], 0.25]]}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        [],
+        {"choices": []},
+        {"table": {"positions": 1, "rank_rates": [[2.0]], "path_rates": []}},
+        {"table": TABLE | {"rank_rates": []}},
+        {"table": TABLE | {"rank_rates": [[], []]}},
+        {"table": TABLE | {"rank_rates": [[float("nan"), 0.25], [0.5, 0.0]]}},
+        {"table": TABLE | {"path_rates": [[[0], float("nan")]]}},
+        {"table": TABLE | {"path_rates": [[[2], 0.25]]}},
+        {"table": TABLE | {"path_rates": [[[], 0.25]]}},
+        {"table": TABLE | {"path_rates": [[[0, 0, 0], 0.25]]}},
+        {"table": TABLE | {"path_rates": [[[0, 0], 0.25]]}},
+        {"table": TABLE | {"positions": 0}},
+        {"table": TABLE | {"positions": float("inf")}},
+        {"table": TABLE, "provenance": [1]},
+    ],
+)
+def test_what_is_no_table_is_refused(tmp_path: Path, raw: Any):
     path = tmp_path / "x.json"
-    for text in ("[]", '{"choices": []}', '{"table": {"positions": 1, "rank_rates": [[2.0]], "path_rates": []}}'):
-        path.write_text(text)
-        with pytest.raises(TreeError, match="no table"):
-            read_hit_table(path)
+    path.write_text(json.dumps(raw))
+    with pytest.raises(TreeError, match="no table") as caught:
+        read_hit_table(path)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("taken", [0, -1.0, float("nan"), float("inf"), None, "soon"])
+def test_step_times_that_no_clock_gives_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], taken: Any):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"table": TABLE, "ms_by_rows": {"1": 1.0, "2": taken}}))
+    assert main(["tree", "--table", str(path), "-o", str(tmp_path / "out.json")]) == 1
+    said = capsys.readouterr().err
+    assert "2 rows" in said and "hint: " in said
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_what_was_counted_and_what_was_timed_are_told_apart(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    counted, timed, forced = (tmp_path / f"{name}.json" for name in ("counted", "timed", "forced"))
+    options = ["--count", "2", "--max-new-tokens", "16", "--threads", "1"]
+    assert main(["tree", str(tiny_bundle), *options, "-o", str(counted)]) == 0
+    first = json.loads(counted.read_text())["provenance"]
+    assert first["hits"]["environment"] == first["times"]["environment"] and "table" not in first["hits"]
+    first["times"]["environment"]["cpu"] = first["hits"]["environment"]["cpu"] = "another machine"
+    counted.write_text(json.dumps(json.loads(counted.read_text()) | {"provenance": first}))
+    capsys.readouterr()
+    assert main(["tree", str(tiny_bundle), "--table", str(counted), "--threads", "1", "-o", str(timed)]) == 0
+    assert f"hit rates of {counted}" in capsys.readouterr().out
+    second = json.loads(timed.read_text())["provenance"]
+    assert second["hits"] == first["hits"] | {"table": {"file": str(counted), "sha256": sha256(counted)}}
+    assert second["times"]["environment"]["cpu"] != "another machine"
+    assert main(["tree", "--table", str(timed), "--rows", "2", "-o", str(forced)]) == 0
+    third = json.loads(forced.read_text())["provenance"]
+    assert third["times"] == second["times"] | {"table": third["hits"]["table"]}
+    assert third["hits"]["environment"] == first["hits"]["environment"]
+
+
+def test_a_file_that_does_not_tell_them_apart_made_both_in_one_run(tmp_path: Path):
+    path = tmp_path / "x.json"
+    written = {"table": TABLE, "provenance": {"environment": {"cpu": "A"}, "prompts": 3}}
+    path.write_text(json.dumps(written))
+    assert "times" not in read_hit_table(path)[2]
+    path.write_text(json.dumps(written | {"ms_by_rows": {"1": 1.0}}))
+    _, _, origin = read_hit_table(path)
+    assert origin["hits"] == {"environment": {"cpu": "A"}, "prompts": 3, "table": {"file": str(path), "sha256": sha256(path)}}
+    assert origin["times"]["environment"] == {"cpu": "A"}
+
+
+@pytest.mark.parametrize(
+    ("rates", "paths", "more", "said"),
+    [
+        ([[0.5] * 17], [[[rank], 0.5] for rank in range(17)], ["--rows", "18"], "18 rows, the bundle allows 16"),
+        ([[0.5] * 5], [[[rank], 0.5] for rank in range(5)], ["--rows", "6"], "uses rank 4"),
+        ([[0.5]] * 4, [[[0] * length, 0.5] for length in range(1, 5)], ["--rows", "5"], "4 deep"),
+        ([[0.5]] * 4, [[[0] * length, 1.0] for length in range(1, 5)], [], "4 deep"),
+    ],
+)
+def test_a_tree_that_the_bundle_can_not_run_is_refused(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rates: Any, paths: Any, more: list[str], said: str,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setattr("medusa_deploy.tools.row_sweep.row_sweep", lambda *_, **__: {"ms_by_rows": {1: 1.0, 5: 1.0}})
+    path, out = tmp_path / "table.json", tmp_path / "out.json"
+    path.write_text(json.dumps({"table": {"positions": 2, "rank_rates": rates, "path_rates": paths}}))
+    assert main(["tree", str(tiny_bundle), "--table", str(path), "-o", str(out), "--threads", "1", *more]) == 1
+    shown = capsys.readouterr().err
+    assert said in shown and "hint: " in shown
+    assert not out.exists()
+
+
+def test_too_many_rows_are_refused_before_anything_is_counted(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("medusa_deploy.tools.hit_table.count_hits", lambda *_: pytest.fail("counted"))
+    assert main(["tree", str(tiny_bundle), "--rows", "17", "-o", str(tmp_path / "out.json")]) == 1
+    assert "17 rows, the bundle allows 16" in capsys.readouterr().err
 
 
 def test_every_published_tree_is_a_tree_and_is_found_by_its_name():
