@@ -19,13 +19,14 @@ def search(table: HitTable, times: Mapping[int, float], rows: int | None = None)
     """The best tree of every size, and the size with the largest expected speed-up over one row; ``rows`` forces it.
 
     ``times``: ms a step by rows, 1 among them. Trees are of the counted paths; ``independent`` is what dynamic programming over
-    the rates by head and rank expects of its own tree, as if heads were right independently of each other.
+    the rates by head and rank expects of its own tree, as if heads were right independently of each other. ``expected_by``:
+    ``replay`` where expected lengths are of decoding what was counted, ``rates`` where they are averages over all positions.
 
     Raises:
         UsageError: no size to choose by, or more rows than there are paths for.
     """
     from ..runtime.errors import UsageError
-    from ..runtime.tree import expected_acceptance_length, tree_of_paths
+    from ..runtime.tree import tree_of_paths
     from .tree_search import best_trees
 
     independent = best_trees(table.rates, MOST_ROWS)
@@ -37,9 +38,9 @@ def search(table: HitTable, times: Mapping[int, float], rows: int | None = None)
         promising, value = independent[size - 1]
         entry: dict[str, Any] = {
             "rows": size,
-            "expected_acceptance_length": expected_acceptance_length(tree, table.paths),
+            "expected_acceptance_length": table.acceptance_length(tree),
             "independent": value,
-            "independent_counted": expected_acceptance_length(promising, table.paths),
+            "independent_counted": table.acceptance_length(promising),
             "choices": tree.choices(),
         }
         if size in times and 1 in times:
@@ -55,6 +56,7 @@ def search(table: HitTable, times: Mapping[int, float], rows: int | None = None)
     return {
         "rows": best["rows"],
         "expected_acceptance_length": best["expected_acceptance_length"],
+        "expected_by": "rates" if table.ranks is None else "replay",
         "choices": best["choices"],
         "sizes": [{key: value for key, value in entry.items() if key != "choices"} for entry in sizes],
         "table": table.to_json(),
@@ -161,6 +163,7 @@ def _measure(args: argparse.Namespace, table: HitTable | None) -> tuple[HitTable
 def describe(report: Mapping[str, Any]) -> str:
     """One line a size that was timed, the chosen one marked; every size is in the file."""
     from .console import table
+    from .hit_table import OVER_POSITIONS
 
     shown = [entry for entry in report["sizes"] if "speedup" in entry or entry["rows"] == report["rows"]]
     rows = [
@@ -184,6 +187,8 @@ def describe(report: Mapping[str, Any]) -> str:
     ]
     chosen = f"tree of {report['rows']} rows: {report['expected_acceptance_length']:.3f} tokens a step expected"
     lines = [f"{chosen}, counted at {report['table']['positions']} positions"]
+    if report["expected_by"] == "rates":
+        lines.append(f"expected {OVER_POSITIONS}")
     origin = report["provenance"]
     if "table" in origin["hits"]:
         times = "no step times" if "times" not in origin else "its step times" if "table" in origin["times"] else "new step times"

@@ -19,7 +19,8 @@ from ..runtime.tree import ROOT_ONLY, RankPath, Tree, chain
 PUBLISHED = "mc_sim_7b_63"
 NAMES = ("root", "chain", "published", "narrow", "wide", "random")
 _RANDOM_ROWS = 24
-_MAX_FILE_BYTES = 1 << 20
+MAX_FILE_BYTES = 16 << 20
+"""Of a tree file, which holds the ranks of everything that was counted: about ten bytes a token."""
 
 
 @dataclass(slots=True)
@@ -127,7 +128,7 @@ def read_tree_file(path: Path) -> Tree:
         TreeError: missing, too large, or not such a list.
     """
     hint = "give a JSON list of paths of ranks such as [[0], [0, 0]]"
-    raw = read_json_file(path, limit=_MAX_FILE_BYTES, error=TreeError, hint=hint)
+    raw = read_json_file(path, limit=MAX_FILE_BYTES, error=TreeError, hint=hint)
     if isinstance(raw, dict):
         raw = raw.get("choices", raw)
     if not isinstance(raw, list):
