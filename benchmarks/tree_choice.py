@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_deploy.runtime import load
-from medusa_deploy.runtime.tree import expected_acceptance_length, tree_of_paths
+from medusa_deploy.runtime.tree import tree_of_paths
 from medusa_deploy.tools.console import Progress, write_json
 from medusa_deploy.tools.environment import environment
 from medusa_deploy.tools.hit_table import count_hits
@@ -48,7 +48,7 @@ def main() -> None:
                 for name, each in runs.items()
             }  # fmt: skip
             sizes[str(rows)]["equal_output"] = all(a.tokens == b.tokens for a, b in zip(*runs.values(), strict=True))
-            sizes[str(rows)]["expected_static"] = expected_acceptance_length(tree, table.paths)
+            sizes[str(rows)]["expected_static"] = table.acceptance_length(tree)
             bar.update(done)
     report = {
         "environment": environment(session),

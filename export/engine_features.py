@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import EngineError, UsageError
+from ..runtime.trt_engine import HERE
 
 TIMING_CACHE = "timing-cache"
 HARDWARE_COMPATIBLE = "hardware-compatible"
@@ -61,7 +62,7 @@ def check_features(backend: str, features: Iterable[str], target: str) -> None:
         why = _MISSING[feature][backend]
         if why:
             raise UsageError(f"{backend} has no {feature}: {why}", hint=f"leave --{feature} out")
-        if feature == REFITTABLE and backend == "tensorrt-rtx" and target != "here":
+        if feature == REFITTABLE and backend == "tensorrt-rtx" and target != HERE:
             raise UsageError(
                 f"{backend} builds refittable plans for the GPU of this machine only, not for {target}",
                 hint="build on that GPU with --target here, or leave --refittable out",

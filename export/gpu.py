@@ -6,6 +6,7 @@ import ctypes
 from typing import Any
 
 from ..runtime.errors import EngineError
+from ..runtime.trt_engine import HERE
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 _NAME_A_TARGET = "name a target, such as sm_89"
@@ -17,7 +18,7 @@ def resolve_target(target: str) -> str:
     Raises:
         EngineError: there is no driver or no GPU.
     """
-    return _compute_capability(_driver()) if target == "here" else target
+    return _compute_capability(_driver()) if target == HERE else target
 
 
 def _driver() -> Any:

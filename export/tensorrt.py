@@ -7,23 +7,17 @@ whose libraries need a vendor's index. What only one of the two has stands in :m
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..runtime.engine_record import Range, TensorRecord
-from ..runtime.errors import EngineError, EngineMemoryError, MissingDependencyError, UsageError
-from ..runtime.trt_engine import trt_log
+from ..runtime.errors import EngineError, EngineMemoryError, UsageError
+from ..runtime.trt_engine import HERE, MODULES, import_backend, numpy_name, trt_log
 from .engine_features import CROSS_BUILD, HARDWARE_COMPATIBLE, apply_features, has, is_compatible_target, save_timing_cache
 
-_MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-BACKENDS = tuple(_MODULES)
-HERE = "here"
-_NUMPY_NAMES = {
-    "HALF": "float16", "FLOAT": "float32", "INT64": "int64", "INT32": "int32", "BOOL": "bool", "BF16": "bfloat16", "INT8": "int8",
-}  # fmt: skip
+BACKENDS = tuple(MODULES)
 # What TensorRT says when an allocation fails; the last is how its compiler puts it.
 _OUT_OF_MEMORY = re.compile(r"bad_alloc|out of memory|memory allocation|CHECK\(p\) failed|MemoryError", re.IGNORECASE)
 _REPORT = "report this with the output of: medusa-deploy doctor"
@@ -42,14 +36,9 @@ class TensorRT:
             UsageError: no such backend.
             MissingDependencyError: it isn't installed, or its libraries can't be loaded.
         """
-        if backend not in _MODULES:
+        if backend not in MODULES:
             raise UsageError(f"unknown backend {backend!r}", hint=f"one of {', '.join(BACKENDS)}")
-        try:
-            self.module: Any = importlib.import_module(_MODULES[backend])
-        except (ImportError, OSError) as error:
-            raise MissingDependencyError(
-                f"{backend} can't be imported: {error}", hint=f"install with: pip install 'medusa-deploy[{backend}]'"
-            ) from None
+        self.module: Any = import_backend(backend)
         self.backend = backend
         self.version = str(self.module.__version__)
 
@@ -199,8 +188,7 @@ _MORE_MEMORY = "use a machine with more memory, or fewer --rows"
 
 
 def _tensor_record(tensor: Any) -> TensorRecord:
-    dtype = str(tensor.dtype).rpartition(".")[2]
-    return TensorRecord(str(tensor.name), _NUMPY_NAMES.get(dtype, dtype.lower()), tuple(int(size) for size in tensor.shape))
+    return TensorRecord(str(tensor.name), numpy_name(tensor.dtype), tuple(int(size) for size in tensor.shape))
 
 
 def _watcher(module: Any, monitor: Monitor) -> Any:

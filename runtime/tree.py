@@ -154,9 +154,11 @@ def chain(depth: int) -> Tree:
 
 
 def expected_acceptance_length(tree: Tree, path_rates: Mapping[RankPath, float]) -> float:
-    """Tokens that a step of ``tree`` emits at a root, on average over the positions that ``path_rates`` were counted at.
+    """Tokens that a step of ``tree`` would emit, on average over all positions that ``path_rates`` were counted at.
 
-    A path that isn't in ``path_rates`` was never right.
+    Decoding takes no step at most positions that were easy to guess, so it emits a few percent fewer: where the ranks at each
+    position are at hand, :func:`.hits.replayed_acceptance_length` tells how many. A path that isn't in ``path_rates`` was never
+    right.
     """
     return 1 + sum(path_rates.get(path, 0.0) for path in tree.paths[1:])
 

@@ -20,7 +20,9 @@ from .errors import BundleError, BundleIntegrityError, EngineError, EngineMismat
 from .plan_file import Compression, plan_bytes
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+"""Python package of each backend."""
 HERE = "here"
+"""The target that stands for the GPU of the machine that builds."""
 VARIANT = "device"
 _NUMPY_NAMES = {"HALF": "float16", "FLOAT": "float32", "INT64": "int64", "INT32": "int32", "BOOL": "bool", "BF16": "bfloat16"}
 
@@ -147,11 +149,11 @@ def check_tensors(engine: Engine, inputs: Sequence[TensorRecord], outputs: Seque
     for index in range(plan.num_io_tensors):
         name = plan.get_tensor_name(index)
         mode = str(plan.get_tensor_mode(name)).rpartition(".")[2]
-        dtype = str(plan.get_tensor_dtype(name)).rpartition(".")[2]
+        dtype = numpy_name(plan.get_tensor_dtype(name))
         shape = tuple(int(size) for size in plan.get_tensor_shape(name))
         if str(plan.get_tensor_location(name)).endswith("HOST"):
             raise EngineMismatchError(f"the engine wants {name} on the host, in every step", hint="report this")
-        found[mode][name] = (_NUMPY_NAMES.get(dtype, dtype.lower()), shape)
+        found[mode][name] = (dtype, shape)
     for mode, records in (("INPUT", inputs), ("OUTPUT", outputs)):
         expected = {record.name: (record.dtype, record.shape) for record in records}
         different = sorted(name for name in expected | found[mode] if expected.get(name) != found[mode].get(name))
@@ -181,6 +183,12 @@ def check_aliases(engine: Engine, layers: int) -> None:
                 f"the engine's output {present} shares memory with {alias or 'no input'}, not with {past}",
                 hint="build the engine again, and report this if it stays",
             )
+
+
+def numpy_name(dtype: Any) -> str:
+    """NumPy's name of a ``DataType`` of either package; its own, in small letters, where numpy has no such type."""
+    name = str(dtype).rpartition(".")[2]
+    return _NUMPY_NAMES.get(name, name.lower())
 
 
 def trt_log(module: Any) -> Any:

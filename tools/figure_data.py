@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import UsageError
+from .figure_projection import is_gpu_check
 
 MAX_REPORT_BYTES = 64 << 20
 _DTYPES = {"float32": "fp32", "float16": "fp16"}
@@ -158,6 +159,11 @@ def _medusa_step(label: str, report: Mapping[str, Any], way: str) -> StepTime:
 
 def _check(path: Path, report: Any) -> None:
     """Raise UsageError unless ``report`` is one of bench, with steps in it."""
+    if is_gpu_check(report):
+        raise UsageError(
+            f"{path} is a report of gpu_check, which measures no acceptance: what it projects isn't drawn with what was measured",
+            hint="draw it by itself, with --projection",
+        )
     shape: dict[str, dict[str, type | tuple[type, ...]]] = {
         "environment": {"cpu": str, "cores": int, "bundle": dict},
         "plain": _SIDE,

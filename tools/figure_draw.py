@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ from .figure_data import Bar, FigureData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; a lighter tint without prompt lookup.
 _COLOURS = {(0, False): "#8C8C8C", (1, False): "#8CC8EC", (1, True): "#0072B2", (2, False): "#F2B08A", (2, True): "#D55E00"}
@@ -33,9 +36,6 @@ _FONTS = "Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 
 def draw(data: FigureData, kind: str) -> bytes:
     """The figure as a file's bytes; ``kind``: ``svg`` or ``png``."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     bars = sum(len(group.bars) for group in data.groups)
     steps = sum(len(group.steps) for group in data.groups)
     below = [data.shared] if data.shared else [f"{group.name}: {group.settings}" for group in data.groups]
@@ -46,23 +46,43 @@ def draw(data: FigureData, kind: str) -> bytes:
         below.append("Dotted: plain decoding in that bar's own run.")
     below += [note for group in data.groups for note in group.notes]
     legend_rows = 1 + (len({(bar.stage, bar.lookup) for group in data.groups for bar in group.bars}) > 3)
-    rates = max(4.1, 0.62 * bars)
+    rates = max(4.1 if legend_rows == 1 else 5.2, 0.62 * bars)
     # In inches, so that text of a fixed size always finds its place.
     width, foot, head = 0.7 + rates + _BETWEEN + 2.85 + 0.2, 0.75 + 0.17 * len(below), 0.62 + 0.2 * legend_rows
     body = max(2.1, 0.62 * steps)
     height = foot + body + head
+    title = f"Decoding speed with and without Medusa: {', '.join(group.name for group in data.groups)}"
+    with picture(width, height, kind, below, title, describe(data)) as (figure, file):
+        left = figure.add_axes((0.7 / width, foot / height, rates / width, body / height))
+        right = figure.add_axes(((0.7 + rates + _BETWEEN) / width, foot / height, 2.85 / width, body / height))
+        _rates(left, data, legend_rows)
+        _steps(right, data, legend_rows)
+    return file.getvalue()
+
+
+@contextmanager
+def picture(
+    width: float, height: float, kind: str, below: Sequence[str], title: str, description: str
+) -> Iterator[tuple[Figure, io.BytesIO]]:
+    """A card in inches to add axes to, with lines ``below``; at the end the buffer holds the file, the same bytes every time."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+    file = io.BytesIO()
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), facecolor=_CARD, edgecolor=_EDGE, linewidth=2)
-        _rates(figure.add_axes((0.7 / width, foot / height, rates / width, body / height)), data)
-        _steps(figure.add_axes(((0.7 + rates + _BETWEEN) / width, foot / height, 2.85 / width, body / height)), data)
         figure.text(0.2 / width, 0.15 / height, "\n".join(below), fontsize=8.5, color=_QUIET, va="bottom", linespacing=1.35)
-        file = io.BytesIO()
+        yield figure, file
         figure.savefig(file, format=kind, dpi=200, edgecolor=_EDGE, metadata=metadata)
-    return _accessible(file.getvalue().decode(), data).encode() if kind == "svg" else file.getvalue()
+    if kind == "svg":
+        svg = _accessible(file.getvalue().decode(), title, description)
+        file.seek(0)
+        file.truncate()
+        file.write(svg.encode())
 
 
-def _rates(axes: Axes, data: FigureData) -> None:
+def _rates(axes: Axes, data: FigureData, legend_rows: int) -> None:
     at, ticks = 0.0, []
     named: dict[tuple[int, bool], tuple[Any, str]] = {}
     for group in data.groups:
@@ -71,8 +91,8 @@ def _rates(axes: Axes, data: FigureData) -> None:
             drawn = axes.bar(at, bar.tokens_per_s, 0.82, color=_COLOURS[bar.stage, bar.lookup], label=bar.label)
             named.setdefault((bar.stage, bar.lookup), (drawn, bar.label))
             if bar.stage:
-                _above(axes, (at, bar.tokens_per_s), 13, f"{bar.speedup:.2f}×", fontweight="bold")
-            _above(axes, (at, bar.tokens_per_s), 2, f"{bar.tokens_per_s:.1f}", color=_QUIET, fontsize=9)
+                above(axes, (at, bar.tokens_per_s), 13, f"{bar.speedup:.2f}×")
+            above(axes, (at, bar.tokens_per_s), 2, f"{bar.tokens_per_s:.1f}", quiet=True)
             if _differs(bar, group.bars[0]):
                 axes.hlines(bar.plain_tokens_per_s, at - 0.41, at + 0.41, color=_INK, linestyle=":", linewidth=1.2)
             at += 0.94
@@ -83,11 +103,12 @@ def _rates(axes: Axes, data: FigureData) -> None:
     axes.set_xlim(-0.75 - spare, at - 0.8 + spare)
     axes.set_ylim(0, 1.24 * max(bar.tokens_per_s for group in data.groups for bar in group.bars))
     axes.set_ylabel("tokens/s, decoding")
-    _frame(axes, "How fast", [named[key] for key in sorted(named)], "left", 0.0)
+    frame(axes, "How fast", [named[key] for key in sorted(named)], "left", 0.0, legend_rows)
 
 
-def _above(axes: Axes, end: tuple[float, float], points: float, text: str, **style: Any) -> None:
-    """Write ``text`` so many points above the end of a bar."""
+def above(axes: Axes, end: tuple[float, float], points: float, text: str, *, quiet: bool = False) -> None:
+    """Write ``text`` so many points above the end of a bar, bold or quiet."""
+    style: Any = {"color": _QUIET, "fontsize": 9} if quiet else {"fontweight": "bold"}
     axes.annotate(text, end, (0, points), textcoords="offset points", ha="center", va="bottom", **style)
 
 
@@ -96,7 +117,7 @@ def _differs(bar: Bar, plain: Bar) -> bool:
     return abs(bar.plain_tokens_per_s / plain.tokens_per_s - 1) > 0.02
 
 
-def _steps(axes: Axes, data: FigureData) -> None:
+def _steps(axes: Axes, data: FigureData, legend_rows: int) -> None:
     longest = max(step.total for group in data.groups for step in group.steps)
     labels, at, named = [], 0.0, {}
     for group in data.groups:
@@ -118,13 +139,15 @@ def _steps(axes: Axes, data: FigureData) -> None:
     axes.set_ylim(at - 0.8, -0.6)
     axes.set_xlim(0, 1.36 * longest)
     axes.set_xlabel("ms a step")
-    _frame(axes, "Where the time goes", [named[field] for field, _, _ in _PARTS], "bottom", -1.2 / 2.85)
+    frame(axes, "Where the time goes", [named[field] for field, _, _ in _PARTS], "bottom", -1.2 / 2.85, legend_rows)
 
 
-def _frame(axes: Axes, title: str, entries: list[tuple[Any, str]], scale: str, start: float) -> None:
-    """Title and legend above the axes, from ``start`` (in widths of the axes); no line where the ``scale`` is."""
+def frame(axes: Axes, title: str, entries: list[tuple[Any, str]], scale: str, start: float, rows: int) -> None:
+    """Title and legend above the axes, from ``start`` (in widths of the axes); no line where the ``scale`` is.
+
+    ``rows``: of the longest legend in the figure, so that all its titles stand at one height.
+    """
     axes.set_facecolor(_CARD)
-    rows = 1 + (len(entries) > 3)
     axes.annotate(
         title, (start, 1), (0, 8 + 16 * rows), "axes fraction", textcoords="offset points", fontweight="bold", fontsize=12
     )
@@ -152,10 +175,9 @@ def describe(data: FigureData) -> str:
     return "\n".join(lines)
 
 
-def _accessible(svg: str, data: FigureData) -> str:
+def _accessible(svg: str, title: str, description: str) -> str:
     """With title and description, and fonts that every reader has one of."""
-    title = f"Decoding speed with and without Medusa: {', '.join(group.name for group in data.groups)}"
-    words = f'<title id="title">{escape(title)}</title>\n <desc id="desc">{escape(describe(data))}</desc>'
+    words = f'<title id="title">{escape(title)}</title>\n <desc id="desc">{escape(description)}</desc>'
     svg = svg.replace("'DejaVu Sans'", _FONTS).replace("DejaVu Sans;", f"{_FONTS};")
     return re.sub(r"(<svg )([^>]*>)", rf'\1role="img" aria-labelledby="title desc" \2\n {_literal(words)}', svg, count=1)
 

@@ -31,7 +31,7 @@ def row_sweep(
 
     1 is among the sizes, and sizes that the session can't run are left out.
     One row runs as plain decoding does, without the heads. With path rates in the bundle, ``suggestions`` holds the best tree
-    of each size and what it promises over plain decoding: expected tokens a step ÷ step time.
+    of each size and what it promises over plain decoding, by rates: expected tokens a step ÷ step time.
     """
     manifest = session.manifest
     rng, vocab = np.random.default_rng(seed), manifest.backbone.vocab_size
@@ -53,7 +53,7 @@ def row_sweep(
     report: dict[str, Any] = {"context": len(context), "rounds": rounds, "ms_by_rows": milliseconds}
     rates = path_rates(manifest)
     if rates:
-        report["suggestions"] = suggest(rates, milliseconds)
+        report["suggestions"], report["expected_by"] = suggest(rates, milliseconds), "rates"
     return report
 
 
@@ -67,7 +67,8 @@ def path_rates(manifest: Manifest) -> dict[RankPath, float]:
 def suggest(rates: Mapping[RankPath, float], milliseconds: Mapping[int, float]) -> list[dict[str, Any]]:
     """For each size: the best tree, its expected tokens a step, and the speed-up that follows from the step times.
 
-    A fixed tree, that is: rows that follow the context (:mod:`..runtime.draft`) accept more.
+    A fixed tree, that is: rows that follow the context (:mod:`..runtime.draft`) accept more. A bundle holds rates and not what
+    they were counted from, so both are ``OVER_POSITIONS``.
     """
     suggestions = []
     for rows, taken in milliseconds.items():
@@ -82,6 +83,7 @@ def suggest(rates: Mapping[RankPath, float], milliseconds: Mapping[int, float]) 
 def describe_sweep(report: Mapping[str, Any]) -> str:
     """The sweep for a person: one line a size, the best one named."""
     from .console import table
+    from .hit_table import OVER_POSITIONS
 
     milliseconds = report["ms_by_rows"]
     expected = {entry["rows"]: entry for entry in report.get("suggestions", ())}
@@ -94,7 +96,7 @@ def describe_sweep(report: Mapping[str, Any]) -> str:
     lines = [table(rows, headers)]
     if expected:
         best = max(expected.values(), key=lambda entry: entry["speedup"])
-        lines.append(f"best size: {best['rows']} rows, {best['speedup']:.2f}× expected")
+        lines += [f"best size: {best['rows']} rows, {best['speedup']:.2f}× expected", f"expected {OVER_POSITIONS}"]
     else:
         lines.append("the bundle holds no path rates, so no size is suggested")
     return "\n".join(lines)

@@ -19,13 +19,14 @@ def search(table: HitTable, times: Mapping[int, float], rows: int | None = None)
     """The best tree of every size, and the size with the largest expected speed-up over one row; ``rows`` forces it.
 
     ``times``: ms a step by rows, 1 among them. Trees are of the counted paths; ``independent`` is what dynamic programming over
-    the rates by head and rank expects of its own tree, as if heads were right independently of each other.
+    the rates by head and rank expects of its own tree, as if heads were right independently of each other. ``expected_by``:
+    ``replay`` where expected lengths are of decoding what was counted, ``rates`` where they are averages over all positions.
 
     Raises:
         UsageError: no size to choose by, or more rows than there are paths for.
     """
     from ..runtime.errors import UsageError
-    from ..runtime.tree import expected_acceptance_length, tree_of_paths
+    from ..runtime.tree import tree_of_paths
     from .tree_search import best_trees
 
     independent = best_trees(table.rates, MOST_ROWS)
@@ -37,9 +38,9 @@ def search(table: HitTable, times: Mapping[int, float], rows: int | None = None)
         promising, value = independent[size - 1]
         entry: dict[str, Any] = {
             "rows": size,
-            "expected_acceptance_length": expected_acceptance_length(tree, table.paths),
+            "expected_acceptance_length": table.acceptance_length(tree),
             "independent": value,
-            "independent_counted": expected_acceptance_length(promising, table.paths),
+            "independent_counted": table.acceptance_length(promising),
             "choices": tree.choices(),
         }
         if size in times and 1 in times:
@@ -55,6 +56,7 @@ def search(table: HitTable, times: Mapping[int, float], rows: int | None = None)
     return {
         "rows": best["rows"],
         "expected_acceptance_length": best["expected_acceptance_length"],
+        "expected_by": "rates" if table.ranks is None else "replay",
         "choices": best["choices"],
         "sizes": [{key: value for key, value in entry.items() if key != "choices"} for entry in sizes],
         "table": table.to_json(),
@@ -85,23 +87,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Count, search, print and write."""
-    from ..runtime.bundle import refuse_existing
-    from ..runtime.errors import UsageError
+    from ..runtime.bundle import open_bundle, refuse_existing, sha256
+    from ..runtime.errors import TreeError, UsageError
+    from ..runtime.manifest import MANIFEST_NAME
+    from ..runtime.tree import Tree
     from .console import emit, write_json
     from .hit_table import read_hit_table
+    from .tree_set import check_runs
 
     for path in (args.output, args.choices):
         if path is not None:
             refuse_existing(path, force=args.force)
     if args.bundle is None and args.table is None:
         raise UsageError("neither a bundle nor a table of hit rates is given", hint="give BUNDLE, or --table FILE")
+    bundle = None if args.bundle is None else open_bundle(args.bundle, check_hashes=False)
+    if bundle is not None and args.rows is not None and args.rows > bundle.manifest.limits.max_rows:
+        raise UsageError(
+            f"{args.rows} rows, the bundle allows {bundle.manifest.limits.max_rows}",
+            hint="give fewer --rows, or export with a larger --max-rows",
+        )
     if args.table is None:
-        table, times, provenance = _measure(args, None)
+        table, times, origin = _measure(args, None)
     else:
-        table, times, provenance = read_hit_table(args.table)
-        if args.bundle is not None and args.rows is None:
-            table, times, _ = _measure(args, table)
-    report = {**search(table, times, args.rows), "provenance": provenance}
+        table, times, origin = read_hit_table(args.table)
+        if bundle is not None and args.rows is None:
+            table, times, measured = _measure(args, table)
+            origin |= measured
+    report: dict[str, Any] = {**search(table, times, args.rows), "provenance": origin}
+    if bundle is not None:
+        try:
+            check_runs(Tree.from_choices(report["choices"]), bundle.manifest, "the tree found")
+        except TreeError as error:
+            raise TreeError(
+                f"the tree of {report['rows']} rows doesn't fit {args.bundle}: {error.message}",
+                hint="leave --table out, so that hits are counted on this bundle; or give fewer --rows",
+            ) from None
+        origin["fits"] = {"manifest_sha256": sha256(bundle.path(MANIFEST_NAME))}
     write_json(report, args.output)
     if args.choices is not None:
         write_json(report["choices"], args.choices)
@@ -110,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, table: HitTable | None) -> tuple[HitTable, dict[int, float], dict[str, Any]]:
-    """Hit rates, where there are none yet, and step times, both of the engine that the arguments name."""
+    """Hit rates, where there are none yet, and step times, both of the engine that the arguments name; where they are from."""
     from ..runtime.prompts import prompts_digest
     from .console import Progress
     from .engine_options import load_session
@@ -120,15 +141,15 @@ def _measure(args: argparse.Namespace, table: HitTable | None) -> tuple[HitTable
     from .row_sweep import row_sweep
 
     session = load_session(args, variant=args.variant)
-    provenance: dict[str, Any] = {}
+    here = {"environment": environment(session) | {"backend": args.backend}}
+    origin: dict[str, Any] = {"times": here}
     with Progress("count") as bar:
         if table is None:
             prompts = prompts_for(session, args.prompts, args.count, args.seed)
             check_room(session, prompts, args.max_new_tokens)
             bar.phase("count", len(prompts))
             table = count_hits(session, prompts, args.max_new_tokens, bar.update)
-            provenance = {
-                "environment": environment(session) | {"backend": args.backend},
+            origin["hits"] = here | {
                 "prompts": len(prompts),
                 "prompts_sha256": prompts_digest(prompts),
                 "max_new_tokens": args.max_new_tokens,
@@ -136,12 +157,13 @@ def _measure(args: argparse.Namespace, table: HitTable | None) -> tuple[HitTable
             }
         bar.phase("step times")
         times = row_sweep(session, sizes=TIMED_SIZES, rounds=9, progress=bar.update)["ms_by_rows"]
-    return table, times, provenance
+    return table, times, origin
 
 
 def describe(report: Mapping[str, Any]) -> str:
     """One line a size that was timed, the chosen one marked; every size is in the file."""
     from .console import table
+    from .hit_table import OVER_POSITIONS
 
     shown = [entry for entry in report["sizes"] if "speedup" in entry or entry["rows"] == report["rows"]]
     rows = [
@@ -164,4 +186,11 @@ def describe(report: Mapping[str, Any]) -> str:
         "expected speed-up",
     ]
     chosen = f"tree of {report['rows']} rows: {report['expected_acceptance_length']:.3f} tokens a step expected"
-    return f"{chosen}, counted at {report['table']['positions']} positions\n\n{table(rows, headers)}"
+    lines = [f"{chosen}, counted at {report['table']['positions']} positions"]
+    if report["expected_by"] == "rates":
+        lines.append(f"expected {OVER_POSITIONS}")
+    origin = report["provenance"]
+    if "table" in origin["hits"]:
+        times = "no step times" if "times" not in origin else "its step times" if "table" in origin["times"] else "new step times"
+        lines.append(f"hit rates of {origin['hits']['table']['file']}, {times}")
+    return "\n".join([*lines, "", table(rows, headers)])

@@ -19,7 +19,8 @@ from ..runtime.tree import ROOT_ONLY, RankPath, Tree, chain
 PUBLISHED = "mc_sim_7b_63"
 NAMES = ("root", "chain", "published", "narrow", "wide", "random")
 _RANDOM_ROWS = 24
-_MAX_FILE_BYTES = 1 << 20
+MAX_FILE_BYTES = 16 << 20
+"""Of a tree file, which holds the ranks of everything that was counted: about ten bytes a token."""
 
 
 @dataclass(slots=True)
@@ -102,13 +103,22 @@ def read_tree(path: Path, manifest: Manifest) -> Tree:
         TreeError: no tree, or more than the bundle's heads, candidates or rows.
     """
     tree = read_tree_file(path)
+    check_runs(tree, manifest, str(path))
+    return tree
+
+
+def check_runs(tree: Tree, manifest: Manifest, name: str) -> None:
+    """Refuse a tree that the bundle can't run; ``name``: whose it is.
+
+    Raises:
+        TreeError: more than the bundle's heads, candidates or rows.
+    """
     tree.check_fits(manifest.heads.num_heads, manifest.heads.top_k)
     if tree.rows > manifest.limits.max_rows:
         raise TreeError(
-            f"{path} has {tree.rows} rows, the bundle allows {manifest.limits.max_rows}",
+            f"{name} has {tree.rows} rows, the bundle allows {manifest.limits.max_rows}",
             hint="prune it, or export with --max-rows",
         )
-    return tree
 
 
 def read_tree_file(path: Path) -> Tree:
@@ -118,7 +128,7 @@ def read_tree_file(path: Path) -> Tree:
         TreeError: missing, too large, or not such a list.
     """
     hint = "give a JSON list of paths of ranks such as [[0], [0, 0]]"
-    raw = read_json_file(path, limit=_MAX_FILE_BYTES, error=TreeError, hint=hint)
+    raw = read_json_file(path, limit=MAX_FILE_BYTES, error=TreeError, hint=hint)
     if isinstance(raw, dict):
         raw = raw.get("choices", raw)
     if not isinstance(raw, list):

@@ -14,14 +14,17 @@ from medusa_deploy.runtime.heads import HeadConfig, HeadSet
 from medusa_deploy.runtime.heads_file import read_heads_folder
 from medusa_deploy.runtime.hits import MISS, NO_LABEL, path_rates
 from medusa_deploy.runtime.tree import tree_of_paths
-from support.tiny import HEADS, HIDDEN, VOCAB
+from medusa_deploy.tools.hit_table import count_hits
+from medusa_deploy.tools.prompt_source import random_prompts
+from support.tiny import HEADS, HIDDEN, VOCAB, tiny_head_set
 
 torch: Any = pytest.importorskip("torch")
 
-from medusa_deploy.calibration.examples import IGNORE, Examples  # noqa: E402
+from medusa_deploy.calibration.examples import IGNORE, Examples, following_tokens  # noqa: E402
 from medusa_deploy.calibration.hit_rates import (  # noqa: E402
     Hits,
     draft_projection,
+    find_hits,
     head_logits,
     platt_scaling,
 )
@@ -174,6 +177,48 @@ def test_decoding_accepts_what_the_hit_rates_count(
     assert generation.stats.steps == sum(accepted.values())
     assert sum(abs(difference) for difference in missed.values()) in (0, 2)
     assert len(generation.stats.accepted) > 1 or choices == [(3,), (2,), (2, 0), (2, 0, 1)]
+
+
+@pytest.fixture(scope="module", params=["medusa shared", "grounded pruned"])
+def pair(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, HeadSet]:
+    """A session over the tiny model, and its heads."""
+    from medusa_deploy.export.exporter import export_bundle
+    from medusa_deploy.runtime import load
+    from medusa_deploy.runtime.heads_file import write_heads
+
+    heads = tiny_head_set()
+    if request.param == "grounded pruned":
+        rng = np.random.default_rng(1)
+        config = HeadConfig("grounded", HEADS, 1, HIDDEN, 96, "pruned")
+        wider = {f"head.{h}.layer.0.weight": rng.normal(0, 0.05, (HIDDEN, 2 * HIDDEN)).astype(np.float32) for h in range(HEADS)}
+        heads = HeadSet(config, {**heads.tensors, **wider, "token_map": np.sort(rng.permutation(VOCAB)[:96])})
+    folder = tmp_path_factory.mktemp("pair")
+    write_heads(heads, folder / "heads")
+    export_bundle(tiny_model, folder / "heads", folder / "bundle", capacity=256, top_k=4, max_rows=16, prefill_chunk=16)
+    return load(folder / "bundle", threads=1), heads
+
+
+def test_the_engine_counts_the_ranks_that_torch_computes(pair: tuple[Session, HeadSet], tiny_model: Path) -> None:
+    """What ``tree`` counts while the bundle decodes, against the torch module fed with the whole text at once."""
+    from transformers import LlamaForCausalLM
+
+    session, heads = pair
+    prompts = random_prompts(VOCAB, 256, 4, seed=7)
+    counted = count_hits(session, prompts, 48).ranks
+    model: Any = LlamaForCausalLM.from_pretrained(tiny_model)
+    weight = model.get_output_embeddings().weight.detach()
+    hidden, roots, labels = [], [], []
+    for prompt in prompts:
+        tokens = np.array(session.generate(token_ids=prompt, max_new_tokens=48, speculative=False).token_ids)
+        with torch.no_grad():
+            states = model(torch.tensor([[*prompt, *tokens[:-1]]]), output_hidden_states=True).hidden_states[-1][0]
+        hidden.append(states[len(prompt) - 1 :])
+        roots.append(torch.from_numpy(tokens))
+        labels.append(torch.from_numpy(following_tokens(tokens, HEADS).copy()))
+    computed = find_hits(heads, Examples(torch.cat(hidden), torch.cat(roots), torch.cat(labels)), weight, weight, ranks=4).ranks
+    assert counted is not None
+    np.testing.assert_array_equal(counted, computed)
+    assert {MISS, NO_LABEL, 0, 1, 2, 3} <= {*computed.ravel().tolist()}
 
 
 def test_rates_fall_with_the_rank_of_a_trained_head() -> None:

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from medusa_deploy.export import gpu, tensorrt
+from medusa_deploy.export import gpu
 from medusa_deploy.export.builder_process import BuildRequest, BuiltPlan, build_plan
 from medusa_deploy.export.engine_features import apply_features, features_of, has
 from medusa_deploy.export.tensorrt import TensorRT
+from medusa_deploy.runtime import trt_engine
 from medusa_deploy.runtime.errors import EngineError, EngineMemoryError, MissingDependencyError, UsageError
 
 STAND_IN = Path(__file__).parents[1] / "support" / "standin"
@@ -183,7 +184,7 @@ def test_a_backend_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
     def missing(name: str) -> Any:
         raise ImportError(f"no {name}")
 
-    monkeypatch.setattr(tensorrt, "importlib", SimpleNamespace(import_module=missing))
+    monkeypatch.setattr(trt_engine, "importlib", SimpleNamespace(import_module=missing))
     with pytest.raises(MissingDependencyError, match="no tensorrt_rtx") as caught:
         TensorRT("tensorrt-rtx")
     assert "medusa-deploy[tensorrt-rtx]" in caught.value.hint

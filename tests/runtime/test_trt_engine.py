@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from medusa_deploy.runtime import load, trt_load
+from medusa_deploy.runtime import load, trt_engine, trt_load
 from medusa_deploy.runtime.bundle import open_bundle, record_files, write_manifest
 from medusa_deploy.runtime.errors import (
     BundleError,
@@ -220,6 +220,17 @@ def test_an_unknown_backend(engine_bundle: Path) -> None:
     assert "tensorrt-rtx" in caught.value.hint
     with pytest.raises(UsageError, match="the backend cpu takes no target"):
         load(engine_bundle, target=TARGET)
+
+
+def test_the_exporter_takes_what_both_sides_need_to_know_from_the_runtime() -> None:
+    """A plan's tensors are held against the record by the names that the exporter wrote."""
+    tensorrt = pytest.importorskip("medusa_deploy.export.tensorrt")
+    for name in ("MODULES", "HERE", "numpy_name", "import_backend"):
+        assert getattr(tensorrt, name) is getattr(trt_engine, name)
+    names = ("HALF", "FLOAT", "INT64", "BF16", "INT8", "FP8")
+    assert [trt_engine.numpy_name(f"DataType.{name}") for name in names] == [
+        "float16", "float32", "int64", "bfloat16", "int8", "fp8",
+    ]  # fmt: skip
 
 
 @pytest.mark.tensorrt

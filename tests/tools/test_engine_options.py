@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from medusa_deploy.runtime.session import Session
 from medusa_deploy.tools import bench
 from medusa_deploy.tools.cli import main
+from medusa_deploy.tools.hit_table import count_hits
+from medusa_deploy.tools.prompt_source import random_prompts
 from support.fake_cuda import FakeRuntime
 from support.fake_trt import FakeTrt
 
@@ -82,3 +85,15 @@ def test_a_sweep_measures_every_size_on_the_profile_that_holds_it(folder: Path, 
     assert len(row_sweep(session, rounds=1)["ms_by_rows"]) > 4
     assert {shapes["tokens"] for shapes in module.enqueued} >= {(1, 1), (1, 4), (1, 16)}
     assert session.slots.free == 1
+
+
+def test_an_engine_counts_the_hits_that_the_cpu_counts(
+    folder: Path, tiny_session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every position is a root there too, although its steps may run ahead of the host."""
+    from support.fake_engine import load_fake
+
+    session, prompts = load_fake(folder, monkeypatch, FakeTrt(FakeRuntime())), random_prompts(128, 256, 2, seed=3)
+    on_gpu, on_cpu = (count_hits(each, prompts, 24) for each in (session, tiny_session))
+    assert on_gpu.ranks is not None and on_cpu.ranks is not None
+    assert on_gpu.ranks.tolist() == on_cpu.ranks.tolist()

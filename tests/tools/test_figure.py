@@ -103,6 +103,19 @@ def test_machines_are_told_apart_when_they_differ() -> None:
     assert [text for text in shown if "CPU B" in text]
 
 
+def test_titles_stand_at_one_height_above_legends_of_different_lengths() -> None:
+    second = report()
+    second["environment"]["bundle"]["stage"] = 2
+    for reports in ({ONE: report()}, {ONE: report(), TWO: second}):
+        svg = draw(figure_data(reports, labels=dict.fromkeys(reports, "model")), "svg").decode()
+        heights = [
+            re.search(rf'<text[^>]*(?:translate\([-\d.]+ |y=")([-\d.]+)[^>]*>{title}<', svg)
+            for title in ("How fast", "Where the time goes")
+        ]
+        assert all(heights)
+        assert len({float(found[1]) for found in heights if found}) == 1
+
+
 def test_outputs_that_differ_are_said_in_the_picture() -> None:
     data = figure_data({ONE: report(equal={"different": [1], "of": 3})})
     assert "one, Medusa-1: 1 of 3 outputs differ between the ways" in texts(draw(data, "svg").decode())

@@ -17,6 +17,7 @@ from medusa_deploy.tools.gpu_check.options import STAGES, Options, command_line,
 from medusa_deploy.tools.gpu_check.report import OutOfTimeError, Report
 from medusa_deploy.tools.gpu_check.shapes import SIZES
 from medusa_deploy.tools.gpu_check.table import describe_check
+from medusa_deploy.tools.model_sizes import find_preset
 
 BASIC = ["--device", "cpu", "--sizes", "tiny", "--repeats", "2", "--rows", "1,16,64"]
 
@@ -34,6 +35,17 @@ def measured(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     torch.set_num_threads(1)
     stages = {name: worker.run_stage(name, options).to_json() | {"device": "cpu"} for name in STAGES}
     return {"machine": runner.machine_facts(), "stages": json.loads(json.dumps(stages))}
+
+
+def test_sizes_are_those_that_plan_knows_and_need_no_torch() -> None:
+    fields = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab")
+    for name in {*SIZES} - {"tiny"}:
+        known = find_preset(name).shape
+        assert [getattr(SIZES[name], field) for field in fields] == [getattr(known, field) for field in fields]
+    code = "import sys, medusa_deploy.tools.gpu_check.options; print({'torch', 'onnxruntime', 'transformers'} & {*sys.modules})"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
 
 
 @pytest.mark.slow

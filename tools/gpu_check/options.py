@@ -1,4 +1,4 @@
-"""What a run is asked for. Standard library only."""
+"""What a run is asked for. Needs no torch."""
 
 from __future__ import annotations
 

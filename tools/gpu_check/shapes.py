@@ -1,8 +1,10 @@
-"""Sizes of the backbones that are measured, as data. Standard library only."""
+"""Sizes of the backbones that are measured, as data. Needs no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from ..model_sizes import find_preset
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +45,21 @@ class Shapes:
         return 2 * self.layers * self.kv_heads * self.head_dim * rows * itemsize
 
 
+def _known(name: str, rope_theta: float = 10000.0) -> Shapes:
+    """Of a model size that ``plan`` knows."""
+    shape = find_preset(name).shape
+    sizes = (shape.layers, shape.hidden, shape.intermediate, shape.heads, shape.kv_heads, shape.head_dim, shape.vocab)
+    return Shapes(name, *sizes, rope_theta=rope_theta)
+
+
 SIZES = {
     shapes.name: shapes
     for shapes in (
         Shapes("tiny", 2, 64, 128, 4, 2, 16, 128, lengths=(128, 256), draft_vocab=32),
-        Shapes("135m", 30, 576, 1536, 9, 3, 64, 49152, rope_theta=100000.0),
-        Shapes("7b", 32, 4096, 11008, 32, 32, 128, 32000),
-        Shapes("8b", 32, 4096, 14336, 32, 8, 128, 128256, rope_theta=500000.0),
-        Shapes("13b", 40, 5120, 13824, 40, 40, 128, 32000),
-        Shapes("33b", 60, 6656, 17920, 52, 52, 128, 32000),
+        _known("135m", rope_theta=100000.0),
+        _known("7b"),
+        _known("8b", rope_theta=500000.0),
+        _known("13b"),
+        _known("33b"),
     )
 }
