@@ -37,10 +37,10 @@ class _Binding(NamedTuple):
 class ObservingExecutor(OrtExecutor):
     """The CPU executor on a graph with more outputs: what every product reads goes to ``observations``."""
 
-    def __init__(self, model: OrtModel, graph: StepGraph, threads: int | None) -> None:
+    def __init__(self, model: OrtModel, graph: StepGraph, products: Sequence[Product], threads: int | None) -> None:
         self._step_graph = graph
-        self._of_heads = {product.activation: product.of_heads for product in graph.products}
-        self.observations = Observations.of(graph.products)
+        self._of_heads = {product.activation: product.of_heads for product in products}
+        self.observations = Observations.of(products)
         super().__init__(model, threads)
 
     def _graph(self, path: Path, options: Any) -> str | bytes:
@@ -72,7 +72,7 @@ class Calibrator:
     """A bundle that is watched while it answers: prompts are prefilled, then decoded greedily on the bundle's default tree.
 
     So the rows are those that an engine computes, rejected ones included. The tree is fixed, because rows chosen by time would be
-    others in every run.
+    others in every run. ``products``: those that are watched; where the tree is its root alone, no heads run, and theirs aren't.
     """
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
@@ -85,12 +85,14 @@ class Calibrator:
         """
         self.bundle = bundle
         self.graph = StepGraph(bundle)
-        if not self.graph.products:
+        heads_run = bundle.manifest.tree().rows > 1
+        self.products = [product for product in self.graph.products if heads_run or not product.of_heads]
+        if not self.products:
             raise CalibrationError("no product in the step graph has a constant weight", hint="export the bundle again")
-        self._executor = ObservingExecutor(ort_model(bundle, 1, "standard"), self.graph, threads)
+        self._executor = ObservingExecutor(ort_model(bundle, 1, "standard"), self.graph, self.products, threads)
         limits = bundle.manifest.limits
         # All activations of a call are in memory at once, so a call of a large model gets fewer rows.
-        chunk = max(1, min(limits.prefill_chunk, _MOST_OBSERVED_BYTES // _row_bytes(self.graph.products)))
+        chunk = max(1, min(limits.prefill_chunk, _MOST_OBSERVED_BYTES // _row_bytes(self.products)))
         manifest = replace(bundle.manifest, limits=replace(limits, prefill_chunk=chunk))
         self.session = Session(Bundle(bundle.folder, manifest), self._executor, 1)
 
@@ -127,7 +129,7 @@ class Calibrator:
             OutputError: the progress file can't be written.
         """
         settings = self.settings(prompts, max_new_tokens)
-        total = Observations.of(self.graph.products)
+        total = Observations.of(self.products)
         if progress_file is not None:
             total.resume(progress_file, settings)
         saved, since = total.prompts, time.monotonic()
@@ -146,7 +148,7 @@ class Calibrator:
 
     def _observe(self, prompt: Sequence[int], max_new_tokens: int) -> Observations:
         """What one prompt and its answer show. A run that is interrupted keeps whole prompts only."""
-        self._executor.observations = seen = Observations.of(self.graph.products)
+        self._executor.observations = seen = Observations.of(self.products)
         self.session.generate(token_ids=prompt, max_new_tokens=max_new_tokens, tree=self.session.tree)
         seen.prompts = 1
         return seen

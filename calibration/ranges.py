@@ -137,7 +137,9 @@ def relative_error(observer: RangeObserver, limit: float) -> float:
 
 
 def clipped_share(observer: RangeObserver, limit: float) -> float:
-    """Share of the values in bins that begin at ``limit`` or above it."""
+    """Share of the values in bins that begin at ``limit`` or above it; none where no value is larger."""
+    if limit >= observer.largest:
+        return 0.0
     beyond = observer.counts[int(np.ceil(limit / observer.width)) :]
     return float(beyond.sum() / observer.counts.sum())
 

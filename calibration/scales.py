@@ -23,7 +23,7 @@ def make_scales(calibrator: Calibrator, seen: Observations, method: Method, sett
         QuantisationError: a weight holds NaN or infinity.
     """
     _check_enough(seen)
-    products = calibrator.graph.products
+    products = calibrator.products
     weights = dict.fromkeys((product.weight, product.axis) for product in products)
     return Scales(
         method.describe(),

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         metavar="FILE",
-        help="prompts as JSON lines (.jsonl), or plain text (default: the package's training prompts)",
+        help="prompts as JSON lines (.jsonl), or plain text (default: the package's training prompts, which are chats)",
     )
     parser.add_argument(
         "--samples",

@@ -137,6 +137,11 @@ def test_the_errors_are_those_of_the_values_themselves():
     assert zeroed_share(observer, limit) == pytest.approx(np.mean(rounded == 0), abs=1e-3)
 
 
+def test_nothing_is_clipped_at_the_largest_value_even_where_a_bin_begins_there():
+    observer = observed(np.full((2, CHANNELS), 0.5, np.float32))
+    assert (clipped_share(observer, 0.5), clipped_share(observer, 0.4)) == (0, 1)
+
+
 def slow_kl(counts: list[float], bins: int) -> float:
     """Migacz's pseudo-code, value by value."""
     p = [*counts[: bins - 1], counts[bins - 1] + sum(counts[bins:])]
