@@ -145,9 +145,10 @@ def clipped_share(observer: RangeObserver, limit: float) -> float:
 
 
 def zeroed_share(observer: RangeObserver, limit: float) -> float:
-    """Share of the values whose int8 value is 0: those in bins whose middle lies below half a step."""
-    bins = int(np.ceil(limit / LEVELS / 2 / observer.width - 0.5))
-    return float(observer.counts[: max(bins, 0)].sum() / observer.counts.sum())
+    """Share of the values whose int8 value is 0: those below half a step, values taken as spread evenly over their bin."""
+    whole, part = divmod(limit / LEVELS / 2 / observer.width, 1)
+    bins = int(whole)
+    return float((observer.counts[:bins].sum() + part * observer.counts[bins]) / observer.counts.sum())
 
 
 def _top(counts: np.ndarray) -> int:
