@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Calibrate, write the scales and print the activations that int8 suits least."""
     from .extras import require
 
-    require("export")
+    require("calibrate")
     from ..calibration.ranges import Method
     from .console import emit
 
