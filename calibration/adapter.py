@@ -52,3 +52,13 @@ def adapter_files(module: Any, shape: LoraShape, backbone: str) -> AdapterFiles:
             raise TrainingError(f"{name} overflows in half precision", hint="lower --learning-rate")
         tensors[f"base_model.model.{name}"] = half
     return AdapterFiles(lora_config(shape), save(tensors, {"format": "pt"}), backbone)
+
+
+def keep_share(module: Any, share: float) -> None:
+    """Let the module's adapter change the backbone by ``share`` of what it was trained to."""
+    from peft.tuners.lora import LoraLayer
+
+    for child in module.modules():
+        if isinstance(child, LoraLayer):
+            for name in child.scaling:
+                child.set_scale(name, share)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.adapter_file import AdapterFiles
+from ..runtime.adapter_file import AdapterFiles, LoraShape
 from ..runtime.errors import TrainingError
 from ..runtime.heads import HeadSet
 from .adapter import adapter_files, adapter_parameters, add_adapter
@@ -77,10 +77,11 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """Heads, the adapter they need, and one :class:`StepReport` every 20 steps."""
+    """Heads, the adapter they need and its shape, and one :class:`StepReport` every 20 steps."""
 
     heads: HeadSet
     adapter: AdapterFiles
+    shape: LoraShape
     curve: list[dict[str, Any]]
 
 
@@ -146,7 +147,7 @@ def finetune(
             save()
     if step > first and step % config.checkpoint_steps:
         save()
-    return Tuned(run.heads.eval().export(run.token_map), adapter_files(module, run.lora, backbone), curve)
+    return Tuned(run.heads.eval().export(run.token_map), adapter_files(module, run.lora, backbone), run.lora, curve)
 
 
 class _Run:

@@ -51,7 +51,7 @@ def _cpu(bundle: Bundle, options: LoadOptions) -> Loaded:
         known = [name for name in ("cpu", "standard") if name in manifest.variants]
         raise UsageError(f"the bundle has no variant {variant!r} for the CPU", hint=f"its variants: {', '.join(known)}")
     return Loaded(
-        OrtExecutor(_ort_model(bundle, options.slots, variant), options.threads), drafts=variant != "cpu" or options.slots == 1
+        OrtExecutor(ort_model(bundle, options.slots, variant), options.threads), drafts=variant != "cpu" or options.slots == 1
     )
 
 
@@ -61,10 +61,11 @@ def _cuda(bundle: Bundle, options: LoadOptions) -> Loaded:
     options.refuse("target", "threads")
     if options.variant not in (None, "standard"):
         raise UsageError(f"the backend cuda runs the standard graph, not {options.variant!r}", hint="leave the variant out")
-    return Loaded(OrtDeviceExecutor(_ort_model(bundle, options.slots, "standard")))
+    return Loaded(OrtDeviceExecutor(ort_model(bundle, options.slots, "standard")))
 
 
-def _ort_model(bundle: Bundle, slots: int, variant: str) -> OrtModel:
+def ort_model(bundle: Bundle, slots: int, variant: str) -> OrtModel:
+    """What an executor of ONNX Runtime needs to know of one of the bundle's graphs."""
     manifest = bundle.manifest
     backbone, heads = manifest.backbone, manifest.heads
     rows = manifest.limits.cache_rows

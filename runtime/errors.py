@@ -143,3 +143,22 @@ class NumericsError(DeployError):
 
 class TrainingError(DeployError):
     """Heads can't be trained: no data, data of another backbone, or a diverged loss."""
+
+
+# -- calibration ---------------------------------------------------------------------------------------------------
+
+
+class CalibrationError(DeployError):
+    """Scales can't be made of this data: too little of it, not text, or progress of a run with other settings."""
+
+
+class RangeError(CalibrationError):
+    """Values that no scale fits: all zero, too small for a normal number, NaN or infinite."""
+
+
+class ScalesError(DeployError):
+    """A file of scales can't be read, breaks a rule, or has none for a layer."""
+
+
+class ScalesMismatchError(ScalesError):
+    """Scales were measured on another model than the bundle at hand."""

@@ -58,11 +58,16 @@ class OrtBase(ABC):
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         # Without the fallback of its Python layer, which prints and goes on with the CPU.
-        session = self._ort.InferenceSession(str(path), options, providers=[self._provider], enable_fallback=0)
+        graph = self._graph(path, options)
+        session = self._ort.InferenceSession(graph, options, providers=[self._provider], enable_fallback=0)
         answered = session.get_providers()
         if not answered or answered[0] != self._provider[0]:
             raise ProviderError(f"asked for {self._provider[0]}, got {answered}", hint=self._fallback_hint())
         return session
+
+    def _graph(self, path: Path, options: Any) -> str | bytes:  # noqa: ARG002 - a graph in memory must say where its data lies
+        """What is opened for the file ``path``: its name, or the bytes of another graph in its place."""
+        return str(path)
 
     def _fallback_hint(self) -> str:
         """What to do when ONNX Runtime took another provider."""

@@ -25,7 +25,9 @@ def _loaded_by(module: str, candidates: str) -> list[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
 
 
-@pytest.mark.parametrize("module", ["medusa_deploy", "medusa_deploy.runtime", "medusa_deploy.tools.cli"])
+@pytest.mark.parametrize(
+    "module", ["medusa_deploy", "medusa_deploy.runtime", "medusa_deploy.tools.cli", "medusa_deploy.calibration.scales"]
+)
 def test_an_import_is_light(module: str) -> None:
     assert _loaded_by(module, HEAVY) == []
 

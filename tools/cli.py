@@ -29,6 +29,7 @@ VERBS = (
     Verb("prepare", "prepare", "fetch a known model and convert it to a folder that export reads"),
     Verb("export", "export", "trace a checkpoint with its Medusa heads into a bundle"),
     Verb("train", "train", "train Medusa heads for a backbone by self-distillation"),
+    Verb("calibrate", "calibrate", "measure ranges of activations and weights, and write int8 scales"),
     Verb("tree", "tree", "count the heads' hits and find the best candidate tree"),
     Verb("plan", "plan", "say which size fits on which GPU, and what to run next"),
     Verb("build", "build", "build TensorRT engines into a bundle"),

@@ -65,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     second.add_argument("--heads-weight", type=float, help="λ0, of the heads' losses against the divergence (default: 0.2)")
     second.add_argument("--batch-tokens", type=int, help="tokens of a step (default: 1024)")
     second.add_argument("--time-limit", type=float, metavar="MINUTES", help="training ends, its schedule complete, after so long")
+    second.add_argument(
+        "--quality-budget",
+        type=float,
+        metavar="SHARE",
+        help="keep as much of the adapter as raises the perplexity of the backbone's own answers by no more (default: 0.02)",
+    )
     answers = parser.add_argument_group("answers")
     answers.add_argument("--self-prompts", type=int, default=0, metavar="N", help="let a chat model try to write N more prompts")
     answers.add_argument("--max-new-tokens", type=int, default=400, help="length of an answer at most (default: %(default)s)")
@@ -98,13 +104,15 @@ def run(args: argparse.Namespace) -> int:
     work = args.work or args.output.with_name(args.output.name + ".work")
     plan = AnswerPlan(work=work, seed=args.seed or 0, **{name: getattr(args, name) for name in fields})
     given = _given(args, (*_CHOICES[args.stage], *_SHARED_CHOICES)) | {"autocast": args.autocast}
-    if foreign := _given(args, _CHOICES[3 - args.stage]):
+    others = _CHOICES[3 - args.stage] + (("quality_budget",) if args.stage == 1 else ())
+    if foreign := _given(args, others):
         raise UsageError(
             f"--{next(iter(foreign)).replace('_', '-')} belongs to the other stage, this is stage {args.stage}",
             hint="see the groups of: medusa-deploy train --help",
         )
+    keep = {"tree_rows": args.tree_rows, "force": args.force}
     if args.stage == 1:
-        report = train(plan, args.output, given, args.heads, tree_rows=args.tree_rows, force=args.force)
+        report = train(plan, args.output, given, args.heads, **keep)
         text = hit_rate_table(report["hit_rates"])
     else:
         if args.heads is None:
@@ -112,7 +120,8 @@ def run(args: argparse.Namespace) -> int:
         if "rank" in given:
             given = {"alpha": 2.0 * given["rank"]} | given
         config = FinetuneConfig(**given)
-        report = train_backbone(plan, args.output, config, args.heads, tree_rows=args.tree_rows, force=args.force)
+        budget = {} if args.quality_budget is None else {"quality_budget": args.quality_budget}
+        report = train_backbone(plan, args.output, config, args.heads, **budget, **keep)
         text = f"{hit_rate_table(report['hit_rates'])}\n\n{quality_table(report)}"
     emit(text, report, args.json)
     return 0
@@ -211,8 +220,8 @@ def measure_heads(
     """
     from ..calibration.examples import load_examples
     from ..calibration.hit_rates import find_hits, platt_scaling
-    from ..runtime.hits import path_rates, rank_rates
-    from ..runtime.tree import expected_acceptance_length, tree_of_paths
+    from ..runtime.hits import path_rates, rank_rates, replayed_acceptance_length
+    from ..runtime.tree import tree_of_paths
 
     embedding, output_weight = backbone.get_input_embeddings().weight.detach(), backbone.get_output_embeddings().weight.detach()
     ranks = min(RANKS, heads.config.draft_vocab_size)
@@ -227,7 +236,7 @@ def measure_heads(
         "path_rates": [[list(path), round(rates[path], 5)] for path in tree_of_paths(rates, _RATED_PATHS).paths[1:]],
         "platt_scaling": platt_scaling(found["heldout"]),
         "tree": tree.choices(),
-        "expected_acceptance_length": round(expected_acceptance_length(tree, rates), 3),
+        "expected_acceptance_length": round(replayed_acceptance_length(tree, found["heldout"].ranks), 3),
     }
 
 

@@ -11,18 +11,30 @@ from typing import TYPE_CHECKING, Any
 from .train import TREE_ROWS, measure_heads
 
 if TYPE_CHECKING:
-    from ..calibration.finetune import FinetuneConfig, StepReport
+    from ..calibration.finetune import FinetuneConfig, StepReport, Tuned
+    from ..runtime.heads import HeadSet
     from ..runtime.prompt_encoder import PromptEncoder
     from .answering import AnswerPlan
 
 _SHOWN_ANSWERS = 4
+_JUDGED_ANSWERS = 64
 _TUNED_ANSWERS = "tuned-heldout"
 
 
 def train_backbone(
-    plan: AnswerPlan, output: Path, config: FinetuneConfig, heads: Path, *, tree_rows: int = TREE_ROWS, force: bool = False
+    plan: AnswerPlan,
+    output: Path,
+    config: FinetuneConfig,
+    heads: Path,
+    *,
+    quality_budget: float = 0.02,
+    tree_rows: int = TREE_ROWS,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Train an adapter and heads that begin as ``heads`` into ``output``; return the report that is stored with them.
+
+    As much of what was learnt is kept as raises the perplexity of the backbone's own answers to training prompts by no more than
+    ``quality_budget``.
 
     The training answers are the original backbone's, as in the first stage. Hits are counted on what the tuned backbone answers
     to the held-out prompts, as an engine with the adapter merged answers them; those before, on the backbone's own answers.
@@ -62,6 +74,7 @@ def train_backbone(
     }
     module = load_module(plan.model, "fp32")
     perplexities = {"backbone": _perplexities(module, texts, plan.device)}
+    judged = _judged(plan, answered.prompts["train"])
     before = measure_heads(start.heads, {"heldout": plan.work / "heldout"}, module, tree_rows, plan.device)
     sequences = load_sequences(plan.work / "train", answered.prompts["train"])
     digest = backbone_digest(module)
@@ -75,6 +88,7 @@ def train_backbone(
             module, digest, start.heads, sequences, config,
             checkpoint=plan.work / "checkpoint-stage-2.pt", device=plan.device, progress=show,
         )  # fmt: skip
+    tuned, share = _within_budget(module, start.heads, tuned, judged, quality_budget, plan.device)
     perplexities["tuned"] = _perplexities(module, texts, plan.device)
     unmeasured = plan.work / "tuned"
     write_heads(tuned.heads, unmeasured, force=True, adapter=tuned.adapter)
@@ -85,6 +99,7 @@ def train_backbone(
         "tokens": answered.tokens,
         "training": asdict(config),
         "curve": tuned.curve,
+        "kept": {"share": share, "quality_budget": quality_budget},
         "quality": perplexities,
         "before": {name: before[name] for name in ("hit_rates", "expected_acceptance_length")},
         "answers": [{"backbone": _text(encoder, one), "tuned": _text(encoder, other)} for one, other in pairs[:_SHOWN_ANSWERS]],
@@ -105,6 +120,51 @@ def quality_table(report: dict[str, Any]) -> str:
         for name in quality["backbone"]
     ]  # fmt: skip
     return table(rows, ["perplexity of", "backbone", "tuned", "change"])
+
+
+def _within_budget(
+    module: Any, start: HeadSet, tuned: Tuned, judged: list[tuple[list[int], int]], budget: float, device: str
+) -> tuple[Tuned, float]:
+    """As much of ``tuned`` as raises the perplexity of ``judged`` by no more than ``budget``, and its share; ``module`` follows.
+
+    Raises:
+        TrainingError: that is nearly nothing.
+    """
+    from ..calibration.adapter import keep_share
+    from ..calibration.interpolate import interpolate, share_within
+    from ..runtime.errors import TrainingError
+
+    def level(share: float) -> float:
+        keep_share(module, share)
+        return _perplexities(module, {"": judged}, device)[""]
+
+    untouched = level(0.0)
+    share = share_within(budget, lambda share: level(share) / untouched - 1)
+    if not share:
+        raise TrainingError(
+            f"hardly any of what was learnt stays within a quality budget of {budget:.1%}",
+            hint="train with a smaller --heads-weight, or allow more with --quality-budget",
+        )
+    keep_share(module, share)
+    return interpolate(start, tuned, share), share
+
+
+def _judged(plan: AnswerPlan, prompts: list[list[int]]) -> list[tuple[list[int], int]]:
+    """Training answers that say how much of the adapter to keep: some of those at the lowest temperature.
+
+    ``prompts``: one for each question; a temperature's questions follow those of the one before.
+    """
+    from ..calibration.answers import iter_shards
+
+    each = len(prompts) // len(plan.temperatures)
+    lowest = plan.temperatures.index(min(plan.temperatures))
+    found = [
+        (prompts[answer.question] + answer.tokens.tolist(), len(prompts[answer.question]))
+        for shard in iter_shards(plan.work / "train")
+        for answer in shard
+        if answer.question // each == lowest
+    ]
+    return found[:: max(1, len(found) // _JUDGED_ANSWERS)]
 
 
 def _prose(encoder: PromptEncoder) -> list[tuple[list[int], int]]:

@@ -1,0 +1,159 @@
+"""Runs a bundle on calibration data as a service would, and watches what its products read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import __version__
+from ..runtime.backends import ort_model
+from ..runtime.bundle import Bundle
+from ..runtime.errors import CalibrationError
+from ..runtime.executor import StepBuffers, Wanted
+from ..runtime.ort import OrtExecutor, OrtModel
+from ..runtime.prompts import prompts_digest
+from ..runtime.scales_file import model_digest
+from ..runtime.session import Session
+from .observations import Observations
+from .products import Product, StepGraph
+
+Progress = Callable[[int, str], object]
+_MOST_OBSERVED_BYTES = 256 << 20
+_SAVE_EVERY = 30.0
+
+
+class _Binding(NamedTuple):
+    """A binding of the executor, and the activations that were bound behind its own outputs."""
+
+    inner: Any
+    observed: list[str]
+
+
+class ObservingExecutor(OrtExecutor):
+    """The CPU executor on a graph with more outputs: what every product reads goes to ``observations``."""
+
+    def __init__(self, model: OrtModel, graph: StepGraph, products: Sequence[Product], threads: int | None) -> None:
+        self._step_graph = graph
+        self._of_heads = {product.activation: product.of_heads for product in products}
+        self.observations = Observations.of(products)
+        super().__init__(model, threads)
+
+    def _graph(self, path: Path, options: Any) -> str | bytes:
+        if path != self.model.step:
+            return super()._graph(path, options)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._step_graph.folder))
+        return self._step_graph.with_outputs(self._of_heads)
+
+    def _bind(self, buffers: StepBuffers, wanted: Wanted, slot: int | None) -> _Binding:
+        assert not wanted.hidden, "that output is a product's activation, too"
+        inner = super()._bind(buffers, wanted, slot)
+        observed = [name for name, of_heads in self._of_heads.items() if wanted.heads or not of_heads]
+        for name in observed:
+            inner.bind_output(name)
+        return _Binding(inner, observed)
+
+    def _run(self, buffers: StepBuffers, binding: _Binding, slot: int | None) -> None:
+        super()._run(buffers, binding.inner, slot)
+        seen = self.observations
+        for name, value in zip(binding.observed, binding.inner.get_outputs()[-len(binding.observed) :], strict=True):
+            seen.observers[name].observe(value.numpy())
+        if slot is None:
+            seen.tree_rows += buffers.rows
+        else:
+            seen.prefill_rows += buffers.rows
+
+
+class Calibrator:
+    """A bundle that is watched while it answers: prompts are prefilled, then decoded greedily on the bundle's default tree.
+
+    So the rows are those that an engine computes, rejected ones included. The tree is fixed, because rows chosen by time would be
+    others in every run. ``products``: those that are watched; where the tree is its root alone, no heads run, and theirs aren't.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        """Load the bundle's standard graph. ``threads``: of the engine; None takes all cores.
+
+        Raises:
+            MissingDependencyError: onnxruntime isn't installed.
+            BundleIntegrityError: the graph can't be read.
+            CalibrationError: no product in it has a constant weight.
+        """
+        self.bundle = bundle
+        self.graph = StepGraph(bundle)
+        heads_run = bundle.manifest.tree().rows > 1
+        self.products = [product for product in self.graph.products if heads_run or not product.of_heads]
+        if not self.products:
+            raise CalibrationError("no product in the step graph has a constant weight", hint="export the bundle again")
+        self._executor = ObservingExecutor(ort_model(bundle, 1, "standard"), self.graph, self.products, threads)
+        limits = bundle.manifest.limits
+        # All activations of a call are in memory at once, so a call of a large model gets fewer rows.
+        chunk = max(1, min(limits.prefill_chunk, _MOST_OBSERVED_BYTES // _row_bytes(self.products)))
+        manifest = replace(bundle.manifest, limits=replace(limits, prefill_chunk=chunk))
+        self.session = Session(Bundle(bundle.folder, manifest), self._executor, 1)
+
+    def settings(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> dict[str, Any]:
+        """What a run's observations depend on, as JSON."""
+        import onnxruntime
+
+        return {
+            "model_sha256": model_digest(self.bundle.manifest),
+            "data_sha256": prompts_digest(prompts),
+            "prompts": len(prompts),
+            "max_new_tokens": max_new_tokens,
+            "tree": self.session.tree.choices(),
+            "versions": {"medusa_deploy": __version__, "onnxruntime": onnxruntime.__version__, "numpy": np.__version__},
+        }
+
+    def collect(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        progress_file: Path | None = None,
+        progress: Progress = lambda _done, _note: None,
+    ) -> Observations:
+        """Answer the prompts, given as token ids, and return what was seen of every activation.
+
+        ``progress_file``: where what was seen is kept from time to time, and when the run is interrupted; a run with the same
+        settings goes on behind the last prompt in it, and its result is the same. The caller removes it. ``progress`` gets the
+        number of prompts done and a note.
+
+        Raises:
+            RangeError: an activation holds NaN or infinity.
+            CalibrationError: the progress file is damaged or of a run with other settings.
+            CapacityError: a prompt and its answer don't fit into a slot.
+            OutputError: the progress file can't be written.
+        """
+        settings = self.settings(prompts, max_new_tokens)
+        total = Observations.of(self.products)
+        if progress_file is not None:
+            total.resume(progress_file, settings)
+        saved, since = total.prompts, time.monotonic()
+        try:
+            for prompt in prompts[total.prompts :]:
+                total.merge(self._observe(prompt, max_new_tokens))
+                progress(total.prompts, f"{total.prefill_rows} prefill rows, {total.tree_rows} tree rows")
+                if progress_file is not None and time.monotonic() - since >= _SAVE_EVERY:
+                    total.save(progress_file, settings)
+                    saved, since = total.prompts, time.monotonic()
+        except BaseException:
+            if progress_file is not None and total.prompts > saved:
+                total.save(progress_file, settings)
+            raise
+        return total
+
+    def _observe(self, prompt: Sequence[int], max_new_tokens: int) -> Observations:
+        """What one prompt and its answer show. A run that is interrupted keeps whole prompts only."""
+        self._executor.observations = seen = Observations.of(self.products)
+        self.session.generate(token_ids=prompt, max_new_tokens=max_new_tokens, tree=self.session.tree)
+        seen.prompts = 1
+        return seen
+
+
+def _row_bytes(products: Sequence[Product]) -> int:
+    """Of all observed activations, float32, in a call of one row."""
+    return 4 * sum({product.activation: product.channels for product in products}.values())

@@ -1,0 +1,102 @@
+"""What a calibration run has seen so far, in memory and on disk: an interrupted run goes on from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from ..runtime.bundle import output_error
+from ..runtime.errors import CalibrationError
+from .observers import BINS, RangeObserver
+from .products import Product
+
+
+@dataclass(slots=True)
+class Observations:
+    """``observers`` by activation; ``prompts`` done, and the rows that their prefills and their steps had."""
+
+    observers: Mapping[str, RangeObserver]
+    prompts: int = 0
+    prefill_rows: int = 0
+    tree_rows: int = 0
+
+    @classmethod
+    def of(cls, products: Iterable[Product]) -> Self:
+        """Nothing seen yet of what these products read."""
+        return cls({product.activation: RangeObserver(product.activation, product.channels) for product in products})
+
+    def merge(self, other: Self) -> None:
+        """Take in all that ``other`` has seen."""
+        for name, observer in self.observers.items():
+            observer.merge(other.observers[name])
+        self.prompts += other.prompts
+        self.prefill_rows += other.prefill_rows
+        self.tree_rows += other.tree_rows
+
+    def save(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Write everything to ``path``, whole or not at all. ``settings``: what must be the same in the run that goes on.
+
+        Raises:
+            OutputError: the file system refused; an older file is still there.
+        """
+        observers = list(self.observers.values())
+        temporary = path.with_name(f".{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                np.savez(
+                    file,
+                    settings=np.array(json.dumps(settings, sort_keys=True)),
+                    done=np.array([self.prompts, self.prefill_rows, self.tree_rows]),
+                    counts=np.stack([observer.counts for observer in observers]),
+                    exponents=np.array([observer.exponent for observer in observers]),
+                    rows=np.array([observer.rows for observer in observers]),
+                    maxima=np.concatenate([observer.channel_maxima for observer in observers]),
+                )
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise output_error(path, error) from error
+
+    def resume(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Take in what ``path`` holds; nothing when there is no such file.
+
+        Raises:
+            CalibrationError: the file is damaged, or of a run with other settings.
+        """
+        if not path.exists():
+            return
+        again = f"remove {path}: calibration then starts anew"
+        try:
+            with np.load(path) as saved:
+                found = json.loads(str(saved["settings"]))
+                arrays = {name: saved[name] for name in ("done", "counts", "exponents", "rows", "maxima")}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, RecursionError) as error:
+            raise CalibrationError(f"{path} can't be read: {error!r:.120}", hint=again) from None
+        if found != dict(settings):
+            names = sorted(name for name in {*settings, *found} if found.get(name) != settings.get(name))
+            raise CalibrationError(f"{path} belongs to a run with other settings: {', '.join(names)}", hint=again)
+        self._take(path, arrays, again)
+
+    def _take(self, path: Path, arrays: Mapping[str, np.ndarray], again: str) -> None:
+        observers = list(self.observers.values())
+        channels = [len(observer.channel_maxima) for observer in observers]
+        shapes = {"done": (3,), "counts": (len(observers), BINS), "maxima": (sum(channels),)}
+        shapes |= {name: (len(observers),) for name in ("exponents", "rows")}
+        if any(arrays[name].shape != shape for name, shape in shapes.items()):
+            raise CalibrationError(f"{path} holds other activations than the bundle", hint=again)
+        maxima = np.split(arrays["maxima"], np.cumsum(channels)[:-1])
+        for index, observer in enumerate(observers):
+            observer.counts = arrays["counts"][index].copy()
+            observer.exponent, observer.rows = int(arrays["exponents"][index]), int(arrays["rows"][index])
+            observer.channel_maxima = maxima[index].copy()
+        self.prompts, self.prefill_rows, self.tree_rows = map(int, arrays["done"])

@@ -1,0 +1,122 @@
+"""scales.json: read back unchanged, refused by rule, bound to one model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from medusa_deploy.runtime.errors import ScalesError, ScalesMismatchError
+from medusa_deploy.runtime.manifest import FileRecord
+from medusa_deploy.runtime.scales_file import ActivationScale, Layer, Scales, model_digest, read_scales
+from support.records import manifest
+
+LAYERS = {"q": Layer("x", "w", 1), "k": Layer("x", "v", 0)}
+
+
+def scales(maxima: list[float] | None = None) -> Scales:
+    values = np.array(maxima or [0.0, 3.25, 1e-20], np.float32)
+    return Scales(
+        "max",
+        LAYERS,
+        {"x": ActivationScale(0.5, 63.5, 200, 0.0, 0.25, 0.01, values)},
+        {("w", 1): np.array([0.1, 0.2], np.float32), ("v", 0): np.array([1.0], np.float32)},
+        {"model_sha256": model_digest(manifest()), "prompts": 3},
+    )
+
+
+def changed(path: Path, edit: dict[str, Any]) -> Path:
+    """``path`` with fields replaced; a dotted name goes down."""
+    raw = json.loads(path.read_text("utf-8"))
+    for name, value in edit.items():
+        *above, last = name.split(".")
+        place = raw
+        for key in above:
+            place = place[int(key) if isinstance(place, list) else key]
+        place[last] = value
+    path.write_text(json.dumps(raw), "utf-8")
+    return path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "scales.json"
+    file.write_text(scales().to_json(), "utf-8")
+    return file
+
+
+def test_scales_are_read_back_and_found_by_layer(path: Path):
+    read = read_scales(path, manifest())
+    assert read.to_json() == scales().to_json()
+    activation, weights = read.of_layer("k")
+    assert (activation.scale, weights.tolist()) == (0.5, [1.0])
+    with pytest.raises(ScalesError, match="no scales for the layer 'o': 2 others") as caught:
+        read.of_layer("o")
+    assert "calibrate" in caught.value.hint
+
+
+@given(st.lists(st.floats(0, width=32, allow_infinity=False), min_size=1, max_size=20))
+def test_numbers_survive_the_file_bit_by_bit(maxima: list[float]):
+    written = json.loads(scales(maxima).to_json())["activations"]["x"]["channel_maxima"]
+    assert np.array(written, np.float32).tolist() == np.float32(maxima).tolist()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"schema_version": 0},
+        {"schema_version": "1"},
+        {"layers": []},
+        {"layers.q.activation": "y"},
+        {"layers.q.axis": 0},
+        {"layers.q.more": 1},
+        {"activations.x.scale": 0},
+        {"activations.x.scale": -1.0},
+        {"activations.x.scale": 1e-39},
+        {"activations.x.scale": float("nan")},
+        {"activations.x.scale": float("inf")},
+        {"activations.x.scale": "1"},
+        {"activations.x.channel_maxima": [1, -1]},
+        {"activations.x.channel_maxima": []},
+        {"weights.0.scales": [1e-39]},
+        {"weights.0.scales": [[1.0]]},
+        {"weights.0.scales": [1e39]},
+        {"weights.0.name": "u"},
+        {"weights": {}},
+        {"provenance": {}},
+    ],
+    ids=str,
+)
+def test_what_breaks_a_rule_is_refused(path: Path, edit: dict[str, Any]):
+    with pytest.raises(ScalesError, match="holds no scales") as caught:
+        read_scales(changed(path, edit), manifest())
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"a": 1', "\0", "[" * 100_000, "{}"])
+def test_what_is_no_file_of_scales_is_refused(path: Path, text: str):
+    path.write_text(text, "utf-8")
+    with pytest.raises(ScalesError):
+        read_scales(path, manifest())
+    with pytest.raises(ScalesError, match="can't be read"):
+        read_scales(path.parent / "none.json", manifest())
+
+
+def test_a_newer_schema_is_refused_by_its_number(path: Path):
+    with pytest.raises(ScalesError, match="schema version 2; this program reads up to 1"):
+        read_scales(changed(path, {"schema_version": 2, "layers": "of another form"}), manifest())
+
+
+def test_scales_of_another_model_are_refused_and_engines_make_no_other_model(path: Path):
+    mine = manifest()
+    more = {**mine.files, "engines/sm_89/engine.json": FileRecord(1, "1" * 64), "tokenizer.json": FileRecord(1, "2" * 64)}
+    read_scales(path, replace(mine, files=more))
+    for name in ("onnx/weights.bin", "onnx/step.onnx"):
+        other = replace(mine, files={**mine.files, name: FileRecord(1, "1" * 64)})
+        with pytest.raises(ScalesMismatchError, match="measured on the model"):
+            read_scales(path, other)

@@ -1,0 +1,170 @@
+"""calibrate: from a file of prompts or text to scales that the reader takes; whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from medusa_deploy.calibration import collect, samples
+from medusa_deploy.calibration.ranges import METHODS
+from medusa_deploy.runtime.bundle import open_bundle, record_files
+from medusa_deploy.runtime.errors import CalibrationError
+from medusa_deploy.runtime.prompts import prompts_digest
+from medusa_deploy.runtime.scales_file import read_scales
+from medusa_deploy.runtime.session import load
+from medusa_deploy.tools import calibrate as verb
+from medusa_deploy.tools.cli import main
+from medusa_deploy.tools.prompt_source import random_prompts
+from support.text import encode, write_text_files
+from support.tiny import VOCAB
+
+PROMPTS = random_prompts(VOCAB, 256, 5, seed=2)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"token_ids": prompt}) + "\n" for prompt in PROMPTS), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def text_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("text") / "bundle"))
+    manifest = replace(open_bundle(folder).manifest, text=write_text_files(folder))
+    (folder / "manifest.json").write_text(replace(manifest, files=record_files(folder)).to_json(), "utf-8")
+    return folder
+
+
+def options(data: Path, output: Path, *more: str) -> list[str]:
+    return ["--data", str(data), "-o", str(output), "--max-new-tokens", "16", "--threads", "1", *more]
+
+
+def test_the_methods_of_the_help_are_those_that_there_are():
+    assert tuple(METHODS) == verb.METHODS
+
+
+@pytest.mark.parametrize("method", verb.METHODS)
+def test_the_verb_writes_scales_that_the_reader_takes(
+    method: str, tiny_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output, report = tmp_path / "out" / "scales.json", tmp_path / "report.json"
+    assert main(["calibrate", str(tiny_bundle), *options(data, output, "--method", method, "--json", str(report))]) == 0
+    shown = capsys.readouterr()
+    assert "prefill rows" in shown.out
+    assert shown.err == ""
+    scales = read_scales(output, open_bundle(tiny_bundle).manifest)
+    assert scales.method.startswith(method)
+    assert scales.provenance["data_sha256"] == prompts_digest(PROMPTS)
+    assert json.loads(report.read_text("utf-8"))["provenance"]["tree_rows"] > 0
+    assert [entry.name for entry in output.parent.iterdir()] == ["scales.json"]
+    assert all(entry.scale <= entry.largest / 127 * 1.000001 for entry in scales.activations.values())
+
+
+def test_existing_scales_are_kept_without_force(
+    tiny_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "scales.json"
+    output.write_text("mine")
+    assert main(["calibrate", str(tiny_bundle), *options(data, output)]) == 1
+    assert "--force" in capsys.readouterr().err
+    assert output.read_text() == "mine"
+    assert main(["calibrate", str(tiny_bundle), *options(data, output, "--force")]) == 0
+    assert read_scales(output, open_bundle(tiny_bundle).manifest)
+
+
+def test_an_interrupted_run_leaves_no_scales_and_the_next_one_goes_on(
+    tiny_bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole, output = tmp_path / "whole.json", tmp_path / "out" / "scales.json"
+    assert main(["calibrate", str(tiny_bundle), *options(data, whole)]) == 0
+    observe, calls = collect.Calibrator._observe, []
+
+    def counted(self: collect.Calibrator, prompt: list[int], new_tokens: int) -> object:
+        calls.append(prompt)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return observe(self, prompt, new_tokens)
+
+    monkeypatch.setattr(collect.Calibrator, "_observe", counted)
+    assert main(["calibrate", str(tiny_bundle), *options(data, output)]) == 130
+    assert [entry.name for entry in output.parent.iterdir()] == ["scales.json.progress"]
+    assert main(["calibrate", str(tiny_bundle), *options(data, output)]) == 0
+    assert calls == [*PROMPTS[:3], *PROMPTS[2:]]
+    assert output.read_bytes() == whole.read_bytes()
+    assert [entry.name for entry in output.parent.iterdir()] == ["scales.json"]
+
+
+def test_a_disk_that_refuses_leaves_nothing_behind(
+    tiny_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").write_text("")
+    assert main(["calibrate", str(tiny_bundle), *options(data, tmp_path / "file" / "scales.json")]) == 1
+    assert "can't write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("none.jsonl", None, "can't read"),
+        ("none.txt", None, "can't read"),
+        ("bad.jsonl", b"once upon a time\n", "line 1 is not JSON"),
+        ("other.jsonl", b'{"text": "once"}\n', "unknown fields"),
+        ("image.txt", b"\x89PNG\r\n", "is not text: byte 0"),
+        ("zero.txt", b"a\0b", "zero byte"),
+        ("empty.txt", b"\n\n", "holds 0 samples"),
+        ("short.txt", b"one\n\ntwo", "holds 2 samples, asked for 3"),
+        ("short.jsonl", b'{"prompt": "one"}\n', "holds 1 samples, asked for 3"),
+    ],
+)
+def test_data_that_is_neither_text_nor_prompts_is_refused(
+    name: str, content: bytes | None, what: str, text_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path, output = tmp_path / name, tmp_path / "scales.json"
+    if content is not None:
+        path.write_bytes(content)
+    more = ["--samples", "3"] if "short" in name else []
+    assert main(["calibrate", str(text_bundle), *options(path, output, *more)]) == 1
+    shown = capsys.readouterr().err
+    assert what in shown
+    assert "hint: " in shown
+    assert not list(tmp_path.glob("*scales*"))
+
+
+def test_prompts_that_do_not_fit_and_too_few_rows_are_refused(
+    tiny_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "scales.json"
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"token_ids": [1] * 250}), "utf-8")
+    assert main(["calibrate", str(tiny_bundle), *options(long, output)]) == 1
+    assert "exceed the capacity of 256" in capsys.readouterr().err
+    assert main(["calibrate", str(tiny_bundle), *options(data, output, "--samples", "1")]) == 1
+    assert "scales need 128" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_text_is_cut_into_paragraphs_and_pieces_that_fit(text_bundle: Path, tiny_bundle: Path, tmp_path: Path):
+    session = load(text_bundle, threads=1)
+    path = tmp_path / "book.txt"
+    path.write_text(f"once\r\n\r\n\n\n{'ab' * 150}\n\nend\n", "utf-8")
+    long = encode("ab" * 150)
+    assert samples.read_samples(session, path, None, 56) == [encode("once"), long[:200], long[200:], encode("end")]
+    assert samples.read_samples(session, path, 1, 56) == [encode("once")]
+    with pytest.raises(CalibrationError, match="needs a tokenizer"):
+        samples.read_samples(load(tiny_bundle, threads=1), path, None, 56)
+
+
+def test_without_data_the_packages_prompts_are_taken(text_bundle: Path, tmp_path: Path):
+    (tmp_path / "short.jsonl").write_text("")
+    output = tmp_path / "scales.json"
+    scales = verb.calibrate(text_bundle, output, samples=2, max_new_tokens=4, threads=1)
+    assert scales.provenance["prompts"] == 2
+    assert scales.provenance["prefill_rows"] > 20
