@@ -143,7 +143,7 @@ class Scale:
         """Probabilities [K, k]; they fall with the rank. NaN counts as hopeless: the engine's call reports it."""
         odds = np.exp(-log_probs.astype(np.float64)) - 1  # (1 - p) / p
         scaled = self._offsets - self._slopes * np.log(np.clip(odds, _SMALLEST, 1 / _SMALLEST))
-        return np.asarray(np.nan_to_num(1 / (1 + np.exp(-scaled)), nan=0.0))
+        return np.asarray(np.fmax(1 / (1 + np.exp(-scaled)), 0.0))  # fmax prefers any number to NaN
 
 
 def ranked_paths(

@@ -14,6 +14,7 @@ from medusa_deploy.tools.verify import verify
 
 pytestmark = pytest.mark.model
 
+ROOT = Path(__file__).parents[2]
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -91,3 +92,20 @@ def test_plain_greedy_is_transformers_greedy(smollm2: Session, smollm2_bundle: P
     prompts = prompts_for(smollm2, None, 3)
     report = verify(smollm2, prompts, trees={"default": smollm2.tree}, max_new_tokens=24, reference=reference)
     assert report["reference"]["unexplained"] == 0, report
+
+
+def test_medusa_2_is_exact_accepts_more_and_stays_close_to_the_backbone(smollm2: Session, tmp_path: Path) -> None:
+    from medusa_deploy.export.exporter import export_bundle
+    from medusa_deploy.runtime.heads_file import read_heads_config
+
+    folder = ROOT / "heads" / "smollm2-135m-instruct" / "medusa-2"
+    quality = read_heads_config(folder)["quality"]
+    assert all(quality["tuned"][text] <= 1.02 * quality["backbone"][text] for text in quality["backbone"])
+    export_bundle(ROOT / "build" / "smollm2", folder, tmp_path / "bundle")
+    tuned = load(tmp_path / "bundle")
+    prompts = prompts_for(tuned, None, 4)
+    report = verify(tuned, prompts, trees=trees_for(tuned.manifest, ["chain", "published"]).trees, max_new_tokens=32)
+    assert report["unexplained"] == 0
+    assert all(tree["mean_acceptance_length"] > 1.5 for tree in report["trees"].values())
+    own = [session.generate(token_ids=prompts[2], max_new_tokens=32, speculative=False).token_ids for session in (smollm2, tuned)]
+    assert own[0] != own[1], "the adapter changes nothing"

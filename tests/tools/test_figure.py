@@ -219,16 +219,18 @@ def test_help_does_not_import_matplotlib() -> None:
 
 def test_the_committed_figure_says_what_the_committed_results_say() -> None:
     committed = COMMITTED.read_text("utf-8")
-    results = json.loads(RESULTS.read_text("utf-8"))
-    data = figure_data({RESULTS: results}, labels={RESULTS: "SmolLM2-135M-Instruct"})
+    results = {path: json.loads(path.read_text("utf-8")) for path in (RESULTS, RESULTS.with_name("smollm2-medusa-2.json"))}
+    labels = dict.fromkeys(results, "SmolLM2-135M-Instruct")
+    data = figure_data(results, labels=labels)
     [described] = re.findall(r'<desc id="desc">(.*?)</desc>', committed, re.DOTALL)
     assert unescape(described) == describe(data)
     # Ticks are matplotlib's choice and may change with its version; everything else is ours.
     ours = [text for text in texts(draw(data, "svg").decode()) if not text.isdigit()]
     assert [text for text in texts(committed) if not text.isdigit()] == ours
-    for way in ("medusa", "heads_only"):
-        assert f"{results[way]['speedup']:.2f}×" in ours
-        assert f"{results[way]['tokens_per_s']:.1f}" in ours
+    for report in results.values():
+        for way in ("medusa", "heads_only"):
+            assert f"{report[way]['speedup']:.2f}×" in ours
+            assert f"{report[way]['tokens_per_s']:.1f}" in ours
     other = copy.deepcopy(results)
-    other["medusa"]["speedup"] += 0.1
-    assert describe(figure_data({RESULTS: other}, labels={RESULTS: "SmolLM2-135M-Instruct"})) != describe(data)
+    other[RESULTS]["medusa"]["speedup"] += 0.1
+    assert describe(figure_data(other, labels=labels)) != describe(data)

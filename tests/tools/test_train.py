@@ -98,12 +98,18 @@ def test_the_second_stage_makes_heads_that_are_exported_with_their_adapter(
     assert main(common) == 1
     assert "--heads" in capsys.readouterr().err
     sizes = ["--rank", "2", "--batch-tokens", "64"]
+    assert main([*common, "--heads", stage_1, *sizes, "--quality-budget", "1e-12"]) == 1
+    assert "hardly any of what was learnt stays within" in capsys.readouterr().err
+    assert not output.exists()
+    sizes += ["--quality-budget", "9"]
     assert main([*common, "--heads", stage_1, *sizes, "--json", str(tmp_path / "report.json")]) == 0
     made = json.loads((tmp_path / "report.json").read_text("utf-8"))
     assert made["stage"] == 2
     assert set(made["quality"]["tuned"]) == {"the backbone's own answers"}  # no tokenizer, so no prose
     assert len(made["hit_rates"]["heldout"]) == 4
     assert len(made["answers"]) == 4
+    assert made["kept"] == {"share": 1.0, "quality_budget": 9.0}
+    assert set(made["before"]) == {"hit_rates", "expected_acceptance_length"}
     assert "perplexity" in capsys.readouterr().out
     assert main(["export", arguments[1], "--heads", str(output), "-o", str(tmp_path / "bundle"), "--capacity", "64"]) == 0
     assert "adapter (rank 2) is merged" in capsys.readouterr().out
