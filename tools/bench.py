@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,9 @@ _TITLES = {
     "best_rows": "rows chosen by the host",
     "heads_only": "without lookup",
     "fixed_tree": "on a fixed tree",
+    "typical": "typical acceptance, lossy",
 }
+_LOSSY = ("typical",)
 
 
 def bench(
@@ -35,19 +38,22 @@ def bench(
     rows: int | None = None,
     fixed_rows: Sequence[int] = (),
     tree: Tree | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
     max_new_tokens: int = 128,
     repeats: int = 3,
     warmup: int = 1,
     progress: Advance = lambda _done, _note: None,
 ) -> dict[str, Any]:
-    """Decode every prompt in several ways, greedily, ``repeats`` times.
+    """Decode every prompt in several ways, ``repeats`` times: greedily, or sampled at a ``temperature`` with one ``seed``.
 
     ``plain``; ``medusa``, as sessions draft by default, with ``rows`` rows a step (None: as many as pay, in each step);
     ``heads_only``, the same without prompt lookup; ``rows_N`` for each of ``fixed_rows``: N rows in every step; with a ``tree``,
-    ``fixed_tree``: these rows in every step. Where steps run ahead of the host and no ``rows`` are given, ``medusa`` is the
-    bundle's tree, as sessions draft there, and ``best_rows`` what ``medusa`` is elsewhere. ``rows`` in the report is the mean
-    over steps, ``rows_histogram`` says how many steps had 0, 1, 2 … rows, ``plain_steps`` and ``probes`` are counted as in
-    :class:`..runtime.sequence.Stats`, whose ``trust`` and ``costs`` stand there as the last run left them.
+    ``fixed_tree``: these rows in every step; where tokens are sampled, ``typical``: Medusa's lossy acceptance. Where steps run
+    ahead of the host and no ``rows`` are given, ``medusa`` is the bundle's tree, as sessions draft there, and ``best_rows`` what
+    ``medusa`` is elsewhere. ``rows`` in the report is the mean over steps, ``rows_histogram`` says how many steps had 0, 1, 2 …
+    rows, ``plain_steps`` and ``probes`` are counted as in :class:`..runtime.sequence.Stats`, whose ``trust`` and ``costs`` stand
+    there as the last run left them.
     The ways follow each other on each prompt and take turns in going first, so that what else the machine does hits them all.
     Rates are of decoding: tokens after the first, over the wall time of the steps. A prompt's time is the median of its repeats;
     a way's rate is all prompts' tokens over all prompts' time, and ``speedup`` the ratio of two such rates. ``median_speedup`` is
@@ -71,6 +77,8 @@ def bench(
     ways = ways_of(session, rows, fixed_rows)
     if tree is not None:
         ways["fixed_tree"] = Way(tree)
+    if temperature > 0:
+        ways = _sampled(ways, temperature, seed)
     for _ in range(warmup):
         for way in ways.values():
             timed_run(session, prompts[0], way, min(max_new_tokens, _WARMUP_TOKENS))
@@ -87,7 +95,8 @@ def bench(
         report["fixed_tree"]["choices"] = tree.choices()
     seconds = report["plain"]["ms_per_step"] / 1e3
     report["bandwidth_gb_s"] = plain_step_bytes(session.manifest) / seconds / 1e9
-    return {"prompts": len(prompts), "repeats": repeats, "max_new_tokens": max_new_tokens, **report}
+    sampled = {"temperature": temperature, "seed": seed} if temperature > 0 else {}
+    return {"prompts": len(prompts), "repeats": repeats, "max_new_tokens": max_new_tokens, **sampled, **report}
 
 
 def ways_of(session: Session, rows: int | None, fixed_rows: Sequence[int] = ()) -> dict[str, Way]:
@@ -104,6 +113,16 @@ def ways_of(session: Session, rows: int | None, fixed_rows: Sequence[int] = ()) 
     return {"plain": Way(ROOT_ONLY), "medusa": best, "heads_only": heads_only, **fixed}
 
 
+def _sampled(ways: Mapping[str, Way], temperature: float, seed: int) -> dict[str, Way]:
+    """The ways at a temperature, where equal seeds give equal text, and typical acceptance, where they don't."""
+    from ..runtime.sampling import SamplingParams
+    from .timed_run import Way
+
+    sampled = SamplingParams("sample", temperature=temperature, seed=seed)
+    typical = Way(lookup=True, params=SamplingParams("typical", temperature=temperature))
+    return {**{name: replace(way, params=sampled) for name, way in ways.items()}, "typical": typical}
+
+
 def summarise(runs: Mapping[str, Sequence[Sequence[TimedRun]]]) -> dict[str, Any]:
     """The report of the runs [prompt][repeat] of each way; ``plain`` and ``medusa`` are among them.
 
@@ -118,7 +137,9 @@ def summarise(runs: Mapping[str, Sequence[Sequence[TimedRun]]]) -> dict[str, Any
         raise UsageError("every prompt ended at its first token: there is no decoding to measure", hint="give other prompts")
     kept = {name: [each[index] for index in measured] for name, each in runs.items()}
     each = [{"prompt": index, **_one_prompt({name: kept[name][at] for name in kept})} for at, index in enumerate(measured)]
-    different = [index for index, flat in enumerate(by_prompt) if len({tuple(run.tokens) for run in flat}) > 1]
+    exact = [each for name, each in runs.items() if name not in _LOSSY]
+    texts = [{tuple(run.tokens) for repeats in of_prompt for run in repeats} for of_prompt in zip(*exact, strict=True)]
+    different = [index for index, found in enumerate(texts) if len(found) > 1]
     sides = {name: _side(of_prompt) for name, of_prompt in kept.items()}
     for name in sides.keys() - {"plain"}:
         sides[name] |= {
@@ -193,7 +214,7 @@ def _side(runs: Sequence[Sequence[TimedRun]]) -> dict[str, Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
-    from .console import add_json_argument, positive_int, positive_ints
+    from .console import add_json_argument, non_negative, positive_int, positive_ints
     from .engine_options import add_engine_arguments
     from .prompt_source import add_prompt_arguments
 
@@ -211,7 +232,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sweep", action="store_true", help="also measure the step time for 1 to 16 rows, and the tree size it suggests"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of random prompts and the random tree (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=non_negative, default=0.0, metavar="T", help="sample; measures typical acceptance, too (default: 0)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of samples, random prompts and trees (default: %(default)s)")
     add_engine_arguments(parser)
     parser.add_argument("--variant", help="which of the bundle's graphs the CPU runs (default: the fastest that can)")
     parser.add_argument("--threads", type=int, metavar="N", help="engine threads (default: all cores)")
@@ -228,9 +252,10 @@ def run(args: argparse.Namespace) -> int:
     session = load_session(args, variant=args.variant)
     tree, note = _tree(session.manifest, args.tree, args.seed)
     prompts = prompts_for(session, args.prompts, args.count, args.seed)
-    ways = len(ways_of(session, args.rows, args.fixed_rows)) + (tree is not None)
+    ways = len(ways_of(session, args.rows, args.fixed_rows)) + (tree is not None) + (args.temperature > 0)
     with Progress("bench", ways * len(prompts) * args.repeats) as bar:
-        options = {"max_new_tokens": args.max_new_tokens, "repeats": args.repeats, "progress": bar.update}
+        options = {name: getattr(args, name) for name in ("temperature", "seed", "max_new_tokens", "repeats")}
+        options["progress"] = bar.update
         report = bench(session, prompts, rows=args.rows, fixed_rows=args.fixed_rows, tree=tree, **options)
         if args.sweep:
             from .row_sweep import row_sweep
@@ -259,9 +284,10 @@ def describe(report: Mapping[str, Any]) -> str:
     from .console import table
 
     plain, medusa, equal = report["plain"], report["medusa"], report["equal"]
+    how = f", sampled at temperature {report['temperature']:g}" if "temperature" in report else ""
     headline = (
         f"{medusa['tokens_per_s']:.1f} tokens/s with Medusa, {plain['tokens_per_s']:.1f} plain: {report['speedup']:.2f}× "
-        f"over {len(report['per_prompt'])} prompts (median prompt {report['median_speedup']:.2f}×)"
+        f"over {len(report['per_prompt'])} prompts (median prompt {report['median_speedup']:.2f}×){how}"
     )
     fixed = {name: f"{name.removeprefix('rows_')} rows in every step" for name in report if name.startswith("rows_")}
     rows = [_row(title, report[name]) for name, title in {**_TITLES, **fixed}.items() if name in report]

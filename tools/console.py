@@ -39,6 +39,17 @@ def positive_ints(text: str) -> tuple[int, ...]:
     return tuple(positive_int(part) for part in text.split(","))
 
 
+def non_negative(text: str) -> float:
+    """An argparse type: a finite number from 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+    return value
+
+
 def emit(text: str, report: Mapping[str, Any], destination: str | None) -> None:
     """The verb's result: text on stdout, and the report where ``--json`` asks for it (``-`` replaces the text)."""
     if destination != STDOUT:

@@ -122,7 +122,8 @@ def settings(report: Mapping[str, Any]) -> str:
     bundle = environment["bundle"]
     device = environment.get("gpu") or f"{environment['cpu']}, {environment['cores']} cores"
     dtype = _DTYPES.get(bundle["dtype"], bundle["dtype"])
-    return f"{dtype} · {device} · greedy, {report['prompts']} prompts, at most {report['max_new_tokens']} tokens, batch 1"
+    how = f"sampled at temperature {report['temperature']:g}" if "temperature" in report else "greedy"
+    return f"{dtype} · {device} · {how}, {report['prompts']} prompts, at most {report['max_new_tokens']} tokens, batch 1"
 
 
 def _group(name: str, line: str, found: Sequence[tuple[int, Mapping[str, Any]]]) -> Group:

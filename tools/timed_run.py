@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..runtime.sampling import SamplingParams
 from ..runtime.session import Session
 from ..runtime.tree import Tree
 
+GREEDY = SamplingParams()
 _CHOICE = ("rows_histogram", "plain_steps", "probes", "trust", "costs")
 
 
@@ -17,17 +19,18 @@ _CHOICE = ("rows_histogram", "plain_steps", "probes", "trust", "costs")
 class Way:
     """How a run drafts: on a tree, or the best rows of each step (None), with or without what the text repeats.
 
-    ``rows``: how many; None: as many as pay, chosen in each step.
+    ``rows``: how many; None: as many as pay, chosen in each step. ``params``: how tokens are chosen.
     """
 
     tree: Tree | None = None
     rows: int | None = None
     lookup: bool = False
+    params: SamplingParams = GREEDY
 
     @property
     def options(self) -> dict[str, Any]:
         """As fields of a request."""
-        return {"tree": self.tree, "rows": self.rows, "lookup": self.lookup}
+        return {"tree": self.tree, "rows": self.rows, "lookup": self.lookup, "params": self.params}
 
 
 @dataclass(slots=True)
@@ -57,7 +60,7 @@ class TimedRun:
 
 
 def timed_run(session: Session, prompt: Sequence[int], way: Way, max_new_tokens: int) -> TimedRun:
-    """Generate greedily from token ids, drafting in this way, to the end-of-sequence token or ``max_new_tokens``."""
+    """Generate from token ids, drafting in this way, to the end-of-sequence token or ``max_new_tokens``."""
     run = TimedRun()
     executor = session.executor
     before = time.perf_counter()

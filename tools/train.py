@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -201,14 +200,10 @@ def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _temperatures(text: str) -> tuple[float, ...]:
-    """An argparse type: numbers from 0, separated by commas."""
-    try:
-        found = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        found = (-1.0,)
-    if not all(0 <= temperature < math.inf for temperature in found):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers from 0")
-    return found
+    """An argparse type: numbers from 0, with commas between them."""
+    from .console import non_negative
+
+    return tuple(non_negative(part) for part in text.split(","))
 
 
 def measure_heads(

@@ -189,6 +189,37 @@ def test_fixed_numbers_of_rows_stand_beside_the_chosen_ones(tiny_session: Sessio
     assert "cost of a step against a plain one: 1 1.00" in shown
 
 
+def test_sampled_text_is_the_same_in_every_way_but_the_lossy_one(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--count", "2", "--max-new-tokens", "24", "--repeats", "1", "--temperature", "0.7", "--seed", "3", "--json", "-"]
+    assert cli.main(["bench", str(tiny_bundle), *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["temperature"], report["seed"]) == (0.7, 3)
+    assert report["equal"] == {"prompts": 2, "of": 2, "different": []}
+    assert report["typical"]["speedup"] > 0
+    assert report["typical"]["mean_acceptance_length"] >= 1
+    shown = describe(report)
+    assert "sampled at temperature 0.7" in shown.splitlines()[0]
+    assert "typical acceptance, lossy" in shown
+
+
+def test_sampled_runs_are_sampled(tiny_session: Session):
+    ways = module._sampled({"plain": Way(ROOT_ONLY)}, 1.0, 5)
+    sampled = timed_run(tiny_session, PROMPTS[0], ways["plain"], 20).tokens
+    assert sampled == timed_run(tiny_session, PROMPTS[0], ways["plain"], 20).tokens
+    assert sampled != timed_run(tiny_session, PROMPTS[0], Way(ROOT_ONLY), 20).tokens
+
+
+def test_lossy_text_may_differ():
+    runs = {**three([[timed(4, [0.1] * 4, {0: 4})]], [[timed(4, [0.1] * 2, {1: 2})]]), "typical": [[timed(5, [0.1] * 2, {1: 2})]]}
+    assert summarise(runs)["equal"] == {"prompts": 1, "of": 1, "different": []}
+
+
+@pytest.mark.parametrize("temperature", ["-0.5", "nan", "inf", "warm"])
+def test_a_temperature_is_a_number_from_zero(tiny_bundle: Path, temperature: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["bench", str(tiny_bundle), "--temperature", temperature]) == 2
+    assert "is not a number from 0" in capsys.readouterr().err
+
+
 def test_the_sweep_measures_every_size(tiny_session: Session):
     report = row_sweep(tiny_session, rounds=2)
     assert list(report["ms_by_rows"]) == list(range(1, 17))

@@ -170,7 +170,7 @@ def test_an_option_of_the_other_stage_is_refused(
 def test_temperatures_are_numbers_from_zero(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in ("-1", "warm", "0,,1", "nan"):
         assert main([*arguments, "--temperatures", wrong]) == 2
-        assert "is no list of numbers from 0" in capsys.readouterr().err
+        assert "is not a number from 0" in capsys.readouterr().err
 
 
 def _without(arguments: list[str], option: str) -> list[str]:
