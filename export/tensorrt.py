@@ -14,7 +14,7 @@ from typing import Any
 
 from ..runtime.engine_record import Range, TensorRecord
 from ..runtime.errors import EngineError, EngineMemoryError, UsageError
-from ..runtime.trt_engine import HERE, MODULES, import_backend, numpy_name, trt_log
+from ..runtime.trt_engine import HERE, MODULES, import_backend, listed_targets, numpy_name, trt_log
 from .engine_features import CROSS_BUILD, HARDWARE_COMPATIBLE, apply_features, has, is_compatible_target, save_timing_cache
 
 BACKENDS = tuple(MODULES)
@@ -45,9 +45,7 @@ class TensorRT:
     @property
     def targets(self) -> tuple[str, ...]:
         """Targets that it can build for: GPU architectures as ``sm_89``, and ``here`` for the GPU of this machine."""
-        listed = [name for name in dir(getattr(self.module, "ComputeCapability", None)) if re.fullmatch(r"SM\d+", name)]
-        names = [f"sm_{name[2:]}" for name in listed] if has(self.backend, CROSS_BUILD) else []
-        return (*sorted(names, key=lambda name: int(name[3:])), HERE)
+        return (*(listed_targets(self.module) if has(self.backend, CROSS_BUILD) else ()), HERE)
 
     def check_target(self, target: str, features: Sequence[str] = ()) -> None:
         """Refuse what it can't build for.

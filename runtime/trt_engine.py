@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -51,15 +52,37 @@ def import_backend(backend: str) -> Any:
         ) from None
 
 
-def choose_target(bundle: Bundle, target: str | None, device: Device) -> str:
+def listed_targets(module: Any) -> tuple[str, ...]:
+    """The GPU architectures that ``tensorrt_rtx`` names, as ``sm_89``: it builds for these, and for no others."""
+    names = [name for name in dir(getattr(module, "ComputeCapability", None)) if re.fullmatch(r"SM\d+", name)]
+    return tuple(f"sm_{number}" for number in sorted(int(name[2:]) for name in names))
+
+
+def how_to_build(bundle: Bundle, backend: str, module: Any, device: Device) -> str:
+    """What makes an engine of the bundle for this GPU, as a hint: ``tensorrt`` builds for the machine's own GPU only."""
+    command = f"medusa-deploy build {bundle.folder} --backend"
+    full = f"{command} tensorrt --target {HERE}"
+    if backend == "tensorrt":
+        return f"build one with: {full}"
+    listed = listed_targets(module)
+    if listed and device.target not in listed:
+        return (
+            f"{backend} {module.__version__} builds for {', '.join(listed)} only: "
+            f"use the backend cuda, or the backend tensorrt after: {full}"
+        )
+    return f"build one with: {command} {backend} --target {device.target}"
+
+
+def choose_target(bundle: Bundle, target: str | None, device: Device, build: str) -> str:
     """The engine to run: the one asked for, else that of this GPU's architecture, else the one built ``here``.
+
+    ``build``: the hint of :func:`how_to_build`.
 
     Raises:
         BundleError: the bundle has no such engine.
         EngineMismatchError: it has engines, none of them for this GPU.
     """
     engines = bundle.manifest.engines
-    build = f"build one with: medusa-deploy build {bundle.folder} --target {device.target}"
     if not engines:
         raise BundleError("the bundle has no engines", hint=build)
     if target is not None and target not in engines:
@@ -71,8 +94,10 @@ def choose_target(bundle: Bundle, target: str | None, device: Device) -> str:
     return target
 
 
-def read_record(bundle: Bundle, target: str, backend: str, version: str, device: Device) -> EngineRecord:
+def read_record(bundle: Bundle, target: str, backend: str, version: str, device: Device, build: str) -> EngineRecord:
     """The record of ``target``'s engine, held against the package, the GPU and the bundle's graph. No plan is touched.
+
+    ``build``: the hint of :func:`how_to_build`.
 
     Raises:
         BundleIntegrityError: the record isn't the manifest's.
@@ -83,7 +108,8 @@ def read_record(bundle: Bundle, target: str, backend: str, version: str, device:
     name = bundle.manifest.engines[target]
     check_record_size(name, bundle.manifest.files[name].size)
     record = parse_engine_record(checked_bytes(bundle, name))
-    again = f"build it again: medusa-deploy build {bundle.folder} --target {target} --backend {backend} --force"
+    where = HERE if backend == "tensorrt" else target
+    again = f"build it again: medusa-deploy build {bundle.folder} --target {where} --backend {backend} --force"
     if record.backend != backend:
         raise UsageError(
             f"the engine for {target} was built by {record.backend}, not by {backend}", hint=f"use --backend {record.backend}"
@@ -94,7 +120,9 @@ def read_record(bundle: Bundle, target: str, backend: str, version: str, device:
             hint=f"{again}, or install {backend} {record.backend_version}",
         )
     if record.target not in (HERE, device.target):
-        raise EngineMismatchError(f"the engine is for {record.target}; this GPU is {device.target}", hint=again)
+        mine = f"use --target {device.target}, or name no target" if device.target in bundle.manifest.engines else build
+        hint = again if target == device.target else mine
+        raise EngineMismatchError(f"the engine is for {record.target}; this GPU is {device.target}", hint=hint)
     variant = bundle.manifest.variants.get(VARIANT)
     if variant is None or record.graph_sha256 != bundle.manifest.files[variant].sha256:
         raise EngineMismatchError(f"the engine for {target} was built from another graph than the bundle's", hint=again)

@@ -7,7 +7,16 @@ import weakref
 from .bundle import Bundle
 from .cuda import Cuda
 from .trt import TrtExecutor
-from .trt_engine import Engine, check_aliases, check_tensors, choose_target, import_backend, open_plan, read_record
+from .trt_engine import (
+    Engine,
+    check_aliases,
+    check_tensors,
+    choose_target,
+    how_to_build,
+    import_backend,
+    open_plan,
+    read_record,
+)
 from .trt_weights import upload_weights
 
 
@@ -26,8 +35,9 @@ def load_executor(
     cuda = Cuda(device)
     try:
         facts = cuda.device()
-        target = choose_target(bundle, target, facts)
-        record = read_record(bundle, target, backend, str(module.__version__), facts)
+        build = how_to_build(bundle, backend, module, facts)
+        target = choose_target(bundle, target, facts, build)
+        record = read_record(bundle, target, backend, str(module.__version__), facts, build)
         step = open_plan(module, bundle, target, record.plan, record.compression.get(record.plan))
         check_tensors(step, record.inputs, record.outputs, len(record.profiles))
         check_aliases(step, bundle.manifest.backbone.layers)

@@ -131,3 +131,19 @@ def test_no_file_names_a_path_of_one_machine() -> None:
     files = [*ROOT.iterdir(), *(path for name in (".ci", *FOLDERS) for path in (ROOT / name).rglob("*"))]
     texts = (path for path in files if path.suffix in kinds and path.is_file() and path != Path(__file__))
     assert [str(path) for path in texts if pattern.search(path.read_text("utf-8", errors="replace"))] == []
+
+
+def test_the_tables_of_the_gpu_are_those_of_its_report() -> None:
+    stages = json.loads((ROOT / "benchmarks" / "results" / "gpu-h200.json").read_text("utf-8"))["stages"]
+    shown = set((ROOT / "docs" / "gpu.md").read_text("utf-8").splitlines())
+    for size, entry in stages["curve"]["results"].items():
+        for length, times in entry["lengths"].items():
+            cells = [f"{found['ms']:.2f}" for found in times.values()] + [f"{times['64']['of_one_row']:.2f}"]
+            assert f"| {size}, {length} | {' | '.join(cells)} |" in shown
+    for size, entry in stages["overhead"]["results"].items():
+        for rows in ("8", "16", "64"):
+            cells = [f"{entry['heads'][kind][rows]['overhead']:.2f}" for kind in ("shared", "own", "pruned")]
+            assert f"| {size} | {rows} | {' | '.join(cells)} |" in shown
+    for size, entry in stages["memory"]["results"].items():
+        start = f"| {size} | {entry['weights_bytes'] / 2**30:.2f} GiB | {entry['cache_bytes_of_4096'] / 2**30:.2f} GiB | "
+        assert any(line.startswith(start) for line in shown)

@@ -137,10 +137,46 @@ def test_a_gpu_that_no_engine_is_for(folder: Path, monkeypatch: pytest.MonkeyPat
     module = FakeTrt(FakeRuntime(capability=(9, 0)))
     with pytest.raises(EngineMismatchError, match="this GPU is sm_90, the bundle's engines are for sm_89") as caught:
         load_fake(folder, monkeypatch, module)
-    assert "--target sm_90" in caught.value.hint
-    with pytest.raises(EngineMismatchError, match="the engine is for sm_89; this GPU is sm_90"):
+    assert "--backend tensorrt --target here" in caught.value.hint, "it builds for the GPU of its machine, and by no other name"
+    with pytest.raises(EngineMismatchError, match="the engine is for sm_89; this GPU is sm_90") as caught:
         load_fake(folder, monkeypatch, module, target=TARGET)
+    assert "--target here" in caught.value.hint
     assert module.deserialised == []
+
+
+_UNLISTED = (
+    "tensorrt-rtx 9.9 builds for sm_75, sm_80, sm_86, sm_89, sm_120, sm_121 only: "
+    "use the backend cuda, or the backend tensorrt after: "
+)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"target": TARGET}, {"target": "sm_70"}, {"change": _without_engines}],
+    ids=["no target", "another GPU's", "no engine of it", "no engines"],
+)
+@pytest.mark.parametrize(
+    ("capability", "hint"),
+    [((9, 0), _UNLISTED), ((8, 6), "--target sm_86"), ((12, 0), "--target sm_120")],
+    ids=["unlisted", "sm_86", "sm_120"],
+)
+def test_a_hint_names_only_what_tensorrt_rtx_builds_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], capability: tuple[int, int], hint: str
+) -> None:
+    _rewrite(folder, backend="tensorrt-rtx")
+    options.get("change", lambda _: None)(folder)
+    module = FakeTrtRtx(FakeRuntime(capability=capability))
+    with pytest.raises((EngineMismatchError, BundleError)) as caught:
+        load_fake(folder, monkeypatch, module, backend="tensorrt-rtx", target=options.get("target"))
+    assert hint in caught.value.hint
+    assert "sm_90" not in caught.value.hint and f"--target {TARGET}" not in caught.value.hint
+
+
+def test_the_engine_of_this_gpu_is_named_where_another_was_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_fake_engine(folder, target="sm_86", rows=(1,))
+    with pytest.raises(EngineMismatchError, match="the engine is for sm_89; this GPU is sm_86") as caught:
+        load_fake(folder, monkeypatch, FakeTrt(FakeRuntime(capability=(8, 6))), target=TARGET)
+    assert caught.value.hint == "use --target sm_86, or name no target"
 
 
 def test_an_engine_that_was_built_here_runs_on_the_gpu_that_is_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,7 @@ class FakeTrt:
 class FakeTrtRtx(FakeTrt):
     """Stands in for ``tensorrt_rtx``, which has runtime configurations and says when a context can be captured."""
 
+    ComputeCapability = _enum("ComputeCapability", "NONE", "CURRENT", "SM120", "SM121", "SM75", "SM80", "SM86", "SM89")
     CudaGraphStrategy = _enum("CudaGraphStrategy", "DISABLED", "WHOLE_GRAPH_CAPTURE")
     DynamicShapesKernelSpecializationStrategy = _enum("DynamicShapesKernelSpecializationStrategy", "LAZY", "EAGER", "NONE")
 

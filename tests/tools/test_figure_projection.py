@@ -13,10 +13,13 @@ import pytest
 from medusa_deploy.runtime.errors import BundleExistsError, UsageError
 from medusa_deploy.tools.cli import OK, USER_ERROR, main
 from medusa_deploy.tools.figure import draw_figure, draw_projected
-from medusa_deploy.tools.figure_projection import TITLE, draw_projection, projection_data
+from medusa_deploy.tools.figure_projection import TITLE, describe_projection, draw_projection, projection_data
 from medusa_deploy.tools.gpu_check.overhead import PUBLISHED, SOURCE, project
 
-BENCH = Path(__file__).parents[2] / "benchmarks" / "results" / "smollm2-grounded.json"
+ROOT = Path(__file__).parents[2]
+BENCH = ROOT / "benchmarks" / "results" / "smollm2-grounded.json"
+H200 = ROOT / "benchmarks" / "results" / "gpu-h200.json"
+COMMITTED = ROOT / "docs" / "projection.svg"
 ONE, TWO = Path("one.json"), Path("two.json")
 
 
@@ -128,3 +131,21 @@ def test_the_verb_prints_what_it_drew(file: Path, tmp_path: Path, capsys: pytest
     shown = capsys.readouterr().out
     assert TITLE in shown and "3.47 tokens a step, published ÷ 1.20, measured = 2.89× if so" in shown
     assert json.loads(written.read_text("utf-8"))["measured"] is False
+
+
+def test_the_committed_projection_says_what_the_committed_measurement_gives() -> None:
+    committed, measured = COMMITTED.read_text("utf-8"), json.loads(H200.read_text("utf-8"))
+    data = projection_data({H200: measured})
+    [described] = re.findall(r'<desc id="desc">(.*?)</desc>', committed, re.DOTALL)
+    assert unescape(described) == describe_projection(data)
+    # Ticks are matplotlib's choice and may change with its version; everything else is ours.
+    shown, ours = (
+        [text for text in texts(svg) if not re.fullmatch(r"[\d.]+", text)]
+        for svg in (committed, draw_projection(data, "svg").decode())
+    )
+    assert shown == ours
+    assert TITLE in shown and f"Tokens a step: {SOURCE}." in shown
+    for size, tokens in PUBLISHED.items():
+        for kind, rows in measured["stages"]["overhead"]["results"][size]["heads"].items():
+            bar = rows["64"]["ms"] / measured["stages"]["overhead"]["results"][size]["plain"]["ms"]
+            assert {f"{tokens / bar:.2f}×", f"{tokens:.2f} ÷ {bar:.2f}"} <= {*shown}, kind
