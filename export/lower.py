@@ -215,6 +215,47 @@ def lower_cpu(model: ir.Model) -> None:
     graph.inputs.remove(inputs[step_io.COMMIT])
     model.opset_imports[MICROSOFT] = 1
     fuse(model)
+    _heads_if_wanted(model)
+
+
+def _heads_if_wanted(model: ir.Model) -> None:
+    """Put what only the heads' results need into the branch of an If: ONNX Runtime runs all nodes, whatever is fetched."""
+    graph = model.graph
+    results = [value for value in graph.outputs if value.name in (step_io.CANDIDATES, step_io.LOG_PROBS)]
+    needed = _needed([value for value in graph.outputs if value not in results])
+    nodes = [node for node in graph if node not in needed and node in _needed(results)]
+    graph.remove(nodes)
+    wanted = ir.Value(name=step_io.HEADS_WANTED, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+    graph.inputs.append(wanted)
+    head = _Nodes(graph, "heads_unwanted")
+    empty = head.constant("shape", [0] * len(results[0].shape or ()))
+    for value in results:
+        assert value.dtype is not None
+        nothing = ir.tensor(np.zeros(1, value.dtype.numpy()))
+        head.add("ConstantOfShape", [empty], {"value": nothing}).type = value.type
+    unwanted = [node.outputs[0] for node in head.nodes]
+    outputs = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in results]
+    for old, new in zip(results, outputs, strict=True):
+        graph.outputs[graph.outputs.index(old)] = new  # a value is an output of one graph
+        old.name = f"{old.name}/wanted"
+    branches = {
+        "then_branch": ir.Graph([], results, nodes=nodes, name="heads_wanted"),
+        "else_branch": ir.Graph([], unwanted, nodes=head.nodes, name="heads_unwanted"),
+    }
+    attributes = [ir.AttrGraph(name, branch) for name, branch in branches.items()]
+    graph.append(ir.Node("", "If", [wanted], attributes, outputs=outputs, name="heads"))
+
+
+def _needed(values: list[ir.Value]) -> set[ir.Node]:
+    """All nodes that these values are made by."""
+    found: set[ir.Node] = set()
+    waiting = [value.producer() for value in values]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [value.producer() for value in node.inputs if value is not None]
+    return found
 
 
 def _cpu_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value]) -> list[ir.Node]:

@@ -47,9 +47,7 @@ class OrtBase(ABC):
         self._heads_session: Any = None
         self._inputs = {value.name for value in self._session.get_inputs()}
         self._bindings: dict[tuple[int, Wanted], tuple[StepBuffers, Any]] = {}
-        # Only the nodes that lead to bound outputs run: plain decoding doesn't pay for the heads.
         self._run_options = ort.RunOptions()
-        self._run_options.only_execute_path_to_fetches = True
         # ONNX Runtime asks in each run whether a graph is captured, and takes 0.1 ms to find that nothing was said.
         self._run_options.add_run_config_entry("gpu_graph_id", "-1")
 

@@ -14,6 +14,7 @@ write_index    int64 [B]          cache row of row 0
 columns        int64 [T]          0 … T-1: its length says how much of the caches this step reads
 logit_rows     int64 [B, R]       rows whose logits are computed: all N in verify, the last one in prefill
 commit         int64 [B, K]       cache rows that are copied to write_index-K … write_index-1 before anything else is read
+heads_wanted   bool []            whether the heads run; in the graph of ONNX Runtime's CPU provider only
 past_key.{l}   [B, H_kv, S, D_h]  preallocated; the output present_key.{l} is the same memory
 ============== ================== ============================================================================
 
@@ -70,6 +71,7 @@ WRITE_INDEX = "write_index"
 COLUMNS = "columns"
 LOGIT_ROWS = "logit_rows"
 COMMIT = "commit"
+HEADS_WANTED = "heads_wanted"
 KEPT = "kept"
 KEPT_COUNT = "kept_count"
 DRAFT_SLOTS = "draft_slots"

@@ -49,7 +49,8 @@ def test_inputs_and_outputs_are_the_documented_ones(graphs: dict[str, Any]) -> N
     inputs += [step_io.LOGIT_ROWS, step_io.COMMIT, *step_io.past_names(LAYERS)]
     for variant in ("standard", "cpu"):
         graph = graphs[variant].graph
-        expected = [name for name in inputs if variant == "standard" or name != step_io.COMMIT]
+        cpu = [*(name for name in inputs if name != step_io.COMMIT), step_io.HEADS_WANTED]
+        expected = inputs if variant == "standard" else cpu
         assert [value.name for value in graph.input] == expected
         assert [value.name for value in graph.output] == outputs
 
@@ -144,3 +145,14 @@ def test_the_heads_graph_agrees_with_the_heads_of_the_step(tiny_session: Session
     candidates, log_probs = executor.propose(buffers.hidden[0], buffers.next_token)
     assert np.array_equal(candidates, buffers.candidates)
     np.testing.assert_allclose(log_probs, buffers.log_probs, atol=1e-5)
+
+
+def test_on_the_cpu_heads_are_computed_only_where_they_are_wanted(graphs: dict[str, Any]) -> None:
+    """ONNX Runtime runs every node of a graph, whichever outputs are fetched: plain decoding paid for the heads."""
+    nodes = graphs["cpu"].graph.node
+    assert not {"TopK", "LogSoftmax"} & {node.op_type for node in nodes}
+    [choice] = [node for node in nodes if node.op_type == "If"]
+    assert (list(choice.input), list(choice.output)) == ([step_io.HEADS_WANTED], [step_io.CANDIDATES, step_io.LOG_PROBS])
+    branches = {attribute.name: attribute.g for attribute in choice.attribute}
+    assert "TopK" in {node.op_type for node in branches["then_branch"].node}
+    assert {node.op_type for node in branches["else_branch"].node} == {"ConstantOfShape"}
