@@ -57,6 +57,9 @@ class OrtBase(ABC):
         options.inter_op_num_threads = 1
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
+        if path == self.model.heads:
+            # Threads that spin while they wait for work take the time of the step's threads: a step took twice as long.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Without the fallback of its Python layer, which prints and goes on with the CPU.
         graph = self._graph(path, options)
         session = self._ort.InferenceSession(graph, options, providers=[self._provider], enable_fallback=0)

@@ -6,8 +6,9 @@ import dataclasses
 
 from hypothesis import given, strategies as st
 
-from medusa_deploy.runtime import step_io
+from medusa_deploy.runtime import SamplingParams, Session, step_io
 from medusa_deploy.runtime.executor import StepBuffers, Wanted, chain_ancestors, visible_rows
+from medusa_deploy.runtime.ort import OrtExecutor
 
 _sizes = st.tuples(st.integers(1, 500), st.integers(1, 8), st.integers(1, 64))  # capacity, heads, most rows of a step
 EVERYTHING = Wanted(heads=True, logits=True, hidden=True)
@@ -90,3 +91,12 @@ def test_the_visible_rows_cover_every_slot_and_change_seldom(starts: list[int], 
 def test_a_chain_sees_what_came_before() -> None:
     T, F = True, False
     assert chain_ancestors(3).tolist() == [[T, F, F], [T, T, F], [T, T, T]]
+
+
+def test_the_threads_of_the_heads_do_not_spin_beside_those_of_the_step(tiny_session: Session) -> None:
+    """Sampling runs the heads as a session of their own; its threads, waiting busily, doubled the time of each step."""
+    tiny_session.generate(token_ids=[5, 6, 7], max_new_tokens=8, params=SamplingParams(mode="sample", seed=1))
+    executor = tiny_session.executor
+    assert isinstance(executor, OrtExecutor) and executor._heads_session is not None
+    options = executor._heads_session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
