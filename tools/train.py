@@ -35,7 +35,7 @@ _RATED_PATHS = 128
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
-    from .console import add_json_argument
+    from .console import add_json_argument, non_negative
 
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of safetensors, or a .gguf file")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="HEADS", help="folder for the trained heads")
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     second.add_argument("--time-limit", type=float, metavar="MINUTES", help="training ends, its schedule complete, after so long")
     second.add_argument(
         "--quality-budget",
-        type=float,
+        type=non_negative,
         metavar="SHARE",
         help="keep as much of the adapter as raises the perplexity of the backbone's own answers by no more (default: 0.02)",
     )

@@ -96,7 +96,7 @@ def verify(
         plain = session.generate(speculative=False, **options).token_ids
         progress(done := done + 1, f"prompt {index + 1}, plain")
         for name, way in ways.items():
-            run = session.generate(**way.options, **options)
+            run = session.generate(**{**way.options, **options})
             tallies[name].count(run.stats)
             comparison.add(tallies[name], index, prompt, plain, run.token_ids, params, way.tree or session.tree)
             progress(done := done + 1, f"prompt {index + 1}, {name}")
