@@ -153,13 +153,17 @@ LINES = [
 
 
 def test_the_show_answers_live_and_reports(talking_session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "_MAX_NEW_TOKENS", 12)
+    monkeypatch.setattr(module, "_MAX_NEW_TOKENS", 24)
     monkeypatch.setattr(module, "_VERIFY_TOKENS", 6)
     monkeypatch.delenv("NO_COLOR", raising=False)
+    # How many rows pay is a matter of measured times: a fixed number accepts the same tokens on every machine.
+    stream = talking_session.stream
+    fixed = {True: {"rows": 8}, False: {}}
+    monkeypatch.setattr(talking_session, "stream", lambda **o: stream(**(fixed[o.get("speculative", True)] | o)))
     screen = Terminal()
     reports = show(talking_session, LINES, tmp_path / "demo", screen)
     shown = screen.getvalue()
-    answer = talking_session.generate(messages=LINES[0].messages, max_new_tokens=12).text
+    answer = talking_session.generate(messages=LINES[0].messages, max_new_tokens=24).text
     assert f"[plain] {module._RESET}{answer}\n" in shown
     assert module._DRAFTED in shown, "accepted drafted tokens stand out"
     assert answer in shown.replace(module._DRAFTED, "").replace(module._RESET, "").split("[Medusa] ")[1]
