@@ -76,11 +76,11 @@ def test_the_real_model_and_its_bundle_are_as_large_as_planned() -> None:
     bundle = open_bundle(ensure_bundle(root / "build", root / HEADS), check_hashes=False)
     plan = plan_deployment(bundle=bundle.folder)
     preset = plan_deployment(
-        size="smollm2-135m", heads="pruned:4096", head_kind="grounded", capacity=2048, batch=8, rows=plan.rows
+        size="smollm2-135m", heads="pruned:8192", head_kind="grounded", capacity=2048, batch=8, rows=plan.rows
     )
     assert source_of_model(root / "build" / "smollm2").backbone.parameters == preset.parameters == 134_515_008
     assert source_of_bundle(bundle.folder).backbone.shape.tied
     assert plan.bytes.backbone == pytest.approx(preset.bytes.backbone, rel=1e-4)
     assert plan.bytes.heads == preset.bytes.heads
-    maps = 8 * 4096
+    maps = 8 * 8192
     check_weights_file(bundle, 2 * (plan.bytes.backbone + plan.bytes.heads - maps) + maps)  # the bundle is fp32
