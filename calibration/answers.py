@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..runtime.bundle import write_whole
 from ..runtime.errors import TrainingError
 from ..runtime.json_file import read_json_file
 
@@ -65,6 +66,7 @@ class AnswerFolder:
 
     Raises:
         TrainingError: the folder holds answers made otherwise, or its description is damaged.
+        OutputError: it can't be written.
     """
 
     def __init__(self, folder: Path, description: DataDescription) -> None:
@@ -74,9 +76,8 @@ class AnswerFolder:
         path = folder / DESCRIPTION
         if path.exists() and _described(path) != described:
             raise TrainingError(f"{folder} holds answers of other prompts, weights or settings", hint="give another folder")
-        temporary = path.with_suffix(".partial")
-        temporary.write_text(json.dumps(described, indent=1) + "\n", "utf-8")
-        temporary.replace(path)
+        text = json.dumps(described, indent=1) + "\n"
+        write_whole(path, text.encode())
         # One pass that keeps no shard: their hidden states are most of the data.
         lengths = {answer.question: len(answer.tokens) for shard in iter_shards(folder) for answer in shard}
         self.answered, self.tokens = set(lengths), sum(lengths.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..runtime.bundle import output_error
+from ..runtime.bundle import write_whole
 from ..runtime.errors import CalibrationError
 from .observers import BINS, RangeObserver
 from .products import Product
@@ -47,25 +46,15 @@ class Observations:
             OutputError: the file system refused; an older file is still there.
         """
         observers = list(self.observers.values())
-        temporary = path.with_name(f".{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                np.savez(
-                    file,
-                    settings=np.array(json.dumps(settings, sort_keys=True)),
-                    done=np.array([self.prompts, self.prefill_rows, self.tree_rows]),
-                    counts=np.stack([observer.counts for observer in observers]),
-                    exponents=np.array([observer.exponent for observer in observers]),
-                    rows=np.array([observer.rows for observer in observers]),
-                    maxima=np.concatenate([observer.channel_maxima for observer in observers]),
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise output_error(path, error) from error
+        arrays: dict[str, Any] = {
+            "settings": np.array(json.dumps(settings, sort_keys=True)),
+            "done": np.array([self.prompts, self.prefill_rows, self.tree_rows]),
+            "counts": np.stack([observer.counts for observer in observers]),
+            "exponents": np.array([observer.exponent for observer in observers]),
+            "rows": np.array([observer.rows for observer in observers]),
+            "maxima": np.concatenate([observer.channel_maxima for observer in observers]),
+        }
+        write_whole(path, lambda file: np.savez(file, **arrays))
 
     def resume(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Take in what ``path`` holds; nothing when there is no such file.

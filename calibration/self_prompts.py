@@ -7,10 +7,10 @@ people could write down.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from ..runtime.bundle import write_whole
 from ..runtime.errors import TrainingError
 from ..runtime.prompt_encoder import PromptEncoder
 from .answers import Answerer, Question
@@ -39,6 +39,7 @@ def write_self_prompts(
 
     Raises:
         TrainingError: the backbone has no chat template that shows where a user speaks.
+        OutputError: the file can't be written.
     """
     before, ends = _user_turn(encoder)
     questions = [Question(before, TEMPERATURE, seed + index) for index in range(tries)]
@@ -53,9 +54,8 @@ def write_self_prompts(
             continue
         seen.add(_normal(text))
         lines.append(json.dumps({"messages": [{"role": "user", "content": text}], "category": CATEGORY}, ensure_ascii=False))
-    temporary = output.with_suffix(".partial")
-    temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-    os.replace(temporary, output)
+    text = "".join(f"{line}\n" for line in lines)
+    write_whole(output, text.encode())
     return len(lines)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..runtime.bundle import output_error
+from ..runtime.bundle import write_whole
 from ..runtime.errors import TrainingError
 
 _AGAIN = "remove it, or train with the same settings"
@@ -21,17 +20,9 @@ def save_checkpoint(path: Path, settings: Mapping[str, Any], done: Mapping[str, 
     Raises:
         OutputError: the file system refused; an older checkpoint is still there.
     """
-    temporary = path.with_suffix(".partial")
     states = {name: part.state_dict() for name, part in parts.items()}
-    try:
-        with temporary.open("wb") as file:
-            torch.save({"settings": dict(settings), "done": dict(done), "states": states}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise output_error(path, error) from error
+    saved = {"settings": dict(settings), "done": dict(done), "states": states}
+    write_whole(path, lambda file: torch.save(saved, file))
 
 
 def resume_checkpoint(path: Path, settings: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:

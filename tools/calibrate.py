@@ -94,8 +94,8 @@ def calibrate(
     from ..calibration.ranges import Method
     from ..calibration.samples import read_samples
     from ..calibration.scales import make_scales
-    from ..runtime.bundle import open_bundle, refuse_existing
-    from .console import Progress, write_whole
+    from ..runtime.bundle import open_bundle, refuse_existing, write_whole
+    from .console import Progress
     from .prompt_source import check_room, packaged_prompts
 
     refuse_existing(output, force=force)

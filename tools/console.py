@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -68,32 +67,9 @@ def write_json(report: Mapping[str, Any] | Sequence[Any], destination: str | Pat
     if str(destination) == STDOUT:
         sys.stdout.write(text)
         return
+    from ..runtime.bundle import write_whole
+
     write_whole(Path(destination), text.encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file in one piece or not at all.
-
-    Raises:
-        OutputError: the file system refused.
-    """
-    from ..runtime.bundle import output_error
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        raise output_error(path, error) from error
 
 
 def _plain(value: Any) -> Any:

@@ -81,8 +81,8 @@ def draw_figure(
         OutputError: the file system refused.
         UsageError: a suffix other than .svg and .png, a report that can't be read or drawn.
     """
+    from ..runtime.bundle import write_whole
     from ..runtime.errors import UsageError
-    from .console import write_whole
     from .extras import require
     from .figure_data import figure_data
     from .figure_draw import draw
@@ -109,7 +109,7 @@ def draw_projected(
         OutputError: the file system refused.
         UsageError: a suffix other than .svg and .png; a report of ``bench``, which is measured, or one without a projection.
     """
-    from .console import write_whole
+    from ..runtime.bundle import write_whole
     from .extras import require
     from .figure_projection import HINT, draw_projection, projection_data
 
