@@ -222,8 +222,8 @@ def _heads_if_wanted(model: ir.Model) -> None:
     """Put what only the heads' results need into the branch of an If: ONNX Runtime runs all nodes, whatever is fetched."""
     graph = model.graph
     results = [value for value in graph.outputs if value.name in (step_io.CANDIDATES, step_io.LOG_PROBS)]
-    needed = _needed([value for value in graph.outputs if value not in results])
-    nodes = [node for node in graph if node not in needed and node in _needed(results)]
+    only = _needed(results) - _needed([value for value in graph.outputs if value not in results])
+    nodes = [node for node in graph if node in only]
     graph.remove(nodes)
     wanted = ir.Value(name=step_io.HEADS_WANTED, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
     graph.inputs.append(wanted)

@@ -67,18 +67,14 @@ def bench(
     from ..runtime.errors import UsageError
     from .environment import plain_step_bytes
     from .prompt_source import check_room
-    from .timed_run import Way, timed_run
+    from .timed_run import timed_run
 
     if not prompts or repeats < 1 or max_new_tokens < 2:
         raise UsageError(
             f"{len(prompts)} prompts, {repeats} repeats, {max_new_tokens} tokens", hint="at least 1 prompt, 1 repeat and 2 tokens"
         )
     check_room(session, list(prompts), max_new_tokens)
-    ways = ways_of(session, rows, fixed_rows)
-    if tree is not None:
-        ways["fixed_tree"] = Way(tree)
-    if temperature > 0:
-        ways = _sampled(ways, temperature, seed)
+    ways = ways_of(session, rows, fixed_rows, tree, temperature, seed)
     for _ in range(warmup):
         for way in ways.values():
             timed_run(session, prompts[0], way, min(max_new_tokens, _WARMUP_TOKENS))
@@ -99,18 +95,28 @@ def bench(
     return {"prompts": len(prompts), "repeats": repeats, "max_new_tokens": max_new_tokens, **sampled, **report}
 
 
-def ways_of(session: Session, rows: int | None, fixed_rows: Sequence[int] = ()) -> dict[str, Way]:
+def ways_of(
+    session: Session,
+    rows: int | None,
+    fixed_rows: Sequence[int] = (),
+    tree: Tree | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Way]:
     """The ways that :func:`bench` compares, by name."""
     from ..runtime.executor import AheadExecutor
     from ..runtime.tree import ROOT_ONLY
     from .timed_run import Way
 
     best, heads_only = (Way(rows=rows, lookup=lookup) for lookup in (True, False))
-    fixed = {f"rows_{number}": Way(rows=number, lookup=True) for number in fixed_rows}
+    ways = {"plain": Way(ROOT_ONLY), "medusa": best, "heads_only": heads_only}
     if rows is None and isinstance(session.executor, AheadExecutor):
         heads_only = Way(rows=session.tree.rows)  # without a number, these sessions take the tree
-        return {"plain": Way(ROOT_ONLY), "medusa": Way(session.tree), "best_rows": best, "heads_only": heads_only, **fixed}
-    return {"plain": Way(ROOT_ONLY), "medusa": best, "heads_only": heads_only, **fixed}
+        ways = {"plain": Way(ROOT_ONLY), "medusa": Way(session.tree), "best_rows": best, "heads_only": heads_only}
+    ways |= {f"rows_{number}": Way(rows=number, lookup=True) for number in fixed_rows}
+    if tree is not None:
+        ways["fixed_tree"] = Way(tree)
+    return _sampled(ways, temperature, seed) if temperature > 0 else ways
 
 
 def _sampled(ways: Mapping[str, Way], temperature: float, seed: int) -> dict[str, Way]:
@@ -252,8 +258,8 @@ def run(args: argparse.Namespace) -> int:
     session = load_session(args, variant=args.variant)
     tree, note = _tree(session.manifest, args.tree, args.seed)
     prompts = prompts_for(session, args.prompts, args.count, args.seed)
-    ways = len(ways_of(session, args.rows, args.fixed_rows)) + (tree is not None) + (args.temperature > 0)
-    with Progress("bench", ways * len(prompts) * args.repeats) as bar:
+    ways = ways_of(session, args.rows, args.fixed_rows, tree, args.temperature, args.seed)
+    with Progress("bench", len(ways) * len(prompts) * args.repeats) as bar:
         options = {name: getattr(args, name) for name in ("temperature", "seed", "max_new_tokens", "repeats")}
         options["progress"] = bar.update
         report = bench(session, prompts, rows=args.rows, fixed_rows=args.fixed_rows, tree=tree, **options)

@@ -25,9 +25,9 @@ RANKS = 10
 _FORM = ("kind", "num_heads", "num_layers", "draft_vocab_size")
 _CHOICES = {
     1: (*_FORM, "batch_size"),
-    2: ("rank", "alpha", "heads_weight", "batch_tokens", "time_limit"),
+    2: ("rank", "alpha", "heads_weight", "batch_tokens", "time_limit", "quality_budget"),
 }
-"""Options of one stage alone, by the names that its config has."""
+"""Options of one stage alone: fields of its config, and arguments of its function."""
 _SHARED_CHOICES = ("epochs", "learning_rate", "weight_decay", "dropout", "seed")
 TREE_ROWS = 5
 _RATED_PATHS = 128
@@ -103,8 +103,7 @@ def run(args: argparse.Namespace) -> int:
     work = args.work or args.output.with_name(args.output.name + ".work")
     plan = AnswerPlan(work=work, seed=args.seed or 0, **{name: getattr(args, name) for name in fields})
     given = _given(args, (*_CHOICES[args.stage], *_SHARED_CHOICES)) | {"autocast": args.autocast}
-    others = _CHOICES[3 - args.stage] + (("quality_budget",) if args.stage == 1 else ())
-    if foreign := _given(args, others):
+    if foreign := _given(args, _CHOICES[3 - args.stage]):
         raise UsageError(
             f"--{next(iter(foreign)).replace('_', '-')} belongs to the other stage, this is stage {args.stage}",
             hint="see the groups of: medusa-deploy train --help",
@@ -118,9 +117,9 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError("the second stage needs heads to begin with", hint="give --heads: what the first stage made")
         if "rank" in given:
             given = {"alpha": 2.0 * given["rank"]} | given
-        config = FinetuneConfig(**given)
-        budget = {} if args.quality_budget is None else {"quality_budget": args.quality_budget}
-        report = train_backbone(plan, args.output, config, args.heads, **budget, **keep)
+        if "quality_budget" in given:
+            keep["quality_budget"] = given.pop("quality_budget")
+        report = train_backbone(plan, args.output, FinetuneConfig(**given), args.heads, **keep)
         text = f"{hit_rate_table(report['hit_rates'])}\n\n{quality_table(report)}"
     emit(text, report, args.json)
     return 0

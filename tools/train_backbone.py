@@ -132,11 +132,14 @@ def _within_budget(
     """
     from ..calibration.adapter import keep_share
     from ..calibration.interpolate import interpolate, share_within
+    from ..calibration.quality import perplexity
     from ..runtime.errors import TrainingError
 
     def level(share: float) -> float:
         keep_share(module, share)
-        return _perplexities(module, {"": judged}, device)[""]
+        return perplexity(module, judged, device)
+
+    module.to(device)
 
     untouched = level(0.0)
     share = share_within(budget, lambda share: level(share) / untouched - 1)
@@ -145,7 +148,7 @@ def _within_budget(
             f"hardly any of what was learnt stays within a quality budget of {budget:.1%}",
             hint="train with a smaller --heads-weight, or allow more with --quality-budget",
         )
-    keep_share(module, share)
+    keep_share(module.to("cpu"), share)
     return interpolate(start, tuned, share), share
 
 
