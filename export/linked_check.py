@@ -91,6 +91,7 @@ def frugal_options() -> Any:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False  # it would hold what one step needs in all, from its second run on
     return options
 
 

@@ -1,4 +1,4 @@
-"""A graph as it is holds one product's fp32 weight at a time, and computes what it did."""
+"""A graph as it is holds one piece of one product's fp32 weight at a time, and computes what it did."""
 
 from __future__ import annotations
 
@@ -51,6 +51,57 @@ def run(path: Path) -> tuple[np.ndarray, int]:
         alive += {"Transpose": 1, "MatMul": -1}.get(event["args"]["op_name"], 0)
         most = max(most, alive)
     return result, most
+
+
+@pytest.fixture
+def branching(tmp_path: Path) -> Path:
+    """Two products with one weight outside, one of them in a branch; the weight is also looked up as a table."""
+    rng = np.random.default_rng(0)
+    offset = 96
+    table = rng.normal(0, 0.2, (3 * WIDTH, WIDTH)).astype(np.float16)
+    (tmp_path / "weights.bin").write_bytes(b"\xff" * offset + table.tobytes())
+    weight = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT16, dims=table.shape)
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", "weights.bin"), ("offset", offset), ("length", table.nbytes)):
+        weight.external_data.add(key=key, value=str(value))
+    kind = onnx.TensorProto.FLOAT16
+    inner = helper.make_tensor_value_info("inner", kind, [1, 3 * WIDTH])
+    branch = helper.make_graph([helper.make_node("MatMul", ["x", "t"], ["inner"], name="inner")], "then", [], [inner])
+    same = helper.make_node("Identity", ["outer"], ["same"])
+    other = helper.make_graph([same], "else", [], [helper.make_tensor_value_info("same", kind, [1, 3 * WIDTH])])
+    nodes = [
+        helper.make_node("Gather", ["w", "row"], ["x"], axis=0),
+        helper.make_node("Transpose", ["w"], ["t"], name="t", perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "t"], ["outer"], name="outer"),
+        helper.make_node("If", ["wanted"], ["chosen"], then_branch=branch, else_branch=other),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("row", onnx.TensorProto.INT64, [1]),
+        helper.make_tensor_value_info("wanted", onnx.TensorProto.BOOL, []),
+    ]
+    outputs = [helper.make_tensor_value_info(name, kind, [1, 3 * WIDTH]) for name in ("outer", "chosen")]
+    graph = helper.make_graph(nodes, "branching", inputs, outputs, [weight])
+    path = tmp_path / "branching.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    return path
+
+
+def test_big_weights_outside_are_multiplied_in_pieces_in_branches_too(branching: Path) -> None:
+    def results(wanted: bool) -> list[np.ndarray]:
+        session = onnxruntime.InferenceSession(str(branching), frugal_options(), providers=["CPUExecutionProvider"])
+        outer, chosen = session.run(None, {"row": np.array([7]), "wanted": np.array(wanted)})
+        return [np.asarray(outer), np.asarray(chosen)]
+
+    expected = [results(wanted) for wanted in (True, False)]
+    piece_bytes = 2 * WIDTH * 40  # rows of 96: 40, 40 and 16
+    run_products_in_turn(branching, piece_bytes)
+    np.testing.assert_array_equal([results(wanted) for wanted in (True, False)], expected)
+    graph = onnx.load(branching, load_external_data=False).graph
+    branch = helper.get_node_attr_value(graph.node[-1], "then_branch")
+    pieces = {tensor.name: list(tensor.dims) for tensor in graph.initializer if tensor.name != "w"}
+    assert list(pieces.values()) == [[40, WIDTH], [40, WIDTH], [16, WIDTH]]
+    for each in (graph, branch):
+        assert [node.input[0] for node in each.node if node.op_type == "Transpose"] == list(pieces)
 
 
 def test_weights_are_converted_one_product_at_a_time(chain: Path) -> None:
