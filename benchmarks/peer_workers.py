@@ -201,12 +201,13 @@ class OursPlain(Peer):
 
     module, roots = "medusa_deploy", ("medusa-deploy[cpu]", "numpy", "onnxruntime", "tokenizers", "minijinja")
     speculative: ClassVar[bool] = False
+    variant: ClassVar[str | None] = None
 
     def load(self, settings: Settings) -> None:
         """Load the bundle, hashes checked."""
         from medusa_deploy.runtime import load
 
-        self.session = load(settings.path, threads=settings.threads)
+        self.session = load(settings.path, threads=settings.threads, variant=self.variant)
         if self.speculative and self.session.tree.rows == 1:
             raise ValueError("the bundle has no heads: there is nothing to speculate with")
 
@@ -237,6 +238,30 @@ class OursMedusa(OursPlain):
     speculative = True
 
 
+class OursInt8Plain(OursPlain):
+    """The bundle's variant cpu-int8."""
+
+    variant = "cpu-int8"
+
+
+class OursInt8Medusa(OursMedusa):
+    """The bundle's variant cpu-int8."""
+
+    variant = "cpu-int8"
+
+
+class OursInt4Plain(OursPlain):
+    """The bundle's variant cpu-int4."""
+
+    variant = "cpu-int4"
+
+
+class OursInt4Medusa(OursMedusa):
+    """The bundle's variant cpu-int4."""
+
+    variant = "cpu-int4"
+
+
 PEERS: dict[str, type[Peer]] = {
     "llama.cpp": LlamaCpp,
     "llama.cpp-f32-cache": LlamaCppF32Cache,
@@ -245,4 +270,10 @@ PEERS: dict[str, type[Peer]] = {
     "openvino-genai": OpenVino,
     "ours-plain": OursPlain,
     "ours-medusa": OursMedusa,
+    "llama.cpp-q8_0": LlamaCpp,
+    "llama.cpp-q4_k_m": LlamaCpp,
+    "ours-int8-plain": OursInt8Plain,
+    "ours-int8-medusa": OursInt8Medusa,
+    "ours-int4-plain": OursInt4Plain,
+    "ours-int4-medusa": OursInt4Medusa,
 }

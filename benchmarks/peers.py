@@ -33,6 +33,7 @@ from medusa_deploy.tools.environment import available_cores, cpu_model
 HERE = Path(__file__).resolve().parent
 ENCODER = "ours-plain"
 CAPACITY_STEP = 256
+_GGUF = "model.gguf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +57,27 @@ SYSTEMS = {
     "ours-medusa": System("medusa-deploy, Medusa", "bundle", _OURS),
 }
 DEFAULT_SYSTEMS = tuple(name for name in SYSTEMS if name != "llama.cpp-f32-cache")
+# Weights in few bits; the bundle has the variants that `medusa-deploy quantise` made of it.
+SYSTEMS |= {
+    "llama.cpp-q8_0": System("llama.cpp, Q8_0", "gguf-q8_0", _LLAMA.install),
+    "llama.cpp-q4_k_m": System("llama.cpp, Q4_K_M", "gguf-q4_k_m", _LLAMA.install),
+    "ours-int8-plain": System("medusa-deploy int8, plain", "bundle", _OURS),
+    "ours-int8-medusa": System("medusa-deploy int8, Medusa", "bundle", _OURS),
+    "ours-int4-plain": System("medusa-deploy int4, plain", "bundle", _OURS),
+    "ours-int4-medusa": System("medusa-deploy int4, Medusa", "bundle", _OURS),
+}
 
 
 def conversion(form: str, model: Path, output: Path, pythons: Mapping[str, str]) -> list[str]:
-    """The command that writes ``model`` into the folder ``output`` in a peer's own format, in fp32."""
+    """The command that writes ``model`` into the folder ``output`` in a peer's own format.
+
+    ``model``: a folder of fp32 safetensors; for GGUF in few bits, the F32 GGUF file.
+    """
+    script, _, kind = form.partition("-")
+    if script == "gguf" and kind:
+        return [python_for("llama.cpp", pythons), str(HERE / "peer_few_bits.py"), str(model), str(output / _GGUF), kind]
     commands = {
-        "gguf": [sys.executable, str(HERE / "peer_gguf.py"), str(model), str(output / "model.gguf")],
+        "gguf": [sys.executable, str(HERE / "peer_gguf.py"), str(model), str(output / _GGUF)],
         "onnxruntime-genai": [
             *(python_for("onnxruntime-genai", pythons), "-m", "onnxruntime_genai.models.builder"),
             *("-i", str(model), "-o", str(output), "-p", "fp32", "-e", "cpu", "-c", str(output / "cache")),
@@ -88,7 +104,8 @@ def converted(form: str, model: Path, cache: Path, pythons: Mapping[str, str]) -
         staged = folder.with_name(f"{form}.{os.getpid()}.partial")
         staged.mkdir(parents=True)
         try:
-            command = conversion(form, model, staged, pythons)
+            source = converted("gguf", model, cache, pythons) if form.startswith("gguf-") else model
+            command = conversion(form, source, staged, pythons)
             with log.open("wb") as output:
                 status = subprocess.run(command, stdout=output, stderr=output, check=False).returncode
             if status:
@@ -96,7 +113,7 @@ def converted(form: str, model: Path, cache: Path, pythons: Mapping[str, str]) -
             staged.rename(folder)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
-    return folder / "model.gguf" if form == "gguf" else folder
+    return folder / _GGUF if form.startswith("gguf") else folder
 
 
 def fingerprint(model: Path) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
-import os
 import shutil
 import tempfile
 import time
@@ -16,9 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..runtime.bundle import Bundle, open_bundle, output_error, record_files, refuse_existing, staged_folder, write_manifest
+from ..runtime.bundle import (
+    Bundle,
+    locked,
+    open_bundle,
+    output_error,
+    record_files,
+    refuse_existing,
+    staged_folder,
+    write_manifest,
+)
 from ..runtime.engine_record import RECORD_NAME, EngineRecord, parse_engine_record
-from ..runtime.errors import BundleBusyError, BundleError
+from ..runtime.errors import BundleError
 from ..runtime.manifest import Manifest
 from ..runtime.plan_file import Compression
 from ..runtime.weight_inputs import WeightInput
@@ -94,7 +101,7 @@ def build_engines(
     options = options or EngineOptions()
     tensorrt = TensorRT(options.backend)
     reports = []
-    with _locked(Path(bundle)), ExitStack() as stack:
+    with locked(Path(bundle)), ExitStack() as stack:
         opened = open_bundle(bundle)
         plan = plan_for(opened, tensorrt, targets, options)
         plan = replace(plan, targets=_resolved(tensorrt, plan))
@@ -271,20 +278,3 @@ def _remove_leftovers(engines: Path) -> None:
 def _remove_empty(engines: Path) -> None:
     if engines.is_dir() and not any(engines.iterdir()):
         engines.rmdir()
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other builds out of the bundle; a process that dies lets go."""
-    if not folder.is_dir():  # open_bundle says what is wrong with it
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BundleBusyError(f"another build is at work in {folder}", hint="wait until it has ended") from None
-        yield
-    finally:
-        os.close(handle)

@@ -47,12 +47,17 @@ def _cpu(bundle: Bundle, options: LoadOptions) -> Loaded:
     options.refuse("target")
     manifest = bundle.manifest
     variant = options.variant or ("cpu" if options.slots == 1 and "cpu" in manifest.variants else "standard")
-    if variant not in ("cpu", "standard") or variant not in manifest.variants:
-        known = [name for name in ("cpu", "standard") if name in manifest.variants]
+    known = [name for name in manifest.variants if name == "standard" or is_cpu(name)]
+    if variant not in known:
         raise UsageError(f"the bundle has no variant {variant!r} for the CPU", hint=f"its variants: {', '.join(known)}")
     return Loaded(
-        OrtExecutor(ort_model(bundle, options.slots, variant), options.threads), drafts=variant != "cpu" or options.slots == 1
+        OrtExecutor(ort_model(bundle, options.slots, variant), options.threads), drafts=not is_cpu(variant) or options.slots == 1
     )
+
+
+def is_cpu(variant: str) -> bool:
+    """Whether a variant is of the CPU provider's own operators: ``cpu``, and what was quantised from it, ``cpu-…``."""
+    return variant == "cpu" or variant.startswith("cpu-")
 
 
 def _cuda(bundle: Bundle, options: LoadOptions) -> Loaded:

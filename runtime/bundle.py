@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import os
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from .errors import BundleError, BundleExistsError, BundleIntegrityError, OutputError
+from .errors import BundleBusyError, BundleError, BundleExistsError, BundleIntegrityError, OutputError
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileRecord, Manifest, parse_manifest
 
 
@@ -140,6 +141,27 @@ def refuse_existing(output: Path, *, force: bool) -> None:
     """
     if output.exists() and not force:
         raise BundleExistsError(f"{output} exists", hint="give another output, or --force to replace it")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep others that add to the bundle out of it; a process that dies lets go.
+
+    Raises:
+        BundleBusyError: somebody is at work in it.
+    """
+    if not folder.is_dir():  # open_bundle says what is wrong with it
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BundleBusyError(f"another build is at work in {folder}", hint="wait until it has ended") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ VERBS = (
     Verb("export", "export", "trace a checkpoint with its Medusa heads into a bundle"),
     Verb("train", "train", "train Medusa heads for a backbone by self-distillation"),
     Verb("calibrate", "calibrate", "measure ranges of activations and weights, and write int8 scales"),
+    Verb("quantise", "quantise", "add a variant of 8-bit or 4-bit weights for the CPU to a bundle"),
     Verb("tree", "tree", "count the heads' hits and find the best candidate tree"),
     Verb("plan", "plan", "say which size fits on which GPU, and what to run next"),
     Verb("build", "build", "build TensorRT engines into a bundle"),

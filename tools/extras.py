@@ -13,7 +13,7 @@ _EXPORT = (*_CPU, "accelerate", "gguf", "onnx", "onnx-ir", "onnxscript", "safete
 EXTRAS = {
     "cpu": _CPU,
     "gpu": ("onnxruntime-gpu", "tokenizers", "minijinja"),
-    "calibrate": (*_CPU, "onnx"),
+    "calibrate": (*_CPU, "onnx", "onnx-ir"),
     "export": _EXPORT,
     "figure": ("matplotlib",),
     "serve": (*_CPU, "msgspec", "prometheus-client", "starlette", "uvicorn"),

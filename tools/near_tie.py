@@ -14,12 +14,28 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..runtime.sampling import SamplingParams, scores, uniform, weights
+from ..runtime.session import Session
+from .environment import variant
 
-TOLERANCE = {"float32": 1e-4, "float16": 3e-2}
-"""Largest noise that rounding may cause, as a share of the largest logit (of the whole mass, for a draw)."""
+TOLERANCE = {"float32": 1e-4, "float16": 3e-2, "int8": 5e-2}
+"""Largest noise that rounding may cause, as a share of the largest logit (of the whole mass, for a draw).
+
+``int8``: where products round what they read to 8 bits. The last bit of an attention's sum, which depends on the number of rows,
+decides now and then which of two codes a value gets: a difference of 1e-7 becomes one of 1e-2 of the value, and so on.
+"""
 
 REACH = 2.0
 """A gap between two values can close when each of them moves by the noise."""
+
+
+def rounds_activations(session: Session) -> bool:
+    """Whether a session runs a quantised variant."""
+    return variant(session) in session.manifest.provenance.get("quantised", {})
+
+
+def tolerance_of(session: Session) -> float:
+    """The tolerance for what a session runs."""
+    return TOLERANCE["int8" if rounds_activations(session) else session.manifest.dtype]
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,12 +55,12 @@ def verify(
         TreeError: a tree doesn't fit the bundle.
     """
     from .comparison import Comparison, Tally
-    from .near_tie import TOLERANCE
+    from .near_tie import tolerance_of
     from .prompt_source import check_room
     from .timed_run import Way
 
     check_room(session, list(prompts), max_new_tokens)
-    comparison = Comparison(session, TOLERANCE[session.manifest.dtype] if tolerance is None else tolerance)
+    comparison = Comparison(session, tolerance_of(session) if tolerance is None else tolerance)
     ways = {name: Way(tree) for name, tree in trees.items()}
     if best_rows:
         ways |= {BEST_ROWS: Way(rows=session.tree.rows, lookup=True), AUTOMATIC: Way(lookup=True)}
@@ -130,7 +130,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sampled", action="store_true", help="also compare sampled tokens, plain and speculative, for equal seeds"
     )
     parser.add_argument(
-        "--tolerance", type=float, metavar="X", help="largest rounding noise, as a share of the largest logit (default: by dtype)"
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="largest rounding noise, as a share of the largest logit (default: by the graph's types)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="of the random tree, random prompts and sampling (default: %(default)s)"

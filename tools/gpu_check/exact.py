@@ -53,12 +53,12 @@ def _executor(session: Session, cpu: Session | None, expected: dict[str, Any]) -
     """Greedy plain decoding against the expected tokens, and trees against plain decoding, on one executor."""
     from ...runtime.tree import ROOT_ONLY
     from ..comparison import Comparison, Tally
-    from ..near_tie import TOLERANCE
+    from ..near_tie import tolerance_of
     from ..tree_set import trees_for
     from ..verify import verify
 
     prompts, count = expected["prompts"], expected["max_new_tokens"]
-    comparison, tally = Comparison(session, TOLERANCE[session.manifest.dtype]), Tally()
+    comparison, tally = Comparison(session, tolerance_of(session)), Tally()
     # The CPU's logits, where it can give them, say how far a different order of summation may lead.
     source: Any = ROOT_ONLY if cpu is None or cpu is session else _CpuLogits(cpu)
     for index, prompt in enumerate(prompts):

@@ -1,0 +1,117 @@
+"""Weights in 8 or 4 bits with a scale for every block of inputs, in the layout of com.microsoft.MatMulNBits.
+
+A matrix W [N, K] of N outputs has blocks of ``block`` inputs each. 8 bits: symmetric, the value furthest from 0 is exact and code
+128 is zero. 4 bits: codes 0 … 15 from a zero point that is a code itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+BITS = (4, 8)
+_SMALLEST = float(np.finfo(np.float32).smallest_normal)
+_SHRUNK = np.linspace(0.7, 1.0, 13)  # ranges of a 4-bit block that are tried, as shares of the whole one
+_DAMPING = 0.01  # of the mean second moment: what GPTQ's authors take
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """``scales`` and ``zero_points`` (codes), float32 [N, K / block]: a value is (code − zero point) · scale."""
+
+    bits: int
+    scales: np.ndarray
+    zero_points: np.ndarray
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether every zero point is the middle code, which needs not be stored."""
+        return bool((self.zero_points == 1 << (self.bits - 1)).all())
+
+
+def make_grid(weight: np.ndarray, bits: int, block: int) -> Grid:
+    """The grid of float32 W [N, K], K a multiple of ``block``."""
+    blocks = weight.reshape(len(weight), -1, block)
+    return _symmetric(blocks, bits) if bits == 8 else _asymmetric(blocks, bits)
+
+
+def nearest(weight: np.ndarray, grid: Grid) -> np.ndarray:
+    """Codes uint8 [N, K / block, block]: each value rounded to the grid on its own."""
+    blocks = weight.reshape(*grid.scales.shape, -1)
+    return _codes(blocks, grid.scales[..., None], grid.zero_points[..., None], grid.bits)
+
+
+def compensated(weight: np.ndarray, grid: Grid, moments: np.ndarray) -> np.ndarray:
+    """Codes like :func:`nearest`, but what rounding one input adds to the outputs is taken back by the inputs after it.
+
+    GPTQ (E. Frantar et al., arXiv 2210.17323, algorithm 1) for the second moments E[xᵀx] [K, K] of what the product reads; the
+    grid stays that of the weights as they were, so that codes can be made of it alone.
+    """
+    count, size = weight.shape
+    block = size // grid.scales.shape[1]
+    moments = moments.astype(np.float64)
+    dead = np.diag(moments) <= 0
+    moments[dead, dead] = 1.0
+    moments[np.diag_indices(size)] += _DAMPING * np.diag(moments).mean()
+    spread = np.linalg.cholesky(np.linalg.inv(moments)).T  # upper; row i: how input i's error spreads to those after it
+    left = weight.astype(np.float64)
+    codes = np.empty((count, size), np.uint8)
+    for start in range(0, size, block):
+        inside = slice(start, start + block)
+        scale, zero = (part[:, start // block].astype(np.float64) for part in (grid.scales, grid.zero_points))
+        errors = np.empty((count, block))
+        for index in range(block):
+            at = start + index
+            code = _codes(left[:, at], scale, zero, grid.bits)
+            codes[:, at] = code
+            errors[:, index] = (left[:, at] - (code - zero) * scale) / spread[at, at]
+            left[:, at + 1 : start + block] -= errors[:, index, None] * spread[at, at + 1 : start + block]
+        left[:, start + block :] -= errors @ spread[inside, start + block :]
+    return codes.reshape(count, -1, block)
+
+
+def values(codes: np.ndarray, grid: Grid) -> np.ndarray:
+    """Float32 [N, K] that codes stand for."""
+    exact: np.ndarray = (codes.astype(np.float32) - grid.zero_points[..., None]) * grid.scales[..., None]
+    return exact.reshape(len(codes), -1)
+
+
+def packed(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Uint8 [..., n · bits / 8]: of two 4-bit codes the first in the low half; an odd number gets a zero more."""
+    if bits == 8:
+        return codes.astype(np.uint8)
+    if codes.shape[-1] % 2:
+        codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], -1)
+    pairs = codes.astype(np.uint8)
+    return pairs[..., 0::2] | (pairs[..., 1::2] << 4)
+
+
+def _symmetric(blocks: np.ndarray, bits: int) -> Grid:
+    furthest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
+    middle = 1 << (bits - 1)
+    # There is a code more below zero than above: a scale of the other sign puts the furthest value on it.
+    scales = (furthest / -middle).astype(np.float32)
+    scales = np.where(np.abs(scales) < _SMALLEST, np.float32(_SMALLEST), scales)
+    return Grid(bits, scales, np.full_like(scales, middle))
+
+
+def _asymmetric(blocks: np.ndarray, bits: int) -> Grid:
+    """Of several ranges between the least and the largest value, each reaching 0, the one of least squared error."""
+    most = (1 << bits) - 1
+    low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
+    best = np.full(low.shape, np.inf)
+    scales, zeros = (np.zeros(low.shape, np.float32) for _ in range(2))
+    for share in _SHRUNK:
+        scale = np.maximum(share * (high - low) / most, _SMALLEST).astype(np.float32)
+        zero = np.clip(np.rint(-share * low / scale), 0, most).astype(np.float32)
+        trial = (_codes(blocks, scale[..., None], zero[..., None], bits) - zero[..., None]) * scale[..., None]
+        error = np.square(trial - blocks, dtype=np.float64).sum(-1)
+        better = error < best
+        best, scales, zeros = (np.where(better, *pair) for pair in ((error, best), (scale, scales), (zero, zeros)))
+    return Grid(bits, scales, zeros)
+
+
+def _codes(weight: np.ndarray, scales: np.ndarray, zero_points: np.ndarray, bits: int) -> np.ndarray:
+    steps: np.ndarray = np.clip(np.rint(weight / scales) + zero_points, 0, (1 << bits) - 1)
+    return steps.astype(np.uint8)

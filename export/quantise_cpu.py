@@ -1,0 +1,184 @@
+"""The CPU graph with its weights in 8 or 4 bits: products become ONNX Runtime's MatMulNBits.
+
+That operator rounds what it reads to 8 bits in blocks of each row (accuracy level 4), so a row's result doesn't depend on the
+rows beside it: speculative decoding stays the same as plain decoding, which a scale for a whole activation would not keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from ..runtime.errors import QuantisationError, UsageError
+from ..runtime.scales_file import Scales
+from .blocks import Grid, compensated, make_grid, nearest, packed
+from .cpu_products import CpuProduct, find_products
+from .patterns import MICROSOFT, new_node
+from .rescore import rescore
+from .smooth import activations_of, smooth
+
+PRECISIONS = (4, 8, 32)
+BLOCKS = (16, 32, 64, 128)
+_ROUND_ACTIVATIONS_TO_INT8 = 4  # MatMulNBits' accuracy_level
+
+
+@dataclass(frozen=True, slots=True)
+class CpuPrecision:
+    """Bits of the weights: 4, 8, or 32 for those that stay as they are.
+
+    ``layers``: of the backbone's layers, ``kept`` (by the name of a :class:`.cpu_products.CpuProduct`) overrides it;
+    ``projection`` onto the vocabulary; ``heads``. ``block``: inputs that share a scale, ``projection_block`` in the projection.
+    ``rescored``: how many of the largest logits are computed again from the projection's own weights; 0 for none.
+    """
+
+    layers: int = 8
+    projection: int = 8
+    heads: int = 8
+    block: int = 32
+    projection_block: int = 64
+    rescored: int = 8
+    kept: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for bits in (self.layers, self.projection, self.heads, *self.kept.values()):
+            if bits not in PRECISIONS:
+                raise UsageError(f"weights of {bits} bits", hint=f"one of {', '.join(map(str, PRECISIONS))}")
+        for block in (self.block, self.projection_block):
+            if block not in BLOCKS:
+                raise UsageError(f"blocks of {block} inputs", hint=f"one of {', '.join(map(str, BLOCKS))}")
+
+    def bits(self, product: CpuProduct) -> int:
+        """Of one product."""
+        if product.is_projection:
+            return self.projection
+        return self.heads if product.of_heads else self.kept.get(product.name, self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class CpuReport:
+    """``bits`` of each product; ``smoothed`` activations; bytes of the products' weights ``before`` and ``after``.
+
+    ``plain``: bytes afterwards of those that a plain step reads, which are all but the heads'.
+    """
+
+    bits: Mapping[str, int]
+    smoothed: Sequence[str]
+    before: int
+    after: int
+    plain: int
+
+
+Advance = Callable[[int, int, str], object]
+Made = dict[tuple[str, int], tuple[Grid, np.ndarray]]
+"""Codes by product and bits: what several graphs have in common needn't be rounded again."""
+
+
+def quantise_cpu(
+    model: ir.Model,
+    precision: CpuPrecision,
+    scales: Scales | None = None,
+    moments: Mapping[str, np.ndarray] | None = None,
+    made: Made | None = None,
+    advance: Advance = lambda _done, _total, _name: None,
+) -> CpuReport:
+    """Rewrite the products of a CPU graph, in place.
+
+    ``scales``: their smoothing is applied first. ``moments``: E[xᵀx] [K, K] of activations before smoothing, by their names in
+    ``scales``: 4-bit weights that read them are rounded by GPTQ, all others to the nearest. ``made`` keeps codes from call
+    to call with the same scales, moments and blocks. ``advance`` hears of each product.
+
+    Raises:
+        QuantisationError: a weight holds NaN or infinity, or there is nothing to quantise.
+    """
+    graph = model.graph
+    products = find_products(model)
+    smoothed = [] if scales is None else smooth(graph, products, scales)
+    names = {} if scales is None else activations_of(products, scales)
+    bits, before, after, plain = {}, 0, 0, 0
+    for done, product in enumerate(products):
+        advance(done, len(products), product.name)
+        size, block = 4 * int(np.prod(product.shape)), precision.projection_block if product.is_projection else precision.block
+        wanted = precision.bits(product) if product.shape[1] % block == 0 else 32
+        before += size
+        if wanted == 32:
+            _take_in(graph, product)
+        else:
+            key = (product.name, wanted)
+            found = made.get(key) if made is not None else None
+            found = found or _rounded(product, wanted, block, (moments or {}).get(names.get(product, "")))
+            if made is not None:
+                made[key] = found
+            size = _replace(graph, product, *found, precision.rescored)
+        bits[product.name] = wanted
+        after += size
+        plain += 0 if product.of_heads else size
+    if set(bits.values()) <= {32}:
+        raise QuantisationError(
+            "no product of the CPU graph was quantised", hint=f"their inputs have to be multiples of the block, {precision.block}"
+        )
+    passes.RemoveUnusedNodesPass()(model)
+    return CpuReport(bits, smoothed, before, after, plain)
+
+
+def _rounded(product: CpuProduct, bits: int, block: int, moments: np.ndarray | None) -> tuple[Grid, np.ndarray]:
+    matrix = product.matrix()
+    if not np.isfinite(matrix).all():
+        raise QuantisationError(f"the weight of {product.name} holds NaN or infinity", hint="the checkpoint's weights are broken")
+    grid = make_grid(matrix, bits, block)
+    if bits != 4 or moments is None:
+        return grid, nearest(matrix, grid)
+    # Moments of x / s are those of x, divided by both factors.
+    factors = np.broadcast_to(product.multipliers, (product.shape[1],))
+    return grid, compensated(matrix, grid, moments / np.outer(factors, factors))
+
+
+def _replace(graph: ir.Graph, product: CpuProduct, grid: Grid, codes: np.ndarray, rescored: int) -> int:
+    """Put MatMulNBits in a product's place; returns the bytes of its weights."""
+    node = product.node
+    tensors = _tensors(product, grid, codes)
+    inputs = [product.activation, *(_register(graph, tensor) for tensor in tensors)]
+    outputs, size = product.shape
+    attributes: dict[str, Any] = {"K": size, "N": outputs, "bits": grid.bits, "block_size": codes.shape[-1]}
+    attributes["accuracy_level"] = _ROUND_ACTIVATIONS_TO_INT8
+    old = node.outputs[0]
+    made = new_node("MatMulNBits", inputs, attributes, node.name, domain=MICROSOFT)
+    result = made.outputs[0]
+    result.type, result.shape = old.type, old.shape
+    home = node.graph
+    assert home is not None
+    home.insert_before(node, [made])
+    if product.is_projection and rescored and len(product.weights) == 1:
+        result = rescore(graph, product, result, rescored)
+        result.type, result.shape = old.type, old.shape
+    name = old.name
+    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+    old.name, result.name = f"{name}/exact", name
+    home.remove(node, safe=True)
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _tensors(product: CpuProduct, grid: Grid, codes: np.ndarray) -> list[ir.TensorProtocol]:
+    name = product.node.name
+    stored = {"codes": packed(codes, grid.bits), "scales": grid.scales}
+    if not grid.is_symmetric:
+        stored["zero_points"] = packed(grid.zero_points, grid.bits)
+    return [ir.tensor(np.ascontiguousarray(values), name=f"{name}/{part}") for part, values in stored.items()]
+
+
+def _take_in(graph: ir.Graph, product: CpuProduct) -> None:
+    """A product that keeps its type, with the smoothing that others left to it."""
+    if (product.multipliers == 1).all() and (product.divisors == 1).all():
+        return
+    tensor = ir.tensor(np.ascontiguousarray(product.matrix().T), name=f"{product.node.name}/smoothed")
+    product.node.replace_input_with(1, _register(graph, tensor))
+
+
+def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
+    graph.register_initializer(value)
+    return value

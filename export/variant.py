@@ -1,0 +1,92 @@
+"""A further variant of the step graph, made of one that a bundle has and put into the same bundle."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import Any
+
+import onnx_ir as ir
+
+from ..runtime.bundle import Bundle, record_files, sha256, staged_folder, write_manifest, write_whole
+from ..runtime.errors import BundleExistsError, UsageError
+from ..runtime.manifest import FileRecord, Manifest
+from .weights import WeightsFile
+
+PREFIX = "cpu-"
+_NAME = re.compile(rf"{PREFIX}[a-z0-9][a-z0-9-]{{0,31}}")
+_WEIGHTS = "weights.bin"
+
+
+def check_variant(manifest: Manifest, name: str, *, force: bool) -> None:
+    """Whether a variant of this name may be added.
+
+    Raises:
+        UsageError: the name won't do.
+        BundleExistsError: the bundle has it, and ``force`` is false.
+    """
+    if not _NAME.fullmatch(name):
+        hint = f"{PREFIX} and then letters, digits and hyphens, like {PREFIX}int8"
+        raise UsageError(f"a variant can't be called {name!r}", hint=hint)
+    if name in manifest.variants and not force:
+        raise BundleExistsError(f"the bundle has a variant {name}", hint="give another name, or --force to replace it")
+
+
+def add_variant(bundle: Bundle, name: str, model: ir.Model, provenance: Mapping[str, Any]) -> Bundle:
+    """Write ``model`` as the variant ``name`` and list it in the manifest; returns the bundle as it is now.
+
+    Tensors that lie in the bundle's files stay there; the others are stored in a folder of the variant's own. The caller holds
+    the bundle's lock and has called :func:`check_variant`. The manifest is written last, and forgets a variant before its files
+    are replaced: at no moment does it list files that aren't its own.
+
+    Raises:
+        OutputError: the file system refused; the bundle is as it was, but for a variant that was to be replaced.
+    """
+    onnx = bundle.path(bundle.manifest.variants["cpu"]).parent
+    folder, graph = onnx / name, onnx / f"step.{name}.onnx"
+    without = _without(bundle.manifest, name)
+    with staged_folder(folder, force=True) as staging:
+        shadow = staging / "graph"  # where the graph's own folder would be, so that its paths are right
+        (shadow / name).mkdir(parents=True)
+        with WeightsFile(shadow / name / _WEIGHTS) as weights:
+            weights.save(model, shadow / graph.name)
+        written = (shadow / graph.name).read_bytes()
+        (shadow / name / _WEIGHTS).replace(staging / _WEIGHTS)
+        shutil.rmtree(shadow)
+        built = record_files(staging)
+        if without != bundle.manifest:
+            write_manifest(bundle.folder, without)
+    write_whole(graph, written)
+    base = PurePosixPath(bundle.manifest.variants["cpu"]).parent
+    files = {
+        **without.files,
+        **{(base / name / file).as_posix(): record for file, record in built.items()},
+        (base / graph.name).as_posix(): FileRecord(len(written), sha256(graph)),
+    }
+    complete = replace(
+        without,
+        files=files,
+        variants={**without.variants, name: (base / graph.name).as_posix()},
+        provenance={**without.provenance, "quantised": {**without.provenance.get("quantised", {}), name: dict(provenance)}},
+    )
+    write_manifest(bundle.folder, complete)
+    return replace(bundle, manifest=complete)
+
+
+def _without(manifest: Manifest, name: str) -> Manifest:
+    graph = manifest.variants.get(name)
+    if graph is None:
+        return manifest
+    own = f"{PurePosixPath(graph).parent.as_posix()}/{name}/"
+    return replace(
+        manifest,
+        files={path: record for path, record in manifest.files.items() if path != graph and not path.startswith(own)},
+        variants={other: path for other, path in manifest.variants.items() if other != name},
+        provenance={
+            **manifest.provenance,
+            "quantised": {other: facts for other, facts in manifest.provenance.get("quantised", {}).items() if other != name},
+        },
+    )

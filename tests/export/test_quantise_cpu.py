@@ -1,0 +1,164 @@
+"""The CPU graph in few bits: which products change, that smoothing changes nothing exact, and that logits are computed again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ir: Any = pytest.importorskip("onnx_ir")
+pytest.importorskip("onnxruntime")
+
+from medusa_deploy.export.cpu_products import find_products
+from medusa_deploy.export.quantise_cpu import CpuPrecision, quantise_cpu
+from medusa_deploy.export.smooth import smooth
+from medusa_deploy.export.variant import add_variant, check_variant
+from medusa_deploy.runtime.bundle import open_bundle
+from medusa_deploy.runtime.errors import BundleExistsError, QuantisationError, UsageError
+from medusa_deploy.runtime.scales_file import Layer, Scales, Smoothing
+from medusa_deploy.runtime.session import load
+from medusa_deploy.tools.divergence import Divergence
+from medusa_deploy.tools.prompt_source import random_prompts
+from support.tiny import VOCAB
+
+EXACT = CpuPrecision(layers=32, projection=32, heads=32)
+PROMPTS = random_prompts(VOCAB, 256, 3, seed=5)
+
+
+@pytest.fixture
+def graph(tiny_bundle: Path) -> Any:
+    return ir.load(tiny_bundle / "onnx" / "step.cpu.onnx")
+
+
+@pytest.fixture(scope="module")
+def divergence(tiny_bundle: Path) -> Divergence:
+    return Divergence(open_bundle(tiny_bundle), PROMPTS, 12, threads=1)
+
+
+def made_up_scales(graph: Any) -> Scales:
+    """Factors far from 1 for every activation, those that nothing can take among them."""
+    rng = np.random.default_rng(3)
+    layers, smoothing = {}, {}
+    for product in find_products(graph):
+        name = f"read by {product.activation.name}"
+        for weight in product.weights:
+            layers[f"{product.node.name}/{weight.name}"] = Layer(name, weight.name, 1)
+        factors = np.exp(rng.normal(size=product.shape[1])).astype(np.float32)
+        smoothing[name] = {"block": Smoothing(0.5, 0.0, 0.0, factors)}
+    return Scales("max", layers, {}, {}, {}, smoothing)
+
+
+def operators(graph: Any) -> Counter[str]:
+    return Counter(node.op_type for node in ir.traversal.RecursiveGraphIterator(graph.graph))
+
+
+def test_every_product_is_found_once_and_knows_its_layer(graph: Any):
+    products = find_products(graph)
+    layers = Counter(product.layer for product in products if product.layer is not None)
+    assert set(layers) == {0, 1} and len(set(layers.values())) == 1
+    assert sum(product.is_projection for product in products) == 1
+    assert sum(product.of_heads for product in products) >= 3
+    widths = sum(product.shape[0] for product in products if product.layer == 0)
+    assert widths == 64 + 2 * 32 + 64 + 2 * 128 + 64, "query, key, value, output, gate, up, down"
+
+
+def test_smoothing_alone_changes_nothing(graph: Any, tiny_bundle: Path, divergence: Divergence):
+    scales = made_up_scales(graph)
+    products = find_products(graph)
+    smoothed = smooth(graph.graph, products, scales)
+    assert len(smoothed) == 6, "two norms and a gated product a layer"
+    assert sum(bool((product.divisors != 1).any()) for product in products) == 2
+    fresh = ir.load(tiny_bundle / "onnx" / "step.cpu.onnx")
+    quantise_cpu(fresh, CpuPrecision(layers=32, projection=32, heads=8), scales)
+    moved, same = divergence.of(fresh)
+    assert moved < 1e-6 and same == 1.0
+
+
+def test_8_bits_are_close_and_4_bits_less_so(graph: Any, tiny_bundle: Path, divergence: Divergence):
+    found = {}
+    for bits in (8, 4):
+        model = ir.load(tiny_bundle / "onnx" / "step.cpu.onnx")
+        report = quantise_cpu(model, CpuPrecision(layers=bits, heads=8))
+        assert set(report.bits.values()) == {8, bits} and report.after < 0.35 * report.before
+        assert operators(model)["MatMulNBits"] == len(report.bits)
+        found[bits] = divergence.of(model)[0]
+    assert 0 < found[8] < 2e-4 < found[4] < 0.5
+
+
+def test_precision_is_chosen_by_part_and_by_product(graph: Any):
+    products = find_products(graph)
+    one = next(product.name for product in products if product.layer == 1)
+    report = quantise_cpu(graph, CpuPrecision(layers=8, projection=4, heads=32, kept={one: 32}))
+    for product in products:
+        expected = 4 if product.is_projection else 32 if product.of_heads or product.name == one else 8
+        assert report.bits[product.name] == expected
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_largest_logits_are_computed_again(bits: int, tiny_bundle: Path, divergence: Divergence):
+    def with_rescored(count: int) -> tuple[float, float]:
+        model = ir.load(tiny_bundle / "onnx" / "step.cpu.onnx")
+        quantise_cpu(model, replace(EXACT, projection=bits, rescored=count))
+        return divergence.of(model)
+
+    rough, exact = with_rescored(0), with_rescored(VOCAB)
+    assert exact[0] < 1e-6 < rough[0] and exact[1] == 1.0
+    assert with_rescored(16)[0] < rough[0]
+
+
+def test_moments_make_4_bits_better(tiny_bundle: Path, divergence: Divergence):
+    """Inputs that are nearly the same vector always: errors along it are taken back by the other inputs."""
+    source = tiny_bundle / "onnx" / "step.cpu.onnx"
+    scales = made_up_scales(ir.load(source))
+    plain = Scales("max", scales.layers, {}, {}, {}, {})
+    sizes = {layer.activation: len(scales.smoothing[layer.activation]["block"].factors) for layer in scales.layers.values()}
+    moments = {name: np.eye(size) for name, size in sizes.items()}
+    found = []
+    for given in (None, moments):
+        model = ir.load(source)
+        quantise_cpu(model, CpuPrecision(layers=4, projection=32, heads=32), plain, given)
+        found.append(divergence.of(model)[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-5), "with uncorrelated inputs there is nothing to take back"
+
+
+def test_what_is_refused(graph: Any, tiny_bundle: Path):
+    for options in ({"layers": 3}, {"block": 48}, {"kept": {"x": 16}}):
+        with pytest.raises(UsageError):
+            CpuPrecision(**options)
+    with pytest.raises(QuantisationError, match="multiples of the block"):
+        quantise_cpu(graph, CpuPrecision(layers=32, projection=32, block=128))
+    broken = next(product for product in find_products(graph) if product.layer == 1)
+    weight = broken.weights[0]
+    values = weight.const_value.numpy().copy()
+    values[3, 3] = np.nan
+    weight.const_value = ir.tensor(values, name=weight.name)
+    with pytest.raises(QuantisationError, match=r"layers\.1/.* holds NaN"):
+        quantise_cpu(graph, CpuPrecision())
+
+
+def test_a_variant_runs_beside_the_others_and_is_replaced_whole(graph: Any, bundle_copy: Path):
+    bundle = open_bundle(bundle_copy)
+    report = quantise_cpu(graph, CpuPrecision())
+    weights = [value.const_value for value in graph.graph.initializers.values()]
+    kept = {tensor.name for tensor in weights if isinstance(tensor, ir.ExternalTensor)}
+    assert "projection.weight" in kept, "the embedding is read from the bundle's own weights"
+    added = add_variant(bundle, "cpu-int8", graph, {"plain_step_bytes": report.plain})
+    opened = open_bundle(bundle_copy)
+    assert opened.manifest == added.manifest and opened.manifest.provenance["quantised"]["cpu-int8"]
+    own = bundle_copy / "onnx" / "cpu-int8" / "weights.bin"
+    assert own.stat().st_size < 0.5 * (bundle_copy / "onnx" / "weights.bin").stat().st_size + (1 << 22)
+    session = load(bundle_copy, variant="cpu-int8", threads=1)
+    assert session.generate(token_ids=PROMPTS[0], max_new_tokens=8).token_ids
+    with pytest.raises(BundleExistsError, match="cpu-int8"):
+        check_variant(opened.manifest, "cpu-int8", force=False)
+    with pytest.raises(UsageError, match="standard"):
+        check_variant(opened.manifest, "standard", force=True)
+    again = ir.load(bundle_copy / "onnx" / "step.cpu.onnx")
+    quantise_cpu(again, CpuPrecision(layers=4))
+    add_variant(opened, "cpu-int8", again, {"plain_step_bytes": 1})
+    assert open_bundle(bundle_copy).manifest.provenance["quantised"]["cpu-int8"] == {"plain_step_bytes": 1}
+    assert sorted(path.name for path in bundle_copy.iterdir()) == sorted(path.name for path in bundle.folder.iterdir())
