@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -34,13 +34,19 @@ class _Binding(NamedTuple):
     observed: list[str]
 
 
+class Watcher(Protocol):
+    """Looks at the activations [B, N, C] of every call, by name; they are valid until it returns."""
+
+    def take(self, values: Iterable[tuple[str, np.ndarray]], buffers: StepBuffers, *, prefill: bool) -> None: ...
+
+
 class ObservingExecutor(OrtExecutor):
-    """The CPU executor on a graph with more outputs: what every product reads goes to ``observations``."""
+    """The CPU executor on a graph with more outputs: what every product reads goes to ``watcher``."""
 
     def __init__(self, model: OrtModel, graph: StepGraph, products: Sequence[Product], threads: int | None) -> None:
         self._step_graph = graph
         self._of_heads = {product.activation: product.of_heads for product in products}
-        self.observations = Observations.of(products)
+        self.watcher: Watcher = Observations.of(products)
         super().__init__(model, threads)
 
     def _graph(self, path: Path, options: Any) -> str | bytes:
@@ -59,13 +65,9 @@ class ObservingExecutor(OrtExecutor):
 
     def _run(self, buffers: StepBuffers, binding: _Binding, slot: int | None) -> None:
         super()._run(buffers, binding.inner, slot)
-        seen = self.observations
-        for name, value in zip(binding.observed, binding.inner.get_outputs()[-len(binding.observed) :], strict=True):
-            seen.observers[name].observe(value.numpy())
-        if slot is None:
-            seen.tree_rows += buffers.rows
-        else:
-            seen.prefill_rows += buffers.rows
+        outputs = binding.inner.get_outputs()[-len(binding.observed) :]
+        values = ((name, value.numpy()) for name, value in zip(binding.observed, outputs, strict=True))
+        self.watcher.take(values, buffers, prefill=slot is not None)
 
 
 class Calibrator:
@@ -148,10 +150,15 @@ class Calibrator:
 
     def _observe(self, prompt: Sequence[int], max_new_tokens: int) -> Observations:
         """What one prompt and its answer show. A run that is interrupted keeps whole prompts only."""
-        self._executor.observations = seen = Observations.of(self.products)
-        self.session.generate(token_ids=prompt, max_new_tokens=max_new_tokens, tree=self.session.tree)
+        seen = Observations.of(self.products)
+        self.watch(prompt, max_new_tokens, seen)
         seen.prompts = 1
         return seen
+
+    def watch(self, prompt: Sequence[int], max_new_tokens: int, watcher: Watcher) -> None:
+        """Answer one prompt and show ``watcher`` what the products read."""
+        self._executor.watcher = watcher
+        self.session.generate(token_ids=prompt, max_new_tokens=max_new_tokens, tree=self.session.tree)
 
 
 def _row_bytes(products: Sequence[Product]) -> int:

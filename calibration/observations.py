@@ -13,6 +13,7 @@ import numpy as np
 
 from ..runtime.bundle import write_whole
 from ..runtime.errors import CalibrationError
+from ..runtime.executor import StepBuffers
 from .observers import BINS, RangeObserver
 from .products import Product
 
@@ -30,6 +31,15 @@ class Observations:
     def of(cls, products: Iterable[Product]) -> Self:
         """Nothing seen yet of what these products read."""
         return cls({product.activation: RangeObserver(product.activation, product.channels) for product in products})
+
+    def take(self, values: Iterable[tuple[str, np.ndarray]], buffers: StepBuffers, *, prefill: bool) -> None:
+        """Take in what one call showed: activations by name."""
+        for name, value in values:
+            self.observers[name].observe(value)
+        if prefill:
+            self.prefill_rows += buffers.rows
+        else:
+            self.tree_rows += buffers.rows
 
     def merge(self, other: Self) -> None:
         """Take in all that ``other`` has seen."""

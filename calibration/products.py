@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -78,7 +78,7 @@ class StepGraph:
             QuantisationError: NaN or infinity.
             RangeError: all zero, or a channel too small for a step to be a normal float32.
         """
-        largest = np.concatenate([np.abs(block).max(1 - axis).astype(np.float32) for block in _blocks(self._values(name), axis)])
+        largest = np.concatenate([np.abs(block).max(0).astype(np.float32) for block in self.weight_blocks(name, axis)])
         if not np.isfinite(largest).all():
             channel = int(np.flatnonzero(~np.isfinite(largest))[0])
             raise QuantisationError(
@@ -90,6 +90,57 @@ class StepGraph:
             where = f"reaches no more than {largest[small[0]]:.3g} in channel {small[0]}" if small.size else "is zero"
             raise RangeError(f"the weight {name} {where}", hint="the checkpoint's weights are broken")
         return np.where(largest == 0, np.float32(1), scales)
+
+    def weight_blocks(self, name: str, axis: int) -> Iterator[np.ndarray]:
+        """The weight [C, outputs], in views of some outputs each, of at most about ``_BLOCK`` elements."""
+        weight = self._values(name)
+        weight = weight if axis else weight.T
+        size = max(1, _BLOCK // max(weight.shape[0], 1))
+        return (weight[:, start : start + size] for start in range(0, weight.shape[1], size))
+
+    def smoothable(self) -> dict[str, list[tuple[str, int]]]:
+        """Activations whose channels can be scaled for free, with (name, axis) of all the weights that read them.
+
+        An activation counts if products of the backbone are all that reads it, and it is a constant vector [C] times something
+        (a norm, whose weight then takes the factors) or something times another product (up in an MLP, whose weight does).
+        """
+        readers: dict[str, list[str]] = {}
+        for node in self._model.graph.node:
+            for name in _read_by(node):
+                readers.setdefault(name, []).append(node.name)
+        outputs = {output.name for output in self._model.graph.output}
+        products: dict[str, list[Product]] = {}
+        for product in self.products:
+            products.setdefault(product.activation, []).append(product)
+        return {
+            name: list(dict.fromkeys((product.weight, product.axis) for product in found))
+            for name, found in products.items()
+            if name not in outputs
+            and sorted(readers[name]) == sorted(product.name for product in found)
+            and not any(product.of_heads for product in found)
+            and self._takes_factors(self._producers.get(name), found[0].channels, readers)
+        }
+
+    def _takes_factors(self, node: Any, channels: int, readers: Mapping[str, Sequence[str]]) -> bool:
+        """Whether ``node`` is a Mul with a constant vector, or with a product whose output channels may be scaled."""
+        return (
+            node is not None
+            and node.op_type == "Mul"
+            and not node.domain
+            and any(self._is_vector(name, channels) or self._is_own_product(name, channels, readers) for name in node.input)
+        )
+
+    def _is_own_product(self, name: str, channels: int, readers: Mapping[str, Sequence[str]]) -> bool:
+        """Whether ``name`` is a product, perhaps with a constant bias [C] added, that only one node reads."""
+        made = self._producers.get(name)
+        if made is None or len(readers[name]) > 1:
+            return False
+        if made.op_type == "Add" and any(self._is_vector(each, channels) for each in made.input):
+            return any(self._is_own_product(each, channels, readers) for each in made.input)
+        return self._weight_of(made)[0] is not None
+
+    def _is_vector(self, name: str, channels: int) -> bool:
+        return name in self._weights and list(self._weights[name].dims) == [channels]
 
     def _find_products(self) -> list[Product]:
         of_backbone = self._needed_by((step_io.LAST_ROW, step_io.NEXT_TOKEN))
@@ -143,9 +194,7 @@ class StepGraph:
         return np.memmap(path, dtype, "r", int(place.get("offset", 0)), shape)
 
 
-def _blocks(weight: np.ndarray, axis: int) -> Iterator[np.ndarray]:
-    """Views of at most about ``_BLOCK`` elements, cut between output channels."""
-    channels = weight.shape[axis]
-    size = max(1, _BLOCK * channels // max(weight.size, 1))
-    for start in range(0, channels, size):
-        yield weight[(slice(None),) * axis + (slice(start, start + size),)]
+def _read_by(node: Any) -> set[str]:
+    """Names of the tensors that a node reads, in the graphs inside it, too."""
+    inner = (each for attribute in node.attribute if attribute.HasField("g") for each in attribute.g.node)
+    return {*node.input}.union(*map(_read_by, inner))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..runtime.errors import CalibrationError
-from ..runtime.scales_file import LEVELS, ActivationScale, Layer, Scales
+from ..runtime.scales_file import LEVELS, ActivationScale, Layer, Scales, Smoothing
 from .collect import Calibrator
 from .observations import Observations
 from .observers import RangeObserver
@@ -12,7 +14,13 @@ from .ranges import Method, choose_range, clipped_share, relative_error, zeroed_
 FEWEST_ROWS = 128
 
 
-def make_scales(calibrator: Calibrator, seen: Observations, method: Method, settings: dict[str, object]) -> Scales:
+def make_scales(
+    calibrator: Calibrator,
+    seen: Observations,
+    method: Method,
+    settings: dict[str, object],
+    smoothing: Mapping[str, Mapping[str, Smoothing]] | None = None,
+) -> Scales:
     """Scales of all activations that products read, by ``method``, and of their weights, by largest magnitudes.
 
     ``settings``: of the run that ``seen`` comes from; they become the provenance, with the counts of rows.
@@ -22,7 +30,7 @@ def make_scales(calibrator: Calibrator, seen: Observations, method: Method, sett
         RangeError: an activation or weight that no scale fits.
         QuantisationError: a weight holds NaN or infinity.
     """
-    _check_enough(seen)
+    check_enough(seen)
     products = calibrator.products
     weights = dict.fromkeys((product.weight, product.axis) for product in products)
     return Scales(
@@ -31,10 +39,16 @@ def make_scales(calibrator: Calibrator, seen: Observations, method: Method, sett
         {name: _activation_scale(observer, method) for name, observer in seen.observers.items()},
         {key: calibrator.graph.weight_scales(*key) for key in weights},
         {**settings, "prefill_rows": seen.prefill_rows, "tree_rows": seen.tree_rows},
+        smoothing or {},
     )
 
 
-def _check_enough(seen: Observations) -> None:
+def check_enough(seen: Observations) -> None:
+    """Refuse too little data.
+
+    Raises:
+        CalibrationError: see :func:`make_scales`.
+    """
     rows = seen.prefill_rows + seen.tree_rows
     if rows < FEWEST_ROWS:
         raise CalibrationError(f"the data gave {rows} rows, scales need {FEWEST_ROWS}", hint="give more or longer prompts")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,8 +20,13 @@ from .errors import ScalesError, ScalesMismatchError
 from .json_file import read_json_file
 from .manifest import Manifest
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LEVELS = 127
+BLOCK = 32
+GRIDS = ("block", "tensor")
+"""How int8 products hold their values. ``block``: a scale for every 32 channels of a row, and for every 32 inputs of an output
+channel of the weight. ``tensor``: one scale for the whole activation, and one for every output channel.
+"""
 SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
 MAX_SCALES_BYTES = 1 << 30
 _HINT = "make scales with: medusa-deploy calibrate BUNDLE --data FILE -o scales.json"
@@ -55,9 +60,25 @@ class ActivationScale:
 
 
 @dataclass(frozen=True, slots=True)
+class Smoothing:
+    """Products read an activation divided by ``factors`` float32 [C], channel by channel; their weights are multiplied with them.
+
+    ``alpha``: that the factors were made with; None leaves the activation as it is, and all factors are 1. ``error``: mean over
+    rows of ‖y - y_int8‖² / ‖y‖² of the activation's products with them, ``unsmoothed_error`` without.
+    """
+
+    alpha: float | None
+    error: float
+    unsmoothed_error: float
+    factors: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
 class Scales:
     """What int8 needs to know of a model.
 
+    ``smoothing``: by activation and grid (one of ``GRIDS``), for those that can be smoothed; a norm's weight, or the weight of an
+    MLP's up product, takes 1/factors. Scales and maxima of activations and weights are those of the model as it is, unsmoothed.
     ``weights``: (name, axis) to scales float32, one an output channel. ``method``: how ranges of activations were chosen.
     ``provenance``: ``model_sha256`` (:func:`model_digest`), ``data_sha256`` of the prompts' token ids, prompts, rows, versions.
     """
@@ -67,6 +88,7 @@ class Scales:
     activations: Mapping[str, ActivationScale]
     weights: Mapping[tuple[str, int], np.ndarray]
     provenance: Mapping[str, Any]
+    smoothing: Mapping[str, Mapping[str, Smoothing]] = field(default_factory=dict)
 
     def of_layer(self, name: str) -> tuple[ActivationScale, np.ndarray]:
         """Scales of a layer's activation, and of its weight.
@@ -94,18 +116,21 @@ class Scales:
             "layers": {name: asdict(layer) for name, layer in self.layers.items()},
             "activations": activations,
             "weights": [{"name": name, "axis": axis, "scales": _numbers(s)} for (name, axis), s in self.weights.items()],
+            "smoothing": {
+                name: {grid: _smoothing_json(entry) for grid, entry in grids.items()} for name, grids in self.smoothing.items()
+            },
         }
         return json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def model_digest(manifest: Manifest) -> str:
-    """Which model: sha256 (hex) over the standard graph's hash and those of the files that its weights lie in.
+    """Which model: sha256 (hex) over the standard graph's hash and those of the other files in its folder that aren't graphs.
 
-    Engines and tokenizers may be added or changed without another model coming of it.
+    Engines, tokenizers and what lies in folders below may be added or changed without another model coming of it.
     """
     standard = manifest.variants["standard"]
     folder = PurePosixPath(standard).parent
-    names = [name for name in manifest.files if PurePosixPath(name).is_relative_to(folder) and not name.endswith(".onnx")]
+    names = [name for name in manifest.files if PurePosixPath(name).parent == folder and not name.endswith(".onnx")]
     hashes = [manifest.files[name].sha256 for name in (standard, *sorted(names))]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
@@ -140,8 +165,9 @@ def read_scales(path: Path | str, manifest: Manifest) -> Scales:
 
 def _parse(raw: Any) -> Scales:
     """Raises what the wrong type or value at some place raises."""
-    if raw["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(f"schema_version is {raw['schema_version']!r}")
+    version = raw["schema_version"]
+    if version not in (1, SCHEMA_VERSION):
+        raise ValueError(f"schema_version is {version!r}")
     layers = {name: Layer(**entry) for name, entry in raw["layers"].items()}
     activations = {
         name: ActivationScale(**{**entry, "channel_maxima": _array(entry["channel_maxima"], 0.0)})
@@ -154,7 +180,30 @@ def _parse(raw: Any) -> Scales:
     for name, activation in activations.items():
         if not SMALLEST_SCALE <= activation.scale < np.inf:
             raise ValueError(f"the scale of {name} is {activation.scale!r}")
-    return Scales(str(raw["method"]), layers, activations, weights, dict(raw["provenance"]))
+    smoothing = {
+        name: {grid: _smoothing(grids[grid], len(activations[name].channel_maxima)) for grid in GRIDS}
+        for name, grids in (raw["smoothing"] if version > 1 else {}).items()
+    }
+    return Scales(str(raw["method"]), layers, activations, weights, dict(raw["provenance"]), smoothing)
+
+
+def _smoothing(entry: Any, channels: int) -> Smoothing:
+    """Factors that are all 1 are left out of the file."""
+    found = Smoothing(**{**entry, "factors": _array(entry.get("factors", [1.0] * channels), SMALLEST_SCALE)})
+    if len(found.factors) != channels or (found.alpha is None) != ("factors" not in entry):
+        raise ValueError(
+            f"a smoothing has alpha {found.alpha!r} and {len(found.factors)} factors for {channels} channels"
+        )
+    bounds = ((found.alpha or 0.0, 1.0), (found.error, np.inf), (found.unsmoothed_error, np.inf))
+    if not all(0 <= value <= most and np.isfinite(value) for value, most in bounds):
+        raise ValueError(f"a smoothing has alpha {found.alpha!r} and errors {found.error!r}, {found.unsmoothed_error!r}")
+    return found
+
+
+def _smoothing_json(smoothing: Smoothing) -> dict[str, Any]:
+    content = asdict(smoothing)
+    factors = content.pop("factors")
+    return content if smoothing.alpha is None else {**content, "factors": _numbers(factors)}
 
 
 def _array(values: Any, least: float) -> np.ndarray:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,9 +40,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--percentile", type=float, default=99.99, metavar="P", help="for that method: of the magnitudes (default: %(default)s)"
     )
+    parser.add_argument(
+        "--smooth",
+        type=_smooth,
+        default="auto",
+        metavar="auto|off|A",
+        help="SmoothQuant's factors: an alpha an activation by search, none, or one alpha A in 0 … 1 (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=positive_int, metavar="N", help="engine threads (default: all cores)")
     parser.add_argument("--force", action="store_true", help="replace SCALES")
     add_json_argument(parser)
+
+
+def _smooth(text: str) -> str | float:
+    if text in ("auto", "off"):
+        return text
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = -1.0
+    if not 0 <= alpha <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto, off nor a number in 0 … 1")
+    return alpha
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,10 +80,17 @@ def run(args: argparse.Namespace) -> int:
         method,
         samples=args.samples,
         max_new_tokens=args.max_new_tokens,
+        smooth=args.smooth,
         threads=args.threads,
         force=args.force,
     )
-    report = {"output": args.output, "method": scales.method, "provenance": scales.provenance, "activations": worst(scales)}
+    report = {
+        "output": args.output,
+        "method": scales.method,
+        "provenance": scales.provenance,
+        "activations": worst(scales),
+        "smoothing": smoothed(scales),
+    }
     emit(f"{describe(scales)}\n\n{args.output}", report, args.json)
     return 0
 
@@ -75,13 +103,15 @@ def calibrate(
     *,
     samples: int | None = None,
     max_new_tokens: int = 64,
+    smooth: str | float = "auto",
     threads: int | None = None,
     force: bool = False,
 ) -> Scales:
     """Measure a bundle on ``data`` and write its scales to ``output``, whole or not at all.
 
     ``data`` None takes the package's training prompts; ``samples`` None takes all of a file and 64 of those. ``method`` None is
-    ``max``. What was seen is kept in ``OUTPUT.progress`` until the scales are written: an interrupted run goes on from it.
+    ``max``. ``smooth``: ``auto``, ``off`` or an alpha, as ``--smooth``. What was seen is kept in ``OUTPUT.progress`` until the
+    scales are written: an interrupted run goes on from it.
 
     Raises:
         BundleError, BundleSchemaError, BundleIntegrityError: the bundle can't be used.
@@ -92,8 +122,10 @@ def calibrate(
     """
     from ..calibration.collect import Calibrator
     from ..calibration.ranges import Method
+    from ..calibration.row_sample import find_smoothing
     from ..calibration.samples import read_samples
-    from ..calibration.scales import make_scales
+    from ..calibration.scales import check_enough, make_scales
+    from ..calibration.smoothing import ALPHAS
     from ..runtime.bundle import open_bundle, refuse_existing, write_whole
     from .console import Progress
     from .prompt_source import check_room, packaged_prompts
@@ -107,8 +139,13 @@ def calibrate(
         bar.phase("observe", len(prompts))
         progress_file = output.with_name(f"{output.name}.progress")
         seen = calibrator.collect(prompts, max_new_tokens, progress_file, bar.update)
+        check_enough(seen)
+        alphas = ALPHAS if smooth == "auto" else () if smooth == "off" else (float(smooth),)
+        bar.phase("smooth")
+        smoothing = find_smoothing(calibrator, seen, prompts, max_new_tokens, alphas, bar.update)
         bar.phase("scales")
-        scales = make_scales(calibrator, seen, method or Method(), calibrator.settings(prompts, max_new_tokens))
+        settings = {**calibrator.settings(prompts, max_new_tokens), "smooth": smooth, "alphas": list(alphas)}
+        scales = make_scales(calibrator, seen, method or Method(), settings, smoothing)
         write_whole(output, scales.to_json().encode())
     progress_file.unlink(missing_ok=True)
     return scales
@@ -132,6 +169,19 @@ def worst(scales: Scales, count: int = 10) -> list[dict[str, object]]:
     ]
 
 
+def smoothed(scales: Scales) -> dict[str, dict[str, object]]:
+    """By grid: how many activations have which alpha, and the mean errors of their products without factors and with them."""
+    from ..runtime.scales_file import GRIDS
+
+    result: dict[str, dict[str, object]] = {}
+    for grid in GRIDS if scales.smoothing else ():
+        entries = [grids[grid] for grids in scales.smoothing.values()]
+        counts = Counter("off" if entry.alpha is None else f"{entry.alpha:g}" for entry in entries)
+        before, after = (fmean(getattr(entry, name) for entry in entries) for name in ("unsmoothed_error", "error"))
+        result[grid] = {"activations": dict(sorted(counts.items())), "unsmoothed_error": before, "error": after}
+    return result
+
+
 def describe(scales: Scales) -> str:
     """Counts, and the worst activations, one a line."""
     from .console import table
@@ -153,4 +203,11 @@ def describe(scales: Scales) -> str:
         ]
         for entry in worst(scales)
     ]
-    return f"{headline}\n\n{table(rows, ['activation', 'read by', 'largest', 'scale', 'clipped', 'zeroed', 'rms error'])}"
+    shown = f"{headline}\n\n{table(rows, ['activation', 'read by', 'largest', 'scale', 'clipped', 'zeroed', 'rms error'])}"
+    for grid, entry in smoothed(scales).items():
+        counts = ", ".join(f"{count} of alpha {alpha}" for alpha, count in entry["activations"].items())  # type: ignore[attr-defined]
+        shown += (
+            f"\n\nsmoothing, {grid} grid: {counts}\n"
+            f"mean squared error of their products {entry['unsmoothed_error']:.2e} without, {entry['error']:.2e} with"
+        )
+    return shown

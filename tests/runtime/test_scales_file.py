@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 
 from medusa_deploy.runtime.errors import ScalesError, ScalesMismatchError
 from medusa_deploy.runtime.manifest import FileRecord
-from medusa_deploy.runtime.scales_file import ActivationScale, Layer, Scales, model_digest, read_scales
+from medusa_deploy.runtime.scales_file import ActivationScale, Layer, Scales, Smoothing, model_digest, read_scales
 from support.records import manifest
 
 LAYERS = {"q": Layer("x", "w", 1), "k": Layer("x", "v", 0)}
@@ -27,6 +27,12 @@ def scales(maxima: list[float] | None = None) -> Scales:
         {"x": ActivationScale(0.5, 63.5, 200, 0.0, 0.25, 0.01, values)},
         {("w", 1): np.array([0.1, 0.2], np.float32), ("v", 0): np.array([1.0], np.float32)},
         {"model_sha256": model_digest(manifest()), "prompts": 3},
+        {
+            "x": {
+                "block": Smoothing(0.6, 1e-5, 2e-5, np.full(len(values), 0.1, np.float32)),
+                "tensor": Smoothing(None, 1e-3, 1e-3, np.ones(len(values), np.float32)),
+            }
+        },
     )
 
 
@@ -60,6 +66,20 @@ def test_scales_are_read_back_and_found_by_layer(path: Path):
     assert "calibrate" in caught.value.hint
 
 
+def test_factors_are_read_back_and_where_there_is_no_alpha_all_are_1(path: Path):
+    assert "factors" not in json.loads(path.read_text("utf-8"))["smoothing"]["x"]["tensor"]
+    read = read_scales(path, manifest()).smoothing["x"]
+    assert read["block"].factors.tolist() == np.full(3, 0.1, np.float32).tolist()
+    assert (read["tensor"].alpha, read["tensor"].factors.tolist()) == (None, [1.0] * 3)
+
+
+def test_files_of_the_first_schema_have_no_smoothing(path: Path):
+    raw = json.loads(path.read_text("utf-8"))
+    del raw["smoothing"]
+    path.write_text(json.dumps({**raw, "schema_version": 1}), "utf-8")
+    assert read_scales(path, manifest()).smoothing == {}
+
+
 @given(st.lists(st.floats(0, width=32, allow_infinity=False), min_size=1, max_size=20))
 def test_numbers_survive_the_file_bit_by_bit(maxima: list[float]):
     written = json.loads(scales(maxima).to_json())["activations"]["x"]["channel_maxima"]
@@ -89,6 +109,16 @@ def test_numbers_survive_the_file_bit_by_bit(maxima: list[float]):
         {"weights.0.name": "u"},
         {"weights": {}},
         {"provenance": {}},
+        {"smoothing": []},
+        {"smoothing.y": {}},
+        {"smoothing.x": {}},
+        {"smoothing.x.block.factors": [1.0, 1.0]},
+        {"smoothing.x.block.factors": [1.0, 0.0, 1.0]},
+        {"smoothing.x.block.alpha": None},
+        {"smoothing.x.block.alpha": 1.5},
+        {"smoothing.x.block.error": float("nan")},
+        {"smoothing.x.tensor.alpha": 0.5},
+        {"smoothing.x.tensor.more": 1},
     ],
     ids=str,
 )
@@ -108,13 +138,14 @@ def test_what_is_no_file_of_scales_is_refused(path: Path, text: str):
 
 
 def test_a_newer_schema_is_refused_by_its_number(path: Path):
-    with pytest.raises(ScalesError, match="schema version 2; this program reads up to 1"):
-        read_scales(changed(path, {"schema_version": 2, "layers": "of another form"}), manifest())
+    with pytest.raises(ScalesError, match="schema version 3; this program reads up to 2"):
+        read_scales(changed(path, {"schema_version": 3, "layers": "of another form"}), manifest())
 
 
-def test_scales_of_another_model_are_refused_and_engines_make_no_other_model(path: Path):
+def test_scales_of_another_model_are_refused_and_engines_and_variants_make_no_other_model(path: Path):
     mine = manifest()
     more = {**mine.files, "engines/sm_89/engine.json": FileRecord(1, "1" * 64), "tokenizer.json": FileRecord(1, "2" * 64)}
+    more["onnx/int8/weights.bin"] = FileRecord(1, "3" * 64)
     read_scales(path, replace(mine, files=more))
     for name in ("onnx/weights.bin", "onnx/step.onnx"):
         other = replace(mine, files={**mine.files, name: FileRecord(1, "1" * 64)})

@@ -68,6 +68,26 @@ def test_the_verb_writes_scales_that_the_reader_takes(
     assert all(entry.scale <= entry.largest / 127 * 1.000001 for entry in scales.activations.values())
 
 
+def test_what_smoothing_does_is_chosen_and_reported(
+    tiny_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    found = {}
+    for smooth in ("auto", "off", "0.5"):
+        output, report = tmp_path / f"{smooth}.json", tmp_path / f"{smooth}.report"
+        assert main(["calibrate", str(tiny_bundle), *options(data, output, "--smooth", smooth, "--json", str(report))]) == 0
+        found[smooth] = read_scales(output, open_bundle(tiny_bundle).manifest).smoothing
+        assert ("tensor grid" in capsys.readouterr().out) == (smooth != "off")
+        assert set(json.loads(report.read_text("utf-8"))["smoothing"]) == (set() if smooth == "off" else {"block", "tensor"})
+    assert found["off"] == {}
+    assert len(found["auto"]) == len(found["0.5"]) == 6
+    for name, grids in found["auto"].items():
+        for grid, entry in grids.items():
+            assert entry.error <= min(entry.unsmoothed_error, found["0.5"][name][grid].error)
+            assert found["0.5"][name][grid].alpha == 0.5
+    for bad in ("1.1", "nan", "half"):
+        assert main(["calibrate", str(tiny_bundle), *options(data, tmp_path / "bad", "--smooth", bad)]) == 2
+
+
 def test_existing_scales_are_kept_without_force(
     tiny_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

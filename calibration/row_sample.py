@@ -1,0 +1,82 @@
+"""Rows of activations, a bounded number of them: what the search for smoothing factors tries its products on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from ..runtime.executor import StepBuffers
+from ..runtime.scales_file import Smoothing
+from .collect import Calibrator, Progress
+from .observations import Observations
+from .smoothing import choose_smoothing
+
+_PROMPTS = 16
+_FEWEST_PROMPTS = 4
+_OF_PROMPT = 8  # rows, the first one among them: it holds the massive activations
+_OF_STEPS = 8  # roots of the first steps
+_MOST_BYTES = 1 << 30
+
+
+class RowSample:
+    """Of one prompt: its first row and 7 others evenly spread over it, and the root rows of the first 8 steps."""
+
+    def __init__(self, names: Iterable[str], prompt_length: int) -> None:
+        self.rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        self._positions = {round(at) for at in np.linspace(0, prompt_length - 1, _OF_PROMPT)}
+        self._steps = 0
+
+    def take(self, values: Iterable[tuple[str, np.ndarray]], buffers: StepBuffers, *, prefill: bool) -> None:
+        """Keep what belongs to the sample of a call's activations [1, N, C]."""
+        positions = buffers.positions[0].tolist()
+        chosen = [row for row, at in enumerate(positions) if at in self._positions] if prefill else [0]
+        if not prefill:
+            self._steps += 1
+            if self._steps > _OF_STEPS:
+                return
+        for name, value in values:
+            if name in self.rows and chosen:
+                self.rows[name].append(value.reshape(-1, value.shape[-1])[chosen].astype(np.float32))
+
+
+def sample_rows(
+    calibrator: Calibrator, names: Sequence[str], prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> dict[str, np.ndarray]:
+    """Rows float32 [R, C] of the activations ``names``, of the first prompts and their answers; R is at most 256.
+
+    The same every time. Models whose activations are so many that the rows would pass 1 GiB get fewer prompts, 4 at least.
+    """
+    channels = {product.activation: product.channels for product in calibrator.products}
+    of_prompt = 4 * (_OF_PROMPT + _OF_STEPS) * sum(channels[name] for name in names)
+    count = max(_FEWEST_PROMPTS, min(_PROMPTS, _MOST_BYTES // max(of_prompt, 1)))
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for prompt in prompts[:count]:
+        sample = RowSample(names, len(prompt))
+        calibrator.watch(prompt, min(max_new_tokens, 4 * _OF_STEPS), sample)
+        for name, found in sample.rows.items():
+            rows[name] += found
+    return {name: np.concatenate(found) for name, found in rows.items()}
+
+
+def find_smoothing(
+    calibrator: Calibrator,
+    seen: Observations,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    alphas: Sequence[float | None],
+    progress: Progress = lambda _done, _note: None,
+) -> Mapping[str, Mapping[str, Smoothing]]:
+    """Smoothing of every activation that can be smoothed for free, by grid; ``seen`` has their ranges. No alphas: none."""
+    graph = calibrator.graph
+    smoothable = graph.smoothable() if alphas else {}
+    rows = sample_rows(calibrator, list(smoothable), prompts, max_new_tokens) if smoothable else {}
+    result = {}
+    for done, (name, readers) in enumerate(smoothable.items(), 1):
+
+        def weights(keys: Sequence[tuple[str, int]] = readers) -> Iterable[np.ndarray]:
+            return (block for key in keys for block in graph.weight_blocks(*key))
+
+        result[name] = choose_smoothing(rows.pop(name), seen.observers[name].channel_maxima, weights, alphas)
+        progress(done, f"of {len(smoothable)} activations")
+    return result

@@ -1,0 +1,120 @@
+"""Smoothing factors: the published formula, less error where channels are uneven, the rows and activations that they are for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from medusa_deploy.calibration.collect import Calibrator
+from medusa_deploy.calibration.row_sample import find_smoothing, sample_rows
+from medusa_deploy.calibration.smoothing import choose_smoothing, smoothing_factors
+from medusa_deploy.runtime.bundle import open_bundle
+from medusa_deploy.tools.prompt_source import random_prompts
+from support.tiny import VOCAB
+
+CHANNELS = 80  # no multiple of a block of 32
+RNG = np.random.default_rng(1)
+X = RNG.normal(0, 1, (40, CHANNELS)).astype(np.float32)
+X[:, [3, 50]] *= 100
+W = [RNG.normal(0, 1, (CHANNELS, outputs)).astype(np.float32) for outputs in (24, 8)]
+PROMPTS = random_prompts(VOCAB, 256, 5, seed=2)
+
+
+@pytest.fixture(scope="module")
+def calibrator(tiny_bundle: Path) -> Calibrator:
+    return Calibrator(open_bundle(tiny_bundle), threads=1)
+
+
+def test_factors_are_the_published_ones_with_geometric_mean_1():
+    x, w = np.array([1.0, 8.0, 4.0]), np.array([2.0, 0.5, 4.0])
+    expected = x**0.25 / w**0.75
+    np.testing.assert_allclose(smoothing_factors(x, w, 0.25), expected / expected.prod() ** (1 / 3), rtol=1e-6)
+
+
+def test_dead_channels_have_factor_1_and_change_no_other():
+    x, w = np.array([1.0, 8.0, 0.0, 4.0]), np.array([2.0, 0.5, 1.0, 0.0])
+    found = smoothing_factors(x, w, 0.5)
+    assert found[2:].tolist() == [1.0, 1.0]
+    np.testing.assert_allclose(found[:2], smoothing_factors(x[:2], w[:2], 0.5))
+    assert smoothing_factors(np.zeros(2), np.ones(2), 0.5).tolist() == [1.0, 1.0]
+
+
+def int8(values: np.ndarray, axis: int | None) -> np.ndarray:
+    scale = np.abs(values).max(axis, keepdims=True) / 127
+    return np.rint(values / scale) * scale
+
+
+def expected_error(factors: np.ndarray, grid: str) -> float:
+    """The products of whole blocks and one that is shorter, one after the other."""
+    errors = []
+    w = np.hstack(W) * factors[:, None]
+    cuts = [slice(at, at + 32) for at in range(0, CHANNELS, 32)] if grid == "block" else [slice(None)]
+    largest = X / factors
+    rows = np.hstack([int8(largest[:, cut], 1) for cut in cuts]) if grid == "block" else int8(largest, None)
+    quantised = rows @ np.vstack([int8(w[cut], 0) for cut in cuts])
+    exact = X.astype(np.float64) @ np.hstack(W)
+    for y, yq in zip(exact, quantised, strict=True):
+        errors.append(((y - yq) ** 2).sum() / (y**2).sum())
+    return float(np.mean(errors))
+
+
+def test_the_error_is_that_of_int8_products_and_the_best_alpha_is_taken():
+    maxima = np.abs(X).max(0)
+    found = choose_smoothing(X, maxima, lambda: iter(W))
+    for grid, entry in found.items():
+        assert entry.alpha is not None
+        assert entry.error == pytest.approx(expected_error(entry.factors, grid), rel=1e-3)
+        assert entry.unsmoothed_error == pytest.approx(expected_error(np.ones(CHANNELS), grid), rel=1e-3)
+        for alpha in (0.3, 0.6, 0.9):
+            fixed = choose_smoothing(X, maxima, lambda: iter(W), [alpha])[grid]
+            assert fixed.alpha == alpha
+            assert entry.error <= fixed.error
+    assert found["tensor"].error < found["tensor"].unsmoothed_error / 20
+    assert found["block"].error < found["block"].unsmoothed_error / 2
+
+
+def test_where_channels_are_even_nothing_is_smoothed():
+    even = np.where(RNG.random((40, 32)) < 0.5, -1, 1).astype(np.float32)
+    weight = np.where(RNG.random((32, 8)) < 0.5, -1, 1).astype(np.float32)
+    for entry in choose_smoothing(even, np.ones(32, np.float32), lambda: iter([weight])).values():
+        assert entry.alpha is None
+        assert entry.factors.tolist() == [1.0] * 32
+
+
+def test_inputs_of_attention_and_of_mlps_and_products_of_gate_and_up_can_be_smoothed(calibrator: Calibrator):
+    per_layer = [[0, 1, 2], [4, 5], [6]]  # q, k, v · gate, up · down; neither o nor the projection nor heads
+    products = calibrator.products
+    expected = {
+        products[7 * layer + readers[0]].activation: [
+            (products[7 * layer + index].weight, products[7 * layer + index].axis) for index in readers
+        ]
+        for layer in range(2)
+        for readers in per_layer
+    }
+    assert calibrator.graph.smoothable() == expected
+
+
+def test_rows_are_few_and_the_same_again_and_the_first_of_every_prompt_is_among_them(calibrator: Calibrator):
+    name = calibrator.products[0].activation
+    rows = sample_rows(calibrator, [name], PROMPTS, 24)[name]
+    assert rows.shape[1] == calibrator.products[0].channels
+    assert len(PROMPTS) * 8 < len(rows) <= len(PROMPTS) * 16
+    np.testing.assert_array_equal(rows, sample_rows(calibrator, [name], PROMPTS, 24)[name])
+    for prompt in PROMPTS:
+        (first,) = sample_rows(calibrator, [name], [prompt[:1]], 1)[name]
+        assert np.isclose(rows, first, rtol=1e-4, atol=1e-5).all(1).any()
+
+
+def test_every_activation_that_can_be_smoothed_is_and_none_without_alphas(calibrator: Calibrator):
+    seen = calibrator.collect(PROMPTS, 24)
+    found = find_smoothing(calibrator, seen, PROMPTS, 24, [None, 0.5])
+    assert list(found) == list(calibrator.graph.smoothable())
+    for name, grids in found.items():
+        assert set(grids) == {"block", "tensor"}
+        assert all(len(entry.factors) == len(seen.observers[name].channel_maxima) for entry in grids.values())
+    assert find_smoothing(calibrator, seen, PROMPTS, 24, []) == {}
