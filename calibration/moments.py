@@ -2,23 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+
 import numpy as np
 
+from ..runtime.errors import CalibrationError
+from ..runtime.executor import StepBuffers
+from .collect import Calibrator, Progress
 
-class MomentObserver:
-    """The sum of xᵀx over the vectors x [C] of an activation [..., C], in float32."""
+MOST_BYTES = 6 << 30
+FEWEST_ROWS = 256
 
-    def __init__(self, channels: int) -> None:
-        self.total = np.zeros((channels, channels), np.float32)
+
+class Moments:
+    """Sums of xᵀx over the rows x [C] of activations, by name: float32 [C, C]."""
+
+    def __init__(self, channels: Mapping[str, int]) -> None:
+        """``channels``: of each activation.
+
+        Raises:
+            CalibrationError: the matrices would take more than 6 GiB.
+        """
+        size = sum(4 * count**2 for count in channels.values())
+        if size > MOST_BYTES:
+            raise CalibrationError(
+                f"second moments of {len(channels)} activations take {size / 2**30:.1f} GiB",
+                hint="4-bit weights of a model this large are rounded to the nearest: give --rounding nearest",
+            )
+        self.sums = {name: np.zeros((count, count), np.float32) for name, count in channels.items()}
         self.rows = 0
 
-    def observe(self, values: np.ndarray) -> None:
-        """Take in values [..., C]."""
-        rows = values.reshape(-1, len(self.total)).astype(np.float32, copy=False)
-        self.total += rows.T @ rows
-        self.rows += len(rows)
+    def take(self, values: Iterable[tuple[str, np.ndarray]], buffers: StepBuffers, *, prefill: bool) -> None:
+        """Take in a prefill; rows of steps don't count: many are drafted and rejected."""
+        if not prefill:
+            return
+        for name, value in values:
+            if name in self.sums:
+                rows = value.reshape(-1, value.shape[-1]).astype(np.float32, copy=False)
+                self.sums[name] += rows.T @ rows
+        self.rows += buffers.rows
 
-    def moments(self) -> np.ndarray:
-        """E[xᵀx], float32 [C, C]."""
-        mean: np.ndarray = self.total / np.float32(max(self.rows, 1))
-        return mean
+
+def collect_moments(
+    calibrator: Calibrator, texts: Sequence[Sequence[int]], progress: Progress = lambda _done, _note: None
+) -> dict[str, np.ndarray]:
+    """E[xᵀx] of what the backbone's products read in prefills of ``texts``, token ids: float32 [C, C] by activation.
+
+    Raises:
+        CalibrationError: fewer than 256 rows, or activations too large for their moments.
+        CapacityError: a text doesn't fit into a slot.
+    """
+    moments = Moments({product.activation: product.channels for product in calibrator.products if not product.of_heads})
+    for done, text in enumerate(texts, 1):
+        calibrator.watch(text, 1, moments)
+        progress(done, f"{moments.rows} rows")
+    if moments.rows < FEWEST_ROWS:
+        raise CalibrationError(f"the data gave {moments.rows} rows, GPTQ needs {FEWEST_ROWS}", hint="give more or longer prompts")
+    return {name: total / np.float32(moments.rows) for name, total in moments.sums.items()}

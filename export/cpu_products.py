@@ -11,7 +11,7 @@ import onnx_ir as ir
 from ..runtime import step_io
 from .patterns import made_by
 
-_LAYER = re.compile(r"layers\.(\d+)\.")
+_CACHE = re.compile(step_io.past_names(1)[0].replace("0", r"(\d+)"))
 
 
 @dataclass(slots=True, eq=False)
@@ -69,17 +69,37 @@ class CpuProduct:
 def find_products(model: ir.Model) -> list[CpuProduct]:
     """All products of the graph and of its branches with constant matrices of at least two rows and columns."""
     found: list[CpuProduct] = []
-    layer: int | None = None
+    last: int | None = None  # layer of the last attention that was passed
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        for value in node.inputs:
-            named = _LAYER.search(str(value.name)) if value is not None and value.is_initializer() else None
-            layer = int(named[1]) if named else layer
+        last = last if (layer := _attention_layer(node)) is None else layer
         weights, transposed = _constant_matrix(node)
         if weights:
             is_projection = node.outputs[0].name == step_io.LOGITS
-            in_backbone = node.graph is model.graph and not is_projection
-            found.append(CpuProduct(node, weights, transposed, layer if in_backbone else None, is_projection))
+            in_layers = node.graph is model.graph and not is_projection
+            found.append(CpuProduct(node, weights, transposed, _layer_of(node, last) if in_layers else None, is_projection))
     return found
+
+
+def _layer_of(product: ir.Node, last: int | None) -> int | None:
+    """Of queries, keys and values: the layer of the attention that reads them; of others, that of the last one before them."""
+    seen, waiting = {product}, [product]
+    while waiting:
+        for user in waiting.pop().successors():
+            layer = _attention_layer(user)
+            if layer is not None:
+                return layer
+            if user not in seen and user.op_type != "MatMul":
+                seen.add(user)
+                waiting.append(user)
+    return last
+
+
+def _attention_layer(node: ir.Node) -> int | None:
+    for value in node.inputs if node.op_type == "GroupQueryAttention" else ():
+        named = _CACHE.fullmatch(str(value.name)) if value is not None else None
+        if named:
+            return int(named[1])
+    return None
 
 
 def _constant_matrix(node: ir.Node) -> tuple[tuple[ir.Value, ...], bool]:

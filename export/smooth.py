@@ -57,7 +57,7 @@ def _into_norm(graph: ir.Graph, value: ir.Value, factors: np.ndarray) -> bool:
     weight = norm.inputs[index]
     if weight is None or weight.const_value is None:
         return False
-    name = f"{weight.name}/smoothed"
+    name = f"{norm.name}/smoothed"  # norms may share a weight
     tensor = ir.tensor((weight.const_value.numpy() / factors).astype(np.float32), name=name)
     smoothed = ir.Value(name=name, type=weight.type, shape=weight.shape, const_value=tensor)
     graph.register_initializer(smoothed)

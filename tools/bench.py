@@ -313,7 +313,7 @@ def describe(report: Mapping[str, Any]) -> str:
         numbers = ", ".join(str(index + 1) for index in equal["different"])
         known = (
             "the graph rounds to 8 bits"
-            if report["rounds_activations"]
+            if report.get("rounds_activations")
             else "medusa-deploy verify says whether rounding explains it"
         )
         lines.append(f"DIFFERENT output for prompt {numbers}: {known}")

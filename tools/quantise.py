@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 HELP = "add a variant of 8-bit or 4-bit weights for the CPU to a bundle"
 BITS = (4, 8, 32)
+ROUNDINGS = ("gptq", "nearest")
 BUDGET_PROMPTS, BUDGET_TOKENS = 6, 48
 MOMENT_PROMPTS, MOMENT_TOKENS = 48, 48
 
@@ -32,15 +33,16 @@ def quantise(
     budget: float | None = None,
     data: Path | None = None,
     samples: int | None = None,
+    rounding: str = "gptq",
     threads: int | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
     """Quantise the CPU graph of ``bundle`` and add it as the variant ``name`` (None: ``cpu-int8`` or ``cpu-int4``).
 
-    ``scales``: a file that ``calibrate`` wrote; its smoothing is applied. Weights of 4 bits are rounded by GPTQ, for which
-    ``samples`` prompts of ``data`` (None: the package's training prompts) are answered. ``budget``: the most that the
-    distributions of next tokens may diverge from the CPU graph's, as mean KL in nats; products that spoil most get more bits
-    until it is kept. Returns the report that the verb prints.
+    ``scales``: a file that ``calibrate`` wrote; its smoothing is applied. ``rounding`` of 4-bit weights: ``gptq``, for which
+    ``samples`` prompts of ``data`` (None: the package's training prompts) are answered, or to the ``nearest``. ``budget``: the
+    most that the distributions of next tokens may diverge from the CPU graph's, as mean KL in nats; products that spoil most
+    get more bits until it is kept. Returns the report that the verb prints.
 
     Raises:
         BundleError, BundleBusyError, BundleExistsError: the bundle can't take the variant.
@@ -68,8 +70,7 @@ def quantise(
         _check(opened, name, precision, force=force)
         found = None if scales is None else read_scales(scales, opened.manifest)
         moments = None
-        if precision.layers == 4:
-            bar.phase("answers for GPTQ", samples or MOMENT_PROMPTS)
+        if precision.layers == 4 and rounding == "gptq":
             moments = _moments(opened, data, samples or MOMENT_PROMPTS, threads, bar)
         measured: dict[str, Any] = {}
         made: Made = {}
@@ -112,13 +113,20 @@ def _moments(bundle: Bundle, data: Path | None, samples: int, threads: int | Non
     from ..calibration.collect import Calibrator
     from ..calibration.moments import collect_moments
     from ..calibration.samples import read_samples
+    from ..runtime.session import load
     from .prompt_source import check_room, packaged_prompts
 
-    calibrator = Calibrator(bundle, threads)
-    prompts = read_samples(calibrator.session, data or packaged_prompts("train"), samples, MOMENT_TOKENS)
-    check_room(calibrator.session, prompts, MOMENT_TOKENS)
-    moments: dict[str, np.ndarray] = collect_moments(calibrator, prompts, MOMENT_TOKENS, bar.update)
-    return moments
+    bar.phase("answers for GPTQ", samples)
+    session = load(bundle.folder, threads=threads, check_hashes=False)
+    prompts = read_samples(session, data or packaged_prompts("train"), samples, MOMENT_TOKENS + 1)
+    check_room(session, prompts, MOMENT_TOKENS + 1)
+    texts = []
+    for done, prompt in enumerate(prompts, 1):
+        texts.append([*prompt, *session.generate(token_ids=prompt, max_new_tokens=MOMENT_TOKENS).token_ids])
+        bar.update(done)
+    del session  # its weights leave memory before the calibrator's enter it
+    bar.phase("second moments", len(texts))
+    return collect_moments(Calibrator(bundle, threads), texts, bar.update)
 
 
 def _divergence(bundle: Bundle, data: Path | None, threads: int | None, bar: Progress) -> Divergence:
@@ -229,6 +237,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=positive_int, metavar="N", help=f"of them, for 4 bits (default: {MOMENT_PROMPTS} of the package's)"
     )
+    parser.add_argument(
+        "--rounding", choices=ROUNDINGS, default="gptq", help="of 4-bit weights; gptq takes minutes (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=positive_int, metavar="N", help="engine threads (default: all cores)")
     parser.add_argument("--force", action="store_true", help="replace a variant of this name")
     add_json_argument(parser)
@@ -251,6 +262,7 @@ def run(args: argparse.Namespace) -> int:
         budget=args.budget,
         data=args.data,
         samples=args.samples,
+        rounding=args.rounding,
         threads=args.threads,
         force=args.force,
     )

@@ -49,9 +49,10 @@ def test_8_bits_with_scales_are_a_variant_of_the_bundle(
     bundle = open_bundle(bundle_copy)
     session = load(bundle_copy, variant="cpu-int8", threads=1)
     divergence, agreement = Divergence(bundle, PROMPTS, 12, threads=1).of_session(session)
-    assert 0 < divergence < 2e-4 and agreement > 0.9
+    assert 0 < divergence < 3e-3 and agreement > 0.9
     assert main(["quantise", str(bundle_copy), "--threads", "1"]) == 1, "it is there already"
-    assert main(["bench", str(bundle_copy), "--variant", "cpu-int8", "--count", "1", "--max-new-tokens", "8", "--repeats", "1"]) == 0
+    options = ["--count", "1", "--max-new-tokens", "8", "--repeats", "1"]
+    assert main(["bench", str(bundle_copy), "--variant", "cpu-int8", *options]) == 0
 
 
 def test_scales_still_belong_to_the_bundle_when_it_has_a_variant_more(bundle_copy: Path, scales: Path):
