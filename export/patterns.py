@@ -1,0 +1,46 @@
+"""What passes over a graph find patterns with, and how one value takes another's place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+
+def made_by(value: ir.Value | None, op: str, domain: str = "") -> ir.Node | None:
+    """The node of kind ``op`` that makes ``value``."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == op and node.domain == domain else None
+
+
+def either(node: ir.Node | None, op: str) -> tuple[ir.Value | None, ir.Node | None]:
+    """Of a node with two inputs: the one that no ``op`` makes, and the ``op`` that makes the other."""
+    if node is not None:
+        for this, other in (node.inputs[:2], node.inputs[1::-1]):
+            made = made_by(other, op)
+            if made is not None:
+                return this, made
+    return None, None
+
+
+def elements(value: ir.Value | None) -> list[float] | None:
+    """The elements of a small constant."""
+    tensor = None if value is None else value.const_value
+    return None if tensor is None or tensor.size > 8 else [float(x) for x in tensor.numpy().ravel()]
+
+
+def new_node(
+    op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, object], name: str | None, *, domain: str = ""
+) -> ir.Node:
+    """A node of one output, named after the value that it stands for: values have names, nodes need not."""
+    converted = ir.convenience.convert_attributes(attributes)  # type: ignore[arg-type]
+    node = ir.Node(domain, op, inputs, converted, name=f"{name}/{op}")
+    node.outputs[0].name = f"{node.name}_output"
+    return node
+
+
+def stand_for(value: ir.Value, old: ir.Value) -> None:
+    """Let ``value`` be read where ``old`` was; what nobody reads any more is removed later."""
+    assert not old.is_graph_output()
+    value.type = old.type if value.type is None else value.type
+    ir.convenience.replace_all_uses_with(old, value)
