@@ -139,7 +139,7 @@ def _product(value: ir.Value | None) -> _Product | None:
     bias, product = either(made_by(value, "Add"), "MatMul")
     if product is None:
         product = made_by(value, "MatMul")
-    elif bias is None or bias.const_value is None or bias.shape is None or len(bias.shape) != 1:
+    elif bias is None or bias.const_value is None:
         return None
     if value is None or product is None or product.inputs[0] is None:
         return None
@@ -150,6 +150,9 @@ def _product(value: ir.Value | None) -> _Product | None:
     if turned is not None:
         weight = turned.inputs[0]
     if weight is None or weight.const_value is None or weight.shape is None or len(weight.shape) != 2:
+        return None
+    width = weight.shape[1 if turned is None else 0]
+    if bias is not None and bias.shape != (width,):
         return None
     return _Product(product.inputs[0], weight, turned is not None, bias)
 
