@@ -107,11 +107,12 @@ def _constant_matrix(node: ir.Node) -> tuple[tuple[ir.Value, ...], bool]:
     if node.op_type != "MatMul" or node.domain:
         return (), False
     value = node.inputs[1]
-    transpose, concat = made_by(value, "Transpose"), made_by(value, "Concat")
+    transpose = made_by(value, "Transpose")
     if transpose is not None:
         value = transpose.inputs[0]
+    concat = made_by(value, "Concat")
     parts = [value] if concat is None else list(concat.inputs)
-    if concat is not None and concat.attributes["axis"].as_int() not in (1, -1):
+    if concat is not None and concat.attributes["axis"].as_int() != (1 if transpose is None else 0):
         return (), False
     if not all(part is not None and part.is_initializer() and _is_matrix(part) for part in parts):
         return (), False

@@ -17,8 +17,8 @@ from onnx_ir.passes import common as passes
 from ..runtime import step_io
 from .attention import DOMAIN, OP
 from .fuse import fuse
-
-MICROSOFT = "com.microsoft"
+from .merge import ATTENTION, merge
+from .patterns import MICROSOFT
 
 
 class _Nodes:
@@ -201,7 +201,7 @@ def _attention_over_caches(
 
 
 def lower_cpu(model: ir.Model) -> None:
-    """Replace each attention, in place, by com.microsoft GroupQueryAttention over the shared past/present buffer; then fuse."""
+    """Replace each attention, in place, by com.microsoft GroupQueryAttention over the shared buffer; fuse, then merge."""
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}
     head = _Nodes(graph, "lengths")
@@ -215,6 +215,7 @@ def lower_cpu(model: ir.Model) -> None:
     graph.inputs.remove(inputs[step_io.COMMIT])
     model.opset_imports[MICROSOFT] = 1
     fuse(model)
+    merge(model)
     _heads_if_wanted(model)
 
 
@@ -272,7 +273,7 @@ def _cpu_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value]) 
     shape = ir.Shape([query.shape[0], query.shape[2], heads * head_dim])
     attended = ir.Value(name=f"{node.name}/attended", shape=shape, type=query.type)
     build.add(
-        "GroupQueryAttention",
+        ATTENTION,
         [*packed, past_key, past_value, shared["last"], shared["total"], None, None, None, mask],
         {"num_heads": heads, "kv_num_heads": kv_heads, "scale": node.attributes["scale"].as_float(), "do_rotary": 0},
         outputs=[attended, _output(node.outputs[1]), _output(node.outputs[2])],

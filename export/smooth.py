@@ -51,7 +51,7 @@ def activations_of(products: Sequence[CpuProduct], scales: Scales) -> dict[CpuPr
 
 def _into_norm(graph: ir.Graph, value: ir.Value, factors: np.ndarray) -> bool:
     norm = value.producer()
-    if norm is None or norm.op_type not in _NORMS:
+    if norm is None or norm.op_type not in _NORMS or norm.outputs[0] is not value:
         return False
     index = _NORMS[norm.op_type]
     weight = norm.inputs[index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ def test_a_graph_for_engines_is_valid_and_standard(tiny_bundle: Path, name: str)
     assert len(model.functions) == 0
 
 
-def test_the_cpu_graph_adds_one_fused_operator_a_layer(graphs: dict[str, Any]) -> None:
-    fused = [node.op_type for node in graphs["cpu"].graph.node if node.domain == "com.microsoft"]
-    assert fused == ["GroupQueryAttention"] * LAYERS
+def test_the_cpu_graph_adds_one_fused_attention_and_two_norms_a_layer(graphs: dict[str, Any]) -> None:
+    fused = Counter(node.op_type for node in graphs["cpu"].graph.node if node.domain == "com.microsoft")
+    assert fused == {"GroupQueryAttention": LAYERS, "SkipSimplifiedLayerNormalization": 2 * LAYERS}
     assert {node.domain for node in graphs["cpu"].graph.node} == {"", "com.microsoft"}
     assert not {"Attention", "TensorScatter"} & {node.op_type for node in graphs["cpu"].graph.node}
 
