@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -28,25 +28,28 @@ _SAVE_EVERY = 30.0
 
 
 class _Binding(NamedTuple):
-    """A binding of the executor, and the activations that were bound behind its own outputs."""
+    """A binding of the executor, and the tensors that were bound behind its own outputs."""
 
     inner: Any
     observed: list[str]
 
 
 class Watcher(Protocol):
-    """Looks at the activations [B, N, C] of every call, by name; they are valid until it returns."""
+    """Looks at tensors [B, N, C] of every call, by name; they are valid until it returns."""
 
     def take(self, values: Iterable[tuple[str, np.ndarray]], buffers: StepBuffers, *, prefill: bool) -> None: ...
 
 
 class ObservingExecutor(OrtExecutor):
-    """The CPU executor on a graph with more outputs: what every product reads goes to ``watcher``."""
+    """The CPU executor on a graph with more outputs, whose values go to ``watcher`` after every call."""
 
-    def __init__(self, model: OrtModel, graph: StepGraph, products: Sequence[Product], threads: int | None) -> None:
+    def __init__(
+        self, model: OrtModel, graph: StepGraph, tensors: Mapping[str, bool], watcher: Watcher, threads: int | None
+    ) -> None:
+        """``tensors``: names in ``graph``, which is the one of ``model``, and whether only the heads' outputs need them."""
         self._step_graph = graph
-        self._of_heads = {product.activation: product.of_heads for product in products}
-        self.watcher: Watcher = Observations.of(products)
+        self._of_heads = tensors
+        self.watcher = watcher
         super().__init__(model, threads)
 
     def _graph(self, path: Path, options: Any) -> str | bytes:
@@ -56,7 +59,7 @@ class ObservingExecutor(OrtExecutor):
         return self._step_graph.with_outputs(self._of_heads)
 
     def _bind(self, buffers: StepBuffers, wanted: Wanted, slot: int | None) -> _Binding:
-        assert not wanted.hidden, "that output is a product's activation, too"
+        assert not wanted.hidden, "that output may be one of the tensors, too"
         inner = super()._bind(buffers, wanted, slot)
         observed = [name for name, of_heads in self._of_heads.items() if wanted.heads or not of_heads]
         for name in observed:
@@ -65,7 +68,7 @@ class ObservingExecutor(OrtExecutor):
 
     def _run(self, buffers: StepBuffers, binding: _Binding, slot: int | None) -> None:
         super()._run(buffers, binding.inner, slot)
-        outputs = binding.inner.get_outputs()[-len(binding.observed) :]
+        outputs = binding.inner.get_outputs()[-len(binding.observed) :] if binding.observed else []
         values = ((name, value.numpy()) for name, value in zip(binding.observed, outputs, strict=True))
         self.watcher.take(values, buffers, prefill=slot is not None)
 
@@ -91,7 +94,9 @@ class Calibrator:
         self.products = [product for product in self.graph.products if heads_run or not product.of_heads]
         if not self.products:
             raise CalibrationError("no product in the step graph has a constant weight", hint="export the bundle again")
-        self._executor = ObservingExecutor(ort_model(bundle, 1, "standard"), self.graph, self.products, threads)
+        tensors = {product.activation: product.of_heads for product in self.products}
+        watcher = Observations.of(self.products)
+        self._executor = ObservingExecutor(ort_model(bundle, 1, "standard"), self.graph, tensors, watcher, threads)
         limits = bundle.manifest.limits
         # All activations of a call are in memory at once, so a call of a large model gets fewer rows.
         chunk = max(1, min(limits.prefill_chunk, _MOST_OBSERVED_BYTES // _row_bytes(self.products)))

@@ -35,9 +35,9 @@ class Product:
 
 
 class StepGraph:
-    """A bundle's standard step graph, without its weights."""
+    """One of a bundle's step graphs, without its weights."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, variant: str = "standard") -> None:
         """Read the graph.
 
         Raises:
@@ -47,7 +47,7 @@ class StepGraph:
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
         self._bundle = bundle
-        self._file = bundle.manifest.variants["standard"]
+        self._file = bundle.manifest.variants[variant]
         try:
             self._model = onnx.load(bundle.path(self._file), load_external_data=False)
         except DecodeError as error:
@@ -55,6 +55,12 @@ class StepGraph:
         self._weights = {tensor.name: tensor for tensor in self._model.graph.initializer}
         self._producers = {output: node for node in self._model.graph.node for output in node.output}
         self.products = self._find_products()
+
+    @property
+    def nodes(self) -> Sequence[Any]:
+        """The graph's nodes, each behind those that it reads from."""
+        nodes: Sequence[Any] = self._model.graph.node
+        return nodes
 
     @property
     def folder(self) -> Path:

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
+from medusa_deploy.calibration.layer_states import layer_outputs
 from medusa_deploy.export.exporter import export_bundle
 from medusa_deploy.runtime import load
+from medusa_deploy.runtime.bundle import open_bundle
 from medusa_deploy.runtime.errors import UnsupportedArchitectureError
 from support.families import FAMILIES, SIZES, Family, make_config, make_family, rope
 
@@ -38,6 +41,9 @@ def test_a_family_generates_what_transformers_does(name: str, tiny_heads: Path, 
         assert check["argmax_agreement"] == 1, variant
         assert check["head_agreement"] == 1, variant
         assert check["max_logit_error"] < 1e-4 * max(1, check["logit_scale"]), variant
+    for variant, file in open_bundle(tmp_path / "bundle").manifest.variants.items():
+        graph = onnx.load(tmp_path / "bundle" / file, load_external_data=False).graph
+        assert None not in layer_outputs(graph.node, SIZES["num_hidden_layers"]), variant
     expected = transformers_greedy(model)
     for variant in ("cpu", "standard"):
         session = load(tmp_path / "bundle", variant=variant, threads=1)
