@@ -94,6 +94,10 @@ class QuantisationError(DeployError):
     """A weight can't be stored in 8 bits: it holds NaN or infinity."""
 
 
+class VocabularyMismatchError(BundleError):
+    """Two bundles that are to be compared have different vocabularies."""
+
+
 # -- running -------------------------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,7 @@ VERBS = (
     Verb("build", "build", "build TensorRT engines into a bundle"),
     Verb("inspect", "inspect", "say what a bundle holds and check its files"),
     Verb("verify", "verify", "compare speculative with plain decoding, token for token"),
+    Verb("compare", "compare", "quality and speed of one bundle or variant against a reference"),
     Verb("generate", "generate", "generate text from a bundle"),
     Verb("bench", "bench", "measure plain against Medusa decoding"),
     Verb("figure", "figure", "draw reports of bench: speed-ups, and where the time goes"),

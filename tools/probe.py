@@ -10,13 +10,13 @@ import numpy as np
 
 from ..runtime.executor import StepBuffers, Wanted
 from ..runtime.session import Session
-from ..runtime.tree import ROOT_ONLY, Tree
+from ..runtime.tree import ROOT_ONLY, Tree, chain
 
 
 class Probe:
     """Holds one slot of a session and runs prefills and steps on it. Use as a context manager.
 
-    Rows [0, ``length``) of the slot are committed. A step commits its root row only, and only when it is asked to.
+    Rows [0, ``length``) of the slot are committed. A step of a tree commits its root row only, and only when it is asked to.
     """
 
     def __init__(self, session: Session) -> None:
@@ -54,7 +54,7 @@ class Probe:
     def step(
         self, tokens: Sequence[int], tree: Tree = ROOT_ONLY, wanted: Wanted | None = None, *, commit: bool = False
     ) -> StepBuffers:
-        """One step of ``tree`` with ``tokens`` in its rows; the slot's results are at :meth:`row`."""
+        """One step of ``tree`` with ``tokens`` in its rows."""
         wanted = wanted or Wanted()
         buffers = self._executor.buffers(tree.rows, wanted)
         for slot in range(self._executor.layout.slots):
@@ -74,6 +74,18 @@ class Probe:
         buffers = self.step([root] + [0] * (tree.rows - 1), tree, Wanted(logits=True), commit=commit)
         logits: np.ndarray = buffers.logits[self._slot, 0].astype(np.float32)
         return logits
+
+    def chain_logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Logits [n, V] after each of these tokens, float32, computed in one step; all of them are committed."""
+        buffers = self.step(tokens, chain(len(tokens) - 1), Wanted(logits=True))
+        self.length += len(tokens)
+        logits: np.ndarray = buffers.logits[self._slot, : len(tokens)].astype(np.float32)
+        return logits
+
+    def candidates(self, root: int) -> tuple[int, np.ndarray]:
+        """The token that the backbone chooses after ``root``, and what the heads propose after that, int64 [K, k]; commits it."""
+        buffers = self.step([root], wanted=Wanted(heads=True), commit=True)
+        return int(buffers.next_token[self._slot]), buffers.candidates[self._slot].copy()
 
     def replay(self, prompt: Sequence[int], emitted: Sequence[int]) -> np.ndarray:
         """Logits [V] after ``prompt`` and ``emitted``, computed as plain decoding computes them: prefill, then row by row."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..runtime.prompt_encoder import PromptEncoder
     from ..runtime.prompts import PromptLine
     from ..runtime.session import Session
 
@@ -74,6 +75,16 @@ def packaged_prompts(part: str) -> Path:
     from .. import calibration
 
     return Path(str(files(calibration) / "prompts" / f"{part}.jsonl"))
+
+
+def heldout_prose(encoder: PromptEncoder) -> list[list[int]]:
+    """The package's held-out paragraphs as token ids; none where the backbone has no tokenizer."""
+    from .. import calibration
+
+    if encoder.codec is None:
+        return []
+    paragraphs = (files(calibration) / "text" / "heldout.txt").read_text("utf-8").split("\n\n")
+    return [encoder.codec.encode(paragraph.strip(), add_special_tokens=True) for paragraph in paragraphs]
 
 
 def random_prompts(vocab_size: int, capacity: int, count: int, seed: int) -> list[list[int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +54,7 @@ def train_backbone(
     from ..runtime.heads_file import write_heads
     from .answering import answer_heldout, answer_prompts, claim, open_backbone
     from .console import Progress
+    from .prompt_source import heldout_prose
 
     refuse_existing(output, force=force)
     start = read_heads(heads)
@@ -67,7 +67,7 @@ def train_backbone(
     del backbone  # what it takes to answer many prompts at a time is large
     own = answers_in_order(plan.work / "heldout")
     texts = {
-        "prose": _prose(encoder),
+        "prose": [(tokens, 1) for tokens in heldout_prose(encoder)],
         "the backbone's own answers": [
             (prompt + answer, len(prompt)) for prompt, answer in zip(answered.prompts["heldout"], own, strict=True)
         ],
@@ -168,16 +168,6 @@ def _judged(plan: AnswerPlan, prompts: list[list[int]]) -> list[tuple[list[int],
         if answer.question // each == lowest
     ]
     return found[:: max(1, len(found) // _JUDGED_ANSWERS)]
-
-
-def _prose(encoder: PromptEncoder) -> list[tuple[list[int], int]]:
-    """The package's held-out paragraphs, all tokens but the first predicted; none where the backbone has no tokenizer."""
-    from .. import calibration
-
-    if encoder.codec is None:
-        return []
-    paragraphs = (files(calibration) / "text" / "heldout.txt").read_text("utf-8").split("\n\n")
-    return [(encoder.codec.encode(paragraph.strip(), add_special_tokens=True), 1) for paragraph in paragraphs]
 
 
 def _perplexities(module: Any, texts: Mapping[str, list[tuple[list[int], int]]], device: str) -> dict[str, float]:
