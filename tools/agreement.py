@@ -12,7 +12,6 @@ from ..runtime.errors import NumericsError, UsageError
 from ..runtime.session import Session
 from .probe import Probe
 
-_MOST_ROWS = 32
 _KL_EDGES = tuple(float(f"{10 ** (half / 2):.2g}") for half in range(-13, 3))
 _MARGIN_EDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _BINS = 16
@@ -57,9 +56,10 @@ class _Found:
 class Agreement:
     """Reads texts with two sessions of one vocabulary, of which A is the reference."""
 
-    def __init__(self, a: Session, b: Session) -> None:
+    def __init__(self, a: Session, b: Session, rows: int) -> None:
+        """``rows``: the most that a step reads; 1 computes every position as plain decoding does."""
         self._sessions = (a, b)
-        self._most = min(_MOST_ROWS, a.max_rows, b.max_rows)
+        self._most = min(rows, a.max_rows, b.max_rows)
         self._parts: list[_Found] = []
 
     def read(self, tokens: Sequence[int], given: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .compare_table import check_words, rows, side_name
+from .compare_table import check_words, rows, side_name, unexplained
 from .console import human_bytes
 from .svg_chart import Series, bars, lines, percent, short
 
@@ -51,6 +51,7 @@ def page(report: Mapping[str, Any]) -> str:
     body = [
         _verdict(report, names),
         f'<h2>In numbers</h2>\n<div class="card wide">{_table(["", "A", "B", "B against A"], rows(report))}</div>',
+        _divergences(report),
         f'<h2>In pictures</h2>\n<div class="grid">{"".join(_charts(report))}</div>',
         f"<h2>Greedy answers side by side</h2>\n{_examples(report['greedy'])}",
         _details(report),
@@ -79,6 +80,11 @@ def _verdict(report: Mapping[str, Any], names: Mapping[str, str]) -> str:
         f"<h1><strong>{'Pass' if passed else 'Fail'}</strong>: B is {'within' if passed else 'over'} its budget</h1>\n"
         f'<ul>{"".join(checks)}</ul>\n{sides}<p class="quiet">{escape(measured)}</p>\n</div>'
     )
+
+
+def _divergences(report: Mapping[str, Any]) -> str:
+    told = "".join(f"<p>{escape(line)}</p>" for line in unexplained(report))
+    return f'<h2>Divergences from its own plain decoding</h2>\n<div class="card">{told}</div>' if told else ""
 
 
 def _table(headers: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from .comparison import describe_divergence
 from .console import human_bytes, table
 
+_MOST_DIVERGENCES = 3
 _TEXTS = {"answers": "A's answers", "prose": "held-out prose"}
 _CHECKS = {
     "perplexity_increase_percent": ("perplexity {value:+.2f} %", "at most {limit:+g} %"),
@@ -85,10 +87,30 @@ def side_name(report: Mapping[str, Any], side: str) -> str:
     return f"{facts['name']}, {facts['variant']}, {facts['dtype']}"
 
 
+def unexplained(report: Mapping[str, Any]) -> list[str]:
+    """B's first divergences from its own plain decoding that rounding doesn't explain, and what that means."""
+    exactness = report["exactness"]["b"]
+    ways = {"fixed_rows": f"B with {report['rows']} rows", "medusa": "B, Medusa"}
+    entries = [(title, found) for way, title in ways.items() for found in exactness[way]["first_divergences"]]
+    wrong = [(title, found) for title, found in entries if not found["explained"]]
+    if not wrong:
+        return []
+    told = [describe_divergence(title, found) for title, found in wrong[:_MOST_DIVERGENCES]]
+    if len(wrong) > len(told):
+        told.append(f"and {len(wrong) - len(told)} more")
+    if any(found["noise"] > found["limit"] for _, found in wrong):
+        told.append(
+            "Noise over the limit: B's graph computes a row alone otherwise than among others, by more than rounding. "
+            "Activations that are quantised when it runs do that."
+        )
+    return told
+
+
 def describe(report: Mapping[str, Any]) -> str:
     """The report for a terminal: the verdict, then the table."""
     lines = [headline(report), *(f"{side.upper()}: {side_name(report, side)}" for side in ("a", "b")), ""]
     lines.append(table(rows(report), ["", "A", "B", "B against A"]))
+    lines += unexplained(report)
     missing = report["layers"]["not_comparable"]
     if missing:
         lines.append(f"layers that can't be compared: {', '.join(map(str, missing))}")

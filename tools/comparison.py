@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,3 +114,10 @@ def first_divergence(plain: Sequence[int], other: Sequence[int]) -> int | None:
         if a != b:
             return position
     return None if len(plain) == len(other) else min(len(plain), len(other))
+
+
+def describe_divergence(name: str, found: Mapping[str, Any]) -> str:
+    """One entry of ``first_divergences`` in words: where, which tokens, and how large gap and noise were."""
+    place = f"{name}: prompt {found['prompt'] + 1}, token {found['position'] + 1}"
+    measured = f"gap {found['gap']:.3g}, noise {found['noise']:.3g} (limit {found['limit']:.3g})"
+    return f"{place}: {found['plain_token']} plain, {found['other_token']} here; {measured}"

@@ -195,6 +195,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(report: Mapping[str, Any]) -> str:
     """The report for a person: the verdict, a table, and every divergence that nothing explains."""
+    from .comparison import describe_divergence
     from .console import table
 
     unexplained = report["unexplained"]
@@ -225,9 +226,7 @@ def describe(report: Mapping[str, Any]) -> str:
     for name, entry in entries.items():
         for found in entry["first_divergences"]:
             if not found["explained"]:
-                place = f"{name}: prompt {found['prompt'] + 1}, token {found['position'] + 1}"
-                measured = f"gap {found['gap']:.3g}, noise {found['noise']:.3g} (limit {found['limit']:.3g})"
-                lines.append(f"{place}: {found['plain_token']} plain, {found['other_token']} here; {measured}")
+                lines.append(describe_divergence(name, found))
     return "\n".join(lines)
 
 

@@ -122,7 +122,7 @@ def test_reading_finds_what_transformers_finds(sessions: tuple[Session, Session]
     text, given = [*PROMPTS[0], *answer], len(PROMPTS[0])
     a, b = (log_probabilities(model, text)[given - 1 : -1] for model in (tiny_model, other_model))
     rows = np.arange(len(answer))
-    agreement = Agreement(*sessions)
+    agreement = Agreement(*sessions, 8)
     agreement.read(text, given)
     found = agreement.report()
     assert found["positions"] == len(answer)
@@ -157,16 +157,17 @@ def test_a_text_is_read_alike_in_steps_of_any_size(sessions: tuple[Session, Sess
     """What is given is prefilled, the rest comes in steps: where the border lies changes no prediction."""
     text = [*PROMPTS[0], *PROMPTS[1], *PROMPTS[2]]
     found = []
-    for given in (0, 1, 2):
-        agreement = Agreement(*sessions)
+    for given, rows in ((0, 8), (1, 8), (2, 8), (1, 1)):
+        agreement = Agreement(*sessions, rows)
         agreement.read(text[:40], given)
         found.append(np.concatenate([part.kl for part in agreement._parts]))
     np.testing.assert_allclose(found[0], found[1])
     np.testing.assert_allclose(found[1][1:], found[2], rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(found[1], found[3], rtol=1e-3, atol=1e-7)
 
 
 def test_nothing_to_read_and_broken_logits_are_refused(sessions: tuple[Session, Session], monkeypatch: pytest.MonkeyPatch):
-    agreement = Agreement(*sessions)
+    agreement = Agreement(*sessions, 8)
     agreement.read(PROMPTS[0], len(PROMPTS[0]))
     with pytest.raises(UsageError, match="no token to predict"):
         agreement.report()
@@ -382,7 +383,20 @@ def test_the_verb_exits_with_1_when_a_divergence_is_unexplained(
 
     monkeypatch.setattr(Decoder, "_accept", wrong)
     assert cli.main(["compare", str(tiny_bundle), str(tiny_bundle), *OPTIONS, "--min-acceptance-ratio", "0"]) == 1
-    assert re.match(r"OVER BUDGET: [1-9]\d* unexplained divergences \(none\)", capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    assert re.match(r"OVER BUDGET: [1-9]\d* unexplained divergences \(none\)", shown)
+    assert re.search(r"^B with 4 rows: prompt 1, token 6: \d+ plain, \d+ here; gap [\d.]+, noise", shown, re.MULTILINE)
+
+
+def test_a_graph_whose_rows_depend_on_each_other_is_told_apart(report: dict[str, Any]):
+    """Gap within the noise, and noise beyond rounding: what quantised activations do."""
+    found = {"prompt": 0, "position": 2, "plain_token": 5, "other_token": 6, "gap": 0.1, "noise": 0.4, "explained": False}
+    tally = {"first_divergences": [{**found, "limit": 0.003}] * 5}
+    shown = {**report, "exactness": {**report["exactness"], "b": {"fixed_rows": tally, "medusa": tally, "unexplained": 10}}}
+    for text in (describe(shown), page(shown)):
+        assert "and 7 more" in text and "computes a row alone otherwise" in text
+    tally["first_divergences"] = [{**found, "gap": 2.0, "noise": 1e-5, "limit": 0.003}]
+    assert "gap 2, noise 1e-05" in describe(shown) and "otherwise" not in describe(shown)
 
 
 def test_the_page_shows_every_figure_of_the_table(report: dict[str, Any]):
