@@ -34,13 +34,13 @@ def paired_hits(
             progress(done := done + 1, f"{name.upper()}, {len(chosen[name])} positions")
     expected = [token for _, answer in texts for token in answer]
     kept = np.all([np.array(chosen[name]) == expected for name in sessions], axis=0)
-    report: dict[str, Any] = {}
+    report: dict[str, Any] = {"positions": 0, "left_out": int((~kept).sum())}
     for name, session in sessions.items():
         found = np.array(ranks[name])[kept]
         rates = rank_rates(found, session.manifest.heads.top_k)
         report[name] = {"top1": rates[:, 0].tolist(), "top5": rates[:, :_FEW].sum(1).tolist()}
         report["positions"] = int((found[:, 0] != NO_LABEL).sum())
-    return {**report, "left_out": int((~kept).sum())}
+    return report
 
 
 def _read(session: Session, prompt: Sequence[int], answer: Sequence[int], ranks: list[list[int]], chosen: list[int]) -> None:

@@ -7,17 +7,14 @@ import ast
 import importlib
 import json
 import re
-import shutil
 import tomllib
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from medusa_deploy.runtime.bundle import open_bundle, record_files
 from medusa_deploy.tools.cli import VERBS
 from support.documents import DOCS, README, ROOT, blocks, commands, outside_blocks
-from support.text import write_text_files
+from support.text import text_bundle
 
 FOLDERS = ("benchmarks", "calibration", "docs", "export", "heads", "runtime", "src", "tests", "tools")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
@@ -102,14 +99,9 @@ def test_every_python_example_compiles_and_imports_what_exists(path: Path) -> No
                 assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
-@pytest.fixture(scope="module")
-def text_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``tiny_bundle`` with a tokenizer and a chat template."""
-    folder = tmp_path_factory.mktemp("docs") / "bundle"
-    shutil.copytree(tiny_bundle, folder)
-    manifest = replace(open_bundle(folder).manifest, text=write_text_files(folder))
-    (folder / "manifest.json").write_text(json.dumps(asdict(replace(manifest, files=record_files(folder)))), "utf-8")
-    return folder
+@pytest.fixture(scope="module", name="text_bundle")
+def _text_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_bundle(tiny_bundle, tmp_path_factory.mktemp("docs") / "bundle")
 
 
 def runtime_examples() -> list[str]:

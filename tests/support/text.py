@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
-from medusa_deploy.runtime.manifest import TextFacts
+from medusa_deploy.runtime.bundle import open_bundle, record_files
+from medusa_deploy.runtime.manifest import MANIFEST_NAME, TextFacts
 from support.tiny import VOCAB
 
 SPECIAL = ("<pad>", "<s>", "</s>")
@@ -23,6 +26,14 @@ def write_text_files(folder: Path, *, eos_token_ids: tuple[int, ...] = ()) -> Te
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(TEMPLATE, "utf-8")
     return TextFacts("tokenizer.json", "chat_template.jinja", eos_token_ids, SPECIAL[1], SPECIAL[2])
+
+
+def text_bundle(source: Path, folder: Path) -> Path:
+    """Copy the bundle ``source`` to ``folder`` and give it a tokenizer and a chat template."""
+    shutil.copytree(source, folder)
+    manifest = replace(open_bundle(folder).manifest, text=write_text_files(folder))
+    (folder / MANIFEST_NAME).write_text(replace(manifest, files=record_files(folder)).to_json(), "utf-8")
+    return folder
 
 
 def encode(text: str) -> list[int]:

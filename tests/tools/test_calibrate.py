@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ pytest.importorskip("onnxruntime")
 
 from medusa_deploy.calibration import collect, samples
 from medusa_deploy.calibration.ranges import METHODS
-from medusa_deploy.runtime.bundle import open_bundle, record_files
+from medusa_deploy.runtime.bundle import open_bundle
 from medusa_deploy.runtime.errors import CalibrationError
 from medusa_deploy.runtime.prompts import prompts_digest
 from medusa_deploy.runtime.scales_file import read_scales
@@ -22,7 +20,7 @@ from medusa_deploy.runtime.session import load
 from medusa_deploy.tools import calibrate as verb
 from medusa_deploy.tools.cli import main
 from medusa_deploy.tools.prompt_source import random_prompts
-from support.text import encode, write_text_files
+from support.text import encode, text_bundle
 from support.tiny import VOCAB
 
 PROMPTS = random_prompts(VOCAB, 256, 5, seed=2)
@@ -35,12 +33,9 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def text_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("text") / "bundle"))
-    manifest = replace(open_bundle(folder).manifest, text=write_text_files(folder))
-    (folder / "manifest.json").write_text(replace(manifest, files=record_files(folder)).to_json(), "utf-8")
-    return folder
+@pytest.fixture(scope="module", name="text_bundle")
+def _text_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_bundle(tiny_bundle, tmp_path_factory.mktemp("text") / "bundle")
 
 
 def options(data: Path, output: Path, *more: str) -> list[str]:

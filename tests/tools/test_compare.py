@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -32,7 +31,7 @@ from medusa_deploy.tools.paired_runs import Decoded, acceptance, greedy_agreemen
 from medusa_deploy.tools.prompt_source import random_prompts
 from medusa_deploy.tools.timed_run import TimedRun
 from medusa_deploy.tools.variant_size import variant_size
-from support.text import write_text_files
+from support.text import text_bundle
 from support.tiny import HEADS, HIDDEN, VOCAB
 
 PROMPTS = random_prompts(VOCAB, 256, 3, seed=5)
@@ -78,14 +77,6 @@ def report(sessions: tuple[Session, Session]) -> dict[str, Any]:
     side = {"name": "tiny", "variant": "cpu", "dtype": "float32"}
     found = compare(*sessions, PROMPTS, max_new_tokens=TOKENS, threads=1)
     return {"environment": {"date": "today", "a": side, "b": {**side, "name": "noisy"}}, **found}
-
-
-def text_bundle(source: Path, folder: Path) -> Path:
-    """A copy that speaks text."""
-    shutil.copytree(source, folder)
-    manifest = dataclasses.replace(open_bundle(folder).manifest, text=write_text_files(folder))
-    (folder / "manifest.json").write_text(dataclasses.replace(manifest, files=record_files(folder)).to_json(), "utf-8")
-    return folder
 
 
 def log_probabilities(model: Path, tokens: Sequence[int]) -> np.ndarray:
