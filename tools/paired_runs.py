@@ -13,7 +13,7 @@ import numpy as np
 from ..runtime.session import Session
 from .bench import summarise, ways_of
 from .comparison import Comparison, Tally, first_divergence
-from .near_tie import TOLERANCE
+from .near_tie import tolerance_of
 from .timed_run import TimedRun, Way, timed_run
 
 _WARMUP_TOKENS = 16
@@ -91,7 +91,7 @@ def _fixed_rows(side: Decoded, index: int, prompt: list[int], way: Way, max_new_
     run = session.generate(token_ids=prompt, max_new_tokens=max_new_tokens, **way.options)
     side.exact[FIXED_ROWS].count(run.stats)
     side.accepted.append(run.stats.accepted)
-    comparison = Comparison(session, TOLERANCE[session.manifest.dtype] if tolerance is None else tolerance)
+    comparison = Comparison(session, tolerance_of(session) if tolerance is None else tolerance)
     plain = side.runs[PLAIN][index].tokens
     for name, tokens in ((FIXED_ROWS, run.token_ids), (MEDUSA, side.runs[MEDUSA][index].tokens)):
         comparison.add(side.exact[name], index, prompt, plain, tokens, None, session.tree)
