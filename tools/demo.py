@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -25,20 +25,25 @@ _DRAFTED, _DIM, _RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 def demo(root: Path, *, heads: Path | None = None, output: Path | None = None, screen: TextIO | None = None) -> dict[str, Any]:
     """Set up below ``root/build`` what isn't there, generate live, bench and verify; reports go to ``output``.
 
-    ``heads``: None takes the repository's own. Returns both reports, under ``bench`` and ``verify``.
+    ``heads``: None takes the repository's own. At the end a variant in 8 bits is made, and what suits this machine recommended.
+    Returns the reports, under ``bench``, ``verify`` and ``recommend``.
 
     Raises:
         DeployError: the model can't be fetched, exported or run.
     """
     from ..runtime.session import load
     from .console import Progress
-    from .demo_bundle import HEADS, ensure_bundle
+    from .demo_bundle import HEADS, INT8, ensure_bundle, ensure_int8
 
     with Progress("setting up") as bar:
         bundle = ensure_bundle(root / "build", heads or root / HEADS, bar)
         bar.phase("loading")
         session = load(bundle)
-    return show(session, pick_prompts(), output or root / "build" / "demo", screen or sys.stdout)
+    output, screen = output or root / "build" / "demo", screen or sys.stdout
+    reports = show(session, pick_prompts(), output, screen)
+    ensure_int8(root / "build", bundle)
+    sessions = {"cpu": session, INT8: load(bundle, variant=INT8, check_hashes=False)}
+    return {**reports, "recommend": _recommend(sessions, pick_prompts(), output, screen)}
 
 
 def show(session: Session, lines: Sequence[PromptLine], output: Path, screen: TextIO) -> dict[str, Any]:
@@ -69,6 +74,23 @@ def show(session: Session, lines: Sequence[PromptLine], output: Path, screen: Te
         write_json(report, output / f"{name}.json")
         screen.write(f"wrote {output / f'{name}.json'}\n")
     return reports
+
+
+def _recommend(sessions: Mapping[str, Session], lines: Sequence[PromptLine], output: Path, screen: TextIO) -> dict[str, Any]:
+    """Time and judge the variants, print what suits this machine and write why."""
+    from .console import Progress, write_json
+    from .environment import environment
+    from .recommend import describe, recommend
+
+    first = next(iter(sessions.values()))
+    prompts = [first.encode(line.request()) for line in lines]
+    with Progress("variants", 2 * len(sessions) * len(prompts)) as bar:
+        report = recommend(first.bundle, sessions, prompts, progress=bar.update)
+    screen.write(f"{describe(report)}\n")
+    complete = {"environment": environment(first), **report}
+    write_json(complete, output / "recommend.json")
+    screen.write(f"wrote {output / 'recommend.json'}\n")
+    return complete
 
 
 def pick_prompts(count: int = PROMPTS) -> list[PromptLine]:

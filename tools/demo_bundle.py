@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 MODEL, BUNDLE, STAMP = "smollm2", "smollm2-bundle", "smollm2-bundle.json"
+SCALES = "smollm2-scales.json"
+INT8 = "cpu-int8"
 HEADS = Path("heads", "smollm2-135m-instruct", "grounded")
 BATCH = 8
+_SCALES_PROMPTS, _SCALES_TOKENS = 16, 32
 
 
 def ensure_bundle(build: Path, heads: Path, report: Callable[[str], None] = lambda _phase: None) -> Path:
@@ -40,6 +43,26 @@ def ensure_bundle(build: Path, heads: Path, report: Callable[[str], None] = lamb
     export_bundle(model, heads, bundle, batch=BATCH, force=True, report=report)
     write_json({"recipe": recipe, "manifest": _manifest_digest(bundle)}, stamp)
     return bundle
+
+
+def ensure_int8(build: Path, bundle: Path) -> None:
+    """Add the variant of 8-bit weights to the bundle, unless it has one, with scales that are measured now.
+
+    Raises:
+        CalibrationError, QuantisationError, OutputError: see :func:`.calibrate.calibrate` and :func:`.quantise.quantise`.
+    """
+    from ..runtime.bundle import open_bundle
+    from .calibrate import calibrate
+    from .console import write_json
+    from .quantise import quantise
+
+    if INT8 in open_bundle(bundle, check_hashes=False).manifest.variants:
+        return
+    recipe = _made_by(bundle, build / STAMP)
+    calibrate(bundle, build / SCALES, samples=_SCALES_PROMPTS, max_new_tokens=_SCALES_TOKENS, force=True)
+    quantise(bundle, build / SCALES, name=INT8)
+    if recipe is not None:  # the bundle is still the one that was exported, with a variant more
+        write_json({"recipe": recipe, "manifest": _manifest_digest(bundle)}, build / STAMP)
 
 
 def _made_by(bundle: Path, stamp: Path) -> str | None:

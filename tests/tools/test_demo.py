@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from medusa_deploy.runtime.manifest import MANIFEST_NAME, parse_manifest
 from medusa_deploy.runtime.prompts import PromptLine
 from medusa_deploy.tools import demo as module
 from medusa_deploy.tools.demo import pick_prompts, show
-from medusa_deploy.tools.demo_bundle import HEADS, ensure_bundle
+from medusa_deploy.tools.demo_bundle import HEADS, ensure_bundle, ensure_int8
 from support.text import write_text_files
 
 
@@ -119,14 +120,39 @@ def test_missing_heads_are_named(tmp_path: Path):
 def test_demo_sets_up_then_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[Any] = []
     monkeypatch.setattr("medusa_deploy.tools.demo_bundle.ensure_bundle", lambda *given: calls.append(given[:2]) or tmp_path)
-    monkeypatch.setattr("medusa_deploy.runtime.session.load", lambda bundle: f"session of {bundle}")
+    monkeypatch.setattr("medusa_deploy.tools.demo_bundle.ensure_int8", lambda *given: calls.append(given))
+    monkeypatch.setattr("medusa_deploy.runtime.session.load", lambda bundle, **options: f"session of {bundle} {options}")
     monkeypatch.setattr(module, "show", lambda *given: calls.append(given) or {"verify": {"unexplained": 0}})
+    monkeypatch.setattr(module, "_recommend", lambda sessions, *_given: list(sessions))
     screen = io.StringIO()
-    assert module.demo(tmp_path, screen=screen) == {"verify": {"unexplained": 0}}
+    assert module.demo(tmp_path, screen=screen) == {"verify": {"unexplained": 0}, "recommend": ["cpu", "cpu-int8"]}
+    assert calls.pop() == (tmp_path / "build", tmp_path)
     session, prompts, output, shown_on = calls[1]
     assert calls[0] == (tmp_path / "build", tmp_path / HEADS)
-    assert (session, output, shown_on) == (f"session of {tmp_path}", tmp_path / "build" / "demo", screen)
+    assert (session, output, shown_on) == (f"session of {tmp_path} {{}}", tmp_path / "build" / "demo", screen)
     assert len(prompts) == len({line.category for line in prompts}) == module.PROMPTS
+
+
+def test_a_variant_more_is_no_reason_to_export_again(
+    made: list[str], heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    build = tmp_path / "build"
+    bundle = ensure_bundle(build, heads)
+    variants: dict[str, str] = {}
+    opened = SimpleNamespace(manifest=SimpleNamespace(variants=variants))
+    monkeypatch.setattr("medusa_deploy.runtime.bundle.open_bundle", lambda *_given, **_options: opened)
+    monkeypatch.setattr("medusa_deploy.tools.calibrate.calibrate", lambda *_given, **_options: made.append("calibrate"))
+
+    def quantise(where: Path, _scales: Path, *, name: str) -> None:
+        made.append("quantise")
+        variants[name] = "graph"
+        (where / MANIFEST_NAME).write_text("with a variant more")
+
+    monkeypatch.setattr("medusa_deploy.tools.quantise.quantise", quantise)
+    for _ in range(2):
+        ensure_int8(build, bundle)
+        ensure_bundle(build, heads)
+    assert made == ["prepare", "export", "calibrate", "quantise"]
 
 
 def test_prompts_are_of_different_categories():
