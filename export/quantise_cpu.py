@@ -58,6 +58,10 @@ class CpuPrecision:
             return self.projection
         return self.heads if product.of_heads else self.kept.get(product.name, self.layers)
 
+    def block_of(self, product: CpuProduct) -> int:
+        """Inputs of one product that share a scale."""
+        return self.projection_block if product.is_projection else self.block
+
 
 @dataclass(frozen=True, slots=True)
 class CpuReport:
@@ -102,7 +106,7 @@ def quantise_cpu(
     bits, before, after, plain = {}, 0, 0, 0
     for done, product in enumerate(products):
         advance(done, len(products), product.name)
-        size, block = 4 * int(np.prod(product.shape)), precision.projection_block if product.is_projection else precision.block
+        size, block = 4 * int(np.prod(product.shape)), precision.block_of(product)
         wanted = precision.bits(product) if product.shape[1] % block == 0 else 32
         before += size
         if wanted == 32:

@@ -245,7 +245,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of samples, random prompts and trees (default: %(default)s)")
     add_engine_arguments(parser)
-    parser.add_argument("--variant", help="which of the bundle's graphs the CPU runs (default: the fastest that can)")
     parser.add_argument("--threads", type=int, metavar="N", help="engine threads (default: all cores)")
     add_json_argument(parser)
 
@@ -257,7 +256,7 @@ def run(args: argparse.Namespace) -> int:
     from .environment import environment
     from .prompt_source import prompts_for
 
-    session = load_session(args, variant=args.variant)
+    session = load_session(args)
     tree, note = _tree(session.manifest, args.tree, args.seed)
     prompts = prompts_for(session, args.prompts, args.count, args.seed)
     ways = ways_of(session, args.rows, args.fixed_rows, tree, args.temperature, args.seed)

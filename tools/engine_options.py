@@ -10,15 +10,16 @@ if TYPE_CHECKING:
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--backend`` and ``--target``."""
+    """``--backend``, ``--target`` and ``--variant``."""
     parser.add_argument(
         "--backend", default="cpu", metavar="NAME", help="cpu (default), or tensorrt-rtx or tensorrt: an engine that build made"
     )
     parser.add_argument("--target", metavar="TARGET", help="which engine, as build named it (default: this GPU's)")
+    parser.add_argument("--variant", help="which of the bundle's graphs the CPU runs (default: the fastest that is exact)")
 
 
 def load_session(args: argparse.Namespace, **options: Any) -> Session:
     """The bundle on the engine that the arguments name; ``options`` as of ``load``."""
     from ..runtime import load
 
-    return load(args.bundle, backend=args.backend, target=args.target, threads=args.threads, **options)
+    return load(args.bundle, backend=args.backend, target=args.target, variant=args.variant, threads=args.threads, **options)

@@ -80,7 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of random prompts (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="replace the files")
     add_engine_arguments(parser)
-    parser.add_argument("--variant", help="which of the bundle's graphs the CPU runs (default: the fastest that can)")
     parser.add_argument("--threads", type=int, metavar="N", help="engine threads (default: all cores)")
     add_json_argument(parser)
 
@@ -140,7 +139,7 @@ def _measure(args: argparse.Namespace, table: HitTable | None) -> tuple[HitTable
     from .prompt_source import check_room, prompts_for
     from .row_sweep import row_sweep
 
-    session = load_session(args, variant=args.variant)
+    session = load_session(args)
     here = {"environment": environment(session) | {"backend": args.backend}}
     origin: dict[str, Any] = {"times": here}
     with Progress("count") as bar:

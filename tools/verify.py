@@ -139,7 +139,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, help="of the random tree, random prompts and sampling (default: %(default)s)"
     )
     add_engine_arguments(parser)
-    parser.add_argument("--variant", help="which of the bundle's graphs the CPU runs (default: the fastest that can)")
     parser.add_argument("--threads", type=int, metavar="N", help="engine threads (default: all cores)")
     add_json_argument(parser)
 
@@ -153,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
     from .prompt_source import prompts_for
     from .tree_set import TreeSet, trees_for
 
-    session = load_session(args, variant=args.variant)
+    session = load_session(args)
     names = [name for name in args.trees.split(",") if name]
     best_rows = BEST_ROWS in names or not names
     fixed = [name for name in names if name != BEST_ROWS]
