@@ -20,7 +20,7 @@ from ..runtime.scales_file import LEVELS, Scales
 from .fold import GRID, fold_smoothing
 from .quantise import QuantisationReport, holds_8_bits, quantise_weights
 
-LARGEST_ERROR = 2e-3
+LARGEST_ERROR = 2.5e-4
 """Relative squared error of a product: activations of those that int8 is simulated to change more stay as they are."""
 _SMALLEST_HALF = float(np.finfo(np.float16).smallest_normal)
 _CHOICES = ("int8", "fp16")
