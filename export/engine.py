@@ -36,6 +36,7 @@ from .gpu import resolve_target
 from .network import VARIANT, NetworkSource, network_source, source_files
 from .plan_packing import pack_plan
 from .tensorrt import TensorRT
+from .w8a8 import Int8Options
 
 ENGINES = "engines"
 PLAN, HEADS_PLAN = "step.plan", "heads.plan"
@@ -48,6 +49,7 @@ class _Job:
 
     tensorrt: TensorRT
     plan: EnginePlan
+    int8: Int8Options
     timing_cache: Path | None
     sources: dict[str, str]
     report: Callable[[str], None]
@@ -105,7 +107,7 @@ def build_engines(
         opened = open_bundle(bundle)
         plan = plan_for(opened, tensorrt, targets, options)
         plan = replace(plan, targets=_resolved(tensorrt, plan))
-        job = _Job(tensorrt, plan, options.timing_cache, source_files(opened), report, advance)
+        job = _Job(tensorrt, plan, options.int8, options.timing_cache, source_files(opened), report, advance)
         engines = opened.folder / ENGINES
         _remove_leftovers(engines)
         stack.callback(_remove_empty, engines)
@@ -151,7 +153,7 @@ def _source(bundle: Bundle, job: _Job) -> Iterator[NetworkSource]:
         with ExitStack() as stack:
             try:
                 job.report(f"preparing the {job.plan.precision} network")
-                source = stack.enter_context(network_source(bundle, job.plan.precision, job.plan.weights, scratch))
+                source = stack.enter_context(network_source(bundle, job.plan.precision, job.plan.weights, scratch, job.int8))
             except OSError as error:
                 raise output_error(engines, error) from error
             yield source
@@ -225,6 +227,7 @@ def _record(
         backend_version=plan.backend_version,
         target=target,
         precision=plan.precision,
+        int8=plan.int8,
         weights=plan.weights,
         plan=plans[0],
         heads_plan=plans[1],
@@ -264,9 +267,9 @@ def _current_record(bundle: Bundle, target: str, job: _Job) -> EngineRecord | No
     except BundleError:
         return None
     plan = job.plan
-    wanted = (plan.backend, plan.backend_version, plan.precision, plan.weights, plan.features, plan.profiles, job.sources)
-    made = (record.backend, record.backend_version, record.precision, record.weights, record.features, record.profiles)
-    return record if (*made, record.sources) == wanted else None
+    same = ("backend", "backend_version", "precision", "int8", "weights", "features", "profiles")
+    is_current = all(getattr(record, name) == getattr(plan, name) for name in same) and record.sources == job.sources
+    return record if is_current else None
 
 
 def _remove_leftovers(engines: Path) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime import step_io
-from ..runtime.bundle import Bundle
+from ..runtime.bundle import Bundle, sha256
 from ..runtime.engine_record import Profile, Range
 from ..runtime.errors import UsageError
 from ..runtime.manifest import Manifest
 from .engine_features import TIMING_CACHE, check_features, features_of
 from .network import check_source, weights_bytes
 from .tensorrt import TensorRT
+from .w8a8 import WEIGHTS_ONLY, Int8Options
 
 _TREE_ROWS = (8, 16, 32, 64)
 _BEST_COLUMNS = 512
@@ -32,13 +33,16 @@ _AXES = {
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How engines are built. ``rows``: step sizes with a profile of their own (None: :func:`default_rows`).
+    """How engines are built. ``int8``: what is, where that is the precision.
+
+    ``rows``: step sizes with a profile of their own (None: :func:`default_rows`).
 
     ``prefill``: prompt rows of a step at most (None: the bundle's). ``features``: by name, see :mod:`.engine_features`.
     """
 
     backend: str = "tensorrt-rtx"
     precision: str = "fp16"
+    int8: Int8Options = WEIGHTS_ONLY
     weights: str = "inside"
     rows: Sequence[int] | None = None
     prefill: int | None = None
@@ -53,12 +57,16 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """What a build would make: the bytes of weights are those of one target's plans. ``available``: features of the backend."""
+    """What a build would make: the bytes of weights are those of one target's plans. ``available``: features of the backend.
+
+    ``int8``: what is in 8 bits beside the weights of all products, and what isn't; empty where that is what there is.
+    """
 
     backend: str
     backend_version: str
     targets: tuple[str, ...]
     precision: str
+    int8: Mapping[str, object]
     weights: str
     features: tuple[str, ...]
     available: tuple[str, ...]
@@ -116,7 +124,7 @@ def plan_for(bundle: Bundle, tensorrt: TensorRT, targets: Sequence[str], options
     Raises:
         UsageError: the bundle, a target, a size, a precision or a feature won't do.
     """
-    check_source(bundle, options.precision, options.weights)
+    check_source(bundle, options.precision, options.weights, options.int8)
     check_targets(tensorrt, targets, options)
     manifest = bundle.manifest
     return EnginePlan(
@@ -124,14 +132,23 @@ def plan_for(bundle: Bundle, tensorrt: TensorRT, targets: Sequence[str], options
         tensorrt.version,
         tuple(dict.fromkeys(targets)),
         options.precision,
+        _int8_facts(options.int8),
         options.weights,
         options.all_features,
         features_of(tensorrt.backend),
         profiles_for(
             manifest, default_rows(manifest) if options.rows is None else options.rows, options.prefill, options.precision
         ),
-        0 if options.weights == "streamed" else weights_bytes(bundle, options.precision),
+        0 if options.weights == "streamed" else weights_bytes(bundle, options.precision, options.int8),
     )
+
+
+def _int8_facts(options: Int8Options) -> dict[str, object]:
+    """As records hold them, by what differs from weights in 8 bits and no more."""
+    facts: dict[str, object] = {name: "fp16" for name in ("projection", "heads") if getattr(options, name) == "fp16"}
+    if options.scales is not None:
+        facts |= {"scales_sha256": sha256(options.scales), "keep": "auto" if options.keep is None else sorted(options.keep)}
+    return facts
 
 
 def step_axes(layers: int) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import onnx
@@ -12,9 +13,11 @@ import onnx_ir as ir
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import UsageError
+from ..runtime.scales_file import Scales, read_scales
 from ..runtime.weight_inputs import WeightInput
-from .quantise import quantise_weights, write_quantised
+from .quantise import write_quantised
 from .streamed import WeightStreamer
+from .w8a8 import WEIGHTS_ONLY, Int8Options, quantise_network
 from .weights import WeightsFile
 
 VARIANT = "device"
@@ -31,13 +34,16 @@ class NetworkSource:
     weight_inputs: tuple[WeightInput, ...] = ()
 
 
-def check_source(bundle: Bundle, precision: str, weights: str) -> None:
+def check_source(bundle: Bundle, precision: str, weights: str, int8: Int8Options = WEIGHTS_ONLY) -> None:
     """Refuse what :func:`network_source` can't make of the bundle.
 
     Raises:
         UsageError: a bundle in fp32 or without the graph, an unknown precision, weights that can't be placed so.
+        ScalesError, ScalesMismatchError: no scales, or another model's.
     """
     manifest = bundle.manifest
+    if precision != "int8" and int8 != WEIGHTS_ONLY:
+        raise UsageError(f"scales and what stays fp16 say nothing in {precision}", hint="give --precision int8 as well")
     if precision not in PRECISIONS:
         raise UsageError(f"unknown precision {precision!r}", hint=f"one of {', '.join(PRECISIONS)}")
     if weights not in WEIGHTS:
@@ -55,18 +61,21 @@ def check_source(bundle: Bundle, precision: str, weights: str) -> None:
             f"the bundle has no {VARIANT} graph, only {', '.join(manifest.variants)}",
             hint="it was written by an older version: export it again",
         )
+    _scales(bundle, int8)
 
 
 @contextmanager
-def network_source(bundle: Bundle, precision: str, weights: str, scratch: Path) -> Iterator[NetworkSource]:
+def network_source(
+    bundle: Bundle, precision: str, weights: str, scratch: Path, int8: Int8Options = WEIGHTS_ONLY
+) -> Iterator[NetworkSource]:
     """The files to parse, valid inside the block; what has to be made is made in the empty folder ``scratch``.
 
     Raises:
-        UsageError: see :func:`check_source`.
+        UsageError, ScalesError: see :func:`check_source`; or a layer to keep isn't there.
         QuantisationError: a weight can't be stored in 8 bits.
         OSError: the file system refused.
     """
-    check_source(bundle, precision, weights)
+    check_source(bundle, precision, weights, int8)
     step, heads = _graphs(bundle)
     if weights == "streamed":
         streamer = WeightStreamer(bundle)
@@ -79,9 +88,10 @@ def network_source(bundle: Bundle, precision: str, weights: str, scratch: Path) 
         yield NetworkSource(bundle.path(step), bundle.path(heads))
         return
     made = NetworkSource(scratch / PurePosixPath(step).name, scratch / PurePosixPath(heads).name)
+    quantise = partial(quantise_network, options=int8, scales=_scales(bundle, int8))
     with WeightsFile(scratch / "weights.bin") as file:
-        write_quantised(bundle.path(step), made.step, file)
-        write_quantised(bundle.path(heads), made.heads, file)
+        write_quantised(bundle.path(step), made.step, file, quantise)
+        write_quantised(bundle.path(heads), made.heads, file, quantise)
     yield made
 
 
@@ -94,16 +104,20 @@ def source_files(bundle: Bundle) -> dict[str, str]:
     return {name: bundle.manifest.files[name].sha256 for name in names}
 
 
-def weights_bytes(bundle: Bundle, precision: str) -> int:
+def weights_bytes(bundle: Bundle, precision: str, int8: Int8Options = WEIGHTS_ONLY) -> int:
     """Bytes of the weights that a target's two plans hold."""
     total = 0
     for graph in _graphs(bundle):
         model = ir.load(bundle.path(graph))
         total += sum(tensor.nbytes for tensor in _external(model))
         if precision == "int8":
-            report = quantise_weights(model)
+            report = quantise_network(model, int8, None)
             total += report.bytes_after - report.bytes_before
     return total
+
+
+def _scales(bundle: Bundle, int8: Int8Options) -> Scales | None:
+    return None if int8.scales is None else read_scales(int8.scales, bundle.manifest)
 
 
 def _graphs(bundle: Bundle) -> tuple[str, str]:

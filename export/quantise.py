@@ -1,12 +1,12 @@
 """Weights in 8 bits for engines: int8 tensors with explicit DequantizeLinear nodes, of standard operators only.
 
-Weight-only: a large weight W of a MatMul or Gemm becomes ``DequantizeLinear(q, scale)`` with one symmetric fp16 scale an output
-channel. Activations keep their type, so nothing has to be calibrated; scales for activations would enter here as well.
+A large weight W of a MatMul or Gemm becomes ``DequantizeLinear(q, scale)`` with one symmetric scale an output channel, of W's own
+type. Activations keep their type, so nothing has to be calibrated; :mod:`.w8a8` has them in 8 bits, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,18 @@ class QuantisationReport:
     bytes_after: int
 
 
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """The constant matrix ``value`` of a product, the node and input that read it (a Transpose, perhaps), its axis of outputs."""
+
+    value: ir.Value
+    user: ir.Node
+    index: int
+    axis: int
+
+
 def channel_scales(weight: np.ndarray, axis: int) -> np.ndarray:
-    """Scales float16 [channels] of a matrix whose output channels lie along ``axis``: its largest magnitude in 127 steps.
+    """Scales [channels] of a matrix whose output channels lie along ``axis``: its largest magnitude in 127 steps, of its type.
 
     A channel of zeros gets scale 1: its values stay exactly zero. Scales are rounded up to fp16, so that nothing is clipped.
 
@@ -48,9 +58,9 @@ def channel_scales(weight: np.ndarray, axis: int) -> np.ndarray:
             hint="the checkpoint's weights are broken",
         )
     exact = largest / LARGEST
-    scales = np.maximum(exact, _SMALLEST_SCALE).astype(np.float16)
-    scales = np.where(scales.astype(np.float32) < exact, np.nextafter(scales, np.float16(np.inf)), scales)
-    return np.where(largest == 0, np.float16(1), scales)
+    scales = np.maximum(exact, _SMALLEST_SCALE).astype(weight.dtype)
+    scales = np.where(scales.astype(np.float32) < exact, np.nextafter(scales, weight.dtype.type(np.inf)), scales)
+    return np.where(largest == 0, weight.dtype.type(1), scales)
 
 
 def quantised(weight: np.ndarray, scales: np.ndarray, axis: int) -> np.ndarray:
@@ -61,23 +71,25 @@ def quantised(weight: np.ndarray, scales: np.ndarray, axis: int) -> np.ndarray:
         size = block.shape[axis]
         inside = (slice(None),) * axis + (slice(start, start + size),)
         steps = scales[start : start + size].astype(np.float32)
-        result[inside] = np.rint(block.astype(np.float32) / (steps if axis else steps[:, None]))
+        # A float32 scale isn't rounded up: the largest value may come to lie a hair above 127 steps.
+        result[inside] = np.clip(np.rint(block.astype(np.float32) / (steps if axis else steps[:, None])), -LARGEST, LARGEST)
         start += size
     return result
 
 
-def quantise_weights(model: ir.Model) -> QuantisationReport:
-    """Rewrite the large MatMul and Gemm weights of ``model``, in place; values are computed when they are saved, one by one."""
+def quantise_weights(model: ir.Model, skipped: Collection[str] = ()) -> QuantisationReport:
+    """Rewrite the large MatMul and Gemm weights of ``model``, in place; values are computed when they are saved, one by one.
+
+    ``skipped``: names of the products that keep theirs.
+    """
     graph = model.graph
     made: dict[tuple[str, int], tuple[ir.Value, ir.Value]] = {}
     before = after = 0
     for node in list(graph):
-        if node.op_type not in ("MatMul", "Gemm") or node.domain:
+        found = weight_of(node)
+        if found is None or node.name in skipped or not holds_8_bits(node):
             continue
-        found = _weight_of(node)
-        if found is None:
-            continue
-        weight, user, index, axis = found
+        weight, user, index, axis = found.value, found.user, found.index, found.axis
         assert weight.name is not None and weight.const_value is not None
         key = (weight.name, axis)
         if key not in made:
@@ -96,7 +108,12 @@ def quantise_weights(model: ir.Model) -> QuantisationReport:
     return QuantisationReport(len(made), before, after)
 
 
-def write_quantised(source: Path, output: Path, weights: WeightsFile) -> QuantisationReport:
+def write_quantised(
+    source: Path,
+    output: Path,
+    weights: WeightsFile,
+    quantise: Callable[[ir.Model], QuantisationReport] = quantise_weights,
+) -> QuantisationReport:
     """Read a graph, quantise it, and write it to ``output`` with all its big tensors in ``weights``.
 
     Raises:
@@ -104,17 +121,25 @@ def write_quantised(source: Path, output: Path, weights: WeightsFile) -> Quantis
         OSError: the file system refused.
     """
     model = ir.load(source)
-    report = quantise_weights(model)
+    report = quantise(model)
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
-            value.const_value = _lazy(value, partial(_copied, tensor), tensor.dtype, tensor.shape)
+            value.const_value = lazy(value, partial(_copied, tensor), tensor.dtype, tensor.shape)
     weights.save(model, output)
     return report
 
 
-def _weight_of(node: ir.Node) -> tuple[ir.Value, ir.Node, int, int] | None:
-    """The constant matrix of a product, the node and input that read it (a Transpose, perhaps), and its axis of outputs."""
+def holds_8_bits(node: ir.Node) -> bool:
+    """Whether a product's weight is one that :func:`quantise_weights` rewrites."""
+    found = weight_of(node)
+    return found is not None and found.value.const_value is not None and found.value.const_value.size >= _SMALLEST_WEIGHT
+
+
+def weight_of(node: ir.Node) -> Weight | None:
+    """The weight of a MatMul or Gemm that has a constant one."""
+    if node.op_type not in ("MatMul", "Gemm") or node.domain:
+        return None
     user, index = node, 1
     value = node.inputs[1]
     transposed = node.op_type == "Gemm" and _flag(node, "transB")
@@ -124,9 +149,9 @@ def _weight_of(node: ir.Node) -> tuple[ir.Value, ir.Node, int, int] | None:
     if value is None or value.const_value is None or value.name not in node.graph.initializers:  # type: ignore[union-attr]
         return None
     tensor = value.const_value
-    if len(tensor.shape) != 2 or tensor.size < _SMALLEST_WEIGHT or tensor.dtype != ir.DataType.FLOAT16:
+    if len(tensor.shape) != 2 or tensor.dtype not in (ir.DataType.FLOAT16, ir.DataType.FLOAT):
         return None
-    return value, user, index, 0 if transposed else 1
+    return Weight(value, user, index, 0 if transposed else 1)
 
 
 def _flag(node: ir.Node, name: str) -> bool:
@@ -139,15 +164,17 @@ def _stored(graph: ir.Graph, weight: ir.Value, axis: int) -> tuple[ir.Value, ir.
     assert tensor is not None
     channels = ir.Shape([int(tensor.shape[axis])])  # type: ignore[arg-type]
     steps = ir.Value(name=f"{weight.name}/int8.{axis}", type=ir.TensorType(ir.DataType.INT8), shape=weight.shape)
-    scales = ir.Value(name=f"{weight.name}/scale.{axis}", type=ir.TensorType(ir.DataType.FLOAT16), shape=channels)
-    steps.const_value = _lazy(steps, partial(_quantised_tensor, tensor, axis), ir.DataType.INT8, tensor.shape)
-    scales.const_value = _lazy(scales, partial(_scales_of, tensor, axis), ir.DataType.FLOAT16, channels)
+    scales = ir.Value(name=f"{weight.name}/scale.{axis}", type=ir.TensorType(tensor.dtype), shape=channels)
+    steps.const_value = lazy(steps, partial(_quantised_tensor, tensor, axis), ir.DataType.INT8, tensor.shape)
+    scales.const_value = lazy(scales, partial(_scales_of, tensor, axis), tensor.dtype, channels)
     for value in (steps, scales):
         graph.register_initializer(value)
     return steps, scales
 
 
-def _lazy(value: ir.Value, make: Callable[[], np.ndarray], dtype: ir.DataType, shape: ir.ShapeProtocol) -> ir.LazyTensor:
+def lazy(value: ir.Value, make: Callable[[], np.ndarray], dtype: ir.DataType, shape: ir.ShapeProtocol) -> ir.LazyTensor:
+    """A tensor for ``value`` that ``make`` makes whenever it is asked for."""
+
     def tensor() -> ir.TensorProtocol:
         return ir.tensor(make(), name=value.name)
 
@@ -159,24 +186,24 @@ def _scales_of(tensor: ir.TensorProtocol, axis: int) -> np.ndarray:
         scales = channel_scales(tensor.numpy(), axis)
     except QuantisationError as error:
         raise QuantisationError(f"the weight {tensor.name}: {error.message}", hint=error.hint) from None
-    _release(tensor)
+    release(tensor)
     return scales
 
 
 def _quantised_tensor(tensor: ir.TensorProtocol, axis: int) -> np.ndarray:
     scales = _scales_of(tensor, axis)
     steps = quantised(tensor.numpy(), scales, axis)
-    _release(tensor)
+    release(tensor)
     return steps
 
 
 def _copied(tensor: ir.ExternalTensor) -> np.ndarray:
     copy = tensor.numpy().copy()
-    _release(tensor)
+    release(tensor)
     return copy
 
 
-def _release(tensor: ir.TensorProtocol) -> None:
+def release(tensor: ir.TensorProtocol) -> None:
     """Unmap the file that a tensor lies in: the pages that were read would count as this process's memory."""
     if isinstance(tensor, ir.ExternalTensor):
         tensor.release()

@@ -47,7 +47,7 @@ def _cpu(bundle: Bundle, options: LoadOptions) -> Loaded:
     options.refuse("target")
     manifest = bundle.manifest
     variant = options.variant or ("cpu" if options.slots == 1 and "cpu" in manifest.variants else "standard")
-    known = [name for name in manifest.variants if name == "standard" or is_cpu(name)]
+    known = [name for name in manifest.variants if name in ("standard", "int8") or is_cpu(name)]
     if variant not in known:
         raise UsageError(f"the bundle has no variant {variant!r} for the CPU", hint=f"its variants: {', '.join(known)}")
     return Loaded(

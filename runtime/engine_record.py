@@ -16,7 +16,7 @@ from .plan_file import Compression, parse_compression
 from .weight_inputs import WeightInput, parse_weight_inputs
 
 RECORD_NAME = "engine.json"
-RECORD_VERSION = 3
+RECORD_VERSION = 4
 MAX_RECORD_BYTES = 1 << 20
 
 Range = tuple[int, int, int]
@@ -69,7 +69,9 @@ class EngineRecord:
     """One target's engine. Files are named relative to the record.
 
     ``variant``: the bundle's graph that was built, and ``graph_sha256`` of its file. ``sources``: sha256 of every file of the
-    bundle that went into the plans. ``precision``: ``fp16``, or ``int8``: weights in 8 bits, activations in fp16.
+    bundle that went into the plans. ``precision``: ``fp16``, or ``int8``: weights in 8 bits, activations in fp16
+    unless ``int8`` has ``scales_sha256``: with those scales the backbone's are in 8 bits too, but for the layers of ``keep``
+    (``auto``: those of too large an error). ``int8`` also has what stays ``fp16`` of ``projection`` and ``heads``.
     ``weight_inputs``: of both plans, where their weights are ``streamed``; a plan has those of them that it has an input for.
     ``features``: what was asked of the builder by name. ``versions``: of the programs that built it. ``logs``: by plan.
     ``compression``: by plan, of those that aren't stored as TensorRT wrote them.
@@ -94,6 +96,7 @@ class EngineRecord:
     logs: Mapping[str, BuildLog]
     weight_inputs: tuple[WeightInput, ...] = ()
     compression: Mapping[str, Compression] = field(default_factory=dict)
+    int8: Mapping[str, Any] = field(default_factory=dict)
     record_version: int = RECORD_VERSION
 
     def to_json(self) -> str:
@@ -132,7 +135,9 @@ def parse_engine_record(text: str | bytes) -> EngineRecord:
             profiles = [{"carried": [1, 1, 1], **entry} for entry in raw["profiles"]]
             raw = {**_ADDED_IN_2, **raw, "profiles": profiles}
         if version in (1, 2):
-            raw = {"compression": {}, **raw, "record_version": RECORD_VERSION}
+            raw = {"compression": {}, **raw}
+        if version in (1, 2, 3):
+            raw = {**raw, "int8": {}, "record_version": RECORD_VERSION}
         read = {
             "profiles": tuple(Profile(entry["name"], *(_range(entry[axis]) for axis in _AXES)) for entry in raw["profiles"]),
             "inputs": _tensors(raw["inputs"]),
@@ -144,6 +149,7 @@ def parse_engine_record(text: str | bytes) -> EngineRecord:
             "weight_inputs": parse_weight_inputs(raw["weight_inputs"]),
             "logs": {name: BuildLog(**entry) for name, entry in raw["logs"].items()},
             "compression": parse_compression(raw["compression"]),
+            "int8": dict(raw["int8"]),
         }
         return EngineRecord(**{**raw, **read})
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

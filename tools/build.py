@@ -33,7 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", required=True, type=_names, metavar="SM,…", help="GPU architectures such as sm_86,sm_89, or here for this GPU"
     )
-    parser.add_argument("--precision", choices=("fp16", "int8"), default="fp16", help="int8: of weights; activations stay fp16")
+    parser.add_argument("--precision", choices=("fp16", "int8"), default="fp16", help="int8: of weights (default: fp16)")
+    int8 = parser.add_argument_group("with --precision int8")
+    int8.add_argument("--scales", type=Path, help="what calibrate wrote: the backbone's activations in int8, too")
+    int8.add_argument(
+        "--keep", type=_layers, metavar="LAYER,…", help="whose activations stay fp16 (default: those that int8 changes most)"
+    )
+    for name, what in (("projection", "onto the vocabulary"), ("heads", "of the heads")):
+        int8.add_argument(f"--{name}-precision", choices=("int8", "fp16"), default="int8", help=f"weights {what} (default: int8)")
     parser.add_argument(
         "--backend", choices=("tensorrt-rtx", "tensorrt"), default="tensorrt-rtx", help="default: tensorrt-rtx, needs no GPU here"
     )
@@ -62,10 +69,12 @@ def run(args: argparse.Namespace) -> int:
     """The verb."""
     from ..export.engine import build_engines, plan_engines
     from ..export.engine_plan import EngineOptions
+    from ..export.w8a8 import Int8Options
     from .console import Progress, emit, say
 
     options = EngineOptions(
         **{name: getattr(args, name) for name in ("backend", "precision", "weights", "rows", "prefill", "timing_cache")},
+        int8=Int8Options(args.scales, args.keep, args.projection_precision, args.heads_precision),
         features=tuple(name for name in _FEATURES if getattr(args, name.replace("-", "_"))),
     )
     model = _model_options(args)
@@ -110,6 +119,8 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any] | None:
             names = ", ".join(f"--{name}" for name in given)
             raise UsageError(f"{names}: {args.bundle} isn't a checkpoint", hint="these belong to the export of a MODEL")
         return None
+    if args.scales is not None:
+        raise UsageError(f"{args.bundle} is a checkpoint, and scales are of a bundle", hint="export it, calibrate, then build")
     if args.output is None:
         raise UsageError(f"{args.bundle} is a checkpoint, which is exported first", hint="name the bundle to write: -o BUNDLE")
     return {"dtype": "fp16", **{name: given[name] for name in ("capacity", "batch") if name in given}}
@@ -206,7 +217,7 @@ def plan_text(plan: EnginePlan) -> str:
     summary = {
         "backend": f"{plan.backend} {plan.backend_version}",
         "would build": ", ".join(plan.targets),
-        "precision": plan.precision,
+        "precision": f"{plan.precision}{', activations of the backbone too' if 'scales_sha256' in plan.int8 else ''}",
         "features": ", ".join(plan.features) or "none asked for",
         "the backend has": ", ".join(plan.available),
         "weights": f"{human_bytes(plan.weights_bytes)} in each target's plans; kernels come on top",
@@ -242,6 +253,10 @@ def _names(text: str) -> list[str]:
     if not names:
         raise argparse.ArgumentTypeError(f"{text!r} names no target")
     return names
+
+
+def _layers(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _numbers(text: str) -> list[int]:

@@ -88,7 +88,7 @@ def _newest(place: Path, packed: bool, weight_inputs: Sequence[WeightInput]) -> 
             compression[path.name] = asdict(how)
     return {
         "record_version": RECORD_VERSION, "variant": "device", "features": [], "sources": {}, "versions": {}, "logs": {},
-        "weight_inputs": [asdict(weight) for weight in weight_inputs], "compression": compression, **stored,
+        "weight_inputs": [asdict(weight) for weight in weight_inputs], "compression": compression, "int8": {}, **stored,
     }  # fmt: skip
 
 

@@ -133,6 +133,23 @@ def test_a_checkpoint_is_exported_first(
     assert len(exported) == 1, "a wrong target is said before the export"
 
 
+def test_what_is_in_int8_is_checked_before_anything_is_built(
+    bundle: Path, tiny_model: Path, made: type[FakeTensorRT], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["build", str(bundle), "--target", "sm_89"]
+    for options, said in (
+        (["--scales", "scales.json"], "--precision int8"),
+        (["--precision", "int8", "--scales", str(tmp_path / "none")], "can't be read"),
+        (["--precision", "int8", "--keep", "down"], "--scales"),
+        (["--heads-precision", "fp16"], "--precision int8"),
+    ):
+        assert cli.main([*command, *options]) == 1
+        assert said in capsys.readouterr().err
+    assert cli.main(["build", str(tiny_model), "--target", "sm_89", "-o", str(tmp_path / "new"), "--scales", "s"]) == 1
+    assert "calibrate" in capsys.readouterr().err
+    assert not made.requests
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
