@@ -20,7 +20,7 @@ from .blocks import Grid, compensated, make_grid, nearest, packed
 from .cpu_products import CpuProduct, find_products
 from .patterns import MICROSOFT, new_node
 from .rescore import rescore
-from .smooth import activations_of, smooth
+from .smooth_cpu import activations_of, smooth
 
 PRECISIONS = (4, 8, 32)
 BLOCKS = (16, 32, 64, 128)

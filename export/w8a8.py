@@ -1,7 +1,7 @@
 """Activations in 8 bits, too: what products read goes through QuantizeLinear and DequantizeLinear, of standard operators only.
 
 Symmetric, with one scale an activation, as TensorRT takes it: with int8 weights beside it (:mod:`.quantise`), the product is one
-of integers. Smoothing (:mod:`.fold`) comes first. Where one scale can't serve an activation, the product keeps it as it is; its
+of integers. Smoothing (:mod:`.smooth_standard`) comes first. Where one scale can't serve an activation, the product keeps it as it is; its
 weight is in int8 all the same, so that costs no bytes.
 """
 
@@ -17,8 +17,8 @@ import onnx_ir as ir
 from ..runtime import step_io
 from ..runtime.errors import UsageError
 from ..runtime.scales_file import LEVELS, Scales
-from .fold import GRID, fold_smoothing
 from .quantise import QuantisationReport, holds_8_bits, quantise_weights
+from .smooth_standard import GRID, fold_smoothing
 
 LARGEST_ERROR = 2.5e-4
 """Relative squared error of a product: activations of those that int8 is simulated to change more stay as they are."""

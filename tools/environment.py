@@ -53,9 +53,9 @@ def plain_step_bytes(manifest: Manifest, variant: str | None = None) -> int:
     Tables are read by the row, heads don't run in plain steps. Padding between tensors is counted in: 1 to 2 % of a small model.
     Of a quantised ``variant``, the weights of its products.
     """
-    quantised = manifest.provenance.get("quantised", {})
-    if variant in quantised:
-        return int(quantised[variant]["plain_step_bytes"])
+    known: int | None = manifest.provenance.get("quantised", {}).get(variant, {}).get("plain_step_bytes")
+    if known is not None:
+        return known
     size = np.dtype(manifest.dtype).itemsize
     hidden, heads = manifest.backbone.hidden_size, manifest.heads
     blocks = heads.num_heads * hidden * hidden * (2 if heads.kind == "grounded" else 1)

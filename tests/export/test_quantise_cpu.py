@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from medusa_deploy.export.cpu_products import find_products
 from medusa_deploy.export.quantise_cpu import CpuPrecision, quantise_cpu
-from medusa_deploy.export.smooth import smooth
+from medusa_deploy.export.smooth_cpu import smooth
 from medusa_deploy.export.variant import add_variant, check_variant
 from medusa_deploy.runtime.bundle import open_bundle
 from medusa_deploy.runtime.errors import BundleExistsError, QuantisationError, UsageError

@@ -16,8 +16,8 @@ ir = pytest.importorskip("onnx_ir")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from medusa_deploy.export.fold import fold_smoothing  # noqa: E402
 from medusa_deploy.export.quantise import quantise_weights  # noqa: E402
+from medusa_deploy.export.smooth_standard import fold_smoothing  # noqa: E402
 from medusa_deploy.export.w8a8 import Int8Options, parts, quantise_activations, quantise_network  # noqa: E402
 from medusa_deploy.export.w8a8_variant import write_w8a8_variant  # noqa: E402
 from medusa_deploy.runtime.bundle import open_bundle  # noqa: E402

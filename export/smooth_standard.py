@@ -1,6 +1,6 @@
 """SmoothQuant's migration on the standard and the device graph: factors go into norms' weights, up products and their readers.
 
-What :mod:`.smooth` does on the CPU's graph, whose operators are others. Weights are computed when they are saved, one by one.
+What :mod:`.smooth_cpu` does on the CPU's graph, whose operators are others. Weights are computed when they are saved, one by one.
 """
 
 from __future__ import annotations
