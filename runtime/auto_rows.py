@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from itertools import accumulate
 
-import numpy as np
-
 from .beliefs import Beliefs, Evidence
 from .draft import NOTHING, Candidates, Draft, PlattScaling, Scale, TokenPath, compiled, ranked_paths
 from .lookup import PromptLookup
@@ -45,9 +43,9 @@ class AutoRows:
         self._candidates, tokens, chances = [], [], []
         if candidates is not None and deepest > 0:
             tokens = candidates.tokens[:deepest].tolist()
-            promised = self._scale.chances(candidates.log_probs)[:deepest]
-            self._candidates = list(zip(tokens, promised.tolist(), strict=True))
-            chances = np.minimum(promised * np.array(of_heads[:deepest])[:, None], _SUREST).tolist()
+            promised = self._scale.chances(candidates.log_probs[:deepest])
+            self._candidates = list(zip(tokens, promised, strict=True))
+            chances = [[min(p * trust, _SUREST) for p in row] for row, trust in zip(promised, of_heads, strict=False)]
         self._continuation = self._lookup.continuation(deepest) if self._lookup is not None and deepest > 0 else []
         continuation, before, rate = [], 1.0, 1.0
         for token, of_prefix in self._continuation:
@@ -56,8 +54,8 @@ class AutoRows:
             continuation.append((token, rate))
         ranked = ranked_paths(tokens, chances, continuation, count, least)
         self._paths = [path for path, _ in ranked]
-        self.gains = list(accumulate((chance for _, chance in ranked), initial=0.0))
-        return list(accumulate((chance for _, chance in continuation), initial=0.0))
+        self.gains = list(accumulate([chance for _, chance in ranked], initial=0.0))
+        return list(accumulate([chance for _, chance in continuation], initial=0.0))
 
     def draft(self, candidates: Candidates | None) -> Draft:  # noqa: ARG002 - they were ranked before
         """The best of the ranked paths."""
@@ -71,7 +69,7 @@ class AutoRows:
         for head, ((tokens, chances), token) in enumerate(zip(self._candidates, emitted, strict=False)):
             # Weighted by the promise itself: the line through the origin that fits best.
             came = chances[tokens.index(token)] if token in tokens else 0.0
-            trust.append((head, came, sum(chance * chance for chance in chances)))
+            trust.append((head, came, sum([chance * chance for chance in chances])))
         before = 1.0
         for (guess, of_prefix), token in zip(self._continuation, emitted, strict=False):
             rate, before = of_prefix / before, of_prefix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -34,10 +35,9 @@ class Decoder:
         self.clock: Callable[[], float] = time.perf_counter
         self.margin = margin
         self.prefill_chunk = prefill_chunk
-        # int64 [slots, K]: cache rows that the next step copies to just before its own rows, whoever asks for that step.
-        # Rows length … length + K - 1 are those just before, so a length plus ``_in_place`` moves nothing.
-        self._in_place = np.arange(margin)
-        self._commits = np.tile(self._in_place, (slots.slots, 1))
+        # Of each slot: cache rows, accepted, that the next step copies to just before its own rows, whoever asks for that step.
+        self._to_move: list[list[int]] = []
+        self._all_in_place()
         self._ahead = RunAhead(executor, slots, margin) if isinstance(executor, AheadExecutor) else None
 
     def prefill(self, sequence: Sequence) -> list[int]:
@@ -53,7 +53,7 @@ class Decoder:
             buffers = self.executor.prefill(sequence.slot, chunk, start, wanted)
         tokens = self._accept(sequence, buffers, 0).tokens
         self.slots.advance(sequence.slot, len(prompt))
-        self._commits[sequence.slot] = len(prompt) + self._in_place
+        self._to_move[sequence.slot] = []
         sequence.stats.prompt_tokens = len(prompt)
         sequence.stats.prefill_seconds += time.perf_counter() - started
         return sequence.emit(tokens)
@@ -84,13 +84,13 @@ class Decoder:
             buffers = self._fill(sequences, wanted)
             self.executor.step(buffers, wanted)
         # The rows are in place now, and where they were copied from is overwritten, even if the outcome is refused below.
-        self._commits[:] = self.slots.lengths[:, None] + self._in_place
-        if wanted.heads and np.isnan(buffers.log_probs[[sequence.slot for sequence in sequences], 0, 0]).any():
+        self._all_in_place()
+        if wanted.heads and any(math.isnan(buffers.log_probs[sequence.slot, 0, 0]) for sequence in sequences):
             raise NumericsError("the engine returned NaN", hint="verify the bundle: medusa-deploy verify BUNDLE")
         accepted = [self._accept(s, buffers, s.slot) for s in sequences]
         emitted = [self._commit(s, outcome) for s, outcome in zip(sequences, accepted, strict=True)]
         if ahead is not None and ahead.in_flight:  # the next step, already under way, moves what was just accepted
-            self._commits[:] = self.slots.lengths[:, None] + self._in_place
+            self._all_in_place()
         if self.right_size is not None:
             self.right_size.learn(sequences, accepted, self.clock() - began)
         return emitted
@@ -101,8 +101,9 @@ class Decoder:
         self._idle_others(sequences, buffers)
         for sequence in sequences:
             self._draft(sequence, buffers)
-        self._commits[self.slots.lengths == 0] = self._in_place  # what a slot's last holder left to move is nobody's
-        buffers.commit[:] = self._commits
+        for slot, length in enumerate(self.slots.lengths.tolist()):
+            moved = self._to_move[slot] if length else []  # what a slot's last holder left to move is nobody's
+            buffers.commit[slot] = [*range(length, length + self.margin - len(moved)), *moved]
         return buffers
 
     def release(self, sequence: Sequence) -> None:
@@ -115,16 +116,19 @@ class Decoder:
         """Discard what is in flight; it has moved all rows that were to be moved."""
         if self._ahead is not None and self._ahead.in_flight:
             self._ahead.leave()
-            self._commits[:] = self.slots.lengths[:, None] + self._in_place
+            self._all_in_place()
+
+    def _all_in_place(self) -> None:
+        self._to_move = [[] for _ in range(self.slots.slots)]
 
     def _wanted(self, sequences: list[Sequence]) -> Wanted:
-        on_host = [not sequence.params.plain_argmax for sequence in sequences]
-        drafting = [sequence.drafter.heads for sequence in sequences]
-        return Wanted(
-            heads=any(d and not h for d, h in zip(drafting, on_host, strict=True)),
-            logits=any(on_host),
-            hidden=any((d and h) or s.keep_hidden for d, h, s in zip(drafting, on_host, sequences, strict=True)),
-        )
+        heads = logits = hidden = False
+        for sequence in sequences:
+            on_graph, drafting = sequence.params.plain_argmax, sequence.drafter.heads
+            heads = heads or (drafting and on_graph)
+            logits = logits or not on_graph
+            hidden = hidden or (drafting and not on_graph) or sequence.keep_hidden
+        return Wanted(heads, logits, hidden)
 
     def _idle_others(self, sequences: list[Sequence], buffers: StepBuffers) -> None:
         busy = {sequence.slot for sequence in sequences}
@@ -180,9 +184,6 @@ class Decoder:
         length = int(self.slots.lengths[slot])
         kept = sequence.emit(outcome.tokens)
         self.slots.advance(slot, min(1 + accepted, self.slots.capacity - length))
-        commit = self._commits[slot]
-        commit[:] = length + 1 + accepted + self._in_place
-        if accepted:
-            commit[self.margin - accepted :] = [self.margin + length + row for row in outcome.path]
+        self._to_move[slot] = [self.margin + length + row for row in outcome.path]
         sequence.stats.add_step(sequence.draft, accepted, len(kept), heads=sequence.drafter.heads)
         return kept

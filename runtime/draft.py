@@ -22,6 +22,12 @@ UNKNOWN_SCALING = ((0.7, -1.0),)
 """Of all heads that nobody measured: surer than right, as both sets of heads in the repository were found to be."""
 
 _SMALLEST = 1e-6
+_LEAST_LIKELY = -math.log1p(1 / _SMALLEST)
+"""Odds against a candidate are cut off at ``_SMALLEST`` and its inverse; the latter are those of this log-probability."""
+
+_HOPELESS = 700.0
+"""Logarithm of odds against, beyond which nothing changes: its exponential is still a float."""
+
 TokenPath = tuple[int, ...]
 
 
@@ -128,7 +134,7 @@ class BestRows:
             return NOTHING
         assert candidates is not None
         continuation = self._lookup.continuation(len(candidates.tokens)) if self._lookup is not None else []
-        tokens, chances = candidates.tokens.tolist(), self._scale.chances(candidates.log_probs).tolist()
+        tokens, chances = candidates.tokens.tolist(), self._scale.chances(candidates.log_probs)
         paths = ranked_paths(tokens, chances, continuation, self.rows - 1)
         return compiled([path for path, _ in paths], looked_up=bool(continuation))
 
@@ -137,13 +143,22 @@ class Scale:
     """Platt scaling: from what heads say of a candidate to how often it is right, where the tokens before it are."""
 
     def __init__(self, scaling: PlattScaling) -> None:
-        self._slopes, self._offsets = (np.array(part)[:, None] for part in zip(*(scaling or UNKNOWN_SCALING), strict=True))
+        self._scaling = scaling or UNKNOWN_SCALING
 
-    def chances(self, log_probs: np.ndarray) -> np.ndarray:
-        """Probabilities [K, k]; they fall with the rank. NaN counts as hopeless: the engine's call reports it."""
-        odds = np.exp(-log_probs.astype(np.float64)) - 1  # (1 - p) / p
-        scaled = self._offsets - self._slopes * np.log(np.clip(odds, _SMALLEST, 1 / _SMALLEST))
-        return np.asarray(np.fmax(1 / (1 + np.exp(-scaled)), 0.0))  # fmax prefers any number to NaN
+    def chances(self, log_probs: np.ndarray) -> list[list[float]]:
+        """Probabilities [K][k]; they fall with the rank. NaN counts as the least likely: the engine's call reports it."""
+        scaling = self._scaling if len(self._scaling) > 1 else self._scaling * len(log_probs)
+        # Plain floats: an engine call leaves numpy's code in no cache, and a dozen array operations take longer than 40 numbers.
+        return [_scaled(row, *pair) for row, pair in zip(log_probs.tolist(), scaling, strict=False)]
+
+
+def _scaled(log_probs: list[float], slope: float, offset: float) -> list[float]:
+    chances = []
+    for log_prob in log_probs:
+        against = math.exp(-log_prob) - 1 if log_prob > _LEAST_LIKELY else 1 / _SMALLEST  # (1 - p) / p
+        scaled = slope * math.log(max(against, _SMALLEST)) - offset
+        chances.append(1 / (1 + math.exp(min(scaled, _HOPELESS))))
+    return chances
 
 
 def ranked_paths(
@@ -159,6 +174,8 @@ def ranked_paths(
     ``continuation``: what the text repeats, with the probability of each prefix. Paths of the heads below ``least`` are left out.
     """
     paths = _best_paths(tokens, chances, count, least)
+    if not continuation:
+        return list(paths.items())
     so_far: TokenPath = ()
     chance = 1.0 if tokens else 0.0
     for depth, (token, rate) in enumerate(continuation):
@@ -196,5 +213,5 @@ def compiled(paths: list[TokenPath], *, looked_up: bool) -> Draft:
         return Draft(ROOT_ONLY, NOTHING.tokens, looked_up)
     paths.sort(key=len)
     row_of = {path: row for row, path in enumerate([(), *paths])}
-    shape = Shape.of((-1, *(row_of[path[:-1]] for path in paths)))
+    shape = Shape.of((-1, *[row_of[path[:-1]] for path in paths]))
     return Draft(shape, np.array([path[-1] for path in paths], np.int64), looked_up)

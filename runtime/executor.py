@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,8 +22,7 @@ class CacheLayout:
     dtype: str  # numpy name: float32 or float16
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):  # a tuple, because every step looks its buffers up by it
     """Outputs that a call must deliver. Greedy decoding wants none of them; speculation wants the heads."""
 
     heads: bool = False
@@ -147,7 +146,7 @@ class AheadExecutor(Executor, Protocol):
 
 def visible_rows(buffers: StepBuffers, cache_rows: int, granularity: int = 64) -> int:
     """T: cache rows that this step may look at, rounded up so that it changes seldom."""
-    end = int(buffers.write_index.max()) + buffers.rows
+    end = int(max(buffers.write_index.tolist())) + buffers.rows  # every step asks: for few slots Python's max is the faster one
     return min(-(-end // granularity) * granularity, cache_rows)
 
 

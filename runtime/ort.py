@@ -36,6 +36,7 @@ class OrtExecutor(OrtBase):
         self._cache_values = [self._value(cache) for cache in self.caches]
         self._columns = np.arange(layout.rows, dtype=np.int64)
         self._column_values: dict[int, Any] = {}
+        self._shown: dict[int, int] = {}  # cache rows that step bindings, which are kept for good, were bound to show
         self._truth = np.array([False, True])
         self._heads_wanted = [self._value(self._truth[answer : answer + 1].reshape(())) for answer in range(2)]
 
@@ -43,21 +44,22 @@ class OrtExecutor(OrtBase):
         if step_io.COMMIT not in self._inputs:
             self._move_committed(buffers, slot or 0)
         visible = visible_rows(buffers, self.layout.rows)
-        binding.bind_ortvalue_input(step_io.COLUMNS, self._columns_value(visible))
+        if slot is not None or self._shown.get(id(binding)) != visible:
+            binding.bind_ortvalue_input(step_io.COLUMNS, self._columns_value(visible))
+            if slot is None:
+                self._shown[id(binding)] = visible
         started = time.perf_counter()
         self._session.run_with_iobinding(binding, self._run_options)
         self.engine_seconds += time.perf_counter() - started
 
     def _move_committed(self, buffers: StepBuffers, first_slot: int) -> None:
-        margin = buffers.commit.shape[1]
-        for index in range(buffers.commit.shape[0]):
-            end = int(buffers.write_index[index])
-            source = buffers.commit[index]
-            target = self._columns[end - margin : end]
-            moved = np.flatnonzero(source != target)
-            if moved.size:
+        for index, (sources, end) in enumerate(zip(buffers.commit.tolist(), buffers.write_index.tolist(), strict=True)):
+            targets = range(end - len(sources), end)
+            moves = [(source, target) for source, target in zip(sources, targets, strict=True) if source != target]
+            if moves:
+                source, target = np.array(moves).T
                 slot = self.caches[:, first_slot + index]
-                slot[:, :, target[moved]] = slot[:, :, source[moved]]
+                slot[:, :, target] = slot[:, :, source]
 
     def _columns_value(self, visible: int) -> Any:
         if visible not in self._column_values:

@@ -66,7 +66,10 @@ class Shape:
     @cached_property
     def row_paths(self) -> tuple[tuple[int, ...], ...]:
         """For each row: the rows from below the root down to it."""
-        return tuple(tuple(int(row) for row in np.flatnonzero(self.ancestors[i])[1:]) for i in range(self.rows))
+        paths: list[tuple[int, ...]] = [()]
+        for row, parent in enumerate(self.parents[1:].tolist(), start=1):
+            paths.append((*paths[parent], row))
+        return tuple(paths)
 
 
 @dataclass(frozen=True)

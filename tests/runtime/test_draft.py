@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from medusa_deploy.runtime.draft import UNKNOWN_SCALING, BestRows, Candidates, Draft, FixedTree
+from medusa_deploy.runtime.draft import UNKNOWN_SCALING, BestRows, Candidates, Draft, FixedTree, Scale, ranked_paths
 from medusa_deploy.runtime.errors import CapacityError, UsageError
 from medusa_deploy.runtime.lookup import PromptLookup
 from medusa_deploy.runtime.tree import ROOT_ONLY, Tree
@@ -93,6 +93,38 @@ def test_heads_that_return_nan_still_draft_a_tree() -> None:
     heads.log_probs[1:] = np.nan
     paths = paths_of(BestRows(5, (), PromptLookup(LOOP)).draft(heads))
     assert all(path[:-1] in {(), *paths} for path in paths)
+
+
+_log_prob = st.floats(-200, 0, width=32) | st.floats(-(2**-10), 0, width=32) | st.just(-np.inf)
+_log_probs = st.lists(_log_prob, min_size=4, max_size=4)
+
+
+@given(st.lists(_log_probs, min_size=1, max_size=3), st.data())
+def test_chances_are_what_the_scaling_makes_of_the_odds(log_probs: list[list[float]], data: st.DataObject) -> None:
+    pair = st.tuples(st.floats(0, 3), st.floats(-3, 3)) | st.sampled_from([(1e300, 0.0), (0.0, 1e4), (0.0, -1e4)])
+    scaling = tuple(data.draw(pair) for _ in log_probs)
+    said = np.array([sorted(row, reverse=True) for row in log_probs], np.float32)
+    slopes, offsets = np.array(scaling).T[:, :, None]
+    with np.errstate(all="ignore"):
+        against = np.clip(np.expm1(-said.astype(np.float64)), 1e-6, 1e6)
+        expected = 1 / (1 + np.exp(slopes * np.log(against) - offsets))
+    found = Scale(scaling).chances(said)
+    assert np.array(found) == pytest.approx(expected, rel=1e-6, abs=1e-300)
+    assert found == [sorted(row, reverse=True) for row in found]
+
+
+_ties = st.lists(st.sampled_from([1.0, 0.5, 0.25, 0.0]), min_size=3, max_size=3).map(lambda row: sorted(row, reverse=True))
+
+
+@given(st.lists(_ties, min_size=1, max_size=3), st.integers(0, 39))
+def test_paths_of_the_heads_alone_are_the_likeliest_shorter_ones_first(chances: list[list[float]], count: int) -> None:
+    tokens = [[100 + 10 * head + rank for rank in range(3)] for head in range(len(chances))]
+    ranked = ranked_paths(tokens, chances, [], count)
+    order = [(-chance, len(path)) for path, chance in ranked]
+    depths = range(1, len(chances) + 1)
+    values = [(-np.prod(of), len(of)) for depth in depths for of in itertools.product(*chances[:depth])]
+    assert order == sorted(values)[:count]
+    assert len({path for path, _ in ranked}) == len(ranked)
 
 
 _chances = st.lists(st.floats(0.001, 0.999), min_size=3, max_size=3).map(lambda row: sorted(row, reverse=True))

@@ -199,6 +199,21 @@ def test_caches_are_updated_where_they_are(sessions: dict[str, Session], variant
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_steps_of_every_size_see_the_text_as_it_grows_and_as_it_starts_anew(sessions: dict[str, Session], variant: str) -> None:
+    """Each size has inputs of its own, bound at another length of the text than the one that the next step has."""
+    session = sessions[variant]
+    prompts = [_prompt(np.random.default_rng(seed), length) for seed, length in enumerate((40, 5, 110))]
+    answers = [_plain(session, prompt, 60).token_ids for prompt in prompts]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        for place in (1, 21, 31, 59):  # the prefill alone tells what comes next
+            assert _plain(session, prompt + answer[:place], 1).token_ids == [answer[place]]
+    for trees in ([chain(HEADS), WIDE], [WIDE, ROOT_ONLY, chain(1)]):
+        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            tree = trees[number % len(trees)]
+            assert session.generate(token_ids=prompt, max_new_tokens=60, ignore_eos=True, tree=tree).token_ids == answer
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_allocates_nothing(sessions: dict[str, Session], variant: str) -> None:
     session = sessions[variant]
     wanted = Wanted(heads=True)

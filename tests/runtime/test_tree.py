@@ -57,6 +57,7 @@ def test_any_prefix_closed_set_compiles_to_rows_in_breadth_order(choices: list[R
         assert tree.parents[row] < row
         assert (tree.depths[row], tree.ranks[row]) == (len(path), path[-1])
         assert tree.slots[:, row - 1].tolist() == [len(path) - 1, path[-1]]
+        assert [0, *tree.row_paths[row]] == np.flatnonzero(tree.ancestors[row]).tolist()
 
 
 @given(prefix_closed())

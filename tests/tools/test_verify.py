@@ -108,7 +108,7 @@ def test_a_lost_commit_is_found(tiny_session: Session, monkeypatch: pytest.Monke
 
     def forgetful(self: Decoder, sequence: Any, outcome: Any) -> list[int]:
         kept = commit(self, sequence, outcome)
-        self._commits[sequence.slot] = self.slots.lengths[sequence.slot] + self._in_place
+        self._to_move[sequence.slot] = []
         return kept
 
     monkeypatch.setattr(Decoder, "_commit", forgetful)
