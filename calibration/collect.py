@@ -24,7 +24,7 @@ from .products import Product, StepGraph
 
 Progress = Callable[[int, str], object]
 _MOST_OBSERVED_BYTES = 256 << 20
-_SAVE_EVERY = 30.0
+SAVE_EVERY = 30.0
 
 
 class _Binding(NamedTuple):
@@ -133,7 +133,7 @@ class Calibrator:
             for prompt in prompts[total.prompts :]:
                 total.merge(self._observe(prompt, max_new_tokens))
                 progress(total.prompts, f"{total.prefill_rows} prefill rows, {total.tree_rows} tree rows")
-                if progress_file is not None and time.monotonic() - since >= _SAVE_EVERY:
+                if progress_file is not None and time.monotonic() - since >= SAVE_EVERY:
                     total.save(progress_file, settings)
                     saved, since = total.prompts, time.monotonic()
         except BaseException:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,9 @@ from ..runtime.ort_base import CPU_PROVIDER, import_onnxruntime
 from ..runtime.prompt_encoder import PromptEncoder
 from ..runtime.request import Request
 from ..runtime.scales_file import Smoothing
-from .collect import Progress, run_facts, watched_products
+from .collect import SAVE_EVERY, Progress, run_facts, watched_products
 from .layer_cut import Stage, cut_layers
+from .layer_progress import LayerProgress
 from .observations import Observations
 from .products import StepGraph
 from .row_sample import SAMPLED_PROMPTS, RowSample, smooth_activation
@@ -78,65 +81,76 @@ class LayerCalibrator:
         self,
         texts: Sequence[Sequence[int]],
         alphas: Sequence[float | None],
+        progress_file: Path | None = None,
         progress: Progress = lambda _done, _note: None,
     ) -> Measured:
         """Take the texts, token ids of at most ``longest`` each, through all stages. No ``alphas``: no smoothing.
 
-        ``progress`` gets the number of stages done and a note.
+        ``progress_file``: where the state behind a stage is kept from time to time; a run with the same settings goes on behind
+        that stage, and its result is the same. The caller removes it. ``progress`` gets the number of stages done and a note.
 
         Raises:
             RangeError: an activation holds NaN or infinity, or a weight that no scale fits.
             QuantisationError: a weight holds NaN or infinity.
-            CalibrationError: a text is empty or too long.
+            CalibrationError: a text is empty or too long, or the progress file is damaged or of a run with other settings.
+            OutputError: the progress file can't be written.
         """
         if not all(0 < len(text) <= self.longest for text in texts):
             raise CalibrationError("a text is empty or too long", hint=f"give texts of 1 to {self.longest} tokens")
-        seen = Observations.of(self.products)
-        seen.prompts, seen.prefill_rows = len(texts), sum(map(len, texts))
+        settings = {**self.settings(texts), "alphas": list(alphas)}
+        run = LayerProgress(Observations.of(self.products), [None] * len(texts))
+        run.seen.prompts, run.seen.prefill_rows = len(texts), sum(map(len, texts))
+        if progress_file is not None:
+            run.resume(progress_file, settings, list(map(len, texts)))
         smoothable = self.graph.smoothable() if alphas else {}
-        states: list[np.ndarray | None] = [None] * len(texts)
         weights: dict[tuple[str, int], np.ndarray] = {}
-        smoothing = {}
+        since = time.monotonic()
         for done, stage in enumerate(self.stages):
             name = "the last norm, projection and heads" if stage.after is None else f"layer {stage.layer}"
 
             def note(what: str, done: int = done, name: str = name) -> None:
                 progress(done, f"{name}: {what}")
 
-            rows = self._observe(stage, texts, states, seen, [each for each in stage.activations if each in smoothable], note)
+            rows = {}
+            if done >= run.stages:
+                rows = self._observe(stage, texts, run, [each for each in stage.activations if each in smoothable], note)
+            note("scales of weights")
             for key in dict.fromkeys((product.weight, product.axis) for product in stage.products):
                 weights[key] = self.graph.weight_scales(*key)
             for activation, sampled in rows.items():
                 note(f"smoothing {activation}")
-                maxima = seen.observers[activation].channel_maxima
-                smoothing[activation] = smooth_activation(self.graph, smoothable[activation], sampled, maxima, alphas)
+                maxima = run.seen.observers[activation].channel_maxima
+                run.smoothing[activation] = smooth_activation(self.graph, smoothable[activation], sampled, maxima, alphas)
+            run.stages = max(run.stages, done + 1)
             progress(done + 1, name)
+            if progress_file is not None and time.monotonic() - since >= SAVE_EVERY and done + 1 == run.stages:
+                run.save(progress_file, settings)
+                since = time.monotonic()
         order = dict.fromkeys((product.weight, product.axis) for product in self.products)
-        return Measured(seen, {key: weights[key] for key in order}, {name: smoothing[name] for name in smoothable})
+        return Measured(run.seen, {key: weights[key] for key in order}, {name: run.smoothing[name] for name in smoothable})
 
     def _observe(
         self,
         stage: Stage,
         texts: Sequence[Sequence[int]],
-        states: list[np.ndarray | None],
-        seen: Observations,
+        run: LayerProgress,
         sampled: Sequence[str],
         note: Callable[[str], None],
     ) -> dict[str, np.ndarray]:
-        """Run a stage over all texts; ``states`` [1, N, H] become those behind it. Returns rows [R, C] of the ``sampled``."""
+        """Run a stage over all texts; the states of ``run`` become those behind it. Returns rows [R, C] of the ``sampled``."""
         rows: dict[str, list[np.ndarray]] = {name: [] for name in sampled}
         if not stage.outputs:
             return {}
         session = self._open(stage)
         for index, text in enumerate(texts):
             sample = RowSample(sampled if index < SAMPLED_PROMPTS else (), len(text))
-            for buffers, before in self._calls(stage, text, states[index]):
+            for buffers, before in self._calls(stage, text, run.states[index]):
                 values = self._run(session, stage, buffers, before)
                 for name in stage.activations:
-                    seen.observers[name].observe(values[name])
+                    run.seen.observers[name].observe(values[name])
                 sample.take(((name, values[name]) for name in sampled), buffers, prefill=True)
                 if stage.after is not None:
-                    states[index] = values[stage.after]
+                    run.states[index] = values[stage.after]
             for name, found in sample.rows.items():
                 rows[name] += found
             note(f"text {index + 1} of {len(texts)}")

@@ -84,10 +84,10 @@ class StepGraph:
         while open_values:
             name = open_values.pop()
             node = None if name in known else self._producers.get(name)
-            if node is not None and node.name not in found:
-                found.add(node.name)
+            if node is not None and node.output[0] not in found:
+                found.add(node.output[0])
                 open_values.extend(_read_by(node))
-        return [node for node in self._model.graph.node if node.name in found]
+        return [node for node in self._model.graph.node if node.output[0] in found]
 
     def piece(self, given: str | None, outputs: Sequence[str]) -> bytes:
         """The nodes that ``outputs`` come from, serialised, with the weights and those of the graph's inputs that they read.

@@ -130,7 +130,7 @@ def calibrate(
     ``data`` None takes the package's training prompts; ``samples`` None takes all of a file and 64 of those. ``method`` None is
     ``max``. ``smooth``: ``auto``, ``off`` or an alpha, as ``--smooth``. ``layer_by_layer`` loads one layer at a time, and no
     prompt is answered; None does so where all weights together would take more than half of the memory available. Otherwise
-    ``max_new_tokens``, 64 by default, follow each prompt, and what was seen is kept in ``OUTPUT.progress`` until the scales are
+    ``max_new_tokens``, 64 by default, follow each prompt. What was seen is kept in ``OUTPUT.progress`` until the scales are
     written: an interrupted run goes on from it.
 
     Raises:
@@ -163,7 +163,7 @@ def calibrate(
         if reason is None:
             scales = _with_answers(opened, way, max_new_tokens or DEFAULT_NEW_TOKENS, progress_file, bar)
         else:
-            scales = _in_layers(opened, way, reason, bar)
+            scales = _in_layers(opened, way, reason, progress_file, bar)
         write_whole(output, scales.to_json().encode())
     progress_file.unlink(missing_ok=True)
     return scales
@@ -202,7 +202,7 @@ def _with_answers(bundle: Bundle, way: _Way, max_new_tokens: int, progress_file:
     return make_scales(calibrator, seen, way.method, settings, smoothing)
 
 
-def _in_layers(bundle: Bundle, way: _Way, reason: str, bar: Progress) -> Scales:
+def _in_layers(bundle: Bundle, way: _Way, reason: str, progress_file: Path, bar: Progress) -> Scales:
     """One layer in memory at a time, no answers."""
     from ..calibration.layer_by_layer import LayerCalibrator
     from ..calibration.samples import read_samples
@@ -213,7 +213,7 @@ def _in_layers(bundle: Bundle, way: _Way, reason: str, bar: Progress) -> Scales:
     texts = [prompt[: calibrator.longest] for prompt in prompts]
     check_rows(sum(map(len, texts)))
     bar.phase("layers", len(calibrator.stages))
-    found = calibrator.measure(texts, way.alphas, bar.update)
+    found = calibrator.measure(texts, way.alphas, progress_file, bar.update)
     bar.phase("scales")
     cut = sum(len(prompt) > calibrator.longest for prompt in prompts)
     settings = {**calibrator.settings(texts), "why_layer_by_layer": reason, "cut_texts": cut, **way.settings}

@@ -11,12 +11,15 @@ import pytest
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+from medusa_deploy.calibration import layer_by_layer as module  # noqa: E402
 from medusa_deploy.calibration.collect import Calibrator  # noqa: E402
 from medusa_deploy.calibration.layer_by_layer import LayerCalibrator, Measured  # noqa: E402
 from medusa_deploy.calibration.layer_cut import cut_layers  # noqa: E402
 from medusa_deploy.calibration.observations import Observations  # noqa: E402
 from medusa_deploy.calibration.products import Product, StepGraph  # noqa: E402
+from medusa_deploy.calibration.ranges import Method  # noqa: E402
 from medusa_deploy.calibration.row_sample import find_smoothing  # noqa: E402
+from medusa_deploy.calibration.scales import make_scales  # noqa: E402
 from medusa_deploy.runtime.bundle import open_bundle  # noqa: E402
 from medusa_deploy.runtime.errors import CalibrationError  # noqa: E402
 from medusa_deploy.tools.prompt_source import random_prompts  # noqa: E402
@@ -131,10 +134,58 @@ def test_a_graph_that_is_no_chain_of_layers_is_refused_by_name():
 
 def test_progress_names_every_layer_and_counts_the_stages(layers: LayerCalibrator):
     heard: list[tuple[int, str]] = []
-    layers.measure(PROMPTS[:1], (), lambda done, note: heard.append((done, note)))
+    layers.measure(PROMPTS[:1], (), progress=lambda done, note: heard.append((done, note)))
     assert [done for done, _ in heard] == sorted(done for done, _ in heard)
     assert heard[-1][0] == len(layers.stages) == LAYERS + 1
     assert {note.partition(":")[0] for _, note in heard} == {"layer 0", "layer 1", "the last norm, projection and heads"}
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_interrupted_run_goes_on_behind_the_last_stage_and_ends_with_the_same_result(
+    layers: LayerCalibrator, measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+):
+    monkeypatch.setattr(module, "SAVE_EVERY", 0)
+    path, opened = tmp_path / "progress", []
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "_open", lambda stage: interrupt(opened, after) or LayerCalibrator._open(layers, stage))
+        with pytest.raises(KeyboardInterrupt):
+            layers.measure(PROMPTS, ALPHAS, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "_open", lambda stage: opened.append(stage.layer) or LayerCalibrator._open(layers, stage))
+        resumed = layers.measure(PROMPTS, ALPHAS, path)
+    assert opened == [None] * after + list(range(after, LAYERS + 1))
+    one, other = (
+        make_scales(layers, each.seen, Method(), {}, each.smoothing, each.weights, steps=False) for each in (resumed, measured)
+    )
+    assert one.to_json() == other.to_json()
+    for name, observer in measured.seen.observers.items():
+        np.testing.assert_array_equal(resumed.seen.observers[name].counts, observer.counts)
+
+
+def interrupt(opened: list[int | None], after: int) -> None:
+    """Ctrl-C when more than ``after`` stages are opened."""
+    if len(opened) == after:
+        raise KeyboardInterrupt
+    opened.append(None)
+
+
+def test_progress_of_other_texts_and_damaged_progress_are_refused(
+    layers: LayerCalibrator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "SAVE_EVERY", 0)
+    path = tmp_path / "progress"
+    layers.measure(PROMPTS, (), path)
+    with pytest.raises(CalibrationError, match="other settings: data_sha256"):
+        layers.measure(PROMPTS[::-1], (), path)
+    with pytest.raises(CalibrationError, match="other settings: alphas"):
+        layers.measure(PROMPTS, ALPHAS, path)
+    with np.load(path) as saved:
+        arrays = dict(saved)
+    for name, broken in (("states", arrays["states"][:-1]), ("smoothing", np.array("[")), ("factors", np.ones(3, np.float32))):
+        with path.open("wb") as file:
+            np.savez(file, **{**arrays, name: broken})
+        with pytest.raises(CalibrationError, match="can't be read"):
+            layers.measure(PROMPTS, (), path)
 
 
 @pytest.mark.parametrize("text", [[], [1] * 257])

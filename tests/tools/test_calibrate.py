@@ -206,6 +206,7 @@ def test_layer_by_layer_writes_scales_of_the_same_things_and_quantise_takes_them
     again = tmp_path / "again.json"
     assert main(["calibrate", str(tiny_bundle), "--data", str(data), "-o", str(again), *more]) == 0
     assert again.read_bytes() == output.read_bytes()
+    assert not list(tmp_path.glob("*.progress"))
     assert main(["quantise", str(bundle_copy), "--scales", str(output)]) == 0
 
 
