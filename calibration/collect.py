@@ -24,7 +24,7 @@ from .products import Product, StepGraph
 
 Progress = Callable[[int, str], object]
 _MOST_OBSERVED_BYTES = 256 << 20
-_SAVE_EVERY = 30.0
+SAVE_EVERY = 30.0
 
 
 class _Binding(NamedTuple):
@@ -90,10 +90,7 @@ class Calibrator:
         """
         self.bundle = bundle
         self.graph = StepGraph(bundle)
-        heads_run = bundle.manifest.tree().rows > 1
-        self.products = [product for product in self.graph.products if heads_run or not product.of_heads]
-        if not self.products:
-            raise CalibrationError("no product in the step graph has a constant weight", hint="export the bundle again")
+        self.products = watched_products(bundle, self.graph)
         tensors = {product.activation: product.of_heads for product in self.products}
         watcher = Observations.of(self.products)
         self._executor = ObservingExecutor(ort_model(bundle, 1, "standard"), self.graph, tensors, watcher, threads)
@@ -105,16 +102,8 @@ class Calibrator:
 
     def settings(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> dict[str, Any]:
         """What a run's observations depend on, as JSON."""
-        import onnxruntime
-
-        return {
-            "model_sha256": model_digest(self.bundle.manifest),
-            "data_sha256": prompts_digest(prompts),
-            "prompts": len(prompts),
-            "max_new_tokens": max_new_tokens,
-            "tree": self.session.tree.choices(),
-            "versions": {"medusa_deploy": __version__, "onnxruntime": onnxruntime.__version__, "numpy": np.__version__},
-        }
+        facts = run_facts(self.bundle, prompts)
+        return {**facts, "max_new_tokens": max_new_tokens, "tree": self.session.tree.choices()}
 
     def collect(
         self,
@@ -144,7 +133,7 @@ class Calibrator:
             for prompt in prompts[total.prompts :]:
                 total.merge(self._observe(prompt, max_new_tokens))
                 progress(total.prompts, f"{total.prefill_rows} prefill rows, {total.tree_rows} tree rows")
-                if progress_file is not None and time.monotonic() - since >= _SAVE_EVERY:
+                if progress_file is not None and time.monotonic() - since >= SAVE_EVERY:
                     total.save(progress_file, settings)
                     saved, since = total.prompts, time.monotonic()
         except BaseException:
@@ -164,6 +153,31 @@ class Calibrator:
         """Answer one prompt and show ``watcher`` what the products read."""
         self._executor.watcher = watcher
         self.session.generate(token_ids=prompt, max_new_tokens=max_new_tokens, tree=self.session.tree)
+
+
+def watched_products(bundle: Bundle, graph: StepGraph) -> list[Product]:
+    """The products of a bundle's graph that calibration is about: those of the heads only where the tree has rows for them.
+
+    Raises:
+        CalibrationError: there is none with a constant weight.
+    """
+    heads_run = bundle.manifest.tree().rows > 1
+    products = [product for product in graph.products if heads_run or not product.of_heads]
+    if not products:
+        raise CalibrationError("no product in the step graph has a constant weight", hint="export the bundle again")
+    return products
+
+
+def run_facts(bundle: Bundle, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """What every way of calibrating says of its run: model, data and versions."""
+    import onnxruntime
+
+    return {
+        "model_sha256": model_digest(bundle.manifest),
+        "data_sha256": prompts_digest(prompts),
+        "prompts": len(prompts),
+        "versions": {"medusa_deploy": __version__, "onnxruntime": onnxruntime.__version__, "numpy": np.__version__},
+    }
 
 
 def _row_bytes(products: Sequence[Product]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -49,8 +49,10 @@ class Observations:
         self.prefill_rows += other.prefill_rows
         self.tree_rows += other.tree_rows
 
-    def save(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def save(self, path: Path, settings: Mapping[str, Any], more: Mapping[str, np.ndarray] | None = None) -> None:
         """Write everything to ``path``, whole or not at all. ``settings``: what must be the same in the run that goes on.
+
+        ``more``: arrays that belong to the same state.
 
         Raises:
             OutputError: the file system refused; an older file is still there.
@@ -63,28 +65,30 @@ class Observations:
             "exponents": np.array([observer.exponent for observer in observers]),
             "rows": np.array([observer.rows for observer in observers]),
             "maxima": np.concatenate([observer.channel_maxima for observer in observers]),
+            **(more or {}),
         }
         write_whole(path, lambda file: np.savez(file, **arrays))
 
-    def resume(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Take in what ``path`` holds; nothing when there is no such file.
+    def resume(self, path: Path, settings: Mapping[str, Any], more: Sequence[str] = ()) -> dict[str, np.ndarray]:
+        """Take in what ``path`` holds; nothing when there is no such file. Returns the arrays ``more``.
 
         Raises:
             CalibrationError: the file is damaged, or of a run with other settings.
         """
         if not path.exists():
-            return
+            return {}
         again = f"remove {path}: calibration then starts anew"
         try:
             with np.load(path) as saved:
                 found = json.loads(str(saved["settings"]))
-                arrays = {name: saved[name] for name in ("done", "counts", "exponents", "rows", "maxima")}
+                arrays = {name: saved[name] for name in ("done", "counts", "exponents", "rows", "maxima", *more)}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, RecursionError) as error:
             raise CalibrationError(f"{path} can't be read: {error!r:.120}", hint=again) from None
         if found != dict(settings):
             names = sorted(name for name in {*settings, *found} if found.get(name) != settings.get(name))
             raise CalibrationError(f"{path} belongs to a run with other settings: {', '.join(names)}", hint=again)
         self._take(path, arrays, again)
+        return {name: arrays[name] for name in more}
 
     def _take(self, path: Path, arrays: Mapping[str, np.ndarray], again: str) -> None:
         observers = list(self.observers.values())

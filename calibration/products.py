@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -77,6 +78,51 @@ class StepGraph:
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
         return bytes(model.SerializeToString())
 
+    def needed_nodes(self, outputs: Iterable[str], given: Iterable[str] = ()) -> list[Any]:
+        """The nodes that these tensors come from, in the graph's order; what is ``given`` needs none."""
+        known, open_values, found = set(given), list(outputs), set()
+        while open_values:
+            name = open_values.pop()
+            node = None if name in known else self._producers.get(name)
+            if node is not None and node.output[0] not in found:
+                found.add(node.output[0])
+                open_values.extend(_read_by(node))
+        return [node for node in self._model.graph.node if node.output[0] in found]
+
+    def piece(self, given: str | None, outputs: Sequence[str]) -> bytes:
+        """The nodes that ``outputs`` come from, serialised, with the weights and those of the graph's inputs that they read.
+
+        ``given``: a hidden state [B, N, H] that is an input of the piece instead of being computed.
+        """
+        import onnx
+
+        nodes = self.needed_nodes(outputs, () if given is None else (given,))
+        read = set().union(*map(_read_by, nodes))
+        model = onnx.ModelProto(ir_version=self._model.ir_version, opset_import=self._model.opset_import)
+        model.functions.extend(self._model.functions)
+        model.graph.name = "piece"
+        model.graph.node.extend(nodes)
+        model.graph.initializer.extend(tensor for name, tensor in self._weights.items() if name in read)
+        model.graph.input.extend(value for value in self._model.graph.input if value.name in read)
+        if given is not None:
+            element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(self.dtype_of(given)))
+            model.graph.input.append(onnx.helper.make_tensor_value_info(given, element, ["B", "N", None]))
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+        return bytes(model.SerializeToString())
+
+    def dtype_of(self, name: str) -> np.dtype[Any]:
+        """Of a tensor: what the graph says of it; the model's own where it says nothing."""
+        from onnx import helper
+
+        known = (value.type.tensor_type.elem_type for value in self._model.graph.value_info if value.name == name)
+        element = next(known, 0)
+        return helper.tensor_dtype_to_np_dtype(element) if element else np.dtype(self._bundle.manifest.dtype)
+
+    def weights_bytes(self) -> int:
+        """Of all weights of some rank in float32, which is what ONNX Runtime makes of them on a CPU."""
+        sizes: Iterator[int] = (math.prod(tensor.dims) for tensor in self._weights.values() if len(tensor.dims) > 1)
+        return 4 * sum(sizes)
+
     def weight_scales(self, name: str, axis: int) -> np.ndarray:
         """Scales float32 of a weight's output channels: the largest magnitude in 127 steps. A channel of zeros has scale 1.
 
@@ -149,7 +195,7 @@ class StepGraph:
         return name in self._weights and list(self._weights[name].dims) == [channels]
 
     def _find_products(self) -> list[Product]:
-        of_backbone = self._needed_by((step_io.LAST_ROW, step_io.NEXT_TOKEN))
+        of_backbone = {node.name for node in self.needed_nodes((step_io.LAST_ROW, step_io.NEXT_TOKEN))}
         found = []
         for node in self._model.graph.node:
             weight, transposed = self._weight_of(node)
@@ -175,16 +221,6 @@ class StepGraph:
         if tensor is None or len(tensor.dims) != 2 or tensor.data_type not in floats:
             return None, False
         return tensor, transposed
-
-    def _needed_by(self, outputs: Iterable[str]) -> set[str]:
-        """Names of the nodes that these outputs come from."""
-        open_values, nodes = list(outputs), set()
-        while open_values:
-            node = self._producers.get(open_values.pop())
-            if node is not None and node.name not in nodes:
-                nodes.add(node.name)
-                open_values.extend(node.input)
-        return nodes
 
     def _values(self, name: str) -> np.ndarray:
         """The matrix, mapped where it lies in a file of its own."""

@@ -10,9 +10,10 @@ from ..runtime.executor import StepBuffers
 from ..runtime.scales_file import Smoothing
 from .collect import Calibrator, Progress
 from .observations import Observations
+from .products import StepGraph
 from .smoothing import choose_smoothing
 
-_PROMPTS = 16
+SAMPLED_PROMPTS = 16
 _FEWEST_PROMPTS = 4
 _OF_PROMPT = 8  # rows, the first one among them: it holds the massive activations
 _OF_STEPS = 8  # roots of the first steps
@@ -49,7 +50,7 @@ def sample_rows(
     """
     channels = {product.activation: product.channels for product in calibrator.products}
     of_prompt = 4 * (_OF_PROMPT + _OF_STEPS) * sum(channels[name] for name in names)
-    count = max(_FEWEST_PROMPTS, min(_PROMPTS, _MOST_BYTES // max(of_prompt, 1)))
+    count = max(_FEWEST_PROMPTS, min(SAMPLED_PROMPTS, _MOST_BYTES // max(of_prompt, 1)))
     rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for prompt in prompts[:count]:
         sample = RowSample(names, len(prompt))
@@ -57,6 +58,17 @@ def sample_rows(
         for name, found in sample.rows.items():
             rows[name] += found
     return {name: np.concatenate(found) for name, found in rows.items()}
+
+
+def smooth_activation(
+    graph: StepGraph,
+    readers: Sequence[tuple[str, int]],
+    rows: np.ndarray,
+    maxima: np.ndarray,
+    alphas: Sequence[float | None],
+) -> dict[str, Smoothing]:
+    """By grid, the best smoothing of one activation: its ``rows`` [R, C], what it reached, and the weights that read it."""
+    return choose_smoothing(rows, maxima, lambda: (block for key in readers for block in graph.weight_blocks(*key)), alphas)
 
 
 def find_smoothing(
@@ -73,10 +85,6 @@ def find_smoothing(
     rows = sample_rows(calibrator, list(smoothable), prompts, max_new_tokens) if smoothable else {}
     result = {}
     for done, (name, readers) in enumerate(smoothable.items(), 1):
-
-        def weights(keys: Sequence[tuple[str, int]] = readers) -> Iterable[np.ndarray]:
-            return (block for key in keys for block in graph.weight_blocks(*key))
-
-        result[name] = choose_smoothing(rows.pop(name), seen.observers[name].channel_maxima, weights, alphas)
+        result[name] = smooth_activation(graph, readers, rows.pop(name), seen.observers[name].channel_maxima, alphas)
         progress(done, f"of {len(smoothable)} activations")
     return result

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 from ..runtime.errors import CalibrationError
+from ..runtime.manifest import Manifest
 from ..runtime.prompts import MAX_FILE_BYTES, read_prompts
-from ..runtime.session import Session
+from ..runtime.request import Request
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 _LONGEST_PIECE = 512
 _HINT = f"give UTF-8 text, or JSON lines in a file that ends in {JSON_LINES[0]}"
 
 
-def read_samples(session: Session, path: Path, count: int | None, max_new_tokens: int) -> list[list[int]]:
+class TextSource(Protocol):
+    """What turns text into a bundle's token ids: a session, for one."""
+
+    manifest: Manifest
+
+    @property
+    def codec(self) -> Any: ...
+
+    def encode(self, request: Request) -> list[int]: ...
+
+
+def read_samples(source: TextSource, path: Path, count: int | None, max_new_tokens: int) -> list[list[int]]:
     """The first ``count`` samples of a file (None: all).
 
     Files ending in .jsonl, .ndjson or .json hold a prompt a line (:mod:`..runtime.prompts`). Others are text: every paragraph is
@@ -26,9 +39,9 @@ def read_samples(session: Session, path: Path, count: int | None, max_new_tokens
     """
     if path.suffix.lower() in JSON_LINES:
         lines = read_prompts(path)
-        samples: list[list[int]] = [session.encode(line.request()) for line in lines[:count]]
+        samples: list[list[int]] = [source.encode(line.request()) for line in lines[:count]]
     else:
-        samples = _pieces(session, _read_text(path), max_new_tokens)[:count]
+        samples = _pieces(source, _read_text(path), max_new_tokens)[:count]
     if not samples or (count is not None and len(samples) < count):
         asked = "" if count is None else f", asked for {count}"
         raise CalibrationError(f"{path} holds {len(samples)} samples{asked}", hint="give fewer --samples, or more data")
@@ -50,15 +63,15 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _pieces(session: Session, text: str, max_new_tokens: int) -> list[list[int]]:
-    if session.codec is None:
+def _pieces(source: TextSource, text: str, max_new_tokens: int) -> list[list[int]]:
+    if source.codec is None:
         raise CalibrationError("text needs a tokenizer, and the bundle has none", hint='give JSON lines of {"token_ids": [1, 2]}')
-    longest = max(1, min(_LONGEST_PIECE, session.manifest.limits.capacity - max_new_tokens))
+    longest = max(1, min(_LONGEST_PIECE, source.manifest.limits.capacity - max_new_tokens))
     return [
         piece
         for paragraph in text.replace("\r\n", "\n").split("\n\n")
         if paragraph.strip()
-        for piece in _cut(session.codec.encode(paragraph.strip(), add_special_tokens=True), longest)
+        for piece in _cut(source.codec.encode(paragraph.strip(), add_special_tokens=True), longest)
     ]
 
 

@@ -2,57 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
 
 from ..runtime.errors import CalibrationError
 from ..runtime.scales_file import LEVELS, ActivationScale, Layer, Scales, Smoothing
-from .collect import Calibrator
 from .observations import Observations
 from .observers import RangeObserver
+from .products import Product, StepGraph
 from .ranges import Method, choose_range, clipped_share, relative_error, zeroed_share
 
 FEWEST_ROWS = 128
 
 
+class Source(Protocol):
+    """A calibrator: its graph, and the products in it that it watched."""
+
+    @property
+    def graph(self) -> StepGraph: ...
+
+    @property
+    def products(self) -> Sequence[Product]: ...
+
+
 def make_scales(
-    calibrator: Calibrator,
+    calibrator: Source,
     seen: Observations,
     method: Method,
     settings: dict[str, object],
     smoothing: Mapping[str, Mapping[str, Smoothing]] | None = None,
+    weights: Mapping[tuple[str, int], np.ndarray] | None = None,
+    *,
+    steps: bool = True,
 ) -> Scales:
     """Scales of all activations that products read, by ``method``, and of their weights, by largest magnitudes.
 
     ``settings``: of the run that ``seen`` comes from; they become the provenance, with the counts of rows.
+    ``weights``: scales that are known already; None computes them. ``steps``: whether there must have been steps of a tree.
 
     Raises:
         CalibrationError: fewer than 128 rows, no step after a prefill, or an activation that was never computed.
         RangeError: an activation or weight that no scale fits.
         QuantisationError: a weight holds NaN or infinity.
     """
-    check_enough(seen)
+    check_enough(seen, steps=steps)
     products = calibrator.products
-    weights = dict.fromkeys((product.weight, product.axis) for product in products)
+    if weights is None:
+        keys = dict.fromkeys((product.weight, product.axis) for product in products)
+        weights = {key: calibrator.graph.weight_scales(*key) for key in keys}
     return Scales(
         method.describe(),
         {product.name: Layer(product.activation, product.weight, product.axis) for product in products},
         {name: _activation_scale(observer, method) for name, observer in seen.observers.items()},
-        {key: calibrator.graph.weight_scales(*key) for key in weights},
+        weights,
         {**settings, "prefill_rows": seen.prefill_rows, "tree_rows": seen.tree_rows},
         smoothing or {},
     )
 
 
-def check_enough(seen: Observations) -> None:
+def check_rows(rows: int) -> None:
+    """Refuse too few rows.
+
+    Raises:
+        CalibrationError: fewer than 128.
+    """
+    if rows < FEWEST_ROWS:
+        raise CalibrationError(f"the data gave {rows} rows, scales need {FEWEST_ROWS}", hint="give more or longer prompts")
+
+
+def check_enough(seen: Observations, *, steps: bool = True) -> None:
     """Refuse too little data.
 
     Raises:
         CalibrationError: see :func:`make_scales`.
     """
-    rows = seen.prefill_rows + seen.tree_rows
-    if rows < FEWEST_ROWS:
-        raise CalibrationError(f"the data gave {rows} rows, scales need {FEWEST_ROWS}", hint="give more or longer prompts")
-    if not seen.tree_rows:
+    check_rows(seen.prefill_rows + seen.tree_rows)
+    if steps and not seen.tree_rows:
         raise CalibrationError(
             "every prompt ended at its first token: no step of a tree was seen", hint="give other prompts, or more new tokens"
         )

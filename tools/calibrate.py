@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ..runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from ..calibration.ranges import Method
+    from ..runtime.bundle import Bundle
     from ..runtime.scales_file import Scales
+    from .console import Progress
 
 HELP = "measure ranges of activations and weights on the CPU and write int8 scales"
 METHODS = ("max", "percentile", "mse", "entropy")
 DEFAULT_SAMPLES = 64
+DEFAULT_NEW_TOKENS = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"use the first N prompts or paragraphs (default: all of FILE, or {DEFAULT_SAMPLES} of the package's)",
     )
-    parser.add_argument("--max-new-tokens", type=positive_int, default=64, metavar="N", help="per prompt (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive_int,
+        metavar="N",
+        help=f"per prompt (default: {DEFAULT_NEW_TOKENS}; none layer by layer)",
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="SCALES", help="file of scales to write")
     parser.add_argument("--method", choices=METHODS, default="max", help="how ranges are chosen (default: %(default)s)")
     parser.add_argument(
@@ -46,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="auto|off|A",
         help="SmoothQuant's factors: an alpha an activation by search, none, or one alpha A in 0 … 1 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layer-by-layer",
+        action=argparse.BooleanOptionalAction,
+        help="load one layer at a time: prompts are read, not answered (default: where all weights take over half of the memory)",
     )
     parser.add_argument("--threads", type=positive_int, metavar="N", help="engine threads (default: all cores)")
     parser.add_argument("--force", action="store_true", help="replace SCALES")
@@ -70,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
     require("calibrate")
     from ..calibration.ranges import Method
+    from .calibrate_report import describe, smoothed, worst
     from .console import emit
 
     method = Method(args.method, args.percentile)
@@ -81,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         samples=args.samples,
         max_new_tokens=args.max_new_tokens,
         smooth=args.smooth,
+        layer_by_layer=args.layer_by_layer,
         threads=args.threads,
         force=args.force,
     )
@@ -102,112 +119,116 @@ def calibrate(
     method: Method | None = None,
     *,
     samples: int | None = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     smooth: str | float = "auto",
+    layer_by_layer: bool | None = None,
     threads: int | None = None,
     force: bool = False,
 ) -> Scales:
     """Measure a bundle on ``data`` and write its scales to ``output``, whole or not at all.
 
     ``data`` None takes the package's training prompts; ``samples`` None takes all of a file and 64 of those. ``method`` None is
-    ``max``. ``smooth``: ``auto``, ``off`` or an alpha, as ``--smooth``. What was seen is kept in ``OUTPUT.progress`` until the
-    scales are written: an interrupted run goes on from it.
+    ``max``. ``smooth``: ``auto``, ``off`` or an alpha, as ``--smooth``. ``layer_by_layer`` loads one layer at a time, and no
+    prompt is answered; None does so where all weights together would take more than half of the memory available. Otherwise
+    ``max_new_tokens``, 64 by default, follow each prompt. What was seen is kept in ``OUTPUT.progress`` until the scales are
+    written: an interrupted run goes on from it.
 
     Raises:
+        UsageError: ``max_new_tokens`` are given, layer by layer.
         BundleError, BundleSchemaError, BundleIntegrityError: the bundle can't be used.
         BundleExistsError: the output exists and ``force`` is false.
         CalibrationError, PromptError, CapacityError: too little data, or data that the bundle can't take.
         RangeError, QuantisationError: values that no scale fits.
         OutputError: the file system refused.
     """
-    from ..calibration.collect import Calibrator
     from ..calibration.ranges import Method
-    from ..calibration.row_sample import find_smoothing
-    from ..calibration.samples import read_samples
-    from ..calibration.scales import check_enough, make_scales
     from ..calibration.smoothing import ALPHAS
     from ..runtime.bundle import open_bundle, refuse_existing, write_whole
     from .console import Progress
-    from .prompt_source import check_room, packaged_prompts
+    from .prompt_source import packaged_prompts
 
     refuse_existing(output, force=force)
+    path, count = (packaged_prompts("train"), samples or DEFAULT_SAMPLES) if data is None else (data, samples)
+    alphas = ALPHAS if smooth == "auto" else () if smooth == "off" else (float(smooth),)
+    progress_file = output.with_name(f"{output.name}.progress")
     with Progress("load") as bar:
-        calibrator = Calibrator(open_bundle(bundle), threads)
-        path, count = (packaged_prompts("train"), samples or DEFAULT_SAMPLES) if data is None else (data, samples)
-        prompts = read_samples(calibrator.session, path, count, max_new_tokens)
-        check_room(calibrator.session, prompts, max_new_tokens)
-        bar.phase("observe", len(prompts))
-        progress_file = output.with_name(f"{output.name}.progress")
-        seen = calibrator.collect(prompts, max_new_tokens, progress_file, bar.update)
-        check_enough(seen)
-        alphas = ALPHAS if smooth == "auto" else () if smooth == "off" else (float(smooth),)
-        bar.phase("smooth")
-        smoothing = find_smoothing(calibrator, seen, prompts, max_new_tokens, alphas, bar.update)
-        bar.phase("scales")
-        settings = {**calibrator.settings(prompts, max_new_tokens), "smooth": smooth, "alphas": list(alphas)}
-        scales = make_scales(calibrator, seen, method or Method(), settings, smoothing)
+        opened = open_bundle(bundle)
+        reason = _why_layer_by_layer(opened, layer_by_layer)
+        if reason is not None and max_new_tokens is not None:
+            raise UsageError(
+                f"layer by layer ({reason}) no prompt is answered, and {max_new_tokens} new tokens are asked for",
+                hint="leave --max-new-tokens out, or give --no-layer-by-layer where memory suffices",
+            )
+        way = _Way(path, count, alphas, {"smooth": smooth, "alphas": list(alphas)}, method or Method(), threads)
+        if reason is None:
+            scales = _with_answers(opened, way, max_new_tokens or DEFAULT_NEW_TOKENS, progress_file, bar)
+        else:
+            scales = _in_layers(opened, way, reason, progress_file, bar)
         write_whole(output, scales.to_json().encode())
     progress_file.unlink(missing_ok=True)
     return scales
 
 
-def worst(scales: Scales, count: int = 10) -> list[dict[str, object]]:
-    """The activations that lose the largest shares of their values to 0, with one of the layers that read them."""
-    readers = {layer.activation: name for name, layer in reversed(list(scales.layers.items()))}
-    order = sorted(scales.activations.items(), key=lambda item: -item[1].zeroed)[:count]
-    return [
-        {
-            "activation": name,
-            "layer": readers[name],
-            "largest": entry.largest,
-            "scale": entry.scale,
-            "clipped": entry.clipped,
-            "zeroed": entry.zeroed,
-            "relative_error": entry.relative_error,
-        }
-        for name, entry in order
-    ]
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """What both ways of calibrating take."""
+
+    path: Path
+    count: int | None
+    alphas: Sequence[float | None]
+    settings: Mapping[str, Any]
+    method: Method
+    threads: int | None
 
 
-def smoothed(scales: Scales) -> dict[str, dict[str, object]]:
-    """By grid: how many activations have which alpha, and the mean errors of their products without factors and with them."""
-    from ..runtime.scales_file import GRIDS
+def _with_answers(bundle: Bundle, way: _Way, max_new_tokens: int, progress_file: Path, bar: Progress) -> Scales:
+    """The whole graph in memory, and answers."""
+    from ..calibration.collect import Calibrator
+    from ..calibration.row_sample import find_smoothing
+    from ..calibration.samples import read_samples
+    from ..calibration.scales import check_enough, make_scales
+    from .prompt_source import check_room
 
-    result: dict[str, dict[str, object]] = {}
-    for grid in GRIDS if scales.smoothing else ():
-        entries = [grids[grid] for grids in scales.smoothing.values()]
-        counts = Counter("off" if entry.alpha is None else f"{entry.alpha:g}" for entry in entries)
-        before, after = (fmean(getattr(entry, name) for entry in entries) for name in ("unsmoothed_error", "error"))
-        result[grid] = {"activations": dict(sorted(counts.items())), "unsmoothed_error": before, "error": after}
-    return result
+    calibrator = Calibrator(bundle, way.threads)
+    prompts = read_samples(calibrator.session, way.path, way.count, max_new_tokens)
+    check_room(calibrator.session, prompts, max_new_tokens)
+    bar.phase("observe", len(prompts))
+    seen = calibrator.collect(prompts, max_new_tokens, progress_file, bar.update)
+    check_enough(seen)
+    bar.phase("smooth")
+    smoothing = find_smoothing(calibrator, seen, prompts, max_new_tokens, way.alphas, bar.update)
+    bar.phase("scales")
+    settings = {**calibrator.settings(prompts, max_new_tokens), **way.settings}
+    return make_scales(calibrator, seen, way.method, settings, smoothing)
 
 
-def describe(scales: Scales) -> str:
-    """Counts, and the worst activations, one a line."""
-    from .console import table
+def _in_layers(bundle: Bundle, way: _Way, reason: str, progress_file: Path, bar: Progress) -> Scales:
+    """One layer in memory at a time, no answers."""
+    from ..calibration.layer_by_layer import LayerCalibrator
+    from ..calibration.samples import read_samples
+    from ..calibration.scales import check_rows, make_scales
 
-    facts = scales.provenance
-    headline = (
-        f"{len(scales.activations)} activations of {len(scales.layers)} layers, method {scales.method}, from "
-        f"{facts['prompts']} prompts: {facts['prefill_rows']} prefill rows and {facts['tree_rows']} tree rows"
-    )
-    rows = [
-        [
-            entry["activation"],
-            entry["layer"],
-            entry["largest"],
-            entry["scale"],
-            f"{entry['clipped']:.3%}",
-            f"{entry['zeroed']:.1%}",
-            f"{entry['relative_error']:.1%}",
-        ]
-        for entry in worst(scales)
-    ]
-    shown = f"{headline}\n\n{table(rows, ['activation', 'read by', 'largest', 'scale', 'clipped', 'zeroed', 'rms error'])}"
-    for grid, entry in smoothed(scales).items():
-        counts = ", ".join(f"{count} of alpha {alpha}" for alpha, count in entry["activations"].items())  # type: ignore[attr-defined]
-        shown += (
-            f"\n\nsmoothing, {grid} grid: {counts}\n"
-            f"mean squared error of their products {entry['unsmoothed_error']:.2e} without, {entry['error']:.2e} with"
-        )
-    return shown
+    calibrator = LayerCalibrator(bundle, way.threads)
+    prompts = read_samples(calibrator, way.path, way.count, 0)
+    texts = [prompt[: calibrator.longest] for prompt in prompts]
+    check_rows(sum(map(len, texts)))
+    bar.phase("layers", len(calibrator.stages))
+    found = calibrator.measure(texts, way.alphas, progress_file, bar.update)
+    bar.phase("scales")
+    cut = sum(len(prompt) > calibrator.longest for prompt in prompts)
+    settings = {**calibrator.settings(texts), "why_layer_by_layer": reason, "cut_texts": cut, **way.settings}
+    return make_scales(calibrator, found.seen, way.method, settings, found.smoothing, found.weights, steps=False)
+
+
+def _why_layer_by_layer(bundle: Bundle, asked: bool | None) -> str | None:
+    """Why one layer is loaded at a time; None where all are."""
+    from ..calibration.products import StepGraph
+    from .console import human_bytes
+    from .machine import memory_bytes
+
+    if asked is not None:
+        return "as asked" if asked else None
+    weights, (_, available) = StepGraph(bundle).weights_bytes(), memory_bytes()
+    if not available or 2 * weights <= available:
+        return None
+    return f"its weights, {human_bytes(weights)} in float32, take more than half of the memory available"

@@ -11,13 +11,15 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from medusa_deploy.calibration import collect, samples
+from medusa_deploy.calibration.products import StepGraph
 from medusa_deploy.calibration.ranges import METHODS
 from medusa_deploy.runtime.bundle import open_bundle
 from medusa_deploy.runtime.errors import CalibrationError
 from medusa_deploy.runtime.prompts import prompts_digest
 from medusa_deploy.runtime.scales_file import read_scales
 from medusa_deploy.runtime.session import load
-from medusa_deploy.tools import calibrate as verb
+from medusa_deploy.tools import calibrate as verb, machine
+from medusa_deploy.tools.calibrate_report import describe
 from medusa_deploy.tools.cli import main
 from medusa_deploy.tools.prompt_source import random_prompts
 from support.text import encode, text_bundle
@@ -183,3 +185,60 @@ def test_without_data_the_packages_prompts_are_taken(text_bundle: Path, tmp_path
     scales = verb.calibrate(text_bundle, output, samples=2, max_new_tokens=4, threads=1)
     assert scales.provenance["prompts"] == 2
     assert scales.provenance["prefill_rows"] > 20
+
+
+def test_layer_by_layer_writes_scales_of_the_same_things_and_quantise_takes_them(
+    tiny_bundle: Path, bundle_copy: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    whole, output, report = tmp_path / "whole.json", tmp_path / "layers.json", tmp_path / "report.json"
+    assert main(["calibrate", str(tiny_bundle), *options(data, whole, "--no-layer-by-layer")]) == 0
+    more = ["--layer-by-layer", "--threads", "1", "--json", str(report)]
+    capsys.readouterr()
+    assert main(["calibrate", str(tiny_bundle), "--data", str(data), "-o", str(output), *more]) == 0
+    assert "layer by layer (as asked): prompts were read and not answered" in capsys.readouterr().out
+    one, other = (read_scales(path, open_bundle(tiny_bundle).manifest) for path in (whole, output))
+    assert one.layers == other.layers
+    for part in ("activations", "weights", "smoothing"):
+        assert list(getattr(one, part)) == list(getattr(other, part))
+    facts = json.loads(report.read_text("utf-8"))["provenance"]
+    assert (facts["layer_by_layer"], facts["tree_rows"], facts["cut_texts"]) == (True, 0, 0)
+    assert facts["prefill_rows"] == sum(map(len, PROMPTS))
+    again = tmp_path / "again.json"
+    assert main(["calibrate", str(tiny_bundle), "--data", str(data), "-o", str(again), *more]) == 0
+    assert again.read_bytes() == output.read_bytes()
+    assert not list(tmp_path.glob("*.progress"))
+    assert main(["quantise", str(bundle_copy), "--scales", str(output)]) == 0
+
+
+def test_a_model_too_large_for_memory_is_calibrated_layer_by_layer_and_the_output_says_so(
+    tiny_bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    weights = StepGraph(open_bundle(tiny_bundle)).weights_bytes()
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
+    assert weights == 4 * (2 * layer + 3 * 64 * 64 + 3 * 64 * VOCAB), "the vocabulary has three: embedding, projection, heads"
+    for available, expected in ((2 * weights, False), (2 * weights - 1, True), (0, False)):
+        monkeypatch.setattr(machine, "memory_bytes", lambda available=available: (1 << 40, available))
+        scales = verb.calibrate(tiny_bundle, tmp_path / "scales.json", data, smooth="off", threads=1, force=True)
+        assert scales.provenance.get("layer_by_layer", False) == expected
+        assert ("more than half of the memory" in describe(scales)) == expected
+
+
+def test_new_tokens_are_refused_where_nothing_is_answered(
+    tiny_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "scales.json"
+    assert main(["calibrate", str(tiny_bundle), *options(data, output, "--layer-by-layer")]) == 1
+    assert "16 new tokens are asked for" in capsys.readouterr().err
+    assert (
+        main(["calibrate", str(tiny_bundle), "--data", str(data), "-o", str(output), "--layer-by-layer", "--samples", "1"]) == 1
+    )
+    assert "scales need 128" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_layer_by_layer_texts_are_cut_where_a_slot_ends(tiny_bundle: Path, tmp_path: Path):
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"token_ids": [1, *range(3, 128)] * 3}) + "\n", "utf-8")
+    scales = verb.calibrate(tiny_bundle, tmp_path / "scales.json", long, smooth="off", layer_by_layer=True, threads=1)
+    assert (scales.provenance["prefill_rows"], scales.provenance["cut_texts"]) == (256, 1)
+    assert "1 cut to 256 tokens" in describe(scales)

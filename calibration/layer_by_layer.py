@@ -1,0 +1,220 @@
+"""Calibration of a model that doesn't fit into memory: texts pass through one layer after the other, each loaded alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..runtime import step_io
+from ..runtime.bundle import Bundle
+from ..runtime.errors import CalibrationError
+from ..runtime.executor import StepBuffers, Wanted, chain_ancestors, visible_rows
+from ..runtime.ort_base import CPU_PROVIDER, import_onnxruntime
+from ..runtime.prompt_encoder import PromptEncoder
+from ..runtime.request import Request
+from ..runtime.scales_file import Smoothing
+from .collect import SAVE_EVERY, Progress, run_facts, watched_products
+from .layer_cut import Stage, cut_layers
+from .layer_progress import LayerProgress
+from .observations import Observations
+from .products import StepGraph
+from .row_sample import SAMPLED_PROMPTS, RowSample, smooth_activation
+
+LONGEST_TEXT = 512
+_PLAIN_ROWS = 64  # of the last stage at a time: each has logits of the whole vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What scales are made of. ``weights``: scales by (name, axis); ``smoothing``: by activation and grid."""
+
+    seen: Observations
+    weights: Mapping[tuple[str, int], np.ndarray]
+    smoothing: Mapping[str, Mapping[str, Smoothing]]
+
+
+class LayerCalibrator:
+    """A bundle's standard graph, run in stages over whole texts. Nothing is generated: every token would need all layers.
+
+    So drafted rows of a tree are not seen. In the last stage each token of a text is the root of a step of its own: projection
+    and heads see what they see in plain decoding of that text. Memory: one stage's weights, and the hidden states of all texts.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        """Read the graph, without weights. ``threads``: of the engine; None takes all cores.
+
+        Raises:
+            MissingDependencyError: onnxruntime isn't installed.
+            BundleIntegrityError: the graph can't be read.
+            CalibrationError: no product has a constant weight, or the graph isn't a chain of layers.
+        """
+        self._ort = import_onnxruntime("cpu")
+        self._threads = threads
+        self.bundle, self.manifest = bundle, bundle.manifest
+        self.graph = StepGraph(bundle)
+        self.products = watched_products(bundle, self.graph)
+        self.stages = cut_layers(self.graph, self.manifest.backbone.layers, self.products)
+        self.longest = min(LONGEST_TEXT, self.manifest.limits.capacity)
+        self._encoder = PromptEncoder(self.manifest.text, self.manifest.backbone.vocab_size, bundle.path)
+        backbone = self.manifest.backbone
+        self._cache_shape = (backbone.kv_heads, self.manifest.limits.cache_rows, backbone.head_dim)
+
+    @property
+    def codec(self) -> Any:
+        """The bundle's tokenizer, or None."""
+        return self._encoder.codec
+
+    def encode(self, request: Request) -> list[int]:
+        """A request's prompt as token ids."""
+        return self._encoder.encode(request)
+
+    def settings(self, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """What the result depends on, as JSON."""
+        return {**run_facts(self.bundle, texts), "layer_by_layer": True, "longest_text": self.longest}
+
+    def measure(
+        self,
+        texts: Sequence[Sequence[int]],
+        alphas: Sequence[float | None],
+        progress_file: Path | None = None,
+        progress: Progress = lambda _done, _note: None,
+    ) -> Measured:
+        """Take the texts, token ids of at most ``longest`` each, through all stages. No ``alphas``: no smoothing.
+
+        ``progress_file``: where the state behind a stage is kept from time to time; a run with the same settings goes on behind
+        that stage, and its result is the same. The caller removes it. ``progress`` gets the number of stages done and a note.
+
+        Raises:
+            RangeError: an activation holds NaN or infinity, or a weight that no scale fits.
+            QuantisationError: a weight holds NaN or infinity.
+            CalibrationError: a text is empty or too long, or the progress file is damaged or of a run with other settings.
+            OutputError: the progress file can't be written.
+        """
+        if not all(0 < len(text) <= self.longest for text in texts):
+            raise CalibrationError("a text is empty or too long", hint=f"give texts of 1 to {self.longest} tokens")
+        settings = {**self.settings(texts), "alphas": list(alphas)}
+        run = LayerProgress(Observations.of(self.products), [None] * len(texts))
+        run.seen.prompts, run.seen.prefill_rows = len(texts), sum(map(len, texts))
+        if progress_file is not None:
+            run.resume(progress_file, settings, list(map(len, texts)))
+        smoothable = self.graph.smoothable() if alphas else {}
+        weights: dict[tuple[str, int], np.ndarray] = {}
+        since = time.monotonic()
+        for done, stage in enumerate(self.stages):
+            name = "the last norm, projection and heads" if stage.after is None else f"layer {stage.layer}"
+
+            def note(what: str, done: int = done, name: str = name) -> None:
+                progress(done, f"{name}: {what}")
+
+            rows = {}
+            if done >= run.stages:
+                rows = self._observe(stage, texts, run, [each for each in stage.activations if each in smoothable], note)
+            note("scales of weights")
+            for key in dict.fromkeys((product.weight, product.axis) for product in stage.products):
+                weights[key] = self.graph.weight_scales(*key)
+            for activation, sampled in rows.items():
+                note(f"smoothing {activation}")
+                maxima = run.seen.observers[activation].channel_maxima
+                run.smoothing[activation] = smooth_activation(self.graph, smoothable[activation], sampled, maxima, alphas)
+            run.stages = max(run.stages, done + 1)
+            progress(done + 1, name)
+            if progress_file is not None and time.monotonic() - since >= SAVE_EVERY and done + 1 == run.stages:
+                run.save(progress_file, settings)
+                since = time.monotonic()
+        order = dict.fromkeys((product.weight, product.axis) for product in self.products)
+        return Measured(run.seen, {key: weights[key] for key in order}, {name: run.smoothing[name] for name in smoothable})
+
+    def _observe(
+        self,
+        stage: Stage,
+        texts: Sequence[Sequence[int]],
+        run: LayerProgress,
+        sampled: Sequence[str],
+        note: Callable[[str], None],
+    ) -> dict[str, np.ndarray]:
+        """Run a stage over all texts; the states of ``run`` become those behind it. Returns rows [R, C] of the ``sampled``."""
+        rows: dict[str, list[np.ndarray]] = {name: [] for name in sampled}
+        if not stage.outputs:
+            return {}
+        session = self._open(stage)
+        for index, text in enumerate(texts):
+            sample = RowSample(sampled if index < SAMPLED_PROMPTS else (), len(text))
+            for buffers, before in self._calls(stage, text, run.states[index]):
+                values = self._run(session, stage, buffers, before)
+                for name in stage.activations:
+                    run.seen.observers[name].observe(values[name])
+                sample.take(((name, values[name]) for name in sampled), buffers, prefill=True)
+                if stage.after is not None:
+                    run.states[index] = values[stage.after]
+            for name, found in sample.rows.items():
+                rows[name] += found
+            note(f"text {index + 1} of {len(texts)}")
+        return {name: np.concatenate(found) for name, found in rows.items()}
+
+    def _open(self, stage: Stage) -> Any:
+        """A session with the stage's weights alone. It keeps no memory between calls."""
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        options.inter_op_num_threads = 1
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.graph.folder))
+        piece = self.graph.piece(stage.before, stage.outputs)
+        return self._ort.InferenceSession(piece, options, providers=[CPU_PROVIDER])
+
+    def _calls(
+        self, stage: Stage, text: Sequence[int], state: np.ndarray | None
+    ) -> Iterator[tuple[StepBuffers, np.ndarray | None]]:
+        """Buffers and hidden states [B, N, H] of the calls that take a text through a stage.
+
+        A layer takes it as one prefill. Behind the layers each token has a slot of its own, [n, 1, H], in which it is the root.
+        """
+        ids = np.asarray(text, np.int64)
+        if stage.after is not None:
+            buffers = self._buffers(1, len(ids))
+            buffers.tokens[0], buffers.positions[0] = ids, np.arange(len(ids))
+            buffers.ancestors[0] = chain_ancestors(len(ids))
+            buffers.forced[0] = len(ids)
+            yield buffers, state
+            return
+        assert state is not None, "a model has layers"
+        for start in range(0, len(ids), _PLAIN_ROWS):
+            part = slice(start, start + _PLAIN_ROWS)
+            buffers = self._buffers(len(ids[part]), 1)
+            buffers.tokens[:, 0], buffers.positions[:, 0] = ids[part], np.arange(len(ids))[part]
+            buffers.ancestors[:] = True
+            buffers.forced[:] = 1
+            yield buffers, state[0, part, None]
+
+    def _buffers(self, slots: int, rows: int) -> StepBuffers:
+        backbone, heads = self.manifest.backbone, self.manifest.heads
+        sizes = (heads.num_heads, heads.top_k, backbone.hidden_size, backbone.vocab_size)
+        buffers = StepBuffers.allocate(slots, rows, 1, *sizes, self.manifest.dtype, Wanted())
+        for slot in range(slots):
+            buffers.idle(slot, 0)
+        return buffers
+
+    def _run(self, session: Any, stage: Stage, buffers: StepBuffers, before: np.ndarray | None) -> dict[str, np.ndarray]:
+        """One call. Caches are empty: they are read where the stage's own rows are, and for their size."""
+        cache = np.zeros((len(buffers.tokens), *self._cache_shape), self.manifest.dtype)  # pages that nobody reads take no memory
+        feeds = {}
+        for name in (value.name for value in session.get_inputs()):
+            if name == stage.before:
+                feeds[name] = before
+            elif name == step_io.COLUMNS:
+                feeds[name] = np.arange(visible_rows(buffers, self._cache_shape[1]))
+            elif name.startswith("past_"):
+                feeds[name] = cache
+            else:
+                feeds[name] = getattr(buffers, name)
+        values = dict(zip(stage.outputs, session.run(stage.outputs, feeds), strict=True))
+        if stage.before is not None:
+            values[stage.before] = before
+        return values
