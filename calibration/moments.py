@@ -30,9 +30,9 @@ class Moments:
                 hint="4-bit weights of a model this large are rounded to the nearest: give --rounding nearest",
             )
         self.sums = {name: np.zeros((count, count), np.float32) for name, count in channels.items()}
-        self.rows = 0
+        self.rows = dict.fromkeys(channels, 0)
 
-    def take(self, values: Iterable[tuple[str, np.ndarray]], buffers: StepBuffers, *, prefill: bool) -> None:
+    def take(self, values: Iterable[tuple[str, np.ndarray]], _buffers: StepBuffers, *, prefill: bool) -> None:
         """Take in a prefill; rows of steps don't count: many are drafted and rejected."""
         if not prefill:
             return
@@ -40,22 +40,27 @@ class Moments:
             if name in self.sums:
                 rows = value.reshape(-1, value.shape[-1]).astype(np.float32, copy=False)
                 self.sums[name] += rows.T @ rows
-        self.rows += buffers.rows
+                self.rows[name] += len(rows)
 
 
 def collect_moments(
     calibrator: Calibrator, texts: Sequence[Sequence[int]], progress: Progress = lambda _done, _note: None
 ) -> dict[str, np.ndarray]:
-    """E[xᵀx] of what the backbone's products read in prefills of ``texts``, token ids: float32 [C, C] by activation.
+    """E[xᵀx] of what the backbone's products read in prefills of ``texts``, token ids: float32 [C, C] by name of the weight.
+
+    The vocabulary projection reads one row a prefill: with fewer than 256 of them it is left out.
 
     Raises:
         CalibrationError: fewer than 256 rows, or activations too large for their moments.
         CapacityError: a text doesn't fit into a slot.
     """
-    moments = Moments({product.activation: product.channels for product in calibrator.products if not product.of_heads})
+    products = [product for product in calibrator.products if not product.of_heads]
+    moments = Moments({product.activation: product.channels for product in products})
     for done, text in enumerate(texts, 1):
         calibrator.watch(text, 1, moments)
-        progress(done, f"{moments.rows} rows")
-    if moments.rows < FEWEST_ROWS:
-        raise CalibrationError(f"the data gave {moments.rows} rows, GPTQ needs {FEWEST_ROWS}", hint="give more or longer prompts")
-    return {name: total / np.float32(moments.rows) for name, total in moments.sums.items()}
+        progress(done, f"{max(moments.rows.values())} rows")
+    most = max(moments.rows.values())
+    if most < FEWEST_ROWS:
+        raise CalibrationError(f"the data gave {most} rows, GPTQ needs {FEWEST_ROWS}", hint="give more or longer prompts")
+    means = {name: moments.sums[name] / np.float32(rows) for name, rows in moments.rows.items() if rows >= FEWEST_ROWS}
+    return {product.weight: means[product.activation] for product in products if product.activation in means}

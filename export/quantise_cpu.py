@@ -1,7 +1,7 @@
 """The CPU graph with its weights in 8 or 4 bits: products become ONNX Runtime's MatMulNBits.
 
-That operator rounds what it reads to 8 bits in blocks of each row (accuracy level 4), so a row's result doesn't depend on the
-rows beside it: speculative decoding stays the same as plain decoding, which a scale for a whole activation would not keep.
+That operator rounds what it reads to 8 bits in blocks of each row (accuracy level 4), so a product's row doesn't depend on the
+rows beside it, as it would with a scale for a whole activation. What rounding still does to exactness is in docs/quantisation.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .blocks import Grid, compensated, make_grid, nearest, packed
 from .cpu_products import CpuProduct, find_products
 from .patterns import MICROSOFT, new_node
 from .rescore import rescore
-from .smooth_cpu import activations_of, smooth
+from .smooth_cpu import smooth
 
 PRECISIONS = (4, 8, 32)
 BLOCKS = (16, 32, 64, 128)
@@ -92,9 +92,9 @@ def quantise_cpu(
 ) -> CpuReport:
     """Rewrite the products of a CPU graph, in place.
 
-    ``scales``: their smoothing is applied first. ``moments``: E[xᵀx] [K, K] of activations before smoothing, by their names in
-    ``scales``: 4-bit weights that read them are rounded by GPTQ, all others to the nearest. ``made`` keeps codes from call
-    to call with the same scales, moments and blocks. ``advance`` hears of each product.
+    ``scales``: their smoothing is applied first. ``moments``: by name of a weight, E[xᵀx] [K, K] of what is
+    multiplied with it, before smoothing: with 4 bits it is rounded by GPTQ, all others to the nearest. ``made`` keeps codes
+    from call to call with the same scales, moments and blocks. ``advance`` hears of each product.
 
     Raises:
         QuantisationError: a weight holds NaN or infinity, or there is nothing to quantise.
@@ -102,7 +102,6 @@ def quantise_cpu(
     graph = model.graph
     products = find_products(model)
     smoothed = [] if scales is None else smooth(graph, products, scales)
-    names = {} if scales is None else activations_of(products, scales)
     bits, before, after, plain = {}, 0, 0, 0
     for done, product in enumerate(products):
         advance(done, len(products), product.name)
@@ -114,7 +113,7 @@ def quantise_cpu(
         else:
             key = (product.name, wanted)
             found = made.get(key) if made is not None else None
-            found = found or _rounded(product, wanted, block, (moments or {}).get(names.get(product, "")))
+            found = found or _rounded(product, wanted, block, (moments or {}).get(str(product.weights[0].name)))
             if made is not None:
                 made[key] = found
             size = _replace(graph, product, *found, precision.rescored)
