@@ -95,9 +95,12 @@ def test_the_weights_are_the_checkpoints_own_files(bundle: Path, sharded: Path) 
     assert len(shards) == 2
     for name in shards:
         assert (bundle / "onnx" / name).samefile(sharded / name)
+    manifest = open_bundle(bundle).manifest
     heads = HEADS * HIDDEN * HIDDEN * 4
-    assert (bundle / "onnx" / "weights.bin").stat().st_size < heads + HEADS * 65536, "weights.bin holds the heads alone"
-    weights = open_bundle(bundle).manifest.provenance["weights"]
+    tables = manifest.limits.cache_rows * manifest.backbone.head_dim * 4  # halves of cos and sin
+    stored = (bundle / "onnx" / "weights.bin").stat().st_size
+    assert stored < heads + tables + (HEADS + 2) * 65536, "weights.bin holds the heads and the rotation's tables alone"
+    weights = manifest.provenance["weights"]
     assert weights["kind"] == "linked"
     assert weights["files"] == dict.fromkeys(shards, "hard link")
     assert weights["places"]["device"] == {"tensors": 20, "layers": 2}
