@@ -202,6 +202,15 @@ def verdict(report: dict[str, Any]) -> str:
     return f"{report['size']}: {steps}: {fits} in {_GOAL_SECONDS // 60} minutes, at load averages of {loads} before"
 
 
+def leave(report: dict[str, Any], path: Path | None, verdict: str) -> None:
+    """Print a report, and its verdict beside it; to ``path``, too, if there is one."""
+    text = json.dumps(report, indent=1) + "\n"
+    if path is not None:
+        path.write_text(text, "utf-8")
+    print(text, end="")
+    print(verdict, file=sys.stderr)
+
+
 def main() -> None:
     """The script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -214,11 +223,7 @@ def main() -> None:
     args = parser.parse_args()
     before = machine()
     report = {"machine": before, **measure(args.size, args.work, args.target, args.keep, args.rows)}
-    text = json.dumps(report, indent=1) + "\n"
-    if args.json is not None:
-        args.json.write_text(text, "utf-8")
-    print(text, end="")
-    print(verdict(report), file=sys.stderr)
+    leave(report, args.json, verdict(report))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ import argparse
 import json
 import math
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from big_models import HEADS, SIZES, Size, machine, make_checkpoint, make_heads, tensor_shapes, timed
+from big_models import HEADS, SIZES, Size, leave, machine, make_checkpoint, make_heads, tensor_shapes, timed
 
 _GOAL_BYTES = 6 << 30
 
@@ -84,11 +83,7 @@ def main() -> None:
     finally:
         if not args.keep:
             shutil.rmtree(base, ignore_errors=True)
-    text = json.dumps(report, indent=1) + "\n"
-    if args.json is not None:
-        args.json.write_text(text, "utf-8")
-    print(text, end="")
-    print(verdict(report), file=sys.stderr)
+    leave(report, args.json, verdict(report))
 
 
 if __name__ == "__main__":

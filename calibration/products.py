@@ -35,6 +35,21 @@ class Product:
     of_heads: bool
 
 
+def read_graph(bundle: Bundle, file: str) -> Any:
+    """The ONNX model in a file of the bundle, without the weights that lie in others.
+
+    Raises:
+        BundleIntegrityError: it is no ONNX file.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        return onnx.load(bundle.path(file), load_external_data=False)
+    except DecodeError as error:
+        raise BundleIntegrityError(f"{file} is no ONNX graph: {error}", hint="export the bundle again") from None
+
+
 class StepGraph:
     """One of a bundle's step graphs, without its weights."""
 
@@ -44,15 +59,9 @@ class StepGraph:
         Raises:
             BundleIntegrityError: it is no ONNX file.
         """
-        import onnx
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
         self._bundle = bundle
         self._file = bundle.manifest.variants[variant]
-        try:
-            self._model = onnx.load(bundle.path(self._file), load_external_data=False)
-        except DecodeError as error:
-            raise BundleIntegrityError(f"{self._file} is no ONNX graph: {error}", hint="export the bundle again") from None
+        self._model = read_graph(bundle, self._file)
         self._weights = {tensor.name: tensor for tensor in self._model.graph.initializer}
         self._producers = {output: node for node in self._model.graph.node for output in node.output}
         self.products = self._find_products()

@@ -18,7 +18,7 @@ from ..runtime import step_io
 from .attention import DOMAIN, OP
 from .fuse import fuse
 from .merge import ATTENTION, merge
-from .patterns import MICROSOFT
+from .patterns import MICROSOFT, new_constant
 
 
 class _Nodes:
@@ -49,10 +49,7 @@ class _Nodes:
     def constant(self, name: str, values: object, dtype: type[np.generic] = np.int64) -> ir.Value:
         full = f"{self.prefix}/{name}"
         if full not in self.graph.initializers:
-            tensor = ir.tensor(np.asarray(values, dtype), name=full)
-            shape = ir.Shape(tensor.shape.numpy())
-            value = ir.Value(name=full, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
-            self.graph.register_initializer(value)
+            new_constant(self.graph, np.asarray(values, dtype), full)
         return self.graph.initializers[full]
 
 

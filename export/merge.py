@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common as passes
 
 from ..runtime import step_io
-from .patterns import MICROSOFT, either, made_by, stand_for
+from .patterns import MICROSOFT, either, made_by, new_constant, stand_for
 
 ATTENTION = "GroupQueryAttention"
 _COS_CACHE, _SIN_CACHE, _POSITIONS = 7, 8, 9  # inputs of the attention
@@ -84,10 +84,7 @@ def _table(graph: ir.Graph, value: ir.Value, rows: int, width: int) -> ir.Value 
     found = np.asarray(next(iter(results)))
     if found.shape != (1, rows, width) or found.dtype != np.float32:
         return None
-    tensor = ir.tensor(found[0], name=name)
-    table = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([rows, width]), const_value=tensor)
-    graph.register_initializer(table)
-    return table
+    return new_constant(graph, found[0], name)
 
 
 # -- one product for queries, keys and values ------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 MICROSOFT = "com.microsoft"
@@ -39,6 +40,15 @@ def new_node(
     node = ir.Node(domain, op, inputs, converted, name=f"{name}/{op}")
     node.outputs[0].name = f"{node.name}_output"
     return node
+
+
+def new_constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
+    """An initializer of ``graph``."""
+    tensor = ir.tensor(array, name=name)
+    shape = ir.Shape(array.shape)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def stand_for(value: ir.Value, old: ir.Value) -> None:

@@ -18,7 +18,7 @@ from ..runtime.errors import QuantisationError, UsageError
 from ..runtime.scales_file import Scales
 from .blocks import Grid, compensated, make_grid, nearest, packed
 from .cpu_products import CpuProduct, find_products
-from .patterns import MICROSOFT, new_node
+from .patterns import MICROSOFT, new_constant, new_node
 from .rescore import rescore
 from .smooth_cpu import smooth
 
@@ -92,7 +92,7 @@ def quantise_cpu(
 ) -> CpuReport:
     """Rewrite the products of a CPU graph, in place.
 
-    ``scales``: their smoothing is applied first. ``moments``: by name of a weight, E[xᵀx] [K, K] of what is
+    ``scales``: what quantised products read is smoothed first. ``moments``: by name of a weight, E[xᵀx] [K, K] of what is
     multiplied with it, before smoothing: with 4 bits it is rounded by GPTQ, all others to the nearest. ``made`` keeps codes
     from call to call with the same scales, moments and blocks. ``advance`` hears of each product.
 
@@ -101,31 +101,33 @@ def quantise_cpu(
     """
     graph = model.graph
     products = find_products(model)
-    smoothed = [] if scales is None else smooth(graph, products, scales)
-    bits, before, after, plain = {}, 0, 0, 0
-    for done, product in enumerate(products):
-        advance(done, len(products), product.name)
-        size, block = 4 * int(np.prod(product.shape)), precision.block_of(product)
-        wanted = precision.bits(product) if product.shape[1] % block == 0 else 32
-        before += size
-        if wanted == 32:
-            _take_in(graph, product)
-        else:
-            key = (product.name, wanted)
-            found = made.get(key) if made is not None else None
-            found = found or _rounded(product, wanted, block, (moments or {}).get(str(product.weights[0].name)))
-            if made is not None:
-                made[key] = found
-            size = _replace(graph, product, *found, precision.rescored)
-        bits[product.name] = wanted
-        after += size
-        plain += 0 if product.of_heads else size
-    if set(bits.values()) <= {32}:
+    bits = {each: precision.bits(each) if each.shape[1] % precision.block_of(each) == 0 else 32 for each in products}
+    rounded = {product.activation for product in products if bits[product] < 32}
+    if not rounded:
         raise QuantisationError(
             "no product of the CPU graph was quantised", hint=f"their inputs have to be multiples of the block, {precision.block}"
         )
+    smoothed = [] if scales is None else smooth(graph, products, scales, rounded)
+    before, after, plain = 0, 0, 0
+    for done, product in enumerate(products):
+        advance(done, len(products), product.name)
+        size, wanted = 4 * int(np.prod(product.shape)), bits[product]
+        before += size
+        if wanted == 32:
+            take_in(graph, product)
+        else:
+            key = (product.name, wanted)
+            found = made.get(key) if made is not None else None
+            if found is None:
+                of_input = (moments or {}).get(str(product.weights[0].name))
+                found = _rounded(product, wanted, precision.block_of(product), of_input)
+            if made is not None:
+                made[key] = found
+            size = _replace(graph, product, *found, precision.rescored)
+        after += size
+        plain += 0 if product.of_heads else size
     passes.RemoveUnusedNodesPass()(model)
-    return CpuReport(bits, smoothed, before, after, plain)
+    return CpuReport({product.name: wanted for product, wanted in bits.items()}, smoothed, before, after, plain)
 
 
 def _rounded(product: CpuProduct, bits: int, block: int, moments: np.ndarray | None) -> tuple[Grid, np.ndarray]:
@@ -143,8 +145,8 @@ def _rounded(product: CpuProduct, bits: int, block: int, moments: np.ndarray | N
 def _replace(graph: ir.Graph, product: CpuProduct, grid: Grid, codes: np.ndarray, rescored: int) -> int:
     """Put MatMulNBits in a product's place; returns the bytes of its weights."""
     node = product.node
-    tensors = _tensors(product, grid, codes)
-    inputs = [product.activation, *(_register(graph, tensor) for tensor in tensors)]
+    stored = _stored(product, grid, codes)
+    inputs = [product.activation, *(new_constant(graph, array, name) for name, array in stored.items())]
     outputs, size = product.shape
     attributes: dict[str, Any] = {"K": size, "N": outputs, "bits": grid.bits, "block_size": codes.shape[-1]}
     attributes["accuracy_level"] = _ROUND_ACTIVATIONS_TO_INT8
@@ -162,26 +164,20 @@ def _replace(graph: ir.Graph, product: CpuProduct, grid: Grid, codes: np.ndarray
     ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
     old.name, result.name = f"{name}/exact", name
     home.remove(node, safe=True)
-    return sum(tensor.nbytes for tensor in tensors)
+    return sum(array.nbytes for array in stored.values())
 
 
-def _tensors(product: CpuProduct, grid: Grid, codes: np.ndarray) -> list[ir.TensorProtocol]:
-    name = product.node.name
-    stored = {"codes": packed(codes, grid.bits), "scales": grid.scales}
+def _stored(product: CpuProduct, grid: Grid, codes: np.ndarray) -> dict[str, np.ndarray]:
+    """By name, what MatMulNBits reads after the activation, in its order."""
+    parts = {"codes": packed(codes, grid.bits), "scales": grid.scales}
     if not grid.is_symmetric:
-        stored["zero_points"] = packed(grid.zero_points, grid.bits)
-    return [ir.tensor(np.ascontiguousarray(values), name=f"{name}/{part}") for part, values in stored.items()]
+        parts["zero_points"] = packed(grid.zero_points, grid.bits)
+    return {f"{product.node.name}/{part}": np.ascontiguousarray(values) for part, values in parts.items()}
 
 
-def _take_in(graph: ir.Graph, product: CpuProduct) -> None:
-    """A product that keeps its type, with the smoothing that others left to it."""
+def take_in(graph: ir.Graph, product: CpuProduct) -> None:
+    """Give a product that keeps its type a weight with the smoothing that was left to it."""
     if (product.multipliers == 1).all() and (product.divisors == 1).all():
         return
-    tensor = ir.tensor(np.ascontiguousarray(product.matrix().T), name=f"{product.node.name}/smoothed")
-    product.node.replace_input_with(1, _register(graph, tensor))
-
-
-def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
-    graph.register_initializer(value)
-    return value
+    smoothed = new_constant(graph, np.ascontiguousarray(product.matrix().T), f"{product.node.name}/smoothed")
+    product.node.replace_input_with(1, smoothed)

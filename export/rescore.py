@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .cpu_products import CpuProduct
-from .patterns import new_node
+from .patterns import new_constant, new_node
 
 
 def rescore(graph: ir.Graph, projection: CpuProduct, approximate: ir.Value, count: int) -> ir.Value:
@@ -22,15 +22,9 @@ def rescore(graph: ir.Graph, projection: CpuProduct, approximate: ir.Value, coun
     (weight,) = projection.weights
     prefix = f"{projection.node.name}/rescore"
 
-    def constant(name: str, value: list[int]) -> ir.Value:
-        tensor = ir.tensor(np.array(value, np.int64), name=f"{prefix}/{name}")
-        made = ir.Value(name=tensor.name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(value)]), const_value=tensor)
-        graph.register_initializer(made)
-        return made
-
-    count = min(count, projection.shape[0])
-    last = constant("last", [-1])
-    top = ir.Node("", "TopK", [approximate, constant("count", [count])], num_outputs=2, name=f"{prefix}/TopK")
+    last = new_constant(graph, np.array([-1]), f"{prefix}/last")
+    most = new_constant(graph, np.array([min(count, projection.shape[0])]), f"{prefix}/count")
+    top = ir.Node("", "TopK", [approximate, most], num_outputs=2, name=f"{prefix}/TopK")
     top.outputs[0].name, top.outputs[1].name = f"{prefix}/rough", f"{prefix}/likely"
     likely = top.outputs[1]  # [B, R, count]
     nodes = [top]

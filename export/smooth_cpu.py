@@ -6,23 +6,23 @@ of an RMS norm, or the output channels of the up product, which is multiplied wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from ..runtime.scales_file import Scales
 from .cpu_products import CpuProduct
-from .patterns import made_by
+from .patterns import made_by, new_constant
 
 GRID = "block"
 _NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # operator to the input that its weight is
 
 
-def smooth(graph: ir.Graph, products: Sequence[CpuProduct], scales: Scales) -> list[str]:
-    """Take the factors of ``scales`` into norms and products, in place; returns the activations that were smoothed.
+def smooth(graph: ir.Graph, products: Sequence[CpuProduct], scales: Scales, values: Collection[ir.Value]) -> list[str]:
+    """Take the factors of ``scales`` for these ``values`` into norms and products, in place.
 
-    Activations whose factors nothing before can take stay as they are.
+    Those whose factors nothing before can take stay as they are. Returns the activations that were smoothed.
     """
     activations = activations_of(products, scales)
     by_value: dict[ir.Value, list[CpuProduct]] = {}
@@ -33,7 +33,7 @@ def smooth(graph: ir.Graph, products: Sequence[CpuProduct], scales: Scales) -> l
     for value, readers in by_value.items():
         name = activations.get(readers[0])
         found = scales.smoothing.get(name, {}).get(GRID) if name is not None else None
-        if name is None or found is None or found.alpha is None:
+        if value not in values or name is None or found is None or found.alpha is None:
             continue
         read_elsewhere = len(value.uses()) > len(readers) or value.is_graph_output()
         if not read_elsewhere and (_into_norm(graph, value, found.factors) or _into_product(value, found.factors, by_output)):
@@ -57,11 +57,8 @@ def _into_norm(graph: ir.Graph, value: ir.Value, factors: np.ndarray) -> bool:
     weight = norm.inputs[index]
     if weight is None or weight.const_value is None:
         return False
-    name = f"{norm.name}/smoothed"  # norms may share a weight
-    tensor = ir.tensor((weight.const_value.numpy() / factors).astype(np.float32), name=name)
-    smoothed = ir.Value(name=name, type=weight.type, shape=weight.shape, const_value=tensor)
-    graph.register_initializer(smoothed)
-    norm.replace_input_with(index, smoothed)
+    smoothed = (weight.const_value.numpy() / factors).astype(np.float32)
+    norm.replace_input_with(index, new_constant(graph, smoothed, f"{norm.name}/smoothed"))  # norms may share a weight
     return True
 
 

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from ..runtime import step_io
 from ..runtime.errors import UsageError
 from ..runtime.scales_file import LEVELS, Scales
+from .patterns import new_constant
 from .quantise import QuantisationReport, holds_8_bits, quantise_weights
 from .smooth_standard import GRID, fold_smoothing
 
@@ -139,8 +140,8 @@ def _quantise(graph: ir.Graph, readers: list[ir.Node], scale: float) -> None:
     if value.dtype == ir.DataType.FLOAT16:
         scale = max(scale, _SMALLEST_HALF)
     constants = [
-        _constant(graph, f"{value.name}/int8.scale", np.array(scale, value.dtype.numpy())),
-        _constant(graph, f"{value.name}/int8.zero_point", np.array(0, np.int8)),
+        new_constant(graph, np.array(scale, value.dtype.numpy()), f"{value.name}/int8.scale"),
+        new_constant(graph, np.array(0, np.int8), f"{value.name}/int8.zero_point"),
     ]
     quantise = ir.node("QuantizeLinear", [value, *constants], name=f"{value.name}/quantise")
     steps = quantise.outputs[0]
@@ -153,10 +154,3 @@ def _quantise(graph: ir.Graph, readers: list[ir.Node], scale: float) -> None:
         dequantise.outputs[0].type, dequantise.outputs[0].shape = value.type, value.shape
         graph.insert_before(reader, [dequantise])
         reader.replace_input_with(0, dequantise.outputs[0])
-
-
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-    graph.register_initializer(value)
-    return value

@@ -35,7 +35,7 @@ class _Found:
     @classmethod
     def at(cls, a: np.ndarray, b: np.ndarray, labels: Sequence[int], first: int) -> Self:
         """Compare logits [n, V] of both sides; ``labels``: the n tokens that come."""
-        log_a, log_b = _log_softmax(a), _log_softmax(b)
+        log_a, log_b = log_softmax(a), log_softmax(b)
         rows = np.arange(len(labels))
         second, best = np.partition(log_a, -2, axis=1)[:, -2:].T
         return cls(
@@ -117,7 +117,12 @@ class Agreement:
         }
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities float64 [n, V] of logits [n, V].
+
+    Raises:
+        NumericsError: NaN or infinity among them.
+    """
     if not np.isfinite(logits).all():
         raise NumericsError("the engine returned NaN or infinite logits", hint="verify the bundle: medusa-deploy verify BUNDLE")
     shifted = logits.astype(np.float64)

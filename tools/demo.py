@@ -85,7 +85,7 @@ def _recommend(sessions: Mapping[str, Session], lines: Sequence[PromptLine], out
     first = next(iter(sessions.values()))
     prompts = [first.encode(line.request()) for line in lines]
     with Progress("variants", 2 * len(sessions) * len(prompts)) as bar:
-        report = recommend(first.bundle, sessions, prompts, progress=bar.update)
+        report = recommend(sessions, prompts, progress=bar.update)
     screen.write(f"{describe(report)}\n")
     complete = {"environment": environment(first), **report}
     write_json(complete, output / "recommend.json")

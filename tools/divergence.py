@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..runtime.backends import ort_model
-from ..runtime.bundle import Bundle
-from ..runtime.executor import Wanted
 from ..runtime.ort import OrtExecutor, OrtModel
 from ..runtime.session import Session
-from ..runtime.tree import chain
+from .agreement import log_softmax
 from .probe import Probe
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-_LOGITS = Wanted(logits=True)
 
 
 class _InMemory(OrtExecutor):
@@ -37,16 +33,18 @@ class _InMemory(OrtExecutor):
 
 
 class Divergence:
-    """KL(reference ‖ other) of the distributions after every token of some answers. The reference is a bundle's CPU graph."""
+    """KL(reference ‖ other) of the distributions after every token of some answers."""
 
-    def __init__(self, bundle: Bundle, prompts: Sequence[list[int]], tokens: int, threads: int | None = None) -> None:
-        """Answer ``prompts`` greedily, up to ``tokens`` each, and keep the distributions: 4 · V bytes for every token."""
-        self._bundle, self._threads = bundle, threads
-        session = Session(bundle, OrtExecutor(ort_model(bundle, 1, "cpu"), threads), 1)
-        most = min(tokens, session.max_rows)
-        answers = [(prompt, session.generate(token_ids=prompt, max_new_tokens=most).token_ids) for prompt in prompts]
+    def __init__(self, reference: Session, prompts: Sequence[list[int]], tokens: int, threads: int | None = None) -> None:
+        """Answer ``prompts`` greedily, up to ``tokens`` each, and keep the distributions: 4 · V bytes for every token.
+
+        ``reference``: a session of the bundle's CPU graph. ``threads``: of the engines that run graphs in memory.
+        """
+        self._bundle, self._threads = reference.bundle, threads
+        most = min(tokens, reference.max_rows)
+        answers = [(prompt, reference.generate(token_ids=prompt, max_new_tokens=most).token_ids) for prompt in prompts]
         self.texts = [(prompt, list(answer)) for prompt, answer in answers if answer]
-        self._reference = [_log_softmax(logits) for logits in _logits(session, self.texts)]
+        self._reference = list(_log_probabilities(reference, self.texts))
 
     @property
     def positions(self) -> int:
@@ -63,26 +61,15 @@ class Divergence:
     def of_session(self, session: Session) -> tuple[float, float]:
         """Mean divergence in nats, and the share of positions where the most likely token is the same."""
         total, same = 0.0, 0
-        for reference, logits in zip(self._reference, _logits(session, self.texts), strict=True):
-            other = _log_softmax(logits)
+        for reference, other in zip(self._reference, _log_probabilities(session, self.texts), strict=True):
             total += float((np.exp(reference) * (reference - other)).sum())
             same += int((reference.argmax(-1) == other.argmax(-1)).sum())
         return total / self.positions, same / self.positions
 
 
-def _logits(session: Session, texts: Sequence[tuple[list[int], list[int]]]) -> list[np.ndarray]:
-    """For each text, prompt and answer: the logits [n, V] that its answer's n tokens are chosen by."""
-    found = []
+def _log_probabilities(session: Session, texts: Sequence[tuple[list[int], list[int]]]) -> Iterator[np.ndarray]:
+    """For each text, prompt and answer: log-probabilities float32 [n, V] that its answer's n tokens are chosen by."""
     with Probe(session) as probe:
         for prompt, answer in texts:
             probe.restart(prompt[:-1])
-            rows = [prompt[-1], *answer[:-1]]
-            buffers = probe.step(rows, chain(len(rows) - 1), _LOGITS)
-            found.append(buffers.logits[0, : len(rows)].astype(np.float32))
-    return found
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted: np.ndarray = logits - logits.max(-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return shifted
+            yield log_softmax(probe.chain_logits([prompt[-1], *answer[:-1]])).astype(np.float32)

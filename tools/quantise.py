@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 HELP = "add a variant of 8-bit or 4-bit weights for the CPU to a bundle"
 BITS = (4, 8, 32)
+BLOCKS = (16, 32, 64, 128)
 ROUNDINGS = ("gptq", "nearest")
 BUDGET_PROMPTS, BUDGET_TOKENS = 6, 48
 MOMENT_PROMPTS, MOMENT_TOKENS = 48, 48
@@ -131,16 +132,15 @@ def _moments(bundle: Bundle, data: Path | None, samples: int, threads: int | Non
 
 def _divergence(bundle: Bundle, data: Path | None, threads: int | None, bar: Progress) -> Divergence:
     """Of prompts that come last in the data: GPTQ sees the first ones."""
-    from ..runtime.prompt_encoder import PromptEncoder
     from ..runtime.prompts import read_prompts
+    from ..runtime.session import load
     from .divergence import Divergence
     from .prompt_source import packaged_prompts
 
     bar.phase("answers for the budget")
-    manifest = bundle.manifest
-    encoder = PromptEncoder(manifest.text, manifest.backbone.vocab_size, bundle.path)
+    session = load(bundle.folder, variant="cpu", threads=threads, check_hashes=False)
     lines = read_prompts(data or packaged_prompts("train"))[-BUDGET_PROMPTS:]
-    return Divergence(bundle, [encoder.encode(line.request()) for line in lines], BUDGET_TOKENS, threads)
+    return Divergence(session, [session.encode(line.request()) for line in lines], BUDGET_TOKENS, threads)
 
 
 class _Search:
@@ -223,7 +223,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--projection-bits", type=int, choices=BITS, default=8, help="onto the vocabulary (default: %(default)s)")
     parser.add_argument("--heads-bits", type=int, choices=BITS, default=8, help="of the heads' weights (default: %(default)s)")
     parser.add_argument(
-        "--block", type=int, choices=(16, 32, 64, 128), default=32, help="inputs that share a scale (default: %(default)s)"
+        "--block", type=int, choices=BLOCKS, default=32, help="inputs that share a scale (default: %(default)s)"
     )
     parser.add_argument(
         "--budget",

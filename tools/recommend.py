@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..runtime.bundle import Bundle
 from ..runtime.session import Session
 from ..runtime.tree import ROOT_ONLY
 from .divergence import Divergence
@@ -39,7 +38,6 @@ class Candidate:
 
 
 def recommend(
-    bundle: Bundle,
     sessions: Mapping[str, Session],
     prompts: Sequence[list[int]],
     *,
@@ -47,7 +45,7 @@ def recommend(
     max_new_tokens: int = 64,
     progress: Callable[[int, str], object] = lambda _done, _note: None,
 ) -> dict[str, Any]:
-    """Time all ``sessions``, by variant, on the same prompts in turn, and compare their distributions with the CPU graph's.
+    """Time all ``sessions``, by variant, on the same prompts in turn, and compare their distributions with those of ``cpu``.
 
     Returns ``candidates``, fastest first, the ``budget``, and what is ``recommended``: the fastest variant within it, and whether
     to speculate. ``progress(done, note)`` follows each of the 2 · variants · prompts runs.
@@ -66,7 +64,7 @@ def recommend(
                 tokens[name, kind] += run.decoded
                 progress(done := done + 1, f"{name}, {kind}")
     rates = {key: tokens[key] / spent if (spent := seconds[key]) else 0.0 for key in seconds}
-    reference = Divergence(bundle, prompts, max_new_tokens)
+    reference = Divergence(sessions["cpu"], prompts, max_new_tokens)
     found = []
     for name, session in sessions.items():
         divergence, agreement = reference.of_session(session)

@@ -7,7 +7,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ..runtime.bundle import Bundle
-from ..runtime.errors import BundleIntegrityError
 
 
 def variant_size(bundle: Bundle, variant: str) -> dict[str, Any]:
@@ -17,14 +16,10 @@ def variant_size(bundle: Bundle, variant: str) -> dict[str, Any]:
         BundleIntegrityError: the graph can't be read.
         MissingDependencyError: onnx isn't installed.
     """
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from ..calibration.products import read_graph
 
     name = bundle.manifest.variants[variant]
-    try:
-        model = onnx.load(bundle.path(name), load_external_data=False)
-    except DecodeError as error:
-        raise BundleIntegrityError(f"{name} is no ONNX graph: {error}", hint="export the bundle again") from None
+    model = read_graph(bundle, name)
     sizes = {file: record.size for file, record in bundle.manifest.files.items()}
     read: set[tuple[str, int, int]] = set()  # tensors that are the same bytes count once
     for tensor in _external(model.graph):

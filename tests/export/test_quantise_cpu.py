@@ -16,7 +16,7 @@ pytest.importorskip("onnx_ir")
 import onnx_ir as ir
 
 from medusa_deploy.export.cpu_products import find_products
-from medusa_deploy.export.quantise_cpu import CpuPrecision, quantise_cpu
+from medusa_deploy.export.quantise_cpu import CpuPrecision, quantise_cpu, take_in
 from medusa_deploy.export.smooth_cpu import smooth
 from medusa_deploy.export.variant import add_variant, check_variant
 from medusa_deploy.runtime.bundle import open_bundle
@@ -38,7 +38,7 @@ def graph(tiny_bundle: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def divergence(tiny_bundle: Path) -> Divergence:
-    return Divergence(open_bundle(tiny_bundle), PROMPTS, 12, threads=1)
+    return Divergence(load(tiny_bundle, variant="cpu", threads=1), PROMPTS, 12, threads=1)
 
 
 def made_up_scales(graph: Any) -> Scales:
@@ -68,16 +68,25 @@ def test_every_product_is_found_once_and_knows_its_layer(graph: Any):
     assert widths == 64 + 2 * 32 + 64 + 2 * 128 + 64, "query, key, value, output, gate, up, down"
 
 
-def test_smoothing_alone_changes_nothing(graph: Any, tiny_bundle: Path, divergence: Divergence):
+def test_smoothing_alone_changes_nothing(graph: Any, divergence: Divergence):
     scales = made_up_scales(graph)
     products = find_products(graph)
-    smoothed = smooth(graph.graph, products, scales)
+    smoothed = smooth(graph.graph, products, scales, {product.activation for product in products})
     assert len(smoothed) == 6, "two norms and a gated product a layer"
     assert sum(bool((product.divisors != 1).any()) for product in products) == 2
-    fresh = ir.load(tiny_bundle / "onnx" / "step.cpu.onnx")
-    quantise_cpu(fresh, CpuPrecision(layers=32, projection=32, heads=8), scales)
-    moved, same = divergence.of(fresh)
+    for product in products:
+        take_in(graph.graph, product)
+    moved, same = divergence.of(graph)
     assert moved < 1e-6 and same == 1.0
+
+
+def test_only_what_a_quantised_product_reads_is_smoothed(graph: Any):
+    scales = made_up_scales(graph)
+    one, *others = (product for product in find_products(graph) if product.layer == 1)
+    stored = {weight.name: weight.const_value for product in others for weight in product.weights}
+    report = quantise_cpu(graph, replace(EXACT, kept={one.name: 8}), scales)
+    assert len(report.smoothed) == 1 and [bits for bits in report.bits.values() if bits < 32] == [8]
+    assert all(graph.graph.initializers[name].const_value is tensor for name, tensor in stored.items()), "where they were"
 
 
 def test_8_bits_are_close_and_4_bits_less_so(graph: Any, tiny_bundle: Path, divergence: Divergence):

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from medusa_deploy.runtime.bundle import open_bundle, record_files
+from medusa_deploy.runtime.bundle import record_files
 from medusa_deploy.runtime.decode import Decoder
 from medusa_deploy.runtime.errors import CapacityError, NumericsError, UsageError, VocabularyMismatchError
 from medusa_deploy.runtime.session import Session, load
@@ -27,17 +27,12 @@ from medusa_deploy.tools.compare_page import page
 from medusa_deploy.tools.compare_table import describe
 from medusa_deploy.tools.hit_table import count_hits
 from medusa_deploy.tools.paired_hits import paired_hits
-from medusa_deploy.tools.paired_runs import Decoded, acceptance, greedy_agreement
 from medusa_deploy.tools.prompt_source import random_prompts
-from medusa_deploy.tools.timed_run import TimedRun
-from medusa_deploy.tools.variant_size import variant_size
 from support.text import text_bundle
-from support.tiny import HEADS, HIDDEN, VOCAB
+from support.tiny import VOCAB
 
 PROMPTS = random_prompts(VOCAB, 256, 3, seed=5)
 TOKENS = 24
-PARAMETERS = VOCAB * HIDDEN + 2 * HIDDEN * (3 * HIDDEN + 3 * 128) + HEADS * HIDDEN * HIDDEN
-"""Of the tiny model and its heads, without norms and biases."""
 OPTIONS = ["--count", "2", "--max-new-tokens", "8", "--threads", "1"]
 
 
@@ -211,24 +206,6 @@ def test_another_model_is_over_the_budget(report: dict[str, Any]):
     assert report["exactness"]["b"]["unexplained"] == 0, "it decodes exactly, something else"
 
 
-def test_greedy_agreement_and_acceptance_are_counted_by_hand(tiny_session: Session):
-    a, b = Decoded(tiny_session), Decoded(tiny_session)
-    a.runs["plain"] = [TimedRun([1, 2, 3, 4]), TimedRun([5, 6]), TimedRun([7, 8, 9])]
-    b.runs["plain"] = [TimedRun([1, 2, 9, 4]), TimedRun([5, 6]), TimedRun([7, 8])]
-    found = greedy_agreement(a, b, [[1]] * 3, 4)
-    assert (found["identical"], found["common_prefix"]) == (1, {"median": 2, "mean": 2.0})
-    assert found["same_after"] == [1.0, 1.0, 1 / 3, 1 / 3]
-    assert [example["common_tokens"] for example in found["examples"]] == [2, 2, 2]
-    assert found["examples"][0]["a"] == "1 2 3 4", "answers that differ come first"
-    a.accepted, b.accepted = [{0: 2, 2: 2}, {1: 4}], [{0: 4, 2: 2}, {1: 2}]
-    counted = acceptance(a, b)
-    assert counted["a"] == {"mean_acceptance_length": 2.0, "histogram": [2, 4, 2]}
-    assert counted["b"] == {"mean_acceptance_length": 1.75, "histogram": [4, 2, 2]}
-    assert counted["ratio"] == 0.875
-    low, high = counted["ratio_95"]
-    assert low == pytest.approx((1 + 4 / 6) / 2) and high == 1, "all of the first prompt, or all of the second"
-
-
 @pytest.mark.parametrize(
     ("increase", "ratio", "unexplained", "failed"),
     [
@@ -250,17 +227,6 @@ def test_a_budget_is_judged_check_by_check(increase: float, ratio: float, unexpl
     verdict = judge(found, QualityBudget())
     assert [check["name"] for check in verdict["checks"] if not check["passed"]] == failed
     assert verdict["passed"] == (not failed)
-
-
-def test_sizes_count_what_a_graph_reads(tiny_bundle: Path):
-    bundle = open_bundle(tiny_bundle)
-    weights = bundle.manifest.files["onnx/weights.bin"].size
-    for variant in ("standard", "cpu"):
-        size = variant_size(bundle, variant)
-        graph = bundle.manifest.files[bundle.manifest.variants[variant]].size
-        assert size["files"] == {bundle.manifest.variants[variant]: graph, "onnx/weights.bin": weights}
-        assert size["bytes"] == size["graph_bytes"] + size["weights_bytes"]
-        assert 4 * PARAMETERS <= size["weights_bytes"] <= weights
 
 
 def test_other_vocabularies_and_what_does_not_fit_are_refused_before_anything_runs(

@@ -10,8 +10,10 @@ import pytest
 pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")
 
+from medusa_deploy.export.quantise_cpu import BLOCKS, PRECISIONS
 from medusa_deploy.runtime.bundle import locked, open_bundle
 from medusa_deploy.runtime.session import load
+from medusa_deploy.tools import quantise as verb
 from medusa_deploy.tools.cli import main
 from medusa_deploy.tools.divergence import Divergence
 from medusa_deploy.tools.prompt_source import random_prompts
@@ -36,6 +38,10 @@ def scales(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "scales.json"
 
 
+def test_the_choices_of_the_help_are_those_that_there_are():
+    assert verb.BITS == PRECISIONS and verb.BLOCKS == BLOCKS
+
+
 def test_8_bits_with_scales_are_a_variant_of_the_bundle(
     bundle_copy: Path, scales: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -46,9 +52,8 @@ def test_8_bits_with_scales_are_a_variant_of_the_bundle(
     made = json.loads(report.read_text("utf-8"))
     assert made["variant"] == "cpu-int8" and made["products"] == {"4": 0, "8": sum(made["products"].values()), "32": 0}
     assert made["scales"]["model_sha256"], "whose scales they were"
-    bundle = open_bundle(bundle_copy)
-    session = load(bundle_copy, variant="cpu-int8", threads=1)
-    divergence, agreement = Divergence(bundle, PROMPTS, 12, threads=1).of_session(session)
+    reference, session = (load(bundle_copy, variant=variant, threads=1) for variant in ("cpu", "cpu-int8"))
+    divergence, agreement = Divergence(reference, PROMPTS, 12, threads=1).of_session(session)
     assert 0 < divergence < 3e-3 and agreement > 0.9
     assert main(["quantise", str(bundle_copy), "--threads", "1"]) == 1, "it is there already"
     options = ["--count", "1", "--max-new-tokens", "8", "--repeats", "1"]

@@ -9,7 +9,6 @@ import pytest
 
 pytest.importorskip("onnx_ir")
 
-from medusa_deploy.runtime.bundle import open_bundle
 from medusa_deploy.runtime.session import load
 from medusa_deploy.tools import recommend as module
 from medusa_deploy.tools.prompt_source import random_prompts
@@ -36,7 +35,7 @@ def test_the_fastest_within_the_budget(
         return TimedRun(tokens=[1] * 5, step_seconds=[SECONDS[name, rows]] * 4)
 
     monkeypatch.setattr(module, "timed_run", timed)
-    report = module.recommend(open_bundle(bundle_copy), names, PROMPTS, budget=budget, max_new_tokens=12)
+    report = module.recommend(names, PROMPTS, budget=budget, max_new_tokens=12)
     assert report["recommended"]["variant"] == chosen and report["recommended"]["speculative"]
     assert report["recommended"]["tokens_per_s"] == pytest.approx(rate)
     assert [each["variant"] for each in report["candidates"]] == ["cpu-int8", "cpu"]
