@@ -77,7 +77,7 @@ class CpuReport:
     plain: int
 
 
-Advance = Callable[[int, int, str], object]
+Advance = Callable[[int, str], object]
 Made = dict[tuple[str, int], tuple[Grid, np.ndarray]]
 """Codes by product and bits: what several graphs have in common needn't be rounded again."""
 
@@ -88,13 +88,13 @@ def quantise_cpu(
     scales: Scales | None = None,
     moments: Mapping[str, np.ndarray] | None = None,
     made: Made | None = None,
-    advance: Advance = lambda _done, _total, _name: None,
+    advance: Advance = lambda _done, _name: None,
 ) -> CpuReport:
     """Rewrite the products of a CPU graph, in place.
 
     ``scales``: what quantised products read is smoothed first. ``moments``: by name of a weight, E[xᵀx] [K, K] of what is
     multiplied with it, before smoothing: with 4 bits it is rounded by GPTQ, all others to the nearest. ``made`` keeps codes
-    from call to call with the same scales, moments and blocks. ``advance`` hears of each product.
+    from call to call with the same scales, moments and blocks. ``advance`` hears of each product, and how many are done.
 
     Raises:
         QuantisationError: a weight holds NaN or infinity, or there is nothing to quantise.
@@ -110,7 +110,7 @@ def quantise_cpu(
     smoothed = [] if scales is None else smooth(graph, products, scales, rounded)
     before, after, plain = 0, 0, 0
     for done, product in enumerate(products):
-        advance(done, len(products), product.name)
+        advance(done, product.name)
         size, wanted = 4 * int(np.prod(product.shape)), bits[product]
         before += size
         if wanted == 32:

@@ -58,6 +58,7 @@ def quantise(
     require("calibrate")
     import onnx_ir as ir
 
+    from ..export.cpu_products import find_products
     from ..export.quantise_cpu import CpuPrecision, quantise_cpu
     from ..export.variant import add_variant
     from ..runtime.bundle import locked, open_bundle
@@ -81,10 +82,8 @@ def quantise(
             kept, measured = search.run(budget)
             precision = replace(precision, kept=kept)
         model = ir.load(source)
-        bar.phase("quantise", 1)
-        report = quantise_cpu(
-            model, precision, found, moments, made, lambda done, total, _: bar.update(done, f"of {total} products")
-        )
+        bar.phase("quantise", len(find_products(model)))
+        report = quantise_cpu(model, precision, found, moments, made, bar.update)
         bar.phase("write")
         facts = {
             "source": opened.manifest.files[opened.manifest.variants["cpu"]].sha256,
@@ -222,9 +221,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=int, choices=BITS, default=8, help="of the layers' weights (default: %(default)s)")
     parser.add_argument("--projection-bits", type=int, choices=BITS, default=8, help="onto the vocabulary (default: %(default)s)")
     parser.add_argument("--heads-bits", type=int, choices=BITS, default=8, help="of the heads' weights (default: %(default)s)")
-    parser.add_argument(
-        "--block", type=int, choices=BLOCKS, default=32, help="inputs that share a scale (default: %(default)s)"
-    )
+    parser.add_argument("--block", type=int, choices=BLOCKS, default=32, help="inputs that share a scale (default: %(default)s)")
     parser.add_argument(
         "--budget",
         type=non_negative,

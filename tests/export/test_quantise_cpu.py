@@ -103,7 +103,10 @@ def test_8_bits_are_close_and_4_bits_less_so(graph: Any, tiny_bundle: Path, dive
 def test_precision_is_chosen_by_part_and_by_product(graph: Any):
     products = find_products(graph)
     one = next(product.name for product in products if product.layer == 1)
-    report = quantise_cpu(graph, CpuPrecision(layers=8, projection=4, heads=32, kept={one: 32}))
+    heard: list[tuple[int, str]] = []
+    precision = CpuPrecision(layers=8, projection=4, heads=32, kept={one: 32})
+    report = quantise_cpu(graph, precision, advance=lambda done, name: heard.append((done, name)))
+    assert heard == list(enumerate(product.name for product in products)), "as many as there are"
     for product in products:
         expected = 4 if product.is_projection else 32 if product.of_heads or product.name == one else 8
         assert report.bits[product.name] == expected
