@@ -18,18 +18,39 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
+_SMALLEST_APART = 1024
+
+
 class _InMemory(OrtExecutor):
     """The CPU executor on a graph that is nowhere on disk; tensors that lie in the bundle's files are read there."""
 
-    def __init__(self, model: OrtModel, graph: bytes, threads: int | None) -> None:
-        self._bytes = graph
+    def __init__(self, model: OrtModel, graph: ir.Model, threads: int | None) -> None:
+        self._bytes, self._weights = taken_apart(graph)
         super().__init__(model, threads)
 
     def _graph(self, path: Path, options: Any) -> str | bytes:
         if path != self.model.step:
             return super()._graph(path, options)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        values = [self._ort.OrtValue.ortvalue_from_numpy(array) for array in self._weights.values()]
+        options.add_external_initializers(list(self._weights), values)
         return self._bytes
+
+
+def taken_apart(model: ir.Model) -> tuple[bytes, dict[str, np.ndarray]]:
+    """A graph in memory and, by name, its big weights beside it: a graph with its weights in it can't have 2 GB (protobuf)."""
+    import onnx_ir as ir
+
+    graph, weights = model.clone(), dict[str, np.ndarray]()
+    for name, value in graph.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < _SMALLEST_APART or isinstance(tensor, ir.ExternalTensor):
+            continue
+        weights[name] = np.ascontiguousarray(tensor.numpy())
+        shape = ir.Shape(tensor.shape.numpy())
+        # No file of this name is read: the session is given a value for every such weight.
+        value.const_value = ir.ExternalTensor("memory", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
+    return ir.to_proto(graph).SerializeToString(), weights
 
 
 class Divergence:
@@ -53,9 +74,7 @@ class Divergence:
 
     def of(self, model: ir.Model) -> tuple[float, float]:
         """Of a graph in memory; see :meth:`of_session`."""
-        import onnx_ir as ir
-
-        executor = _InMemory(ort_model(self._bundle, 1, "cpu"), ir.to_proto(model).SerializeToString(), self._threads)
+        executor = _InMemory(ort_model(self._bundle, 1, "cpu"), model, self._threads)
         return self.of_session(Session(self._bundle, executor, 1))
 
     def of_session(self, session: Session) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from medusa_deploy.runtime.bundle import open_bundle
 from medusa_deploy.runtime.errors import BundleExistsError, QuantisationError, UsageError
 from medusa_deploy.runtime.scales_file import Layer, Scales, Smoothing
 from medusa_deploy.runtime.session import load
-from medusa_deploy.tools.divergence import Divergence
+from medusa_deploy.tools.divergence import Divergence, taken_apart
 from medusa_deploy.tools.prompt_source import random_prompts
 from support.tiny import VOCAB
 
@@ -87,6 +87,17 @@ def test_only_what_a_quantised_product_reads_is_smoothed(graph: Any):
     report = quantise_cpu(graph, replace(EXACT, kept={one.name: 8}), scales)
     assert len(report.smoothed) == 1 and [bits for bits in report.bits.values() if bits < 32] == [8]
     assert all(graph.graph.initializers[name].const_value is tensor for name, tensor in stored.items()), "where they were"
+
+
+def test_trials_take_their_weights_beside_the_graph(graph: Any, divergence: Divergence):
+    # All weights inside, a graph of more than 2 GB could not be serialised.
+    quantise_cpu(graph, CpuPrecision())
+    small, weights = taken_apart(graph)
+    packed = [value.const_value for value in graph.graph.initializers.values() if value.name in weights]
+    taken = sum(array.nbytes for array in weights.values())
+    assert taken > 100_000 and len(small) < len(ir.to_proto(graph).SerializeToString()) - 0.9 * taken
+    assert packed and not any(isinstance(tensor, ir.ExternalTensor) for tensor in packed), "the graph itself stays as it was"
+    assert divergence.of(graph) == divergence.of(graph)
 
 
 def test_8_bits_are_close_and_4_bits_less_so(graph: Any, tiny_bundle: Path, divergence: Divergence):
