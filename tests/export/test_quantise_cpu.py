@@ -21,6 +21,7 @@ from medusa_deploy.export.smooth_cpu import smooth
 from medusa_deploy.export.variant import add_variant, check_variant
 from medusa_deploy.runtime.bundle import open_bundle
 from medusa_deploy.runtime.errors import BundleExistsError, QuantisationError, UsageError
+from medusa_deploy.runtime.executor import Wanted
 from medusa_deploy.runtime.scales_file import Layer, Scales, Smoothing
 from medusa_deploy.runtime.session import load
 from medusa_deploy.tools.divergence import Divergence
@@ -168,6 +169,9 @@ def test_a_variant_runs_beside_the_others_and_is_replaced_whole(graph: Any, bund
     assert own.stat().st_size < 0.5 * (bundle_copy / "onnx" / "weights.bin").stat().st_size + (1 << 22)
     session = load(bundle_copy, variant="cpu-int8", threads=1)
     assert session.generate(token_ids=PROMPTS[0], max_new_tokens=8).token_ids
+    for prompt in PROMPTS:
+        after = session.executor.prefill(0, np.array(prompt), 0, Wanted(logits=True))
+        assert after.next_token[0] == after.logits[0, 0].argmax(), "chosen among the logits that were computed again"
     with pytest.raises(BundleExistsError, match="cpu-int8"):
         check_variant(opened.manifest, "cpu-int8", force=False)
     with pytest.raises(UsageError, match="standard"):
