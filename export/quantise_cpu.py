@@ -32,7 +32,8 @@ class CpuPrecision:
     """Bits of the weights: 4, 8, or 32 for those that stay as they are.
 
     ``layers``: of the backbone's layers, ``kept`` (by the name of a :class:`.cpu_products.CpuProduct`) overrides it;
-    ``projection`` onto the vocabulary; ``heads``. ``block``: inputs that share a scale, ``projection_block`` in the projection.
+    ``projection`` onto the vocabulary; ``heads``, as far as they haven't 8 bits before (:mod:`.cpu_heads`). ``block``: inputs
+    that share a scale, ``projection_block`` in the projection.
     ``rescored``: how many of the largest logits are computed again from the projection's own weights; 0 for none.
     """
 
@@ -97,9 +98,11 @@ def quantise_cpu(
     from call to call with the same scales, moments and blocks. ``advance`` hears of each product, and how many are done.
 
     Raises:
-        QuantisationError: a weight holds NaN or infinity, or there is nothing to quantise.
+        QuantisationError: a weight holds NaN or infinity, there is nothing to quantise, or heads of 8 bits are to have 4.
     """
     graph = model.graph
+    if precision.heads == 4 and any(node.op_type == "MatMulNBits" for node in ir.traversal.RecursiveGraphIterator(graph)):
+        raise QuantisationError("the heads of this CPU graph have 8 bits already", hint="leave --heads-bits out")
     products = find_products(model)
     bits = {each: precision.bits(each) if each.shape[1] % precision.block_of(each) == 0 else 32 for each in products}
     read = {product.activation for product in products if bits[product] < 32}
