@@ -15,7 +15,7 @@ from ..runtime.backends import ort_model
 from ..runtime.bundle import Bundle
 from ..runtime.errors import CalibrationError
 from ..runtime.executor import StepBuffers, Wanted
-from ..runtime.ort import OrtExecutor, OrtModel
+from ..runtime.ort import Bound, OrtExecutor, OrtModel
 from ..runtime.prompts import prompts_digest
 from ..runtime.scales_file import model_digest
 from ..runtime.session import Session
@@ -30,7 +30,7 @@ SAVE_EVERY = 30.0
 class _Binding(NamedTuple):
     """A binding of the executor, and the tensors that were bound behind its own outputs."""
 
-    inner: Any
+    inner: Bound
     observed: list[str]
 
 
@@ -60,15 +60,15 @@ class ObservingExecutor(OrtExecutor):
 
     def _bind(self, buffers: StepBuffers, wanted: Wanted, slot: int | None) -> _Binding:
         assert not wanted.hidden, "that output may be one of the tensors, too"
-        inner = super()._bind(buffers, wanted, slot)
+        inner: Bound = super()._bind(buffers, wanted, slot)
         observed = [name for name, of_heads in self._of_heads.items() if wanted.heads or not of_heads]
         for name in observed:
-            inner.bind_output(name)
+            inner.io.bind_output(name)
         return _Binding(inner, observed)
 
     def _run(self, buffers: StepBuffers, binding: _Binding, slot: int | None) -> None:
         super()._run(buffers, binding.inner, slot)
-        outputs = binding.inner.get_outputs()[-len(binding.observed) :] if binding.observed else []
+        outputs = binding.inner.io.get_outputs()[-len(binding.observed) :] if binding.observed else []
         values = ((name, value.numpy()) for name, value in zip(binding.observed, outputs, strict=True))
         self.watcher.take(values, buffers, prefill=slot is not None)
 

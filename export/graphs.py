@@ -7,7 +7,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from ..runtime.manifest import cpu_twin
 from .backbone import Backbone
+from .cpu_heads import narrow_heads
 from .heads import HeadStack
 from .lower import drop_closing, lower_cpu, lower_device, lower_standard
 from .trace import trace_heads, trace_step
@@ -30,13 +32,19 @@ def write_graphs(
     lower_device(for_device)
     lower_standard(standard)
     lower_cpu(for_cpu)
+    shared = stack.shared is not None
+    narrow_heads(for_cpu, shared=shared)
     graphs = {"standard": standard, "cpu": for_cpu, "device": for_device}
     names = {"standard": f"{prefix}step.onnx", "cpu": f"{prefix}step.cpu.onnx", "device": f"{prefix}step.device.onnx"}
     report("writing graphs")
     with WeightsFile(folder / f"{prefix}weights.bin") as weights:
         for name, graph in graphs.items():
             weights.save(graph, folder / names[name])
-        weights.save(_trace(backbone, lambda: trace_heads(backbone, stack)), folder / f"{prefix}{HEADS_GRAPH}")
+        heads = _trace(backbone, lambda: trace_heads(backbone, stack))
+        heads_for_cpu = heads.clone()
+        narrow_heads(heads_for_cpu, shared=shared)
+        weights.save(heads, folder / f"{prefix}{HEADS_GRAPH}")
+        weights.save(heads_for_cpu, folder / f"{prefix}{cpu_twin(HEADS_GRAPH)}")
     return names
 
 

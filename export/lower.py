@@ -8,50 +8,17 @@ writes the new rows itself, so rows accepted in the previous step are moved by t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from ..runtime import step_io
 from .attention import DOMAIN, OP
+from .cpu_graph import drop_replaced, heads_if_wanted, take_from_host
 from .fuse import fuse
 from .merge import ATTENTION, merge
-from .patterns import MICROSOFT, new_constant
-
-
-class _Nodes:
-    """Builds a run of nodes; constants become initializers with unique names."""
-
-    def __init__(self, graph: ir.Graph, prefix: str) -> None:
-        self.graph = graph
-        self.prefix = prefix
-        self.nodes: list[ir.Node] = []
-
-    def add(
-        self,
-        op: str,
-        inputs: list[ir.Value | None],
-        attributes: Mapping[str, object] | None = None,
-        *,
-        outputs: list[ir.Value] | None = None,
-        domain: str = "",
-    ) -> ir.Value:
-        attrs = ir.convenience.convert_attributes(attributes or {})  # type: ignore[arg-type]
-        name = f"{self.prefix}/{op}_{len(self.nodes)}"
-        node = ir.Node(domain, op, inputs, attrs, outputs=outputs, num_outputs=None if outputs else 1, name=name)
-        if not outputs:
-            node.outputs[0].name = f"{name}_output"
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def constant(self, name: str, values: object, dtype: type[np.generic] = np.int64) -> ir.Value:
-        full = f"{self.prefix}/{name}"
-        if full not in self.graph.initializers:
-            new_constant(self.graph, np.asarray(values, dtype), full)
-        return self.graph.initializers[full]
-
+from .patterns import MICROSOFT, Nodes
 
 _Lowering = Callable[[ir.Graph, ir.Node, "dict[str, ir.Value]"], "list[ir.Node]"]
 
@@ -83,7 +50,7 @@ def lower_standard(model: ir.Model) -> None:
     inputs = {value.name: value for value in graph.inputs}
     kv_heads, head_dim = (int(inputs[step_io.past_names(1)[0]].shape[axis]) for axis in (1, 3))  # type: ignore[index, arg-type]
     margin = int(inputs[step_io.COMMIT].shape[1])  # type: ignore[index, arg-type]
-    head = _Nodes(graph, "commit")
+    head = Nodes(graph, "commit")
     # GatherElements wants an index per element: [B, H_kv, K, D_h], the same for every cache.
     index = head.add("Unsqueeze", [inputs[step_io.COMMIT], head.constant("axes", [1, 3])])
     tile = head.constant("repeats", [1, kv_heads, 1, head_dim])
@@ -113,7 +80,7 @@ def lower_device(model: ir.Model) -> None:
     int64 = ir.TensorType(ir.DataType.INT64)
     kept = ir.Value(name=step_io.KEPT, type=int64, shape=ir.Shape([batch, heads]))
     kept_count = ir.Value(name=step_io.KEPT_COUNT, type=int64, shape=ir.Shape([batch]))
-    head = _Nodes(graph, "carry")
+    head = Nodes(graph, "carry")
     zero, one, first = head.constant("zero", 0), head.constant("one", 1), head.constant("first", [1])
     count = head.add("Unsqueeze", [kept_count, first])  # [B, 1]
     before = head.add("Shape", [carried[0]], {"start": 2, "end": 3})
@@ -161,7 +128,7 @@ def drop_closing(model: ir.Model) -> None:
 
 
 def _standard_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value]) -> list[ir.Node]:
-    def update(build: _Nodes, past: ir.Value, new: ir.Value) -> ir.Value:
+    def update(build: Nodes, past: ir.Value, new: ir.Value) -> ir.Value:
         moved = build.add("GatherElements", [past, shared["index"]], {"axis": 2})
         return build.add("Concat", [moved, new], {"axis": 2})
 
@@ -169,7 +136,7 @@ def _standard_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Val
 
 
 def _device_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value]) -> list[ir.Node]:
-    def update(build: _Nodes, past: ir.Value, new: ir.Value) -> ir.Value:
+    def update(build: Nodes, past: ir.Value, new: ir.Value) -> ir.Value:
         both = build.add("Concat", [shared[f"carried of {past.name}"], new], {"axis": 2})
         return build.add("GatherElements", [both, shared["index"]], {"axis": 2})
 
@@ -180,11 +147,11 @@ def _attention_over_caches(
     graph: ir.Graph,
     node: ir.Node,
     shared: dict[str, ir.Value],
-    update_of: Callable[[_Nodes, ir.Value, ir.Value], ir.Value],
+    update_of: Callable[[Nodes, ir.Value, ir.Value], ir.Value],
 ) -> list[ir.Node]:
     """One TensorScatter a cache, of the rows that ``update_of`` (past, new) makes; slices to T; Attention."""
     query, key, value, past_key, past_value, mask = node.inputs[:6]
-    build = _Nodes(graph, str(node.name))
+    build = Nodes(graph, str(node.name))
     sliced = []
     for past, new, present in ((past_key, key, node.outputs[1]), (past_value, value, node.outputs[2])):
         assert past is not None and new is not None
@@ -198,69 +165,23 @@ def _attention_over_caches(
 
 
 def lower_cpu(model: ir.Model) -> None:
-    """Replace each attention, in place, by com.microsoft GroupQueryAttention over the shared buffer; fuse, then merge."""
-    graph = model.graph
-    inputs = {value.name: value for value in graph.inputs}
-    head = _Nodes(graph, "lengths")
-    rows = head.add("Shape", [inputs[step_io.TOKENS]], {"start": 1, "end": 2})
-    last = head.add("Sub", [head.add("Add", [inputs[step_io.WRITE_INDEX], rows]), head.constant("one", 1)])
-    total = head.add("Squeeze", [head.add("Shape", [inputs[step_io.COLUMNS]])])
-    int32 = {"to": int(ir.DataType.INT32)}
-    shared = {"last": head.add("Cast", [last], int32), "total": head.add("Cast", [total], int32)}
-    graph.insert_before(graph[0], head.nodes)
-    _each_attention(model, _cpu_attention, shared)
-    graph.inputs.remove(inputs[step_io.COMMIT])
+    """Replace each attention, in place, by com.microsoft GroupQueryAttention over the shared buffer; fuse, then merge.
+
+    What the host works out is an input, and heads run only where they are wanted (:mod:`.cpu_graph`).
+    """
+    _each_attention(model, _cpu_attention, take_from_host(model.graph))
     model.opset_imports[MICROSOFT] = 1
     fuse(model)
     merge(model)
-    _heads_if_wanted(model)
-
-
-def _heads_if_wanted(model: ir.Model) -> None:
-    """Put what only the heads' results need into the branch of an If: ONNX Runtime runs all nodes, whatever is fetched."""
-    graph = model.graph
-    results = [value for value in graph.outputs if value.name in (step_io.CANDIDATES, step_io.LOG_PROBS)]
-    only = _needed(results) - _needed([value for value in graph.outputs if value not in results])
-    nodes = [node for node in graph if node in only]
-    graph.remove(nodes)
-    wanted = ir.Value(name=step_io.HEADS_WANTED, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
-    graph.inputs.append(wanted)
-    head = _Nodes(graph, "heads_unwanted")
-    empty = head.constant("shape", [0] * len(results[0].shape or ()))
-    for value in results:
-        assert value.dtype is not None
-        nothing = ir.tensor(np.zeros(1, value.dtype.numpy()))
-        head.add("ConstantOfShape", [empty], {"value": nothing}).type = value.type
-    unwanted = [node.outputs[0] for node in head.nodes]
-    outputs = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in results]
-    for old, new in zip(results, outputs, strict=True):
-        graph.outputs[graph.outputs.index(old)] = new  # a value is an output of one graph
-        old.name = f"{old.name}/wanted"
-    branches = {
-        "then_branch": ir.Graph([], results, nodes=nodes, name="heads_wanted"),
-        "else_branch": ir.Graph([], unwanted, nodes=head.nodes, name="heads_unwanted"),
-    }
-    attributes = [ir.AttrGraph(name, branch) for name, branch in branches.items()]
-    graph.append(ir.Node("", "If", [wanted], attributes, outputs=outputs, name="heads"))
-
-
-def _needed(values: list[ir.Value]) -> set[ir.Node]:
-    """All nodes that these values are made by."""
-    found: set[ir.Node] = set()
-    waiting = [value.producer() for value in values]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            waiting += [value.producer() for value in node.inputs if value is not None]
-    return found
+    heads_if_wanted(model)
+    drop_replaced(model)
 
 
 def _cpu_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value]) -> list[ir.Node]:
-    query, key, value, past_key, past_value, mask = node.inputs[:6]
+    query, key, value, past_key, past_value = node.inputs[:5]
     assert query is not None and query.shape is not None and past_key is not None and past_key.shape is not None
     heads, kv_heads, head_dim = int(query.shape[1]), int(past_key.shape[1]), int(past_key.shape[3])  # type: ignore[arg-type]
-    build = _Nodes(graph, str(node.name))
+    build = Nodes(graph, str(node.name))
 
     def rows_first(tensor: ir.Value | None, count: int, name: str) -> ir.Value:
         transposed = build.add("Transpose", [tensor], {"perm": [0, 2, 1, 3]})
@@ -269,9 +190,10 @@ def _cpu_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value]) 
     packed = [rows_first(query, heads, "query_shape"), *(rows_first(t, kv_heads, "kv_shape") for t in (key, value))]
     shape = ir.Shape([query.shape[0], query.shape[2], heads * head_dim])
     attended = ir.Value(name=f"{node.name}/attended", shape=shape, type=query.type)
+    last_rows, visible, mask = (shared[name] for name in (step_io.LAST_ROWS, step_io.VISIBLE, step_io.MASK))
     build.add(
         ATTENTION,
-        [*packed, past_key, past_value, shared["last"], shared["total"], None, None, None, mask],
+        [*packed, past_key, past_value, last_rows, visible, None, None, None, mask],
         {"num_heads": heads, "kv_num_heads": kv_heads, "scale": node.attributes["scale"].as_float(), "do_rotary": 0},
         outputs=[attended, _output(node.outputs[1]), _output(node.outputs[2])],
         domain=MICROSOFT,

@@ -6,6 +6,7 @@ alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common as passes
 
 from ..runtime import step_io
-from .patterns import MICROSOFT, either, made_by, new_constant, stand_for
+from .patterns import MICROSOFT, either, elements, made_by, new_constant, new_node, stand_for
 
 ATTENTION = "GroupQueryAttention"
 _COS_CACHE, _SIN_CACHE, _POSITIONS = 7, 8, 9  # inputs of the attention
@@ -25,7 +26,7 @@ _ROW_BY_ROW = {"Unsqueeze", "Cast", "Mul", "Cos", "Sin"}
 def merge(model: ir.Model) -> None:
     """All passes, in place, on the fused CPU graph."""
     clean = passes.RemoveUnusedNodesPass()
-    for op, one in (("SimplifiedLayerNormalization", _norm_of_sum), (ATTENTION, _rotate_inside), (ATTENTION, _pack)):
+    for op, one in _PASSES:
         for node in list(model.graph):
             if node.op_type == op:
                 one(model.graph, node)
@@ -91,7 +92,7 @@ def _table(graph: ir.Graph, value: ir.Value, rows: int, width: int) -> ir.Value 
 
 
 @dataclass(frozen=True, slots=True)
-class _Product:
+class Product:
     """``x`` times a constant matrix [in, out], stored ``transposed`` or not, plus a constant [out] if there is a bias."""
 
     x: ir.Value
@@ -106,7 +107,7 @@ def _pack(graph: ir.Graph, attention: ir.Node) -> None:
     ``<attention>/qkv/weight`` is a Concat of the stored matrices, which the bundle's other graphs read one by one: no byte is
     stored twice. ONNX Runtime folds it when it loads the graph and keeps no other copy.
     """
-    products = [_product(value) for value in attention.inputs[:3]]
+    products = [product_of(value) for value in attention.inputs[:3]]
     query, key, value = products
     if query is None or key is None or value is None:
         return
@@ -115,10 +116,7 @@ def _pack(graph: ir.Graph, attention: ir.Node) -> None:
         return
     name = f"{attention.name}/qkv"
     together = (query, key, value)
-    nodes = [_concat([each.weight for each in together], 0 if query.transposed else 1, f"{name}/weight")]
-    if query.transposed:
-        nodes.append(_named("Transpose", [nodes[-1].outputs[0]], {"perm": [1, 0]}, f"{name}/weight/transposed"))
-    nodes.append(_named("MatMul", [query.x, nodes[-1].outputs[0]], {}, name))
+    nodes = joined(together, name)
     if query.bias is not None:
         product = nodes[-1].outputs[0]
         nodes.append(_concat([each.bias for each in together], 0, f"{name}/bias"))
@@ -130,8 +128,17 @@ def _pack(graph: ir.Graph, attention: ir.Node) -> None:
         attention.replace_input_with(index, new)
 
 
-def _product(value: ir.Value | None) -> _Product | None:
-    """How ``value`` is made, if it is a product with a constant matrix and read once."""
+def joined(products: Sequence[Product], name: str) -> list[ir.Node]:
+    """Nodes that end with the product ``name`` of several matrices side by side, without biases; all are stored alike."""
+    first = products[0]
+    nodes = [_concat([each.weight for each in products], 0 if first.transposed else 1, f"{name}/weight")]
+    if first.transposed:
+        nodes.append(_named("Transpose", [nodes[-1].outputs[0]], {"perm": [1, 0]}, f"{name}/weight/transposed"))
+    return [*nodes, _named("MatMul", [first.x, nodes[-1].outputs[0]], {}, name)]
+
+
+def product_of(value: ir.Value | None, readers: int = 1) -> Product | None:
+    """How ``value`` is made, if it is a product with a constant matrix and has so many readers."""
     bias, product = either(made_by(value, "Add"), "MatMul")
     if product is None:
         product = made_by(value, "MatMul")
@@ -139,7 +146,7 @@ def _product(value: ir.Value | None) -> _Product | None:
         return None
     if value is None or product is None or product.inputs[0] is None:
         return None
-    if len(value.uses()) != 1 or len(product.outputs[0].uses()) != 1:
+    if len(value.uses()) != readers or len(product.outputs[0].uses()) != (readers if bias is None else 1):
         return None
     weight = product.inputs[1]
     turned = made_by(weight, "Transpose")  # where weights are linked, they are stored as the checkpoint has them
@@ -150,7 +157,7 @@ def _product(value: ir.Value | None) -> _Product | None:
     width = weight.shape[1 if turned is None else 0]
     if bias is not None and bias.shape != (width,):
         return None
-    return _Product(product.inputs[0], weight, turned is not None, bias)
+    return Product(product.inputs[0], weight, turned is not None, bias)
 
 
 def _concat(values: list[ir.Value | None], axis: int, name: str) -> ir.Node:
@@ -186,3 +193,41 @@ def _norm_of_sum(graph: ir.Graph, norm: ir.Node) -> None:
     graph.insert_before(norm, [both])
     stand_for(normal, norm.outputs[0])
     stand_for(summed, total.outputs[0])
+
+
+# -- rows of a matrix ------------------------------------------------------------------------------------------------
+
+
+def _gather_rows(graph: ir.Graph, gather: ir.Node) -> None:
+    """Whole rows of [B, N, H], which a traced gather picks element by element with an index for each, to GatherND."""
+    data, spread = gather.inputs[0], made_by(gather.inputs[1], "Expand")
+    raised = None if spread is None else made_by(spread.inputs[0], "Unsqueeze")
+    if data is None or data.shape is None or raised is None or spread is None:
+        return
+    shape, axis = elements(spread.inputs[1]), elements(raised.inputs[1])
+    if gather.attributes["axis"].as_int() != 1 or shape != [1, 1, data.shape[-1]] or axis not in ([2], [-1]):
+        return
+    rows = new_node("GatherND", [data, raised.outputs[0]], {"batch_dims": 1}, gather.outputs[0].name)
+    rows.outputs[0].shape = gather.outputs[0].shape
+    graph.insert_before(gather, [rows])
+    stand_for(rows.outputs[0], gather.outputs[0])
+
+
+def _look_up(graph: ir.Graph, gather: ir.Node) -> None:
+    """Elements of a vector, looked up by indices of one number each, to a plain Gather."""
+    table, raised = gather.inputs[0], made_by(gather.inputs[1], "Unsqueeze")
+    if table is None or table.shape is None or len(table.shape) != 1 or raised is None or elements(raised.inputs[1]) != [-1]:
+        return
+    found = new_node("Gather", [table, raised.inputs[0]], {"axis": 0}, gather.outputs[0].name)
+    found.outputs[0].shape = gather.outputs[0].shape
+    graph.insert_before(gather, [found])
+    stand_for(found.outputs[0], gather.outputs[0])
+
+
+_PASSES = (
+    ("SimplifiedLayerNormalization", _norm_of_sum),
+    (ATTENTION, _rotate_inside),
+    (ATTENTION, _pack),
+    ("GatherElements", _gather_rows),
+    ("GatherND", _look_up),
+)

@@ -52,7 +52,40 @@ def new_constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
 
 
 def stand_for(value: ir.Value, old: ir.Value) -> None:
-    """Let ``value`` be read where ``old`` was; what nobody reads any more is removed later."""
-    assert not old.is_graph_output()
+    """Let ``value`` be read where ``old`` was, as an output of the graph too; what nobody reads any more is removed later."""
     value.type = old.type if value.type is None else value.type
-    ir.convenience.replace_all_uses_with(old, value)
+    if old.is_graph_output():
+        value.name, old.name = old.name, f"{old.name}/before"
+    ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
+
+
+class Nodes:
+    """Builds a run of nodes; constants become initializers with unique names."""
+
+    def __init__(self, graph: ir.Graph, prefix: str) -> None:
+        self.graph = graph
+        self.prefix = prefix
+        self.nodes: list[ir.Node] = []
+
+    def add(
+        self,
+        op: str,
+        inputs: list[ir.Value | None],
+        attributes: Mapping[str, object] | None = None,
+        *,
+        outputs: list[ir.Value] | None = None,
+        domain: str = "",
+    ) -> ir.Value:
+        attrs = ir.convenience.convert_attributes(attributes or {})  # type: ignore[arg-type]
+        name = f"{self.prefix}/{op}_{len(self.nodes)}"
+        node = ir.Node(domain, op, inputs, attrs, outputs=outputs, num_outputs=None if outputs else 1, name=name)
+        if not outputs:
+            node.outputs[0].name = f"{name}_output"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, name: str, values: object, dtype: type[np.generic] = np.int64) -> ir.Value:
+        full = f"{self.prefix}/{name}"
+        if full not in self.graph.initializers:
+            new_constant(self.graph, np.asarray(values, dtype), full)
+        return self.graph.initializers[full]

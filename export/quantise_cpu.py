@@ -32,7 +32,8 @@ class CpuPrecision:
     """Bits of the weights: 4, 8, or 32 for those that stay as they are.
 
     ``layers``: of the backbone's layers, ``kept`` (by the name of a :class:`.cpu_products.CpuProduct`) overrides it;
-    ``projection`` onto the vocabulary; ``heads``. ``block``: inputs that share a scale, ``projection_block`` in the projection.
+    ``projection`` onto the vocabulary; ``heads``, as far as they haven't 8 bits before (:mod:`.cpu_heads`). ``block``: inputs
+    that share a scale, ``projection_block`` in the projection.
     ``rescored``: how many of the largest logits are computed again from the projection's own weights; 0 for none.
     """
 
@@ -97,17 +98,19 @@ def quantise_cpu(
     from call to call with the same scales, moments and blocks. ``advance`` hears of each product, and how many are done.
 
     Raises:
-        QuantisationError: a weight holds NaN or infinity, or there is nothing to quantise.
+        QuantisationError: a weight holds NaN or infinity, there is nothing to quantise, or heads of 8 bits are to have 4.
     """
     graph = model.graph
+    if precision.heads == 4 and any(node.op_type == "MatMulNBits" for node in ir.traversal.RecursiveGraphIterator(graph)):
+        raise QuantisationError("the heads of this CPU graph have 8 bits already", hint="leave --heads-bits out")
     products = find_products(model)
     bits = {each: precision.bits(each) if each.shape[1] % precision.block_of(each) == 0 else 32 for each in products}
-    rounded = {product.activation for product in products if bits[product] < 32}
-    if not rounded:
+    read = {product.activation for product in products if bits[product] < 32}
+    if not read:
         raise QuantisationError(
             "no product of the CPU graph was quantised", hint=f"their inputs have to be multiples of the block, {precision.block}"
         )
-    smoothed = [] if scales is None else smooth(graph, products, scales, rounded)
+    smoothed = [] if scales is None else smooth(graph, products, scales, read)
     before, after, plain = 0, 0, 0
     for done, product in enumerate(products):
         advance(done, product.name)
@@ -120,17 +123,18 @@ def quantise_cpu(
             found = made.get(key) if made is not None else None
             if found is None:
                 of_input = (moments or {}).get(str(product.weights[0].name))
-                found = _rounded(product, wanted, precision.block_of(product), of_input)
+                found = rounded(product, wanted, precision.block_of(product), of_input)
             if made is not None:
                 made[key] = found
-            size = _replace(graph, product, *found, precision.rescored)
+            size = put_bits(graph, product, *found, precision.rescored)
         after += size
         plain += 0 if product.of_heads else size
     passes.RemoveUnusedNodesPass()(model)
     return CpuReport({product.name: wanted for product, wanted in bits.items()}, smoothed, before, after, plain)
 
 
-def _rounded(product: CpuProduct, bits: int, block: int, moments: np.ndarray | None) -> tuple[Grid, np.ndarray]:
+def rounded(product: CpuProduct, bits: int, block: int, moments: np.ndarray | None = None) -> tuple[Grid, np.ndarray]:
+    """Grid and codes of a product's weight; ``moments`` as in :func:`quantise_cpu`."""
     matrix = product.matrix()
     if not np.isfinite(matrix).all():
         raise QuantisationError(f"the weight of {product.name} holds NaN or infinity", hint="the checkpoint's weights are broken")
@@ -142,7 +146,7 @@ def _rounded(product: CpuProduct, bits: int, block: int, moments: np.ndarray | N
     return grid, compensated(matrix, grid, moments / np.outer(factors, factors))
 
 
-def _replace(graph: ir.Graph, product: CpuProduct, grid: Grid, codes: np.ndarray, rescored: int) -> int:
+def put_bits(graph: ir.Graph, product: CpuProduct, grid: Grid, codes: np.ndarray, rescored: int = 0) -> int:
     """Put MatMulNBits in a product's place; returns the bytes of its weights."""
     node = product.node
     stored = _stored(product, grid, codes)

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime.step_io import HIDDEN_BIAS
 from .attention import TraceCache, tracing
 from .heads import HeadStack
-
-# The most negative finite fp16 number: masks are additive and finite, so a fully hidden row can't become NaN.
-HIDDEN_BIAS = -65504.0
 
 
 def visibility_mask(ancestors: Tensor, write_index: Tensor, columns: Tensor, margin: int, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .bundle import Bundle
 from .errors import UsageError
 from .executor import CacheLayout, Executor
+from .manifest import cpu_twin
 from .ort_base import OrtModel
 
 
@@ -74,9 +75,10 @@ def ort_model(bundle: Bundle, slots: int, variant: str) -> OrtModel:
     manifest = bundle.manifest
     backbone, heads = manifest.backbone, manifest.heads
     rows = manifest.limits.cache_rows
+    cpu_heads = cpu_twin(manifest.heads_graph)
     return OrtModel(
         bundle.path(manifest.variants[variant]),
-        bundle.path(manifest.heads_graph),
+        bundle.path(cpu_heads if is_cpu(variant) and cpu_heads in manifest.files else manifest.heads_graph),
         CacheLayout(backbone.layers, slots, backbone.kv_heads, rows, backbone.head_dim, manifest.dtype),
         heads.num_heads,
         heads.top_k,

@@ -112,6 +112,11 @@ class Manifest:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
 
+def cpu_twin(graph: str) -> str:
+    """Path of the form of ``graph`` in the operators of ONNX Runtime's CPU provider, where there is one: of the heads' graph."""
+    return f"{graph.removesuffix('.onnx')}.cpu.onnx"
+
+
 def parse_manifest(text: str | bytes) -> Manifest:
     """Read a manifest.
 

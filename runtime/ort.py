@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from . import step_io
+from .cpu_inputs import CpuInputs
 from .executor import StepBuffers, Wanted, visible_rows
 from .ort_base import CPU_PROVIDER, OrtBase, OrtModel, import_onnxruntime, small_outputs
 
-__all__ = ["OrtExecutor", "OrtModel"]
+__all__ = ["Bound", "OrtExecutor", "OrtModel"]
+
+
+@dataclass(slots=True)
+class Bound:
+    """A binding, what the host works out for it (None: the graph does), and how many cache rows it shows."""
+
+    io: Any
+    cpu: CpuInputs | None
+    visible: int = 0
 
 
 class OrtExecutor(OrtBase):
@@ -36,7 +47,6 @@ class OrtExecutor(OrtBase):
         self._cache_values = [self._value(cache) for cache in self.caches]
         self._columns = np.arange(layout.rows, dtype=np.int64)
         self._column_values: dict[int, Any] = {}
-        self._shown: dict[int, int] = {}  # cache rows that step bindings, which are kept for good, were bound to show
         self._truth = np.array([False, True])
         self._heads_wanted = [self._value(self._truth[answer : answer + 1].reshape(())) for answer in range(2)]
 
@@ -44,13 +54,22 @@ class OrtExecutor(OrtBase):
         if step_io.COMMIT not in self._inputs:
             self._move_committed(buffers, slot or 0)
         visible = visible_rows(buffers, self.layout.rows)
-        if slot is not None or self._shown.get(id(binding)) != visible:
-            binding.bind_ortvalue_input(step_io.COLUMNS, self._columns_value(visible))
-            if slot is None:
-                self._shown[id(binding)] = visible
+        if visible != binding.visible:
+            self._show(binding, visible)
+        if binding.cpu is not None:
+            binding.cpu.fill(buffers)
         started = time.perf_counter()
-        self._session.run_with_iobinding(binding, self._run_options)
+        self._session.run_with_iobinding(binding.io, self._run_options)
         self.engine_seconds += time.perf_counter() - started
+
+    def _show(self, binding: Bound, visible: int) -> None:
+        """Bind what depends on the number of cache rows that a step may look at."""
+        binding.visible = visible
+        if binding.cpu is None:
+            binding.io.bind_ortvalue_input(step_io.COLUMNS, self._columns_value(visible))
+        else:
+            binding.cpu.show(visible)
+            binding.io.bind_ortvalue_input(step_io.MASK, self._value(binding.cpu.mask))
 
     def _move_committed(self, buffers: StepBuffers, first_slot: int) -> None:
         for index, (sources, end) in enumerate(zip(buffers.commit.tolist(), buffers.write_index.tolist(), strict=True)):
@@ -68,6 +87,10 @@ class OrtExecutor(OrtBase):
 
     def _bind(self, buffers: StepBuffers, wanted: Wanted, slot: int | None) -> Any:
         binding = self._session.io_binding()
+        cpu = CpuInputs(buffers, self.layout) if step_io.MASK in self._inputs else None
+        for name in step_io.CPU_INPUTS if cpu is not None else ():
+            if name != step_io.MASK:
+                binding.bind_ortvalue_input(name, self._value(getattr(cpu, name)))
         for name in self._small_inputs():
             binding.bind_ortvalue_input(name, self._value(getattr(buffers, name)))
         if step_io.HEADS_WANTED in self._inputs:
@@ -79,4 +102,4 @@ class OrtExecutor(OrtBase):
         for past, present, value in zip(step_io.past_names(layers), step_io.present_names(layers), caches, strict=True):
             binding.bind_ortvalue_input(past, value)
             binding.bind_ortvalue_output(present, value)
-        return binding
+        return Bound(binding, cpu)

@@ -14,7 +14,6 @@ write_index    int64 [B]          cache row of row 0
 columns        int64 [T]          0 … T-1: its length says how much of the caches this step reads
 logit_rows     int64 [B, R]       rows whose logits are computed: all N in verify, the last one in prefill
 commit         int64 [B, K]       cache rows that are copied to write_index-K … write_index-1 before anything else is read
-heads_wanted   bool []            whether the heads run; in the graph of ONNX Runtime's CPU provider only
 past_key.{l}   [B, H_kv, S, D_h]  preallocated; the output present_key.{l} is the same memory
 ============== ================== ============================================================================
 
@@ -28,6 +27,21 @@ log_probs     float32 [B, K, k] their log-probabilities
 logits        [B, R, V]         optional: for sampling on the host
 hidden        [B, R, H]         optional: the backbone's normalised last hidden state
 ============= ================= =====================================================
+
+The *CPU* graphs, of ONNX Runtime's own operators, read these instead of ancestors, forced, write_index, columns and commit. What
+they hold follows from those, and costs the host less than the graph (:mod:`.cpu_inputs`). Several rows want R = N and one forced
+row, or R = 1 and all rows forced.
+
+======================= ================== ===================================================================
+input, CPU graphs       shape              meaning
+======================= ================== ===================================================================
+mask                    [B, 1, N, T]       added to attention scores: 0, or ``HIDDEN_BIAS`` where a row mustn't look
+last_rows               int32 [B]          cache row of the step's last row
+visible                 int32 []           T
+parents                 int64 [B, N]       row whose logits say what a row should carry; 0 where it doesn't matter
+paths                   float32 [B, N, R]  1 where row n isn't forced and is on the path to the row of logits r, else 0
+heads_wanted            bool []            whether the heads run
+======================= ================== ===================================================================
 
 The *device* graph is the same step closed over itself: what the next step needs are outputs, so that an engine can start it
 before the host has read this one. It has no ``commit``. Accepted rows are carried from step to step outside the caches, and a
@@ -71,6 +85,11 @@ WRITE_INDEX = "write_index"
 COLUMNS = "columns"
 LOGIT_ROWS = "logit_rows"
 COMMIT = "commit"
+MASK = "mask"
+LAST_ROWS = "last_rows"
+VISIBLE = "visible"
+PARENTS = "parents"
+PATHS = "paths"
 HEADS_WANTED = "heads_wanted"
 KEPT = "kept"
 KEPT_COUNT = "kept_count"
@@ -92,6 +111,12 @@ NEXT_KEPT = "next_kept"
 NEXT_KEPT_COUNT = "next_kept_count"
 CLOSING = (EMITTED, NEXT_TOKENS, NEXT_POSITIONS, NEXT_WRITE_INDEX, NEXT_KEPT, NEXT_KEPT_COUNT)
 """What the device graph adds to the outputs, caches and carried rows apart."""
+
+CPU_INPUTS = (MASK, LAST_ROWS, VISIBLE, PARENTS, PATHS)
+"""What the host works out for CPU graphs."""
+
+# The most negative finite fp16 number: masks are additive and finite, so a fully hidden row can't become NaN.
+HIDDEN_BIAS = -65504.0
 
 CACHE_ALIGNMENT = 8
 

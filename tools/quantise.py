@@ -220,7 +220,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", metavar="NAME", help="of the variant (default: cpu-int8 or cpu-int4)")
     parser.add_argument("--bits", type=int, choices=BITS, default=8, help="of the layers' weights (default: %(default)s)")
     parser.add_argument("--projection-bits", type=int, choices=BITS, default=8, help="onto the vocabulary (default: %(default)s)")
-    parser.add_argument("--heads-bits", type=int, choices=BITS, default=8, help="of the heads' weights (default: %(default)s)")
+    parser.add_argument(
+        "--heads-bits", type=int, choices=BITS, default=8, help="of heads that an older export left in 32 (default: %(default)s)"
+    )
     parser.add_argument("--block", type=int, choices=BLOCKS, default=32, help="inputs that share a scale (default: %(default)s)")
     parser.add_argument(
         "--budget",

@@ -85,7 +85,7 @@ def test_the_rules_that_are_left_out_would_change_nothing(
     monkeypatch.setattr(linked, "optimise", lambda model, keeps: optimizer.optimize_ir(model, should_fold=keeps))
     export_bundle(sharded, tiny_heads, tmp_path / "bundle", weights="linked", **OPTIONS)
     graphs = sorted(path.name for path in (bundle / "onnx").glob("*.onnx"))
-    assert len(graphs) == 4
+    assert len(graphs) == 5
     for name in graphs:
         assert (tmp_path / "bundle" / "onnx" / name).read_bytes() == (bundle / "onnx" / name).read_bytes()
 
@@ -96,10 +96,10 @@ def test_the_weights_are_the_checkpoints_own_files(bundle: Path, sharded: Path) 
     for name in shards:
         assert (bundle / "onnx" / name).samefile(sharded / name)
     manifest = open_bundle(bundle).manifest
-    heads = HEADS * HIDDEN * HIDDEN * 4
+    heads = HEADS * HIDDEN * HIDDEN * (4 + 1 + 4 / 32)  # in float32, and in 8 bits with scales
     tables = manifest.limits.cache_rows * manifest.backbone.head_dim * 4  # halves of cos and sin
     stored = (bundle / "onnx" / "weights.bin").stat().st_size
-    assert stored < heads + tables + (HEADS + 2) * 65536, "weights.bin holds the heads and the rotation's tables alone"
+    assert stored < heads + tables + (HEADS + 4) * 65536, "weights.bin holds the heads and the rotation's tables alone"
     weights = manifest.provenance["weights"]
     assert weights["kind"] == "linked"
     assert weights["files"] == dict.fromkeys(shards, "hard link")

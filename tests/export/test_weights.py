@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from support.tiny import HEADS
+
 ir: Any = pytest.importorskip("onnx_ir")
 onnx: Any = pytest.importorskip("onnx")
 weights_module: Any = pytest.importorskip("medusa_deploy.export.weights")
@@ -69,13 +71,16 @@ def test_equal_bytes_of_another_type_or_shape_read_back_as_what_they_were(tmp_pa
 
 def test_the_weights_of_a_bundle_are_aligned_and_shared(tiny_bundle: Path) -> None:
     folder = tiny_bundle / "onnx"
-    found = {name: _locations(folder / name) for name in ("step.onnx", "step.cpu.onnx", "heads.onnx")}
+    found = {name: _locations(folder / name) for name in ("step.onnx", "step.cpu.onnx", "heads.onnx", "heads.cpu.onnx")}
     offsets = {name: {int(entry["offset"]) for entry in entries.values() if entry} for name, entries in found.items()}
     places = [entry for entries in found.values() for entry in entries.values() if entry]
     assert {entry["location"] for entry in places} == {"weights.bin"}
     assert all(int(entry["offset"]) % ALIGNMENT == 0 for entry in places)
-    assert offsets["step.onnx"] <= offsets["step.cpu.onnx"], "both variants read the same weights"
-    assert len(offsets["step.cpu.onnx"] - offsets["step.onnx"]) == 2, "and the CPU's two tables of its rotation"
+    blocks = offsets["step.onnx"] - offsets["step.cpu.onnx"]
+    assert len(blocks) == HEADS and blocks <= offsets["heads.onnx"], "both variants read the same weights but for the heads"
+    own = offsets["step.cpu.onnx"] - offsets["step.onnx"]
+    assert len(own) == 4, "and the CPU's two tables of its rotation, codes and scales of its heads"
+    assert len(offsets["heads.cpu.onnx"] & own) == 2, "which its other graph of the heads shares"
     assert offsets["heads.onnx"] <= offsets["step.onnx"], "the heads alone add nothing"
     ends = sorted({(int(entry["offset"]), int(entry["length"])) for entry in places})
     assert all(first + length <= second for (first, length), (second, _) in itertools.pairwise(ends))
