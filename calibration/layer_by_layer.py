@@ -120,7 +120,8 @@ class LayerCalibrator:
             for activation, sampled in rows.items():
                 note(f"smoothing {activation}")
                 maxima = run.seen.observers[activation].channel_maxima
-                run.smoothing[activation] = smooth_activation(self.graph, smoothable[activation], sampled, maxima, alphas)
+                readers = smoothable[activation]
+                run.smoothing[activation] = smooth_activation(self.graph, activation, readers, sampled, maxima, alphas)
             run.stages = max(run.stages, done + 1)
             progress(done + 1, name)
             if progress_file is not None and time.monotonic() - since >= SAVE_EVERY and done + 1 == run.stages:

@@ -17,6 +17,8 @@ from ..runtime.scales_file import LEVELS, SMALLEST_SCALE
 
 _BLOCK = 1 << 22  # elements that are worked on at a time
 _PRODUCTS = ("MatMul", "Gemm")
+_FROM_VALUES = {"Slice": 0, "TensorScatter": 1, "GatherElements": 0, "Transpose": 0, "Reshape": 0}
+"""What stands between the product of values and attention: by operator, the input that rows come in by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,11 @@ class StepGraph:
         """The graph's nodes, each behind those that it reads from."""
         nodes: Sequence[Any] = self._model.graph.node
         return nodes
+
+    @property
+    def value_heads(self) -> int:
+        """Heads of keys and values."""
+        return self._bundle.manifest.backbone.kv_heads
 
     @property
     def folder(self) -> Path:
@@ -163,7 +170,8 @@ class StepGraph:
         """Activations whose channels can be scaled for free, with (name, axis) of all the weights that read them.
 
         An activation counts if products of the backbone are all that reads it, and it is a constant vector [C] times something
-        (a norm, whose weight then takes the factors) or something times another product (up in an MLP, whose weight does).
+        (a norm, whose weight then takes the factors), something times another product (up in an MLP, whose weight does), or what
+        attention makes of values that come from a product (whose weight does; see :meth:`sharing_queries`).
         """
         readers: dict[str, list[str]] = {}
         for node in self._model.graph.node:
@@ -179,8 +187,38 @@ class StepGraph:
             if name not in outputs
             and sorted(readers[name]) == sorted(product.name for product in found)
             and not any(product.of_heads for product in found)
-            and self._takes_factors(self._producers.get(name), found[0].channels, readers)
+            and (self.sharing_queries(name) or self._takes_factors(self._producers.get(name), found[0].channels, readers))
         }
+
+    def sharing_queries(self, activation: str) -> int:
+        """How many query heads share each head of the values that attention makes ``activation`` of; 0: it comes from elsewhere.
+
+        Channel c of a query's head is a mean of channel c of its head of values: that product's outputs can take the factors,
+        which are the same for all queries that share it.
+        """
+        node = self._producers.get(activation)
+        while node is not None and node.op_type in ("Reshape", "Transpose"):
+            node = self._producers.get(node.input[0])
+        if node is None or node.op_type != "Attention":
+            return 0
+        made = self._product_of_values(node.input[2])
+        weight, transposed = (None, False) if made is None else self._weight_of(made)
+        backbone = self._bundle.manifest.backbone
+        width = backbone.kv_heads * backbone.head_dim
+        if weight is None or weight.dims[0 if transposed else 1] != width:
+            return 0
+        return next((each.channels // width for each in self.products if each.activation == activation), 0)
+
+    def _product_of_values(self, name: str) -> Any:
+        """The product with a constant weight that a step's own rows of the values in ``name`` come from."""
+        node = self._producers.get(name)
+        if node is None or self._weight_of(node)[0] is not None:
+            return node
+        if node.op_type in ("Add", "Concat"):  # a bias; rows of the step before, which come from an input
+            found = [made for each in node.input if (made := self._product_of_values(each)) is not None]
+            return found[0] if len(found) == 1 else None
+        at = _FROM_VALUES.get(node.op_type)
+        return None if at is None else self._product_of_values(node.input[at])
 
     def _takes_factors(self, node: Any, channels: int, readers: Mapping[str, Sequence[str]]) -> bool:
         """Whether ``node`` is a Mul with a constant vector, or with a product whose output channels may be scaled."""

@@ -62,13 +62,18 @@ def sample_rows(
 
 def smooth_activation(
     graph: StepGraph,
+    activation: str,
     readers: Sequence[tuple[str, int]],
     rows: np.ndarray,
     maxima: np.ndarray,
     alphas: Sequence[float | None],
 ) -> dict[str, Smoothing]:
     """By grid, the best smoothing of one activation: its ``rows`` [R, C], what it reached, and the weights that read it."""
-    return choose_smoothing(rows, maxima, lambda: (block for key in readers for block in graph.weight_blocks(*key)), alphas)
+    sharing = graph.sharing_queries(activation)
+    heads = (graph.value_heads, sharing) if sharing else None
+    return choose_smoothing(
+        rows, maxima, lambda: (block for key in readers for block in graph.weight_blocks(*key)), alphas, heads
+    )
 
 
 def find_smoothing(
@@ -85,6 +90,6 @@ def find_smoothing(
     rows = sample_rows(calibrator, list(smoothable), prompts, max_new_tokens) if smoothable else {}
     result = {}
     for done, (name, readers) in enumerate(smoothable.items(), 1):
-        result[name] = smooth_activation(graph, readers, rows.pop(name), seen.observers[name].channel_maxima, alphas)
+        result[name] = smooth_activation(graph, name, readers, rows.pop(name), seen.observers[name].channel_maxima, alphas)
         progress(done, f"of {len(smoothable)} activations")
     return result

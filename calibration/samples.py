@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..runtime.errors import CalibrationError
 from ..runtime.manifest import Manifest
-from ..runtime.prompts import MAX_FILE_BYTES, read_prompts
+from ..runtime.prompts import MAX_FILE_BYTES, PromptLine, read_prompts
 from ..runtime.request import Request
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -30,15 +31,16 @@ class TextSource(Protocol):
 def read_samples(source: TextSource, path: Path, count: int | None, max_new_tokens: int) -> list[list[int]]:
     """The first ``count`` samples of a file (None: all).
 
-    Files ending in .jsonl, .ndjson or .json hold a prompt a line (:mod:`..runtime.prompts`). Others are text: every paragraph is
-    a sample, cut into pieces of at most 512 tokens that leave room in a slot for ``max_new_tokens``.
+    Files ending in .jsonl, .ndjson or .json hold a prompt a line (:mod:`..runtime.prompts`); the first of every category come
+    first, then the second ones, and so on. Others are text: every paragraph is a sample, cut into pieces of at most 512 tokens
+    that leave room in a slot for ``max_new_tokens``.
 
     Raises:
         PromptFileError, PromptError: a line isn't a prompt of this bundle.
         CalibrationError: the file can't be read, is no text, or has fewer samples than ``count``.
     """
     if path.suffix.lower() in JSON_LINES:
-        lines = read_prompts(path)
+        lines = categories_in_turn(read_prompts(path))
         samples: list[list[int]] = [source.encode(line.request()) for line in lines[:count]]
     else:
         samples = _pieces(source, _read_text(path), max_new_tokens)[:count]
@@ -46,6 +48,19 @@ def read_samples(source: TextSource, path: Path, count: int | None, max_new_toke
         asked = "" if count is None else f", asked for {count}"
         raise CalibrationError(f"{path} holds {len(samples)} samples{asked}", hint="give fewer --samples, or more data")
     return samples
+
+
+def categories_in_turn(lines: Sequence[PromptLine]) -> list[PromptLine]:
+    """Lines of all categories one after the other, each category's in its own order; those without one are a category.
+
+    Few prompts have to show what there is: ranges that were measured without code are less than half as wide as code needs.
+    """
+    rounds = Counter[str | None]()
+    numbered = []
+    for line in lines:
+        rounds[line.category] += 1
+        numbered.append((rounds[line.category], line))
+    return [line for _, line in sorted(numbered, key=lambda entry: entry[0])]
 
 
 def _read_text(path: Path) -> str:

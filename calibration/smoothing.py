@@ -20,6 +20,8 @@ _FLOOR = 1e-5  # of the largest channel: one that is nearly dead gets no factor 
 
 Weights = Callable[[], Iterable[np.ndarray]]
 """All weights that read an activation, as blocks [C, outputs], from the beginning."""
+Heads = tuple[int, int]
+"""Heads of values, and query heads that share each of them."""
 
 
 def smoothing_factors(maxima: np.ndarray, weight_maxima: np.ndarray, alpha: float) -> np.ndarray:
@@ -37,26 +39,39 @@ def smoothing_factors(maxima: np.ndarray, weight_maxima: np.ndarray, alpha: floa
 
 
 def choose_smoothing(
-    rows: np.ndarray, maxima: np.ndarray, weights: Weights, alphas: Sequence[float | None] = ALPHAS
+    rows: np.ndarray, maxima: np.ndarray, weights: Weights, alphas: Sequence[float | None] = ALPHAS, heads: Heads | None = None
 ) -> dict[str, Smoothing]:
     """By grid, the smoothing of least error among ``alphas``: of ``rows`` [R, C], of an activation that reaches ``maxima`` [C].
+
+    ``heads``: of the activation, where it is what attention makes. The CPU's graph can't take its factors, so the grid
+    ``block`` has none then.
 
     Memory: a quantised copy of the rows for each alpha and grid, and one block of the weights at a time.
     """
     x = rows.astype(np.float32)
     weight_maxima = np.max([np.abs(block).max(1) for block in weights()], 0).astype(np.float32)
     magnitudes = {"block": _typical(x), "tensor": maxima}
+    if heads is not None:
+        weight_maxima, magnitudes["tensor"] = (_largest_of_sharing(each, heads) for each in (weight_maxima, maxima))
+    tried = {"block": alphas if heads is None else [None], "tensor": alphas}
     factors = {
         (grid, alpha): _factors(magnitudes[grid], weight_maxima, alpha)
         for grid in GRIDS
-        for alpha in dict.fromkeys([None, *alphas])
+        for alpha in dict.fromkeys([None, *tried[grid]])
     }
     errors = _product_errors(x, maxima, weights, factors)
     result = {}
     for grid in GRIDS:
-        best = min(alphas, key=lambda alpha: errors[grid, alpha])
+        best = min(tried[grid], key=lambda alpha: errors[grid, alpha])
         result[grid] = Smoothing(best, errors[grid, best], errors[grid, None], factors[grid, best])
     return result
+
+
+def _largest_of_sharing(channels: np.ndarray, heads: Heads) -> np.ndarray:
+    """Of magnitudes [C], the largest among the query heads that share their values: those have one factor."""
+    values, sharing = heads
+    grouped = channels.reshape(values, sharing, -1)
+    return np.broadcast_to(grouped.max(1, keepdims=True), grouped.shape).reshape(-1)
 
 
 def _factors(maxima: np.ndarray, weight_maxima: np.ndarray, alpha: float | None) -> np.ndarray:

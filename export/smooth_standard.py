@@ -1,6 +1,8 @@
-"""SmoothQuant's migration on the standard and the device graph: factors go into norms' weights, up products and their readers.
+"""SmoothQuant's migration on the standard and the device graph: factors go into norms' weights, products and their readers.
 
-What :mod:`.smooth_cpu` does on the CPU's graph, whose operators are others. Weights are computed when they are saved, one by one.
+What :mod:`.smooth_cpu` does on the CPU's graph, whose operators are others, and one place more: what attention makes is a mean of
+values, so the product of values takes factors of attention's output product, and caches hold values that are divided by them.
+Weights are computed when they are saved, one by one.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from .patterns import made_by
 from .quantise import Weight, lazy, release, weight_of
 
 GRID = "tensor"
+_FROM_VALUES = {"Slice": 0, "TensorScatter": 1, "GatherElements": 0, "Transpose": 0}
+"""What stands between a step's values and attention: by operator, the input that their rows come in by."""
 
 
 class _Change:
@@ -44,9 +48,14 @@ def fold_smoothing(graph: ir.Graph, scales: Scales, activations: Iterable[str]) 
         foreign = [each for each in readers if each.outputs[0] not in products or each.inputs[0] is not value]
         if foreign or value.is_graph_output():
             continue
-        if _into_norm(graph, value, found.factors) or _into_product(graph, value, found.factors, products, changes):
+        factors = found.factors
+        if (
+            _into_norm(graph, value, factors)
+            or _into_up(graph, value, factors, products, changes)
+            or _into_values(graph, value, factors, products, changes)
+        ):
             for reader in readers:
-                changes.setdefault(reader, _Change()).multipliers = found.factors
+                changes.setdefault(reader, _Change()).multipliers = factors
             done.add(name)
     for node, change in changes.items():
         _rewrite(graph, node, change)
@@ -63,25 +72,72 @@ def _into_norm(graph: ir.Graph, value: ir.Value, factors: np.ndarray) -> bool:
     return False
 
 
-def _into_product(
+def _into_up(
     graph: ir.Graph, value: ir.Value, factors: np.ndarray, products: Mapping[ir.Value, ir.Node], changes: dict[ir.Node, _Change]
 ) -> bool:
-    """Let the outputs of a product, and its bias, that ``value`` is a multiple of take 1/factors."""
+    """Let the product that ``value`` is a multiple of take 1/factors."""
     gated = made_by(value, "Mul")
-    for factor in () if gated is None else gated.inputs:
-        biased = made_by(factor, "Add")
-        inner = factor if biased is None else next((each for each in biased.inputs if each in products), None)
-        if factor is None or inner is None or inner not in products or len(factor.uses()) > 1 or len(inner.uses()) > 1:
-            continue
-        product = products[inner]
-        biases = [(node, index) for node in (biased, product) if node is not None for index in _biases(node, len(factors))]
-        if len(biases) != (biased is not None) + (product.op_type == "Gemm" and len(product.inputs) > 2):
-            continue
-        for node, index in biases:
-            _divide(graph, node, index, factors)
-        changes.setdefault(product, _Change()).divisors = factors
-        return True
-    return False
+    return gated is not None and any(_into_outputs(graph, each, factors, products, changes) for each in gated.inputs)
+
+
+def _into_values(
+    graph: ir.Graph, value: ir.Value, factors: np.ndarray, products: Mapping[ir.Value, ir.Node], changes: dict[ir.Node, _Change]
+) -> bool:
+    """Let the product of the values that attention makes ``value`` of take 1/factors: one for all queries that share a head."""
+    attention = attention_of(value)
+    heads = None if attention is None else _values_of(attention.inputs[2])
+    sizes = () if heads is None or heads.shape is None else heads.shape[-2:]
+    if heads is None or not all(isinstance(size, int) for size in sizes):
+        return False
+    shared = factors.reshape(sizes[0], -1, sizes[1]) if len(factors) % int(np.prod(sizes)) == 0 else None  # type: ignore[arg-type]
+    if shared is None or (shared != shared[:, :1]).any():
+        return False
+    made = heads.producer()
+    return made is not None and _into_outputs(graph, made.inputs[0], shared[:, 0].reshape(-1), products, changes)
+
+
+def attention_of(value: ir.Value | None) -> ir.Node | None:
+    """The attention whose heads side by side are ``value``."""
+    for operator in ("Reshape", "Transpose"):
+        node = made_by(value, operator)
+        value = None if node is None else node.inputs[0]
+    return made_by(value, "Attention")
+
+
+def _values_of(value: ir.Value | None) -> ir.Value | None:
+    """A step's own values [B, N, heads, channels], which attention reads as ``value``, if nothing but it and the caches does."""
+    node = None if value is None else value.producer()
+    if value is None or node is None or len(value.uses()) != 1:
+        return None
+    if node.op_type == "Reshape":
+        return value
+    if node.op_type == "Concat":  # the other rows come from a cache
+        found = [made for each in node.inputs if (made := _values_of(each)) is not None]
+        return found[0] if len(found) == 1 else None
+    at = _FROM_VALUES.get(node.op_type)
+    return None if at is None else _values_of(node.inputs[at])
+
+
+def _into_outputs(
+    graph: ir.Graph,
+    value: ir.Value | None,
+    factors: np.ndarray,
+    products: Mapping[ir.Value, ir.Node],
+    changes: dict[ir.Node, _Change],
+) -> bool:
+    """Let the product, and its bias, that alone makes ``value``, which is read once, take 1/factors."""
+    biased = made_by(value, "Add")
+    inner = value if biased is None else next((each for each in biased.inputs if each in products), None)
+    if value is None or inner is None or inner not in products or len(value.uses()) > 1 or len(inner.uses()) > 1:
+        return False
+    product = products[inner]
+    biases = [(node, index) for node in (biased, product) if node is not None for index in _biases(node, len(factors))]
+    if len(biases) != (biased is not None) + (product.op_type == "Gemm" and len(product.inputs) > 2):
+        return False
+    for node, index in biases:
+        _divide(graph, node, index, factors)
+    changes.setdefault(product, _Change()).divisors = factors
+    return True
 
 
 def _biases(node: ir.Node, size: int) -> list[int]:

@@ -19,10 +19,12 @@ from ..runtime.errors import UsageError
 from ..runtime.scales_file import LEVELS, Scales
 from .patterns import new_constant
 from .quantise import QuantisationReport, holds_8_bits, quantise_weights
-from .smooth_standard import GRID, fold_smoothing
+from .smooth_standard import GRID, attention_of, fold_smoothing
 
-LARGEST_ERROR = 2.5e-4
+LARGEST_ERROR = 4e-4
 """Relative squared error of a product: activations of those that int8 is simulated to change more stay as they are."""
+OF_ATTENTION = 4.0
+"""How much larger that of attention's output product may be: what it adds to the hidden state is small (docs/calibration.md)."""
 _SMALLEST_HALF = float(np.finfo(np.float16).smallest_normal)
 _CHOICES = ("int8", "fp16")
 
@@ -75,11 +77,11 @@ def quantise_activations(model: ir.Model, scales: Scales, keep: Iterable[str] | 
     graph = model.graph
     part = parts(graph)
     layers = {name: layer.activation for name, layer in scales.layers.items() if part.get(name) == "backbone"}
-    kept = set(kept_layers(scales, layers) if keep is None else keep)
+    nodes = {str(node.name): node for node in graph if node.name in layers}
+    kept = {name for name in layers if _spoils(nodes[name], scales)} if keep is None else set(keep)
     unknown = sorted(kept - set(layers))
     if unknown:
         raise UsageError(f"no layer {unknown[0]!r} to keep", hint=f"the backbone's are {', '.join(list(layers)[:3])} …")
-    nodes = {str(node.name): node for node in graph if node.name in layers}
     readers: dict[str, list[ir.Node]] = {}
     for name, activation in layers.items():
         if name not in kept and holds_8_bits(nodes[name]):
@@ -90,16 +92,12 @@ def quantise_activations(model: ir.Model, scales: Scales, keep: Iterable[str] | 
     return [str(node.name) for found in readers.values() for node in found]
 
 
-def kept_layers(scales: Scales, layers: Iterable[str]) -> list[str]:
-    """Those of ``layers`` whose product (or activation, if none was tried) int8 changes by more than ``LARGEST_ERROR``."""
-    kept = []
-    for name in layers:
-        activation = scales.layers[name].activation
-        tried = scales.smoothing.get(activation)
-        error = tried[GRID].error if tried else scales.activations[activation].relative_error ** 2
-        if error > LARGEST_ERROR:
-            kept.append(name)
-    return kept
+def _spoils(product: ir.Node, scales: Scales) -> bool:
+    """Whether int8 changes a product (or its activation, if none was tried) too much."""
+    activation = scales.layers[str(product.name)].activation
+    tried = scales.smoothing.get(activation)
+    error = tried[GRID].error if tried else scales.activations[activation].relative_error ** 2
+    return error > LARGEST_ERROR * (OF_ATTENTION if attention_of(product.inputs[0]) is not None else 1)
 
 
 def activation_scale(scales: Scales, activation: str, *, smoothed: bool) -> float:

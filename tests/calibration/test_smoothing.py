@@ -86,8 +86,22 @@ def test_where_channels_are_even_nothing_is_smoothed():
         assert entry.factors.tolist() == [1.0] * 32
 
 
-def test_inputs_of_attention_and_of_mlps_and_products_of_gate_and_up_can_be_smoothed(calibrator: Calibrator):
-    per_layer = [[0, 1, 2], [4, 5], [6]]  # q, k, v · gate, up · down; neither o nor the projection nor heads
+def test_one_factor_serves_the_queries_that_share_their_values_and_the_cpu_graph_has_none():
+    channels, maxima = 96, np.abs(RNG.normal(0, 1, 96)).astype(np.float32)  # 2 heads of values, 3 queries each, 16 channels
+    maxima[[5, 21]] = 50, 90
+    rows = (RNG.normal(0, 0.3, (40, channels)) * maxima).astype(np.float32)
+    weight = RNG.normal(0, 1, (channels, 24)).astype(np.float32)
+    found = choose_smoothing(rows, np.abs(rows).max(0), lambda: iter([weight]), [0.5], (2, 3))
+    grouped = found["tensor"].factors.reshape(2, 3, 16)
+    assert (grouped == grouped[:, :1]).all()
+    largest, weights = (each.reshape(2, 3, 16).max(1).ravel() for each in (np.abs(rows).max(0), np.abs(weight).max(1)))
+    np.testing.assert_allclose(grouped[:, 0].ravel(), smoothing_factors(largest, weights, 0.5), rtol=1e-5)
+    assert found["tensor"].error < found["tensor"].unsmoothed_error / 2
+    assert found["block"].alpha is None and found["block"].error == found["block"].unsmoothed_error
+
+
+def test_inputs_of_all_products_of_layers_can_be_smoothed(calibrator: Calibrator):
+    per_layer = [[0, 1, 2], [3], [4, 5], [6]]  # q, k, v · o · gate, up · down; neither the projection nor heads
     products = calibrator.products
     expected = {
         products[7 * layer + readers[0]].activation: [
@@ -97,6 +111,8 @@ def test_inputs_of_attention_and_of_mlps_and_products_of_gate_and_up_can_be_smoo
         for readers in per_layer
     }
     assert calibrator.graph.smoothable() == expected
+    sharing = [calibrator.graph.sharing_queries(product.activation) for product in products[:7]]
+    assert sharing == [0, 0, 0, 2, 0, 0, 0]
 
 
 def test_rows_are_few_and_the_same_again_and_the_first_of_every_prompt_is_among_them(calibrator: Calibrator):

@@ -15,13 +15,13 @@ from medusa_deploy.calibration.products import StepGraph
 from medusa_deploy.calibration.ranges import METHODS
 from medusa_deploy.runtime.bundle import open_bundle
 from medusa_deploy.runtime.errors import CalibrationError
-from medusa_deploy.runtime.prompts import prompts_digest
+from medusa_deploy.runtime.prompts import prompts_digest, read_prompts
 from medusa_deploy.runtime.scales_file import read_scales
 from medusa_deploy.runtime.session import load
 from medusa_deploy.tools import calibrate as verb, machine
 from medusa_deploy.tools.calibrate_report import describe
 from medusa_deploy.tools.cli import main
-from medusa_deploy.tools.prompt_source import random_prompts
+from medusa_deploy.tools.prompt_source import packaged_prompts, random_prompts
 from support.text import encode, text_bundle
 from support.tiny import VOCAB
 
@@ -177,6 +177,18 @@ def test_text_is_cut_into_paragraphs_and_pieces_that_fit(text_bundle: Path, tiny
     assert samples.read_samples(session, path, 1, 56) == [encode("once")]
     with pytest.raises(CalibrationError, match="needs a tokenizer"):
         samples.read_samples(load(tiny_bundle, threads=1), path, None, 56)
+
+
+def test_a_few_prompts_are_of_all_categories(text_bundle: Path, tmp_path: Path):
+    path = tmp_path / "prompts.jsonl"
+    kinds = ["prose"] * 3 + [None, "code", "prose", "code"]
+    lines = [{"token_ids": [10 + at], **({"category": kind} if kind else {})} for at, kind in enumerate(kinds)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    session = load(text_bundle, threads=1)
+    assert samples.read_samples(session, path, 4, 8) == [[10], [13], [14], [11]]
+    assert samples.read_samples(session, path, None, 8) == [[10], [13], [14], [11], [16], [12], [15]]
+    packaged = samples.categories_in_turn(read_prompts(packaged_prompts("train")))
+    assert len({line.category for line in packaged[:8]}) == 8, "every kind of prompt is in the first few"
 
 
 def test_without_data_the_packages_prompts_are_taken(text_bundle: Path, tmp_path: Path):

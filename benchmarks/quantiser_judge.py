@@ -1,0 +1,84 @@
+"""What quantising did to next-token distributions: judged by the same texts and the same reference, whatever computed them.
+
+Needs numpy alone, so that the worker in another library's environment judges by the same code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TEXTS, REFERENCE = "texts.json", "reference.npy"
+Logits = Callable[[list[int], list[int]], np.ndarray]
+"""Prompt and answer of n tokens to logits [n, V] that the answer's tokens are chosen by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """``calibration`` and ``texts``: prompts and answers, as token ids. ``reference``: log-probabilities float32 [n, V]."""
+
+    calibration: list[tuple[list[int], list[int]]]
+    texts: list[tuple[list[int], list[int]]]
+    reference: np.ndarray
+
+    @classmethod
+    def read(cls, folder: Path) -> Judge:
+        """What :meth:`write` left."""
+        found = json.loads((folder / TEXTS).read_text("utf-8"))
+        pairs = {name: [(prompt, answer) for prompt, answer in found[name]] for name in ("calibration", "texts")}
+        return cls(**pairs, reference=np.load(folder / REFERENCE, mmap_mode="r"))
+
+    @classmethod
+    def write(
+        cls,
+        folder: Path,
+        calibration: list[tuple[list[int], list[int]]],
+        texts: list[tuple[list[int], list[int]]],
+        logits: Logits,
+    ) -> Judge:
+        """Keep the texts and what the reference predicts in them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / REFERENCE, np.concatenate([log_softmax(logits(*text)) for text in texts]))
+        (folder / TEXTS).write_text(json.dumps({"calibration": calibration, "texts": texts}), "utf-8")
+        return cls.read(folder)
+
+    def of(self, logits: Logits) -> dict[str, Any]:
+        """Perplexity of the answers against the reference, mean KL(reference ‖ other) in nats, how often the argmax is the same.
+
+        ``kl_error``: the standard error of the mean, texts taken as independent.
+        """
+        nll, same, kl, at = 0.0, 0, [], 0
+        for prompt, answer in self.texts:
+            expected = self.reference[at : at + len(answer)]
+            found = log_softmax(logits(prompt, answer))
+            rows = np.arange(len(answer))
+            nll += float((expected[rows, answer] - found[rows, answer]).sum())
+            kl.append(float((np.exp(expected) * (expected - found)).sum()))
+            same += int((expected.argmax(1) == found.argmax(1)).sum())
+            at += len(answer)
+        return {
+            "positions": at,
+            "perplexity_increase_percent": 100 * (float(np.exp(nll / at)) - 1),
+            "kl_nats": sum(kl) / at,
+            "kl_error": float(np.std(kl) * len(kl) ** 0.5 / at),
+            "argmax_agreement": same / at,
+        }
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities float32 [n, V].
+
+    Raises:
+        ValueError: NaN or infinity among the logits.
+    """
+    if not np.isfinite(logits).all():
+        raise ValueError("NaN or infinite logits")
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(1, keepdims=True))
+    return shifted.astype(np.float32)
