@@ -88,12 +88,21 @@ def packed(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _symmetric(blocks: np.ndarray, bits: int) -> Grid:
+    """The value furthest from 0 on the code furthest below the middle or above it, where the squared error is least.
+
+    Below there is a code more, so that grid is finer; the other one is that of GGUF's Q8_0, whose values it keeps as they are.
+    """
     furthest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
     middle = 1 << (bits - 1)
-    # There is a code more below zero than above: a scale of the other sign puts the furthest value on it.
-    scales = (furthest / -middle).astype(np.float32)
-    scales = np.where(np.abs(scales) < _SMALLEST, np.float32(_SMALLEST), scales)
-    return Grid(bits, scales, np.full_like(scales, middle))
+    zeros = np.full(furthest.shape, middle, np.float32)
+    best, scales = np.full(furthest.shape, np.inf), zeros
+    for code in (-middle, middle - 1):
+        scale = (furthest / code).astype(np.float32)
+        scale = np.where(np.abs(scale) < _SMALLEST, np.float32(_SMALLEST), scale)
+        trial = (_codes(blocks, scale[..., None], zeros[..., None], bits) - zeros[..., None]) * scale[..., None]
+        error = np.square(trial - blocks, dtype=np.float64).sum(-1)
+        best, scales = np.where(error < best, error, best), np.where(error < best, scale, scales)
+    return Grid(bits, scales, zeros)
 
 
 def _asymmetric(blocks: np.ndarray, bits: int) -> Grid:

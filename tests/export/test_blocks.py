@@ -43,6 +43,16 @@ def test_the_value_furthest_from_zero_is_exact_in_8_bits():
     np.testing.assert_allclose(np.take_along_axis(back, at, -1), np.take_along_axis(blocks, at, -1), rtol=1e-6)
 
 
+def test_values_of_a_q8_0_file_stay_as_they_are():
+    rng = np.random.default_rng(3)
+    codes = rng.integers(-126, 127, (5, 4, BLOCK))
+    codes[..., 3] = rng.choice([-127, 127], codes.shape[:2])
+    steps = np.exp(rng.normal(size=(5, 4, 1))).astype(np.float16).astype(np.float32)
+    weight = (codes * steps).astype(np.float32).reshape(5, -1)
+    grid = make_grid(weight, 8, BLOCK)
+    np.testing.assert_allclose(values(nearest(weight, grid), grid), weight, rtol=1e-6)
+
+
 def test_4_bit_codes_lie_two_in_a_byte_the_first_one_low():
     assert packed(np.array([[1, 2, 15]]), 4).tolist() == [[0x21, 0x0F]]
     assert packed(np.array([[1, 2, 255]]), 8).tolist() == [[1, 2, 255]]
