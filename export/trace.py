@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common as passes
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -81,7 +82,10 @@ def _export(module: nn.Module, arguments: tuple[object, ...], dynamic: object, i
             verbose=False,
         )
     assert program is not None
-    return program.model
+    model = program.model
+    # The exporter notes for every node in which file of this machine it was written.
+    passes.ClearMetadataAndDocStringPass()(model)
+    return model
 
 
 @contextlib.contextmanager

@@ -130,7 +130,8 @@ def _moments(bundle: Bundle, data: Path | None, samples: int, threads: int | Non
 
 
 def _divergence(bundle: Bundle, data: Path | None, threads: int | None, bar: Progress) -> Divergence:
-    """Of prompts that come last in the data: GPTQ sees the first ones."""
+    """Of the last prompt of every category in the data: GPTQ sees the first ones."""
+    from ..calibration.samples import categories_in_turn
     from ..runtime.prompts import read_prompts
     from ..runtime.session import load
     from .divergence import Divergence
@@ -138,7 +139,7 @@ def _divergence(bundle: Bundle, data: Path | None, threads: int | None, bar: Pro
 
     bar.phase("answers for the budget")
     session = load(bundle.folder, variant="cpu", threads=threads, check_hashes=False)
-    lines = read_prompts(data or packaged_prompts("train"))[-BUDGET_PROMPTS:]
+    lines = categories_in_turn(read_prompts(data or packaged_prompts("train"))[::-1])[:BUDGET_PROMPTS]
     return Divergence(session, [session.encode(line.request()) for line in lines], BUDGET_TOKENS, threads)
 
 

@@ -85,3 +85,12 @@ def test_the_weights_of_a_bundle_are_aligned_and_shared(tiny_bundle: Path) -> No
     ends = sorted({(int(entry["offset"]), int(entry["length"])) for entry in places})
     assert all(first + length <= second for (first, length), (second, _) in itertools.pairwise(ends))
     assert (folder / "weights.bin").stat().st_size == sum(ends[-1])
+
+
+def test_graphs_name_no_file_of_the_machine_that_exported_them(tiny_bundle: Path):
+    here = str(Path(weights_module.__file__).parent).encode()
+    graphs = list((tiny_bundle / "onnx").glob("*.onnx"))
+    assert len(graphs) >= 4
+    for graph in graphs:
+        data = graph.read_bytes()
+        assert b"site-packages" not in data and here not in data and b"forward" not in data, graph.name
