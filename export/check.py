@@ -71,10 +71,10 @@ def observe(executor: Executor, num_heads: int, vocab_size: int, *, prompt_rows:
     prefill = executor.prefill(0, prompt, 0, _WANTED)
     rows = [(prompt, prefill.logits[0, 0].astype(np.float32))]
     head_pairs = [(prompt, int(prefill.next_token[0]), prefill.candidates[0].copy())]
-    context, length, commit = prompt, prompt_rows, None
+    context, length, moved = prompt, prompt_rows, list[int]()
     for _ in range(2):
         buffers = executor.buffers(tree.rows, _WANTED)
-        _fill(buffers, tree, rng.integers(0, vocab_size, tree.rows), length, commit, executor.layout.slots)
+        _fill(buffers, tree, rng.integers(0, vocab_size, tree.rows), length, moved, executor.layout.slots)
         executor.step(buffers, _WANTED)
         tokens = buffers.tokens[0].copy()
         for row in range(tree.rows):
@@ -82,24 +82,19 @@ def observe(executor: Executor, num_heads: int, vocab_size: int, *, prompt_rows:
             rows.append((np.concatenate([context, tokens[path]]), buffers.logits[0, row].astype(np.float32)))
         # Take the last (deepest) path as accepted, whatever the logits say: the next step must see exactly its rows.
         path = list(tree.row_paths[-1])
-        margin = buffers.commit.shape[1]
-        after = length + 1 + len(path)
-        commit = np.arange(after, after + margin)
-        if path:
-            commit[margin - len(path) :] = [margin + length + row for row in path]
-        context, length = np.concatenate([context, tokens[[0, *path]]]), after
+        moved = [buffers.margin + length + row for row in path]
+        context, length = np.concatenate([context, tokens[[0, *path]]]), length + 1 + len(path)
     return Observed(rows, head_pairs)
 
 
-def _fill(buffers: StepBuffers, tree: Tree, tokens: np.ndarray, length: int, commit: np.ndarray | None, slots: int) -> None:
+def _fill(buffers: StepBuffers, tree: Tree, tokens: np.ndarray, length: int, moved: list[int], slots: int) -> None:
     for slot in range(slots):
         buffers.idle(slot, length if slot == 0 else 0)
     buffers.tokens[0] = tokens
     buffers.positions[0] = length + tree.depths
     buffers.ancestors[0] = tree.ancestors
     buffers.forced[0] = 1
-    if commit is not None:
-        buffers.commit[0] = commit
+    buffers.move(0, length, moved)
 
 
 def compare(observed: Observed, reference: Reference, backbone: Backbone, heads: HeadStack) -> CheckReport:

@@ -38,7 +38,6 @@ class AutoRows:
 
         ``least``: chances below it aren't looked for among the heads' paths.
         """
-        deepest = min(deepest, self._num_heads)
         *of_heads, of_lookup = self.beliefs.trust()
         self._candidates, tokens, chances = [], [], []
         if candidates is not None and deepest > 0:

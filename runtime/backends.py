@@ -35,11 +35,15 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """An executor; whether it can verify trees, and the numbers of rows that its steps have (None: any in the bundle's limit)."""
+    """An executor; whether it can verify trees, and the numbers of rows that its steps have (None: any in the bundle's limit).
+
+    ``deepest``: how many drafted tokens a step can accept (None: as many as there are heads).
+    """
 
     executor: Executor
     drafts: bool = True
     step_rows: tuple[int, ...] | None = None
+    deepest: int | None = None
 
 
 def _cpu(bundle: Bundle, options: LoadOptions) -> Loaded:
@@ -51,9 +55,8 @@ def _cpu(bundle: Bundle, options: LoadOptions) -> Loaded:
     known = [name for name in manifest.variants if name in ("standard", "int8") or is_cpu(name)]
     if variant not in known:
         raise UsageError(f"the bundle has no variant {variant!r} for the CPU", hint=f"its variants: {', '.join(known)}")
-    return Loaded(
-        OrtExecutor(ort_model(bundle, options.slots, variant), options.threads), drafts=not is_cpu(variant) or options.slots == 1
-    )
+    executor = OrtExecutor(ort_model(bundle, options.slots, variant), options.threads)
+    return Loaded(executor, drafts=not is_cpu(variant) or options.slots == 1, deepest=executor.deepest)
 
 
 def is_cpu(variant: str) -> bool:

@@ -20,7 +20,7 @@ class CpuInputs:
     def __init__(self, buffers: StepBuffers, layout: CacheLayout) -> None:
         slots, rows = buffers.tokens.shape
         logit_rows = buffers.logit_rows.shape[1]
-        self._margin = buffers.commit.shape[1]
+        self._margin = buffers.margin
         self._dtype = layout.dtype
         self._all_rows = logit_rows == rows
         self._bound: list[_TreeInputs | None] = [None] * slots

@@ -102,8 +102,7 @@ class Decoder:
         for sequence in sequences:
             self._draft(sequence, buffers)
         for slot, length in enumerate(self.slots.lengths.tolist()):
-            moved = self._to_move[slot] if length else []  # what a slot's last holder left to move is nobody's
-            buffers.commit[slot] = [*range(length, length + self.margin - len(moved)), *moved]
+            buffers.move(slot, length, self._to_move[slot] if length else [])  # what a slot's last holder left is nobody's
         return buffers
 
     def release(self, sequence: Sequence) -> None:

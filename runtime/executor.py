@@ -54,9 +54,20 @@ class StepBuffers:
 
     @classmethod
     def allocate(
-        cls, slots: int, rows: int, logit_rows: int, heads: int, top_k: int, hidden: int, vocab: int, dtype: str, wanted: Wanted
+        cls,
+        slots: int,
+        rows: int,
+        logit_rows: int,
+        heads: int,
+        top_k: int,
+        hidden: int,
+        vocab: int,
+        dtype: str,
+        wanted: Wanted,
+        *,
+        moves: int | None = None,
     ) -> StepBuffers:
-        """Zeroed buffers; optional outputs that aren't wanted have no rows."""
+        """Zeroed buffers; optional outputs that aren't wanted have no rows. ``moves``: cache rows to copy (None: the margin)."""
         int64 = np.int64
         kept = logit_rows if wanted.logits else 0
         return cls(
@@ -66,7 +77,7 @@ class StepBuffers:
             forced=np.zeros(slots, int64),
             write_index=np.zeros(slots, int64),
             logit_rows=np.tile(np.arange(rows - logit_rows, rows, dtype=int64), (slots, 1)),
-            commit=np.zeros((slots, heads), int64),
+            commit=np.zeros((slots, moves or heads), int64),
             draft_slots=np.zeros((slots, rows), int64),
             last_row=np.zeros(slots, int64),
             next_token=np.zeros(slots, int64),
@@ -81,15 +92,24 @@ class StepBuffers:
         """N, padding included."""
         return int(self.tokens.shape[1])
 
+    @property
+    def margin(self) -> int:
+        """Cache rows before a slot's first one: as many as there are heads."""
+        return int(self.candidates.shape[1])
+
+    def move(self, slot: int, length: int, rows: list[int]) -> None:
+        """Have cache ``rows`` copied to the end of the ``length`` committed ones; the others stay where they are."""
+        end = self.margin + length
+        self.commit[slot] = [*range(end - self.commit.shape[1], end - len(rows)), *rows]
+
     def idle(self, slot: int, length: int) -> None:
         """Make ``slot`` do nothing: every row is padding, written past the ``length`` committed rows."""
-        margin = self.commit.shape[1]
         self.ancestors[slot] = False
         self.forced[slot] = 0
         self.tokens[slot] = 0
         self.positions[slot] = 0
-        self.write_index[slot] = margin + length
-        self.commit[slot] = np.arange(length, length + margin)
+        self.write_index[slot] = self.margin + length
+        self.move(slot, length, [])
 
 
 class Executor(Protocol):

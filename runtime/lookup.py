@@ -6,13 +6,26 @@ The newest tokens of a sequence are looked for earlier in it, the longest match 
 
 from __future__ import annotations
 
-LONGEST_MATCH = 4
+LONGEST_MATCH = 8
+DEEPEST = 16
 
-RATES = ((0.20, 0.10, 0.06, 0.04), (0.52, 0.32, 0.22, 0.16), (0.62, 0.43, 0.32, 0.24), (0.86, 0.76, 0.68, 0.63))
-"""``RATES[m - 1][d]``: how often the first d + 1 tokens after a match of m tokens are what the backbone emits.
+# fmt: off
+RATES = (
+    (0.19, 0.10, 0.06, 0.04, 0.03, 0.03, 0.02, 0.02, 0.02, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01),
+    (0.51, 0.31, 0.22, 0.17, 0.13, 0.11, 0.10, 0.09, 0.08, 0.07, 0.06, 0.06, 0.05, 0.05, 0.04, 0.04),
+    (0.59, 0.43, 0.33, 0.26, 0.22, 0.19, 0.17, 0.15, 0.14, 0.12, 0.11, 0.10, 0.09, 0.09, 0.08, 0.07),
+    (0.72, 0.56, 0.43, 0.36, 0.31, 0.28, 0.26, 0.23, 0.21, 0.19, 0.17, 0.16, 0.15, 0.14, 0.13, 0.12),
+    (0.77, 0.60, 0.50, 0.44, 0.39, 0.35, 0.32, 0.29, 0.26, 0.23, 0.22, 0.20, 0.19, 0.17, 0.16, 0.15),
+    (0.77, 0.65, 0.56, 0.51, 0.46, 0.41, 0.37, 0.33, 0.30, 0.28, 0.26, 0.24, 0.22, 0.21, 0.19, 0.18),
+    (0.83, 0.72, 0.65, 0.58, 0.53, 0.48, 0.43, 0.39, 0.36, 0.33, 0.31, 0.29, 0.27, 0.25, 0.24, 0.21),
+    (0.94, 0.89, 0.85, 0.81, 0.77, 0.74, 0.71, 0.69, 0.66, 0.64, 0.63, 0.61, 0.59, 0.58, 0.57, 0.56),
+)
+# fmt: on
+"""``RATES[m - 1][d]``: how often the first d + 1 tokens after a match of m tokens (the last row: of 8 or more) are what the
+backbone emits.
 
-Counted on SmolLM2-135M-Instruct's answers to 2,080 prompts, their first 128 tokens. They only rank these rows among the heads',
-and ranking by rates counted anew in every sequence gave the same acceptance.
+Counted in SmolLM2-135M-Instruct's greedy answers to 896 prompts, of up to 200 tokens (:data:`LONGEST_MATCH` tokens of them match
+at three places in ten). They only rank these rows among the heads', after what each request's own steps say of them.
 """
 
 
@@ -23,14 +36,15 @@ class PromptLookup:
     indexed once each, when they are first asked about.
     """
 
-    def __init__(self, tokens: list[int]) -> None:
-        """``tokens``: the sequence's own list, which may grow between calls."""
+    def __init__(self, tokens: list[int], deepest: int = DEEPEST) -> None:
+        """``tokens``: the sequence's own list, which may grow between calls. ``deepest``: how far it looks ahead at most."""
+        self.deepest = min(deepest, DEEPEST)
         self._tokens = tokens
         self._indexed = 0
         self._next: dict[tuple[int, ...], int] = {}
 
     def continuation(self, depth: int) -> list[tuple[int, float]]:
-        """Up to ``depth`` tokens that may follow the newest one, each with its :data:`RATES`; empty without a match.
+        """Up to ``depth`` tokens that may follow the newest one, each with its :data:`RATES`; none without a match.
 
         Where the earlier occurrence runs into the present, the text is taken to go on repeating itself.
         """
@@ -40,7 +54,7 @@ class PromptLookup:
         for match in range(min(LONGEST_MATCH, length - 1), 0, -1):
             start = self._next.get(tuple(tokens[length - match :]))
             if start is not None:
-                rates = RATES[match - 1][:depth]
+                rates = RATES[match - 1][: min(depth, self.deepest)]
                 return [(tokens[start + step % (length - start)], rate) for step, rate in enumerate(rates)]
         return []
 

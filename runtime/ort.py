@@ -11,6 +11,7 @@ import numpy as np
 from . import step_io
 from .cpu_inputs import CpuInputs
 from .executor import StepBuffers, Wanted, visible_rows
+from .lookup import DEEPEST
 from .ort_base import CPU_PROVIDER, OrtBase, OrtModel, import_onnxruntime, small_outputs
 
 __all__ = ["Bound", "OrtExecutor", "OrtModel"]
@@ -45,6 +46,8 @@ class OrtExecutor(OrtBase):
         shape = (2 * layout.layers, layout.slots, layout.kv_heads, layout.rows, layout.head_dim)
         self.caches = np.zeros(shape, layout.dtype)
         self._cache_values = [self._value(cache) for cache in self.caches]
+        if step_io.COMMIT not in self._inputs:  # rows are moved here, as many as there are
+            self.deepest = max(DEEPEST, model.num_heads)
         self._columns = np.arange(layout.rows, dtype=np.int64)
         self._column_values: dict[int, Any] = {}
         self._truth = np.array([False, True])

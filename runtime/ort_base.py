@@ -46,6 +46,8 @@ class OrtBase(ABC):
         self._session = self._open(model.step)
         self._heads_session: Any = None
         self._inputs = {value.name for value in self._session.get_inputs()}
+        self.deepest = model.num_heads
+        """Drafted tokens that a step can accept: as many rows as the next one can move into place."""
         self._bindings: dict[tuple[int, Wanted], tuple[StepBuffers, Any]] = {}
         self._run_options = ort.RunOptions()
         # ONNX Runtime asks in each run whether a graph is captured, and takes 0.1 ms to find that nothing was said.
@@ -125,8 +127,9 @@ class OrtBase(ABC):
     def _allocate(self, slots: int, rows: int, logit_rows: int, wanted: Wanted) -> StepBuffers:
         model = self.model
         return StepBuffers.allocate(
-            slots, rows, logit_rows, model.num_heads, model.top_k, model.hidden_size, model.vocab_size, self.layout.dtype, wanted
-        )
+            slots, rows, logit_rows, model.num_heads, model.top_k, model.hidden_size, model.vocab_size, self.layout.dtype, wanted,
+            moves=self.deepest,
+        )  # fmt: skip
 
     def _value(self, array: np.ndarray) -> Any:
         """An OrtValue over the memory of a host array."""

@@ -119,7 +119,7 @@ class OrtDeviceExecutor(OrtBase):
 
     def _check_rows(self, buffers: StepBuffers) -> None:
         """CUDA's scatter clamps rows past the end, which would overwrite valid ones in silence."""
-        margin, rows = buffers.commit.shape[1], self.layout.rows
+        margin, rows = buffers.margin, self.layout.rows
         first, end = int(buffers.write_index.min()) - margin, int(buffers.write_index.max()) + buffers.rows
         if first < 0 or end > rows or buffers.commit.min() < 0 or buffers.commit.max() >= rows:
             raise CapacityError(

@@ -37,11 +37,12 @@ class Session:
         *,
         drafts: bool = True,
         step_rows: tuple[int, ...] | None = None,
+        deepest: int | None = None,
     ) -> None:
         """``drafts``: whether the executor can verify trees; plain decoding is all there is otherwise.
 
         ``step_rows``: the numbers of rows that the executor's steps have, ascending; others are padded to the next larger one
-        (None: any, up to the bundle's limit).
+        (None: any, up to the bundle's limit). ``deepest``: drafted tokens that a step can accept (None: as many as heads).
         """
         self.bundle = bundle
         self.manifest = bundle.manifest
@@ -53,6 +54,7 @@ class Session:
         self._drafts = drafts
         self.max_rows = limits.max_rows if step_rows is None else min(step_rows[-1], limits.max_rows)
         heads = self.manifest.heads
+        self._deepest = deepest or heads.num_heads
         sizes = tuple(rows for rows in (1, *(step_rows or SIZES)) if rows <= self.max_rows)
         self._right_size = RightSize(tuple(sorted(set(sizes))), heads.num_heads, heads.platt_scaling)
         self._decoder = Decoder(executor, self.slots, heads.num_heads, limits.prefill_chunk, self._right_size)
@@ -189,7 +191,7 @@ class Session:
             rows = request.rows
             if rows is not None and (not isinstance(rows, int) or rows < 1):
                 raise UsageError(f"rows is {rows}", hint="at least 1: the root")
-            lookup = None if request.lookup is False else PromptLookup(tokens)
+            lookup = None if request.lookup is False else PromptLookup(tokens, self._deepest)
             lossy = request.params.mode == "typical"  # its text depends on what is drafted, and must not on the machine's load
             if rows is None and self._drafts and not lossy:
                 with self._lock:
@@ -252,4 +254,4 @@ def load(
     if not 1 <= slots <= limits.batch:
         raise UsageError(f"{slots} slots, the bundle allows 1 to {limits.batch}", hint=f"export with --batch {max(slots, 1)}")
     loaded = load_backend(opened, LoadOptions(backend, target, slots, threads, variant))
-    return Session(opened, loaded.executor, slots, drafts=loaded.drafts, step_rows=loaded.step_rows)
+    return Session(opened, loaded.executor, slots, drafts=loaded.drafts, step_rows=loaded.step_rows, deepest=loaded.deepest)

@@ -109,7 +109,7 @@ def _tree_step(executor: Executor, tree: Tree, tokens: np.ndarray, length: int, 
     buffers = executor.buffers(tree.rows, EVERYTHING)
     buffers.idle(0, length)
     buffers.tokens[0], buffers.positions[0], buffers.ancestors[0] = tokens, length + tree.depths, tree.ancestors
-    buffers.forced[0], buffers.commit[0] = 1, commit
+    buffers.forced[0], buffers.commit[0, -HEADS:] = 1, commit
     executor.step(buffers, EVERYTHING)
     return buffers
 

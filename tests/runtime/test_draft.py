@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 
 from medusa_deploy.runtime.draft import UNKNOWN_SCALING, BestRows, Candidates, Draft, FixedTree, Scale, ranked_paths
 from medusa_deploy.runtime.errors import CapacityError, UsageError
-from medusa_deploy.runtime.lookup import PromptLookup
+from medusa_deploy.runtime.lookup import DEEPEST, PromptLookup
 from medusa_deploy.runtime.tree import ROOT_ONLY, Tree
 from support.fake_executor import fake_session
 
@@ -63,9 +63,16 @@ def test_heads_that_nobody_measured_are_trusted_a_little_less_than_they_ask() ->
 
 def test_a_long_match_takes_the_rows_that_promise_less() -> None:
     heads = candidates(*[[0.9, 0.01]] * 4)
-    draft = BestRows(5, ((1.0, 0.0),) * 4, PromptLookup(LOOP)).draft(heads)
+    draft = BestRows(5, ((1.0, 0.0),) * 4, PromptLookup(LOOP * 2)).draft(heads)
     assert draft.looked_up
-    assert paths_of(draft) == [(100,), (5,), (100, 110), (5, 1)]
+    assert paths_of(draft) == [(1,), (100,), (1, 2), (1, 2, 3)]
+
+
+def test_a_long_match_goes_on_behind_the_last_head() -> None:
+    draft = BestRows(9, ((1.0, 0.0),), PromptLookup([1, 2, 3, 4, 5] * 3)).draft(candidates([0.6, 0.01]))
+    assert max(paths_of(draft), key=len) == (1, 2, 3, 4, 5, 1, 2, 3)
+    shallow = BestRows(9, ((1.0, 0.0),), PromptLookup([1, 2, 3, 4, 5] * 3, deepest=2)).draft(candidates([0.6, 0.01]))
+    assert max(paths_of(shallow), key=len) == (1, 2)
 
 
 def test_a_weak_match_leaves_the_better_rows() -> None:
@@ -155,7 +162,7 @@ def test_rows_are_the_best_paths_of_both(
                 value /= 1 + np.exp(-(slope * np.log(p / (1 - p)) + offset))
             promised[tuple(heads.tokens[head, rank].item() for head, rank in enumerate(ranks))] = value
     so_far: tuple[int, ...] = ()
-    for token, rate in PromptLookup(text).continuation(len(chances)):
+    for token, rate in PromptLookup(text).continuation(DEEPEST):
         so_far = (*so_far, token)
         promised[so_far] = 1 - (1 - promised.get(so_far, 0)) * (1 - rate)
     best = sorted(promised.values(), reverse=True)[: rows - 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import example, given, strategies as st
 
-from medusa_deploy.runtime.lookup import LONGEST_MATCH, RATES, PromptLookup
+from medusa_deploy.runtime.lookup import DEEPEST, LONGEST_MATCH, RATES, PromptLookup
 
 _texts = st.lists(st.integers(0, 3), max_size=40)
 
@@ -22,7 +22,7 @@ def searched(tokens: list[int], depth: int) -> list[tuple[int, float]]:
 
 
 @example([1, 2, 1, 2], [[1, 2]], 4)
-@given(_texts, st.lists(_texts, max_size=5), st.integers(1, 4))
+@given(_texts, st.lists(_texts, max_size=5), st.integers(1, DEEPEST))
 def test_it_finds_what_a_search_through_the_text_finds(text: list[int], more: list[list[int]], depth: int) -> None:
     tokens = list(text)
     lookup = PromptLookup(tokens)
@@ -41,6 +41,6 @@ def test_nothing_follows_a_token_that_is_new() -> None:
 
 
 def test_rates_fall_along_a_continuation_and_rise_with_the_match() -> None:
-    assert len(RATES) == LONGEST_MATCH
+    assert len(RATES) == LONGEST_MATCH and {len(row) for row in RATES} == {DEEPEST}
     assert all(list(row) == sorted(row, reverse=True) for row in RATES)
     assert all(list(column) == sorted(column) for column in zip(*RATES, strict=True))

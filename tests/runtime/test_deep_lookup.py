@@ -1,0 +1,48 @@
+"""Drafting further than there are heads, where the host moves accepted rows: the text stays the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+pytest.importorskip("onnxruntime")
+
+from medusa_deploy.runtime import SamplingParams, load
+from medusa_deploy.runtime.executor import StepBuffers, Wanted
+from medusa_deploy.runtime.session import Session
+from support.tiny import HEADS, VOCAB
+
+PROMPTS = [[int(token) for token in np.random.default_rng(seed).integers(0, VOCAB, 5)] * 4 for seed in range(8)]
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(mode="sample", temperature=0.05, seed=1)])
+def test_a_step_accepts_more_tokens_than_there_are_heads(tiny_session: Session, params: SamplingParams) -> None:
+    accepted = set[int]()
+    for prompt in PROMPTS:
+        plain = tiny_session.generate(token_ids=prompt, max_new_tokens=100, params=params, speculative=False)
+        for rows in (16, None):
+            found = tiny_session.generate(token_ids=prompt, max_new_tokens=100, params=params, rows=rows)
+            assert found.token_ids == plain.token_ids
+            accepted |= set(found.stats.accepted)
+    assert max(accepted) > HEADS + 4
+
+
+def test_a_graph_that_moves_rows_itself_takes_as_many_as_there_are_heads(tiny_bundle: Path) -> None:
+    session = load(tiny_bundle, variant="standard", threads=1)
+    for prompt in PROMPTS[:3]:
+        plain = session.generate(token_ids=prompt, max_new_tokens=60, speculative=False)
+        found = session.generate(token_ids=prompt, max_new_tokens=60, rows=16)
+        assert found.token_ids == plain.token_ids and max(found.stats.accepted) <= HEADS
+
+
+@given(st.integers(1, 6), st.integers(1, 20), st.integers(1, 50), st.data())
+def test_rows_that_are_not_moved_stay(heads: int, moves: int, length: int, data: st.DataObject) -> None:
+    buffers = StepBuffers.allocate(1, 4, 4, heads, 2, 3, 5, "float32", Wanted(), moves=moves)
+    rows = data.draw(st.lists(st.integers(0, 99), max_size=min(moves, length)))
+    buffers.move(0, length, rows)
+    end = heads + length
+    assert buffers.commit[0].tolist()[moves - len(rows) :] == rows
+    assert buffers.commit[0].tolist()[: moves - len(rows)] == list(range(end - moves, end - len(rows)))
