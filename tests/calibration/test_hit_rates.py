@@ -181,7 +181,7 @@ def test_decoding_accepts_what_the_hit_rates_count(
 
 @pytest.fixture(scope="module", params=["medusa shared", "grounded pruned"])
 def pair(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, HeadSet]:
-    """A session over the tiny model, and its heads."""
+    """A session over the tiny model, and its heads, neither of them rounded."""
     from medusa_deploy.export.exporter import export_bundle
     from medusa_deploy.runtime import load
     from medusa_deploy.runtime.heads_file import write_heads
@@ -195,7 +195,7 @@ def pair(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pyt
     folder = tmp_path_factory.mktemp("pair")
     write_heads(heads, folder / "heads")
     export_bundle(tiny_model, folder / "heads", folder / "bundle", capacity=256, top_k=4, max_rows=16, prefill_chunk=16)
-    return load(folder / "bundle", threads=1), heads
+    return load(folder / "bundle", threads=1, variant="standard"), heads
 
 
 def test_the_engine_counts_the_ranks_that_torch_computes(pair: tuple[Session, HeadSet], tiny_model: Path) -> None:

@@ -37,8 +37,8 @@ def sessions(engine_bundle: Path) -> dict[int, Session]:
 
 @pytest.fixture(scope="module")
 def reference(tiny_bundle: Path) -> Session:
-    """The CPU, one slot."""
-    return load(tiny_bundle, threads=1)
+    """The CPU, one slot, and heads in the engine's precision."""
+    return load(tiny_bundle, threads=1, variant="standard")
 
 
 def _settled(session: Session) -> None:
