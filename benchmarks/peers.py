@@ -8,7 +8,6 @@ Prints a Markdown table; writes the report to benchmarks/results/peers-<cpu>.jso
 from __future__ import annotations
 
 import argparse
-import datetime as dt
 import hashlib
 import os
 import platform
@@ -27,8 +26,8 @@ from peer_process import PeerError, Run, Worker, last_line, measure, settle
 from peer_report import compare, markdown, system_entry
 
 from medusa_deploy.runtime.bundle import sha256
-from medusa_deploy.tools.console import Progress, positive_int, say, write_json
-from medusa_deploy.tools.environment import available_cores, cpu_model
+from medusa_deploy.tools.console import Progress, names_among, positive_int, say, write_json
+from medusa_deploy.tools.machine import measured_on
 
 HERE = Path(__file__).resolve().parent
 ENCODER = "ours-plain"
@@ -198,9 +197,7 @@ def report(
     generated = [len(run.tokens) for done in runs.values() for run in done]
     return {
         "environment": {
-            "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-            "cpu": cpu_model(),
-            "cores": available_cores(),
+            **measured_on(),
             "platform": platform.platform(),
         },
         "settings": {
@@ -226,7 +223,13 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="the backbone as a Hugging Face folder of fp32 safetensors")
     add("--bundle", type=Path, required=True, metavar="DIR", help="the bundle exported from it, with heads")
-    add("--systems", type=system_names, default=list(DEFAULT_SYSTEMS), metavar="A,B", help=f"of {', '.join(SYSTEMS)}")
+    add(
+        "--systems",
+        type=names_among("system", SYSTEMS),
+        default=list(DEFAULT_SYSTEMS),
+        metavar="A,B",
+        help=f"of {', '.join(SYSTEMS)}",
+    )
     add("--prompts", type=Path, metavar="FILE", help="JSONL of prompts (default: the held-out prompts)")
     add("--count", type=positive_int, default=16, metavar="N", help="prompts to take (default 16)")
     add("--max-new-tokens", type=positive_int, default=128, metavar="N", help="longest answer (default 128)")
@@ -243,14 +246,6 @@ def parser() -> argparse.ArgumentParser:
     add("--cache", type=Path, default=Path("build/peers"), metavar="DIR", help="converted models and logs (default build/peers)")
     add("--json", metavar="OUT", help="where the report goes (default benchmarks/results/peers-<cpu>.json)")
     return result
-
-
-def system_names(text: str) -> list[str]:
-    """An argparse type: known systems, separated by commas."""
-    names = text.split(",")
-    if unknown := [name for name in names if name not in SYSTEMS]:
-        raise argparse.ArgumentTypeError(f"unknown system {', '.join(unknown)}; known: {', '.join(SYSTEMS)}")
-    return list(dict.fromkeys(names))
 
 
 def interpreter(text: str) -> tuple[str, str]:

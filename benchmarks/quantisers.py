@@ -8,7 +8,6 @@ Prints a Markdown table; writes the report where --json says. See benchmarks/REA
 from __future__ import annotations
 
 import argparse
-import datetime as dt
 import json
 import subprocess
 import sys
@@ -27,8 +26,8 @@ from medusa_deploy.runtime import load
 from medusa_deploy.runtime.bundle import open_bundle
 from medusa_deploy.runtime.scales_file import read_scales
 from medusa_deploy.runtime.session import Session
-from medusa_deploy.tools.console import Progress, positive_int, say, write_json
-from medusa_deploy.tools.environment import available_cores, cpu_model
+from medusa_deploy.tools.console import Progress, names_among, positive_int, say, write_json
+from medusa_deploy.tools.machine import measured_on
 from medusa_deploy.tools.probe import Probe
 from medusa_deploy.tools.prompt_source import packaged_prompts
 
@@ -217,9 +216,7 @@ def described(judge: Judge, block: int, systems: Mapping[str, Any]) -> dict[str,
     """The report: what was measured, with what it depends on."""
     return {
         "environment": {
-            "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-            "cpu": cpu_model(),
-            "cores": available_cores(),
+            **measured_on(),
             "versions": {module: __import__(module).__version__ for module in ("onnxruntime", "onnx", "numpy")},
         },
         "settings": {
@@ -238,21 +235,13 @@ def parser() -> argparse.ArgumentParser:
     add("--model", type=Path, required=True, metavar="DIR", help="the backbone as a Hugging Face folder")
     add("--bundle", type=Path, required=True, metavar="DIR", help="the fp32 bundle exported from it; gets further variants")
     add("--scales", type=Path, required=True, metavar="FILE", help="what calibrate made of it, with as many --samples as --count")
-    add("--systems", type=system_names, default=list(SYSTEMS), metavar="A,B", help=f"of {', '.join(SYSTEMS)}")
+    add("--systems", type=names_among("system", SYSTEMS), default=list(SYSTEMS), metavar="A,B", help=f"of {', '.join(SYSTEMS)}")
     add("--python", type=Path, metavar="PATH", help="Python with nvidia-modelopt")
     add("--count", type=positive_int, default=32, metavar="N", help="prompts to calibrate with, and to judge on (default 32)")
     add("--block", type=positive_int, default=32, metavar="N", help="inputs that share a scale of few bits (default 32)")
     add("--work", type=Path, default=Path("build/quantisers"), metavar="DIR", help="texts, graphs (default build/quantisers)")
     add("--json", type=Path, default=Path("build/quantisers.json"), metavar="OUT", help="report (default build/quantisers.json)")
     return result
-
-
-def system_names(text: str) -> list[str]:
-    """An argparse type: known systems, separated by commas."""
-    names = text.split(",")
-    if unknown := [name for name in names if name not in SYSTEMS]:
-        raise argparse.ArgumentTypeError(f"unknown system {', '.join(unknown)}; known: {', '.join(SYSTEMS)}")
-    return list(dict.fromkeys(names))
 
 
 if __name__ == "__main__":

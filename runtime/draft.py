@@ -133,7 +133,7 @@ class BestRows:
         if self.rows == 1:
             return NOTHING
         assert candidates is not None
-        continuation = self._lookup.continuation(self._lookup.deepest) if self._lookup is not None else []
+        continuation = self._lookup.continuation() if self._lookup is not None else []
         tokens, chances = candidates.tokens.tolist(), self._scale.chances(candidates.log_probs)
         paths = ranked_paths(tokens, chances, continuation, self.rows - 1)
         return compiled([path for path, _ in paths], looked_up=bool(continuation))

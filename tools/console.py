@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -36,6 +36,18 @@ def positive_int(text: str) -> int:
 def positive_ints(text: str) -> tuple[int, ...]:
     """An argparse type: integers from 1, with commas between them."""
     return tuple(positive_int(part) for part in text.split(","))
+
+
+def names_among(kind: str, known: Collection[str]) -> Callable[[str], list[str]]:
+    """An argparse type: names of ``known`` things with commas between them, each once. ``kind``: what one is called."""
+
+    def names(text: str) -> list[str]:
+        given = text.split(",")
+        if unknown := [name for name in given if name not in known]:
+            raise argparse.ArgumentTypeError(f"unknown {kind} {', '.join(unknown)}; known: {', '.join(known)}")
+        return list(dict.fromkeys(given))
+
+    return names
 
 
 def non_negative(text: str) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import platform
 from typing import Any
 
@@ -13,16 +12,14 @@ from ..runtime.bundle import sha256
 from ..runtime.manifest import MANIFEST_NAME, Manifest
 from ..runtime.session import Session
 from .extras import version
-from .machine import available_cores, cpu_model
+from .machine import measured_on
 
 
 def environment(session: Session) -> dict[str, Any]:
     """The facts to keep beside numbers taken with ``session``."""
     manifest = session.manifest
     return {
-        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "cpu": cpu_model(),
-        "cores": available_cores(),
+        **measured_on(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "medusa_deploy": __version__,

@@ -17,7 +17,7 @@ from typing import Any
 from ... import __version__
 from ...runtime.errors import DeployError
 from ..console import say, write_json
-from ..machine import available_cores, cpu_model, memory_bytes
+from ..machine import measured_on, memory_bytes
 from .options import Options, command_line, parse
 from .table import describe_check
 
@@ -79,9 +79,7 @@ def check(options: Options) -> dict[str, Any]:
 def machine_facts() -> dict[str, Any]:
     """Host and GPU, without any package."""
     return {
-        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "cpu": cpu_model(),
-        "cores": available_cores(),
+        **measured_on(),
         "memory_bytes": memory_bytes()[0],
         "platform": platform.platform(),
         "python": platform.python_version(),
