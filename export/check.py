@@ -44,10 +44,14 @@ def probe_tree(heads: int) -> Tree:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What an executor returned. ``rows``: a context and the logits [V] after it. ``heads``: context, root, candidates [K, k]."""
+    """What an executor returned. ``rows``: a context and the logits [V] after it. ``heads``: context, root, candidates [K, k].
+
+    ``greedy``: the token chosen after the context of the first row where no logits are wanted.
+    """
 
     rows: list[tuple[np.ndarray, np.ndarray]]
     heads: list[tuple[np.ndarray, int, np.ndarray]]
+    greedy: int
 
 
 def check_executor(executor: Executor, backbone: Backbone, heads: HeadStack, seed: int = 0) -> CheckReport:
@@ -68,6 +72,7 @@ def observe(executor: Executor, num_heads: int, vocab_size: int, *, prompt_rows:
     tree = probe_tree(num_heads)
     rng = np.random.default_rng(seed)
     prompt = rng.integers(0, vocab_size, prompt_rows)
+    greedy = int(executor.prefill(0, prompt, 0, Wanted()).next_token[0])
     prefill = executor.prefill(0, prompt, 0, _WANTED)
     rows = [(prompt, prefill.logits[0, 0].astype(np.float32))]
     head_pairs = [(prompt, int(prefill.next_token[0]), prefill.candidates[0].copy())]
@@ -84,7 +89,7 @@ def observe(executor: Executor, num_heads: int, vocab_size: int, *, prompt_rows:
         path = list(tree.row_paths[-1])
         moved = [buffers.margin + length + row for row in path]
         context, length = np.concatenate([context, tokens[[0, *path]]]), length + 1 + len(path)
-    return Observed(rows, head_pairs)
+    return Observed(rows, head_pairs, greedy)
 
 
 def _fill(buffers: StepBuffers, tree: Tree, tokens: np.ndarray, length: int, moved: list[int], slots: int) -> None:
@@ -130,6 +135,13 @@ def compare(observed: Observed, reference: Reference, backbone: Backbone, heads:
             f"logits of the exported graph differ by {error:.3g} from the torch module's (limit {limit:.3g}, {len(rows)} rows, "
             f"argmax equal in {report.argmax_agreement:.0%})",
             hint="this architecture isn't expressed rightly: please report it with the model's config.json",
+        )
+    _, first = rows[0]
+    behind = float(first.max() - first[observed.greedy])
+    if not behind <= limit:
+        raise ExportMismatchError(
+            f"the exported graph chooses token {observed.greedy}, whose logit is {behind:.3g} below the largest one",
+            hint="please report it with the model's config.json",
         )
     return report
 

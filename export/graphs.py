@@ -12,6 +12,7 @@ from .backbone import Backbone
 from .cpu_heads import narrow_heads
 from .heads import HeadStack
 from .lower import drop_closing, lower_cpu, lower_device, lower_standard
+from .screen import screen
 from .trace import trace_heads, trace_step
 from .weights import WeightsFile
 
@@ -34,6 +35,7 @@ def write_graphs(
     lower_cpu(for_cpu)
     shared = stack.shared is not None
     narrow_heads(for_cpu, shared=shared)
+    screen(for_cpu)
     graphs = {"standard": standard, "cpu": for_cpu, "device": for_device}
     names = {"standard": f"{prefix}step.onnx", "cpu": f"{prefix}step.cpu.onnx", "device": f"{prefix}step.device.onnx"}
     report("writing graphs")

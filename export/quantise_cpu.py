@@ -149,15 +149,8 @@ def rounded(product: CpuProduct, bits: int, block: int, moments: np.ndarray | No
 def put_bits(graph: ir.Graph, product: CpuProduct, grid: Grid, codes: np.ndarray, rescored: int = 0) -> int:
     """Put MatMulNBits in a product's place; returns the bytes of its weights."""
     node = product.node
-    stored = _stored(product, grid, codes)
-    inputs = [product.activation, *(new_constant(graph, array, name) for name, array in stored.items())]
-    outputs, size = product.shape
-    attributes: dict[str, Any] = {"K": size, "N": outputs, "bits": grid.bits, "block_size": codes.shape[-1]}
-    attributes["accuracy_level"] = _ROUND_ACTIVATIONS_TO_INT8
-    old = node.outputs[0]
-    made = new_node("MatMulNBits", inputs, attributes, node.name, domain=MICROSOFT)
-    result = made.outputs[0]
-    result.type, result.shape = old.type, old.shape
+    made, size = few_bits(graph, product, grid, codes, str(node.name))
+    old, result = node.outputs[0], made.outputs[0]
     home = node.graph
     assert home is not None
     home.insert_before(node, [made])
@@ -168,15 +161,27 @@ def put_bits(graph: ir.Graph, product: CpuProduct, grid: Grid, codes: np.ndarray
     ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
     old.name, result.name = f"{name}/exact", name
     home.remove(node, safe=True)
-    return sum(array.nbytes for array in stored.values())
+    return size
 
 
-def _stored(product: CpuProduct, grid: Grid, codes: np.ndarray) -> dict[str, np.ndarray]:
+def few_bits(graph: ir.Graph, product: CpuProduct, grid: Grid, codes: np.ndarray, name: str) -> tuple[ir.Node, int]:
+    """A MatMulNBits that computes what ``product`` does, in no graph yet, and the bytes of its weights."""
+    stored = _stored(name, grid, codes)
+    inputs = [product.activation, *(new_constant(graph, array, part) for part, array in stored.items())]
+    outputs, size = product.shape
+    attributes: dict[str, Any] = {"K": size, "N": outputs, "bits": grid.bits, "block_size": codes.shape[-1]}
+    attributes["accuracy_level"] = _ROUND_ACTIVATIONS_TO_INT8
+    made = new_node("MatMulNBits", inputs, attributes, name, domain=MICROSOFT)
+    made.outputs[0].type, made.outputs[0].shape = product.node.outputs[0].type, product.node.outputs[0].shape
+    return made, sum(array.nbytes for array in stored.values())
+
+
+def _stored(name: str, grid: Grid, codes: np.ndarray) -> dict[str, np.ndarray]:
     """By name, what MatMulNBits reads after the activation, in its order."""
     parts = {"codes": packed(codes, grid.bits), "scales": grid.scales}
     if not grid.is_symmetric:
         parts["zero_points"] = packed(grid.zero_points, grid.bits)
-    return {f"{product.node.name}/{part}": np.ascontiguousarray(values) for part, values in parts.items()}
+    return {f"{name}/{part}": np.ascontiguousarray(values) for part, values in parts.items()}
 
 
 def take_in(graph: ir.Graph, product: CpuProduct) -> None:

@@ -51,7 +51,7 @@ class OrtExecutor(OrtBase):
         self._columns = np.arange(layout.rows, dtype=np.int64)
         self._column_values: dict[int, Any] = {}
         self._truth = np.array([False, True])
-        self._heads_wanted = [self._value(self._truth[answer : answer + 1].reshape(())) for answer in range(2)]
+        self._answers = [self._value(self._truth[answer : answer + 1].reshape(())) for answer in range(2)]
 
     def _run(self, buffers: StepBuffers, binding: Any, slot: int | None) -> None:
         if step_io.COMMIT not in self._inputs:
@@ -97,7 +97,9 @@ class OrtExecutor(OrtBase):
         for name in self._small_inputs():
             binding.bind_ortvalue_input(name, self._value(getattr(buffers, name)))
         if step_io.HEADS_WANTED in self._inputs:
-            binding.bind_ortvalue_input(step_io.HEADS_WANTED, self._heads_wanted[wanted.heads])
+            binding.bind_ortvalue_input(step_io.HEADS_WANTED, self._answers[wanted.heads])
+        if step_io.LOGITS_WANTED in self._inputs:
+            binding.bind_ortvalue_input(step_io.LOGITS_WANTED, self._answers[wanted.logits])
         for name in small_outputs(wanted):
             binding.bind_ortvalue_output(name, self._value(getattr(buffers, name)))
         layers = self.layout.layers

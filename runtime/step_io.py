@@ -41,6 +41,7 @@ visible                 int32 []           T
 parents                 int64 [B, N]       row whose logits say what a row should carry; 0 where it doesn't matter
 paths                   float32 [B, N, R]  1 where row n isn't forced and is on the path to the row of logits r, else 0
 heads_wanted            bool []            whether the heads run
+logits_wanted           bool []            whether logits are needed but for the greedy choice, which seldom takes all of them
 ======================= ================== ===================================================================
 
 The *device* graph is the same step closed over itself: what the next step needs are outputs, so that an engine can start it
@@ -91,6 +92,7 @@ VISIBLE = "visible"
 PARENTS = "parents"
 PATHS = "paths"
 HEADS_WANTED = "heads_wanted"
+LOGITS_WANTED = "logits_wanted"
 KEPT = "kept"
 KEPT_COUNT = "kept_count"
 DRAFT_SLOTS = "draft_slots"

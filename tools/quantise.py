@@ -56,10 +56,9 @@ def quantise(
     from .extras import require
 
     require("calibrate")
-    import onnx_ir as ir
-
     from ..export.cpu_products import find_products
     from ..export.quantise_cpu import CpuPrecision, quantise_cpu
+    from ..export.screen import load_whole
     from ..export.variant import add_variant
     from ..runtime.bundle import locked, open_bundle
     from ..runtime.scales_file import read_scales
@@ -81,7 +80,7 @@ def quantise(
             search = _Search(opened, precision, found, moments, made, _divergence(opened, data, threads, bar), bar)
             kept, measured = search.run(budget)
             precision = replace(precision, kept=kept)
-        model = ir.load(source)
+        model = load_whole(source)
         bar.phase("quantise", len(find_products(model)))
         report = quantise_cpu(model, precision, found, moments, made, bar.update)
         bar.phase("write")
@@ -162,13 +161,12 @@ class _Search:
 
     def run(self, budget: float) -> tuple[Mapping[str, int], dict[str, Any]]:
         """Products that keep more bits, and what was measured."""
-        import onnx_ir as ir
-
         from ..export.cpu_products import find_products
+        from ..export.screen import load_whole
         from .quantise_budget import HIGHER, Sensitivity, fit_budget
 
         bits = self._precision.layers
-        products = [product for product in find_products(ir.load(self._source)) if product.layer is not None]
+        products = [product for product in find_products(load_whole(self._source)) if product.layer is not None]
         self._bar.phase("products alone", len(products))
         found = {}
         for done, product in enumerate(products):
@@ -187,11 +185,10 @@ class _Search:
         }
 
     def _of(self, precision: CpuPrecision) -> float:
-        import onnx_ir as ir
-
         from ..export.quantise_cpu import quantise_cpu
+        from ..export.screen import load_whole
 
-        model = ir.load(self._source)
+        model = load_whole(self._source)
         quantise_cpu(model, precision, self._scales, self._moments, self._made)
         return self._divergence.of(model)[0]
 

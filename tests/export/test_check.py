@@ -22,7 +22,7 @@ def _logits(tokens: np.ndarray) -> np.ndarray:
     return np.sin(np.outer(seen, 1 + np.arange(VOCABULARY))).astype(np.float32)
 
 
-def _compared(change: Any = lambda rows: None) -> tuple[Any, list[list[int]]]:
+def _compared(change: Any = lambda rows: None, greedy: int | None = None) -> tuple[Any, list[list[int]]]:
     rows = [(np.array(context), _logits(np.array(context))[-1].copy()) for context in CONTEXTS]
     change(rows)
     asked: list[list[int]] = []
@@ -38,7 +38,8 @@ def _compared(change: Any = lambda rows: None) -> tuple[Any, list[list[int]]]:
     backbone: Any = SimpleNamespace(dtype=torch.float32, module=module)
     heads: Any = lambda _state, _embedding: (torch.zeros(1, 1, 1, dtype=torch.int64), None)  # noqa: E731
     pair = (np.array([1]), 0, np.zeros((1, 1), np.int64))
-    return compare(Observed(rows, [pair]), reference, backbone, heads), asked
+    chosen = int(rows[0][1].argmax()) if greedy is None else greedy
+    return compare(Observed(rows, [pair], chosen), reference, backbone, heads), asked
 
 
 def test_one_run_of_the_reference_serves_all_rows_of_a_path() -> None:
@@ -63,3 +64,8 @@ def test_a_row_without_numbers_is_found(row: int) -> None:
 
     with pytest.raises(NumericsError):
         _compared(change)
+
+
+def test_a_greedy_choice_that_the_logits_deny_is_found() -> None:
+    with pytest.raises(ExportMismatchError, match="chooses token"):
+        _compared(greedy=int(_logits(np.array(CONTEXTS[0]))[-1].argmin()))
