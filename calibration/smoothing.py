@@ -103,21 +103,21 @@ def _product_errors(
 
 
 def _int8_rows(x: np.ndarray, largest: float, grid: str) -> np.ndarray:
-    """Rows [R, C] as int8 holds them: with a scale for every 32 channels of a row, or with one for ``largest``."""
+    """Rows [R, C] as int8 holds them: with a scale for every block of a row, or with one for ``largest``."""
     if grid == "block":
         return _in_blocks(x, 1)
     return _rounded(x, np.float32(largest / LEVELS))
 
 
 def _int8_weights(w: np.ndarray, grid: str) -> np.ndarray:
-    """Weights [C, outputs] as int8 holds them: with a scale for every 32 inputs of an output, or for every output."""
+    """Weights [C, outputs] as int8 holds them: with a scale for every block of an output, or for every output."""
     if grid == "block":
         return _in_blocks(w, 0)
     return _rounded(w, np.abs(w).max(0) / np.float32(LEVELS))
 
 
 def _in_blocks(values: np.ndarray, axis: int) -> np.ndarray:
-    """A matrix with a scale for every 32 values along ``axis``; the last block may be shorter."""
+    """A matrix with a scale for every ``BLOCK`` values along ``axis``; the last block may be shorter."""
     length = values.shape[axis]
     padding = [(0, 0), (0, 0)]
     padding[axis] = (0, -length % BLOCK)

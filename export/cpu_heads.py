@@ -29,8 +29,8 @@ def narrow_heads(model: ir.Model, *, shared: bool) -> None:
     passes.RemoveUnusedNodesPass()(model)
     products = [product for product in find_products(model) if product.of_heads]
     for product in products[:-1] if shared else products:
-        if product.shape[1] % _PRECISION.block == 0:
-            put_bits(graph, product, *rounded(product, _PRECISION.heads, _PRECISION.block))
+        if product.shape[1] % _PRECISION.block_of(product) == 0:
+            put_bits(graph, product, *rounded(product, _PRECISION.heads, _PRECISION.block_of(product)))
             model.opset_imports[MICROSOFT] = 1
     passes.RemoveUnusedNodesPass()(model)
 

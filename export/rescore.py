@@ -54,7 +54,7 @@ def likeliest(build: Nodes, tokens: ir.Value, logits: ir.Value, like: ir.Value) 
     """Of ``tokens`` [B, R, n] that of the largest of their ``logits``; of the shape of ``like`` [B, R]."""
     first = build.add("ArgMax", [logits], {"axis": -1, "keepdims": 1})
     token = build.add("Squeeze", [build.add("GatherElements", [tokens, first], {"axis": -1}), build.constant("last", [-1])])
-    token.shape = like.shape
+    token.type, token.shape = ir.TensorType(ir.DataType.INT64), like.shape
     return token
 
 

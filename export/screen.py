@@ -116,6 +116,7 @@ def _choose(graph: ir.Graph, projection: CpuProduct, greedy: ir.Value, token: ir
     """Move the projection and its greedy choice into the branch that is taken where ``whole`` says so."""
     logits, chooser = projection.node.outputs[0], greedy.producer()
     assert chooser is not None
+    greedy.type = ir.TensorType(ir.DataType.INT64)
     nothing = Nodes(graph, f"{_PREFIX}/without")
     empty = nothing.add("ConstantOfShape", [nothing.constant("shape", [0, 0, 0])])
     same = nothing.add("Identity", [token])

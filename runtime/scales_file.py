@@ -22,9 +22,9 @@ from .manifest import Manifest
 
 SCHEMA_VERSION = 2
 LEVELS = 127
-BLOCK = 32
+BLOCK = 64
 GRIDS = ("block", "tensor")
-"""How int8 products hold their values. ``block``: a scale for every 32 channels of a row, and for every 32 inputs of an output
+"""How int8 products hold their values. ``block``: a scale for every 64 channels of a row, and for every 64 inputs of an output
 channel of the weight. ``tensor``: one scale for the whole activation, and one for every output channel.
 """
 SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)

@@ -194,10 +194,12 @@ class _Search:
 
 
 def _describe(report: CpuReport, precision: CpuPrecision) -> dict[str, Any]:
+    from ..export.quantise_cpu import DEFAULT_BLOCKS
+
     counts = {str(bits): sum(1 for found in report.bits.values() if found == bits) for bits in BITS}
     return {
         "bits": {"layers": precision.layers, "projection": precision.projection, "heads": precision.heads},
-        "block": precision.block,
+        "blocks": {str(bits): precision.block or block for bits, block in DEFAULT_BLOCKS.items()},
         "projection_block": precision.projection_block,
         "rescored": precision.rescored,
         "products": counts,
@@ -221,7 +223,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--heads-bits", type=int, choices=BITS, default=8, help="of heads that an older export left in 32 (default: %(default)s)"
     )
-    parser.add_argument("--block", type=int, choices=BLOCKS, default=32, help="inputs that share a scale (default: %(default)s)")
+    parser.add_argument("--block", type=int, choices=BLOCKS, help="inputs that share a scale (default: 64, in 4 bits 32)")
     parser.add_argument(
         "--budget",
         type=non_negative,

@@ -14,10 +14,11 @@ from medusa_deploy.calibration.collect import Calibrator
 from medusa_deploy.calibration.row_sample import find_smoothing, sample_rows
 from medusa_deploy.calibration.smoothing import choose_smoothing, smoothing_factors
 from medusa_deploy.runtime.bundle import open_bundle
+from medusa_deploy.runtime.scales_file import BLOCK
 from medusa_deploy.tools.prompt_source import random_prompts
 from support.tiny import VOCAB
 
-CHANNELS = 80  # no multiple of a block of 32
+CHANNELS = 80  # no multiple of a block
 RNG = np.random.default_rng(1)
 X = RNG.normal(0, 1, (40, CHANNELS)).astype(np.float32)
 X[:, [3, 50]] *= 100
@@ -53,7 +54,7 @@ def expected_error(factors: np.ndarray, grid: str) -> float:
     """The products of whole blocks and one that is shorter, one after the other."""
     errors = []
     w = np.hstack(W) * factors[:, None]
-    cuts = [slice(at, at + 32) for at in range(0, CHANNELS, 32)] if grid == "block" else [slice(None)]
+    cuts = [slice(at, at + BLOCK) for at in range(0, CHANNELS, BLOCK)] if grid == "block" else [slice(None)]
     largest = X / factors
     rows = np.hstack([int8(largest[:, cut], 1) for cut in cuts]) if grid == "block" else int8(largest, None)
     quantised = rows @ np.vstack([int8(w[cut], 0) for cut in cuts])
