@@ -11,6 +11,7 @@ import onnx_ir as ir
 from ..runtime import step_io
 from .patterns import made_by
 
+_MULTIPLY = ("MatMul", "MatMulNBits")
 _CACHE = re.compile(step_io.past_names(1)[0].replace("0", r"(\d+)"))
 
 
@@ -78,6 +79,20 @@ def find_products(model: ir.Model) -> list[CpuProduct]:
             in_layers = node.graph is model.graph and not is_projection
             found.append(CpuProduct(node, weights, transposed, _layer_of(node, last) if in_layers else None, is_projection))
     return found
+
+
+def plain_step_bytes(model: ir.Model) -> int:
+    """Bytes of the matrices that a CPU graph multiplies with in every step; its branches are taken now and then."""
+    matrices: dict[str, int] = {}
+    waiting = [node.inputs[index] for node in model.graph if node.op_type in _MULTIPLY for index in range(1, len(node.inputs))]
+    while waiting:
+        value = waiting.pop()
+        node = None if value is None else value.producer()
+        if node is not None and node.op_type in ("Transpose", "Concat"):
+            waiting += node.inputs
+        elif value is not None and value.is_initializer() and value.const_value is not None:
+            matrices[str(value.name)] = value.const_value.nbytes
+    return sum(matrices.values())
 
 
 def _layer_of(product: ir.Node, last: int | None) -> int | None:

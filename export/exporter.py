@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from .. import __version__
 from ..runtime import step_io
@@ -24,6 +25,7 @@ from ..runtime.ort import OrtExecutor, OrtModel
 from ..runtime.tree import Tree
 from .backbone import DTYPES, Backbone, load_backbone
 from .check import CheckReport, check_executor
+from .cpu_products import plain_step_bytes
 from .device_executor import DeviceGraphExecutor
 from .graphs import HEADS_GRAPH, write_graphs
 from .head_layouts import check_fit, read_heads
@@ -117,6 +119,7 @@ def export_bundle(
             "created_by": f"medusa-deploy {__version__}",
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnx", "onnxruntime")},
             "check": {name: asdict(check) for name, check in checks.items()},
+            "plain_step_bytes": plain_step_bytes(ir.load(folder / graphs["cpu"])),
             "weights": {"kind": weights, **places},
             "warnings": warnings,
             "heads": None if read is None else {"layout": read.layout, **read.measured},

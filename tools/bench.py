@@ -91,7 +91,8 @@ def bench(
     if tree is not None:
         report["fixed_tree"]["choices"] = tree.choices()
     seconds = report["plain"]["ms_per_step"] / 1e3
-    report["bandwidth_gb_s"] = plain_step_bytes(session.manifest, variant(session)) / seconds / 1e9
+    read = plain_step_bytes(session.manifest, variant(session))
+    report["bandwidth_gb_s"] = None if read is None else read / seconds / 1e9
     report["rounds_activations"] = rounds_activations(session)
     sampled = {"temperature": temperature, "seed": seed} if temperature > 0 else {}
     return {"prompts": len(prompts), "repeats": repeats, "max_new_tokens": max_new_tokens, **sampled, **report}
@@ -306,7 +307,8 @@ def describe(report: Mapping[str, Any]) -> str:
         lines.append(f"steps by rows (0, 1, …): {medusa['rows_histogram']}; {counts}")
         lines.append(f"cost of a step against a plain one: {', '.join(f'{k} {v:.2f}' for k, v in medusa['costs'].items())}")
         lines.append(f"trust in each head, and in lookup: {', '.join(f'{trust:.2f}' for trust in medusa['trust'])}")
-    lines.append(f"weights read by plain steps: {report['bandwidth_gb_s']:.1f} GB/s")
+    if report["bandwidth_gb_s"] is not None:
+        lines.append(f"weights read by plain steps: {report['bandwidth_gb_s']:.1f} GB/s")
     lines.append(f"equal output: {equal['prompts']}/{equal['of']} prompts")
     if equal["different"]:
         numbers = ", ".join(str(index + 1) for index in equal["different"])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import platform
 from typing import Any
 
-import numpy as np
-
 from .. import __version__
 from ..runtime.bundle import sha256
 from ..runtime.manifest import MANIFEST_NAME, Manifest
@@ -44,18 +42,12 @@ def variant(session: Session) -> str | None:
     return next((name for name, path in graphs if session.bundle.folder / path == step), None)
 
 
-def plain_step_bytes(manifest: Manifest, variant: str | None = None) -> int:
-    """Bytes of weights that a plain step reads: the weights file without the embedding table and the heads.
+def plain_step_bytes(manifest: Manifest, variant: str | None = None) -> int | None:
+    """Bytes of weights that a plain step of a variant for the CPU reads, as its export knew; None where none is on record.
 
-    Tables are read by the row, heads don't run in plain steps. Padding between tensors is counted in: 1 to 2 % of a small model.
-    Of a quantised ``variant``, the weights of its products.
+    Embedding tables are read by the row, heads don't run in plain steps.
     """
-    known: int | None = manifest.provenance.get("quantised", {}).get(variant, {}).get("plain_step_bytes")
-    if known is not None:
-        return known
-    size = np.dtype(manifest.dtype).itemsize
-    hidden, heads = manifest.backbone.hidden_size, manifest.heads
-    blocks = heads.num_heads * hidden * hidden * (2 if heads.kind == "grounded" else 1)
-    projections = {"own": heads.num_heads, "pruned": 1}.get(heads.projection, 0) * heads.draft_vocab_size * hidden
-    stored = sum(record.size for name, record in manifest.files.items() if name.endswith(".bin"))
-    return max(0, stored - (manifest.backbone.vocab_size * hidden + blocks + projections) * size)
+    provenance = manifest.provenance
+    facts = provenance if variant == "cpu" else provenance.get("quantised", {}).get(variant, {})
+    known: int | None = facts.get("plain_step_bytes")
+    return known

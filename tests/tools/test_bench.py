@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from medusa_deploy.runtime.bundle import open_bundle
 from medusa_deploy.runtime.errors import OutputError, UsageError
-from medusa_deploy.runtime.manifest import FileRecord
 from medusa_deploy.runtime.session import Session
 from medusa_deploy.runtime.tree import ROOT_ONLY, chain
 from medusa_deploy.tools import bench as module, cli
@@ -20,7 +20,7 @@ from medusa_deploy.tools.environment import plain_step_bytes
 from medusa_deploy.tools.prompt_source import random_prompts
 from medusa_deploy.tools.row_sweep import describe_sweep, row_sweep, suggest
 from medusa_deploy.tools.timed_run import TimedRun, Way, timed_run
-from support.records import manifest
+from support.tiny import HIDDEN, VOCAB
 
 PROMPTS = random_prompts(128, 256, 2, seed=5)
 KEYS = [
@@ -237,11 +237,10 @@ def test_the_sweep_suggests_the_size_that_pays():
     assert "by rates alone" in shown
 
 
-def test_bytes_of_a_plain_step_leave_out_what_it_does_not_read():
-    hidden, vocab, body = 64, 128, 10_000
-    heads = 3 * hidden * hidden
-    record = FileRecord(4 * (body + 2 * vocab * hidden + heads), "0" * 64)
-    facts = replace(manifest(), files={"onnx/weights.bin": record, "onnx/step.onnx": FileRecord(77, "0" * 64)})
-    assert plain_step_bytes(facts) == 4 * (body + vocab * hidden)
-    pruned = replace(facts, heads=replace(facts.heads, kind="grounded", projection="pruned", draft_vocab_size=50))
-    assert plain_step_bytes(pruned) == 4 * (body + vocab * hidden - heads - 50 * hidden)
+def test_bytes_of_a_plain_step_are_those_that_its_graph_reads(tiny_bundle: Path):
+    manifest = open_bundle(tiny_bundle).manifest
+    layer = 3 * HIDDEN * HIDDEN + 3 * HIDDEN * 128  # keys and values together are as wide as queries
+    assert plain_step_bytes(manifest, "cpu") == 4 * (2 * layer + VOCAB * HIDDEN), "neither heads nor what is read by the row"
+    assert plain_step_bytes(manifest, "standard") is None
+    facts = replace(manifest, provenance={"quantised": {"cpu-int8": {"plain_step_bytes": 5}}})
+    assert plain_step_bytes(facts, "cpu-int8") == 5 and plain_step_bytes(facts, "cpu") is None
