@@ -27,6 +27,7 @@ BLOCKS = (16, 32, 64, 128)
 DEFAULT_BLOCKS = {4: 32, 8: 64}
 """By bits. With blocks of 64 a step of a few rows takes a ninth less than with 32; 4 bits can't afford the coarser scales."""
 _ROUND_ACTIVATIONS_TO_INT8 = 4  # MatMulNBits' accuracy_level
+_ROUNDED_AT_A_TIME = 1 << 22  # weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +143,22 @@ def rounded(product: CpuProduct, bits: int, block: int, moments: np.ndarray | No
     matrix = product.matrix()
     if not np.isfinite(matrix).all():
         raise QuantisationError(f"the weight of {product.name} holds NaN or infinity", hint="the checkpoint's weights are broken")
-    grid = make_grid(matrix, bits, block)
     if bits != 4 or moments is None:
-        return grid, nearest(matrix, grid)
+        return _rounded_alone(matrix, bits, block)
+    grid = make_grid(matrix, bits, block)
     # Moments of x / s are those of x, divided by both factors.
     factors = np.broadcast_to(product.multipliers, (product.shape[1],))
     return grid, compensated(matrix, grid, moments / np.outer(factors, factors))
+
+
+def _rounded_alone(matrix: np.ndarray, bits: int, block: int) -> tuple[Grid, np.ndarray]:
+    """Each value to the nearest; a few rows at a time, because the search for scales takes several times their memory."""
+    count = max(1, _ROUNDED_AT_A_TIME // matrix.shape[1])
+    parts = [matrix[start : start + count] for start in range(0, len(matrix), count)]
+    grids = [make_grid(part, bits, block) for part in parts]
+    codes = np.concatenate([nearest(part, grid) for part, grid in zip(parts, grids, strict=True)])
+    scales, zeros = (np.concatenate([getattr(grid, name) for grid in grids]) for name in ("scales", "zero_points"))
+    return Grid(bits, scales, zeros), codes
 
 
 def put_bits(graph: ir.Graph, product: CpuProduct, grid: Grid, codes: np.ndarray, rescored: int = 0) -> int:

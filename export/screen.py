@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from ..runtime import step_io
-from .blocks import values
+from .blocks import Grid, values
 from .cpu_products import CpuProduct, find_products
 from .patterns import MICROSOFT, Nodes, new_constant, stand_for
 from .quantise_cpu import few_bits, rounded
@@ -28,6 +28,7 @@ _BITS = 8
 _BLOCK = 32
 _EXACT = 32  # tokens whose logits are computed: with 16, one step of five rows in 17 was undecided, with 32 one in 110
 _WORTH_IT = 1 << 20  # weights of a projection; the nodes around a smaller one cost more than reading it
+_ROWS_AT_A_TIME = 4096
 _SLACK = 1.01  # for what float32 rounds, bounds among it
 
 
@@ -96,9 +97,7 @@ def _bounded(build: Nodes, projection: CpuProduct) -> tuple[ir.Value, ir.Value]:
     grid, codes = rounded(projection, _BITS, _BLOCK)
     product, _ = few_bits(graph, projection, grid, codes, _PREFIX)
     build.nodes.append(product)
-    near = values(codes, grid)
-    lengths = np.linalg.norm(near, axis=1)
-    missed = np.linalg.norm(projection.matrix() - near, axis=1)
+    lengths, missed = _lengths(projection.matrix(), grid, codes)
     # A block of n values up to a rounds in steps of a / 127: what is lost of it has a length of at most √n · a / 254.
     half_step = _SLACK * math.sqrt(_BLOCK) / 254
     axis = build.constant("last", [-1])
@@ -110,6 +109,17 @@ def _bounded(build: Nodes, projection: CpuProduct) -> tuple[ir.Value, ir.Value]:
         return product.outputs[0], build.add("Mul", [lost, new_constant(graph, factors[0], f"{_PREFIX}/factors")])
     sizes = build.add("Concat", [lost, build.add("ReduceL2", [hidden, axis], {"keepdims": 1})], {"axis": -1})
     return product.outputs[0], build.add("MatMul", [sizes, new_constant(graph, factors, f"{_PREFIX}/factors")])
+
+
+def _lengths(weight: np.ndarray, grid: Grid, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row [V]: the length of what its codes stand for, and of what they miss."""
+    lengths, missed = np.empty(len(weight)), np.empty(len(weight))
+    for start in range(0, len(weight), _ROWS_AT_A_TIME):
+        rows = slice(start, start + _ROWS_AT_A_TIME)
+        near = values(codes[rows], Grid(grid.bits, grid.scales[rows], grid.zero_points[rows]))
+        lengths[rows] = np.linalg.norm(near, axis=1)
+        missed[rows] = np.linalg.norm(weight[rows] - near, axis=1)
+    return lengths, missed
 
 
 def _choose(graph: ir.Graph, projection: CpuProduct, greedy: ir.Value, token: ir.Value, whole: ir.Value) -> None:

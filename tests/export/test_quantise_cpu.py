@@ -15,6 +15,7 @@ pytest.importorskip("onnx_ir")
 
 import onnx_ir as ir
 
+from medusa_deploy.export import quantise_cpu as quantise_cpu_module
 from medusa_deploy.export.cpu_products import find_products
 from medusa_deploy.export.quantise_cpu import CpuPrecision, quantise_cpu, take_in
 from medusa_deploy.export.smooth_cpu import smooth
@@ -150,6 +151,14 @@ def test_moments_of_uncorrelated_inputs_change_nothing_and_others_do(tiny_bundle
         found.append(divergence.of(model)[0])
     assert found[0] == pytest.approx(found[1], rel=1e-5), "there is nothing to take back"
     assert found[2] != pytest.approx(found[0], rel=1e-2)
+
+
+def test_rounding_a_few_rows_at_a_time_changes_nothing(graph: Any, monkeypatch: pytest.MonkeyPatch):
+    product = find_products(graph)[0]
+    grid, codes = quantise_cpu_module.rounded(product, 8, 32)
+    monkeypatch.setattr(quantise_cpu_module, "_ROUNDED_AT_A_TIME", 5 * product.shape[1])
+    again, same = quantise_cpu_module.rounded(product, 8, 32)
+    assert np.array_equal(grid.scales, again.scales) and np.array_equal(codes, same) and again.is_symmetric
 
 
 def test_what_is_refused(graph: Any, tiny_bundle: Path):

@@ -38,6 +38,7 @@ def small_ones_too(exact: int = 8) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(screening, "_WORTH_IT", 1)
         patch.setattr(screening, "_EXACT", exact)
+        patch.setattr(screening, "_ROWS_AT_A_TIME", 70)
         yield
 
 
