@@ -9,10 +9,11 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from ..runtime.heads import HeadConfig
 from .cpu_products import find_products
 from .merge import Product, joined, product_of
 from .patterns import MICROSOFT, Nodes, either, made_by, new_constant, stand_for
-from .quantise_cpu import CpuPrecision, put_bits, rounded
+from .quantise_cpu import DEFAULT_BLOCKS, CpuPrecision, few_bits_size, largest_block, put_bits, rounded
 
 _PRECISION = CpuPrecision()
 
@@ -29,10 +30,22 @@ def narrow_heads(model: ir.Model, *, shared: bool) -> None:
     passes.RemoveUnusedNodesPass()(model)
     products = [product for product in find_products(model) if product.of_heads]
     for product in products[:-1] if shared else products:
-        if product.shape[1] % _PRECISION.block_of(product) == 0:
-            put_bits(graph, product, *rounded(product, _PRECISION.heads, _PRECISION.block_of(product)))
+        block = _PRECISION.block_of(product)
+        if block is not None:
+            put_bits(graph, product, *rounded(product, _PRECISION.heads, block))
             model.opset_imports[MICROSOFT] = 1
     passes.RemoveUnusedNodesPass()(model)
+
+
+def narrow_size(config: HeadConfig) -> int:
+    """Bytes of what :func:`narrow_heads` writes, as far as heads of this shape say."""
+    hidden = config.hidden_size
+    first = (hidden, 2 * hidden) if config.kind == "grounded" else (hidden, hidden)
+    projections = {"own": config.num_heads, "pruned": 1, "shared": 0}[config.projection]
+    shapes = [first, *[(hidden, hidden)] * (config.num_layers - 1)] * config.num_heads
+    shapes += [(config.draft_vocab_size, hidden)] * projections
+    sizes = ((shape, largest_block(DEFAULT_BLOCKS[_PRECISION.heads], shape[1])) for shape in shapes)
+    return sum(few_bits_size(shape, _PRECISION.heads, block) for shape, block in sizes if block is not None)
 
 
 def _join_blocks(graph: ir.Graph, stack: ir.Node) -> None:

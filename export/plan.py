@@ -11,11 +11,13 @@ import torch
 from ..runtime import step_io
 from ..runtime.adapter_file import Adapter
 from ..runtime.errors import UsageError
-from ..runtime.heads import HeadConfig
+from ..runtime.heads import HeadConfig, HeadSet
 from ..runtime.tree import ROOT_ONLY, Tree, chain
 from .backbone import DTYPES, backbone_shape, load_config
+from .cpu_heads import narrow_size
 from .head_layouts import ReadHeads, check_fit, read_heads
 from .linked import stored_parameters
+from .screen import screen_size
 from .weights import ALIGNMENT
 
 DEFAULT_TREE = "default"
@@ -81,13 +83,15 @@ def plan_export(
     rows = step_io.cache_rows(capacity, head_config.num_heads, tree_rows(max_rows, trees, head_config.num_heads))
     item = DTYPES[dtype].itemsize
     sizes = [parameter.numel() for parameter in module.parameters()]
-    head_sizes = [tensor.size for tensor in read.heads.tensors.values()] if read is not None else [shape.hidden_size**2]
+    head_sizes = [shape.hidden_size**2] if read is None else _head_sizes(read.heads)
     linked = 0
     if weights == "linked":
         files = {tensor.file for tensor in stored_parameters(Path(model), dtype, capacity)[1].values()}
         linked = sum(file.stat().st_size for file in files)
     written = head_sizes if linked else [*sizes, *head_sizes]
     written_bytes = sum(-(-size * item // ALIGNMENT) * ALIGNMENT for size in written)
+    if dtype == "fp32":  # what the CPU graph has of its own
+        written_bytes += narrow_size(head_config) + screen_size((shape.vocab_size, shape.hidden_size))
     text = sum((Path(model) / name).stat().st_size for name in _TEXT_FILES if (Path(model) / name).is_file())
     slot = 2 * shape.layers * shape.kv_heads * rows * shape.head_dim * item
     return ExportPlan(
@@ -97,7 +101,7 @@ def plan_export(
         vocab_size=shape.vocab_size,
         parameters=sum(sizes),
         num_heads=head_config.num_heads if read is not None else 0,
-        head_parameters=sum(head_sizes) if read is not None else 0,
+        head_parameters=0 if read is None else sum(tensor.size for tensor in read.heads.tensors.values()),
         tree_rows=default.rows,
         tree_depth=default.depth,
         weights_bytes=written_bytes,
@@ -108,6 +112,15 @@ def plan_export(
         cache_bytes=slot * batch,
         warnings=read.warnings if read is not None else (),
     )
+
+
+def _head_sizes(heads: HeadSet) -> list[int]:
+    """Numbers of what a graph has of these heads; rows that they take from the backbone's projection are copied."""
+    sizes = [tensor.size for tensor in heads.tensors.values()]
+    config = heads.config
+    if config.projection == "pruned" and "projection.weight" not in heads.tensors:
+        sizes.append(config.draft_vocab_size * config.hidden_size)
+    return sizes
 
 
 def refuse_linked_adapter(weights: str, adapter: Adapter | None) -> None:

@@ -6,6 +6,7 @@ rows beside it, as it would with a scale for a whole activation. What rounding s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +37,8 @@ class CpuPrecision:
 
     ``layers``: of the backbone's layers, ``kept`` (by the name of a :class:`.cpu_products.CpuProduct`) overrides it;
     ``projection`` onto the vocabulary; ``heads``, as far as they haven't 8 bits before (:mod:`.cpu_heads`). ``block``: inputs
-    that share a scale (None: ``DEFAULT_BLOCKS``), ``projection_block`` in the projection.
+    that share a scale (None: ``DEFAULT_BLOCKS``, or the largest smaller one that divides a product's inputs),
+    ``projection_block`` in the projection.
     ``rescored``: how many of the largest logits are computed again from the projection's own weights; 0 for none.
     """
 
@@ -62,11 +64,13 @@ class CpuPrecision:
             return self.projection
         return self.heads if product.of_heads else self.kept.get(product.name, self.layers)
 
-    def block_of(self, product: CpuProduct) -> int:
-        """Inputs of one product that share a scale."""
+    def block_of(self, product: CpuProduct) -> int | None:
+        """Inputs of one product that share a scale; None: no block that may be taken divides them, so it stays as it is."""
         if product.is_projection:
-            return self.projection_block
-        return self.block or DEFAULT_BLOCKS.get(self.bits(product), max(DEFAULT_BLOCKS.values()))
+            return largest_block(self.projection_block, product.shape[1])
+        if self.block is not None:
+            return self.block if product.shape[1] % self.block == 0 else None
+        return largest_block(DEFAULT_BLOCKS.get(self.bits(product), max(DEFAULT_BLOCKS.values())), product.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,26 +113,29 @@ def quantise_cpu(
     if precision.heads == 4 and any(node.op_type == "MatMulNBits" for node in ir.traversal.RecursiveGraphIterator(graph)):
         raise QuantisationError("the heads of this CPU graph have 8 bits already", hint="leave --heads-bits out")
     products = find_products(model)
-    bits = {each: precision.bits(each) if each.shape[1] % precision.block_of(each) == 0 else 32 for each in products}
+    blocks = {each: precision.block_of(each) for each in products}
+    bits = {each: 32 if blocks[each] is None else precision.bits(each) for each in products}
     read = {product.activation for product in products if bits[product] < 32}
     if not read:
         raise QuantisationError(
-            "no product of the CPU graph was quantised", hint="their inputs have to be multiples of the block: try --block 16"
+            "no product of the CPU graph was quantised",
+            hint=f"their inputs have to be multiples of {precision.block or min(BLOCKS)}: "
+            + ("leave --block out" if precision.block else "they stay in fp32"),
         )
     smoothed = [] if scales is None else smooth(graph, products, scales, read)
     before, after, plain = 0, 0, 0
     for done, product in enumerate(products):
         advance(done, product.name)
-        size, wanted = 4 * int(np.prod(product.shape)), bits[product]
+        size, wanted, block = 4 * int(np.prod(product.shape)), bits[product], blocks[product]
         before += size
-        if wanted == 32:
+        if wanted == 32 or block is None:
             take_in(graph, product)
         else:
             key = (product.name, wanted)
             found = made.get(key) if made is not None else None
             if found is None:
                 of_input = (moments or {}).get(str(product.weights[0].name))
-                found = rounded(product, wanted, precision.block_of(product), of_input)
+                found = rounded(product, wanted, block, of_input)
             if made is not None:
                 made[key] = found
             size = put_bits(graph, product, *found, precision.rescored)
@@ -136,6 +143,16 @@ def quantise_cpu(
         plain += 0 if product.of_heads else size
     passes.RemoveUnusedNodesPass()(model)
     return CpuReport({product.name: wanted for product, wanted in bits.items()}, smoothed, before, after, plain)
+
+
+def largest_block(block: int, inputs: int) -> int | None:
+    """The largest block, up to ``block``, that divides so many inputs."""
+    return max((each for each in BLOCKS if each <= block and inputs % each == 0), default=None)
+
+
+def few_bits_size(shape: tuple[int, int], bits: int, block: int) -> int:
+    """Bytes of a matrix [N, K] in few bits, symmetric: codes, and a float32 scale a block."""
+    return math.prod(shape) * bits // 8 + math.prod(shape) // block * 4
 
 
 def rounded(product: CpuProduct, bits: int, block: int, moments: np.ndarray | None = None) -> tuple[Grid, np.ndarray]:

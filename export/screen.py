@@ -20,7 +20,7 @@ from ..runtime import step_io
 from .blocks import Grid, values
 from .cpu_products import CpuProduct, find_products
 from .patterns import MICROSOFT, Nodes, new_constant, stand_for
-from .quantise_cpu import few_bits, rounded
+from .quantise_cpu import few_bits, few_bits_size, rounded
 from .rescore import exact_logits, greedy_choices, largest, likeliest
 
 _PREFIX = "screen"
@@ -41,7 +41,7 @@ def screen(model: ir.Model) -> None:
         QuantisationError: a weight holds NaN or infinity.
     """
     found = [product for product in find_products(model) if product.is_projection]
-    if not found or math.prod(found[0].shape) < _WORTH_IT or found[0].shape[1] % _BLOCK or len(found[0].weights) != 1:
+    if not found or not screen_size(found[0].shape) or len(found[0].weights) != 1:
         return
     (projection,) = found
     graph, (greedy,) = model.graph, greedy_choices(projection)
@@ -62,6 +62,13 @@ def screen(model: ir.Model) -> None:
     _choose(graph, projection, greedy, token, whole)
     model.opset_imports[MICROSOFT] = 1
     passes.RemoveUnusedNodesPass()(model)
+
+
+def screen_size(shape: tuple[int, int]) -> int:
+    """Bytes that screening adds for a projection [V, H] of float32; 0 where it isn't screened."""
+    if math.prod(shape) < _WORTH_IT or shape[1] % _BLOCK:
+        return 0
+    return few_bits_size(shape, _BITS, _BLOCK) + 2 * shape[0] * 4  # and both lengths of a row
 
 
 def load_whole(path: Path) -> ir.Model:

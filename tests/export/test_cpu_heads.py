@@ -74,6 +74,8 @@ def test_heads_in_8_bits_guess_the_same(
     cpu_heads.narrow_heads(model, shared=projection == "shared")
     operators = Counter(node.op_type for node in model.graph)
     assert (operators["MatMulNBits"], operators["MatMul"]) == (few, exact)
+    written = [value.const_value for node in model.graph if node.op_type == "MatMulNBits" for value in node.inputs[1:]]
+    assert sum(tensor.nbytes for tensor in written) == cpu_heads.narrow_size(stack.config), "what a dry run counts"
     after = run(model, *inputs)
     assert (before[0][..., 0] == after[0][..., 0]).mean() > 0.9
     error = np.abs(before[1] - after[1]).max()

@@ -13,7 +13,9 @@ import pytest
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx_ir")
 
+import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 
 from medusa_deploy.export import quantise_cpu as quantise_cpu_module
 from medusa_deploy.export.cpu_products import find_products
@@ -161,12 +163,43 @@ def test_rounding_a_few_rows_at_a_time_changes_nothing(graph: Any, monkeypatch: 
     assert np.array_equal(grid.scales, again.scales) and np.array_equal(codes, same) and again.is_symmetric
 
 
+@pytest.mark.parametrize(
+    ("inputs", "bits", "block"),
+    [(128, 8, 64), (96, 8, 32), (96, 4, 32), (80, 8, 16), (80, 4, 16), (72, 8, None)],
+)
+def test_a_smaller_block_is_taken_where_the_default_does_not_fit(inputs: int, bits: int, block: int | None):
+    make, float32 = onnx.helper, onnx.TensorProto.FLOAT
+    rng = np.random.default_rng(1)
+    weight, x = (rng.normal(size=shape).astype(np.float32) for shape in ((inputs, 8), (3, inputs)))
+    graph = make.make_graph(
+        [make.make_node("MatMul", ["x", "weight"], ["y"], name="product")],
+        "one",
+        [make.make_tensor_value_info("x", float32, [3, inputs])],
+        [make.make_tensor_value_info("y", float32, [3, 8])],
+        [onnx.numpy_helper.from_array(weight, "weight")],
+    )
+    model = ir.from_proto(make.make_model(graph, opset_imports=[make.make_opsetid("", 21)], ir_version=10))
+    precision = CpuPrecision(layers=bits, heads=bits)
+    if block is None:
+        with pytest.raises(QuantisationError) as refused:
+            quantise_cpu(model, precision)
+        assert "multiples of 16" in str(refused.value.hint)
+        return
+    report = quantise_cpu(model, precision)
+    [node] = model.graph
+    assert node.attributes["block_size"].as_int() == block and set(report.bits.values()) == {bits}
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    [y] = session.run(None, {"x": x})
+    assert np.linalg.norm(y - x @ weight) < (0.02 if bits == 8 else 0.2) * np.linalg.norm(y)
+
+
 def test_what_is_refused(graph: Any, tiny_bundle: Path):
     for options in ({"layers": 3}, {"block": 48}, {"kept": {"x": 16}}):
         with pytest.raises(UsageError):
             CpuPrecision(**options)
-    with pytest.raises(QuantisationError, match="no product of the CPU graph was quantised"):
+    with pytest.raises(QuantisationError, match="no product of the CPU graph was quantised") as refused:
         quantise_cpu(graph, CpuPrecision(layers=32, projection=32, block=128))
+    assert "leave --block out" in str(refused.value.hint)
     broken = next(product for product in find_products(graph) if product.layer == 1)
     weight = broken.weights[0]
     values = weight.const_value.numpy().copy()

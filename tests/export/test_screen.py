@@ -121,6 +121,16 @@ def test_bounds_hold_and_the_choice_is_that_of_the_whole_projection(
     assert (found[CHOSEN] == logits.argmax(-1))[clear].all()
 
 
+def test_a_dry_run_counts_what_is_added(screened: dict[bool, Screened]):
+    with small_ones_too():
+        size = screening.screen_size((TOKENS, SIZE))
+    for one in screened.values():
+        initializers = one.model.graph.initializers.values()
+        added = sum(value.const_value.nbytes for value in initializers if value.name.startswith("screen/"))
+        assert size <= added < size + 256, "and a few constants of the nodes around it"
+    assert screening.screen_size((TOKENS, SIZE)) == 0, "too small to be screened"
+
+
 def test_a_clear_choice_reads_no_logits_and_a_close_one_all(screened: dict[bool, Screened]):
     one = screened[True]
     clear = 4 * one.weight[[7, 200]] / np.linalg.norm(one.weight[[7, 200]], axis=1, keepdims=True)
