@@ -24,7 +24,7 @@ from medusa_deploy.tools.environment import environment
 from medusa_deploy.tools.prompt_source import heldout_prompts
 from medusa_deploy.tools.timed_run import TimedRun, Way, timed_run
 
-FIXED = (3, 5, 8, 12, 16)
+FIXED = (3, 4, 5, 6, 8, 16)
 _DEVIATION = {"sure": 2.0, "flat": 1e-4}
 
 
