@@ -224,7 +224,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heads-bits", type=int, choices=BITS, default=8, help="of heads that an older export left in 32 (default: %(default)s)"
     )
     parser.add_argument(
-        "--block", type=int, choices=BLOCKS, help="inputs that share a scale (default: 64, in 4 bits 32, less where that must be)"
+        "--block",
+        type=int,
+        choices=BLOCKS,
+        help="inputs that share a scale (default: 64, in 4 bits 32; smaller where a product's inputs aren't a multiple)",
     )
     parser.add_argument(
         "--budget",
