@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from ..runtime.heads import HeadConfig
+from ..runtime.heads import HeadConfig, expected_shapes
 from .cpu_products import find_products
 from .merge import Product, joined, product_of
 from .patterns import MICROSOFT, Nodes, either, made_by, new_constant, stand_for
@@ -39,11 +39,9 @@ def narrow_heads(model: ir.Model, *, shared: bool) -> None:
 
 def narrow_size(config: HeadConfig) -> int:
     """Bytes of what :func:`narrow_heads` writes, as far as heads of this shape say."""
-    hidden = config.hidden_size
-    first = (hidden, 2 * hidden) if config.kind == "grounded" else (hidden, hidden)
-    projections = {"own": config.num_heads, "pruned": 1, "shared": 0}[config.projection]
-    shapes = [first, *[(hidden, hidden)] * (config.num_layers - 1)] * config.num_heads
-    shapes += [(config.draft_vocab_size, hidden)] * projections
+    shapes = [shape for shape in expected_shapes(config, has_token_map=False).values() if len(shape) == 2]
+    if config.projection == "pruned":
+        shapes.append((config.draft_vocab_size, config.hidden_size))
     sizes = ((shape, largest_block(DEFAULT_BLOCKS[_PRECISION.heads], shape[1])) for shape in shapes)
     return sum(few_bits_size(shape, _PRECISION.heads, block) for shape, block in sizes if block is not None)
 

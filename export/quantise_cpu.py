@@ -18,7 +18,7 @@ from onnx_ir.passes import common as passes
 from ..runtime.errors import QuantisationError, UsageError
 from ..runtime.scales_file import Scales
 from .blocks import Grid, compensated, make_grid, nearest, packed
-from .cpu_products import CpuProduct, find_products
+from .cpu_products import CpuProduct, find_products, plain_step_bytes
 from .patterns import MICROSOFT, new_constant, new_node
 from .rescore import rescore
 from .smooth_cpu import smooth
@@ -77,7 +77,7 @@ class CpuPrecision:
 class CpuReport:
     """``bits`` of each product; ``smoothed`` activations; bytes of the products' weights ``before`` and ``after``.
 
-    ``plain``: bytes afterwards of those that a plain step reads, which are all but the heads'.
+    ``plain``: bytes of those that a plain step reads afterwards.
     """
 
     bits: Mapping[str, int]
@@ -123,7 +123,7 @@ def quantise_cpu(
             + ("leave --block out" if precision.block else "they stay in fp32"),
         )
     smoothed = [] if scales is None else smooth(graph, products, scales, read)
-    before, after, plain = 0, 0, 0
+    before, after = 0, 0
     for done, product in enumerate(products):
         advance(done, product.name)
         size, wanted, block = 4 * int(np.prod(product.shape)), bits[product], blocks[product]
@@ -140,9 +140,8 @@ def quantise_cpu(
                 made[key] = found
             size = put_bits(graph, product, *found, precision.rescored)
         after += size
-        plain += 0 if product.of_heads else size
     passes.RemoveUnusedNodesPass()(model)
-    return CpuReport({product.name: wanted for product, wanted in bits.items()}, smoothed, before, after, plain)
+    return CpuReport({product.name: wanted for product, wanted in bits.items()}, smoothed, before, after, plain_step_bytes(model))
 
 
 def largest_block(block: int, inputs: int) -> int | None:
