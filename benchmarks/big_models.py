@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from medusa_deploy.export.safetensors_header import header_bytes
-from medusa_deploy.runtime.heads import HeadConfig
-from medusa_deploy.runtime.heads_file import FORMAT, FORMAT_VERSION
+from medusa_deploy.runtime.files.heads import HeadConfig
+from medusa_deploy.runtime.files.heads_file import FORMAT, FORMAT_VERSION
 
 HEADS = 4
 _SHARD_BYTES = 5 << 30

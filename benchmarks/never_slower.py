@@ -17,7 +17,7 @@ import numpy as np
 
 from medusa_deploy.export.exporter import export_bundle
 from medusa_deploy.runtime import Session, load
-from medusa_deploy.runtime.heads_file import read_heads_folder, write_heads
+from medusa_deploy.runtime.files.heads_file import read_heads_folder, write_heads
 from medusa_deploy.runtime.tree import ROOT_ONLY
 from medusa_deploy.tools.console import write_json
 from medusa_deploy.tools.environment import environment

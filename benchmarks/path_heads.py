@@ -26,11 +26,11 @@ from medusa_deploy.calibration.examples import Examples, load_examples
 from medusa_deploy.calibration.hit_rates import Hits, platt_scaling
 from medusa_deploy.calibration.sequences import load_sequences
 from medusa_deploy.export.backbone import load_module
-from medusa_deploy.runtime.bundle import open_bundle
-from medusa_deploy.runtime.heads_file import read_heads_folder
-from medusa_deploy.runtime.hits import NO_LABEL
-from medusa_deploy.runtime.prompt_encoder import PromptEncoder
-from medusa_deploy.runtime.prompts import read_prompts
+from medusa_deploy.runtime.drafting.hits import NO_LABEL
+from medusa_deploy.runtime.files.bundle import open_bundle
+from medusa_deploy.runtime.files.heads_file import read_heads_folder
+from medusa_deploy.runtime.text.encoder import PromptEncoder
+from medusa_deploy.runtime.text.prompts import read_prompts
 from medusa_deploy.tools.console import write_json
 from medusa_deploy.tools.prompt_source import packaged_prompts
 

@@ -9,9 +9,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from medusa_deploy.calibration.hit_rates import Hits
-from medusa_deploy.runtime.draft import PlattScaling, Scale, TokenPath
-from medusa_deploy.runtime.hits import MISS, NO_LABEL
-from medusa_deploy.runtime.lookup import PromptLookup
+from medusa_deploy.runtime.drafting.draft import PlattScaling, Scale, TokenPath
+from medusa_deploy.runtime.drafting.hits import MISS, NO_LABEL
+from medusa_deploy.runtime.drafting.lookup import PromptLookup
 
 _NEVER = -30.0
 Row = tuple[list[int], list[float]]
@@ -58,7 +58,7 @@ class _Asked:
 
 
 def likeliest(asked: Chances, heads: int, count: int, continuation: Sequence[tuple[int, float]]) -> list[TokenPath]:
-    """As :func:`medusa_deploy.runtime.draft.ranked_paths`, with candidates that may be others behind every path."""
+    """As :func:`medusa_deploy.runtime.drafting.draft.ranked_paths`, with candidates that may be others behind every path."""
     found: dict[TokenPath, float] = {}
     waiting: list[tuple[float, int, int, float, TokenPath]] = [(-asked.behind(())[1][0], 0, 0, 1.0, ())]
     while waiting and len(found) < count:

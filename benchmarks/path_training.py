@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from medusa_deploy.runtime.draft import TokenPath
-from medusa_deploy.runtime.heads import HeadSet
+from medusa_deploy.runtime.drafting.draft import TokenPath
+from medusa_deploy.runtime.files.heads import HeadSet
 
 _BATCH = 512
 

@@ -220,8 +220,8 @@ class OursPlain(Peer):
     def encode(path: str, prompts: str | None, count: int | None) -> dict[str, Any]:
         """Prompts as token ids, through the bundle's tokenizer and chat template."""
         from medusa_deploy.runtime import load
-        from medusa_deploy.runtime.bundle import sha256
-        from medusa_deploy.runtime.manifest import MANIFEST_NAME
+        from medusa_deploy.runtime.files.bundle import sha256
+        from medusa_deploy.runtime.files.manifest import MANIFEST_NAME
         from medusa_deploy.tools.prompt_source import prompts_for
 
         session = load(path, check_hashes=False)

@@ -25,7 +25,7 @@ from typing import Any
 from peer_process import PeerError, Run, Worker, last_line, measure, settle
 from peer_report import compare, markdown, system_entry
 
-from medusa_deploy.runtime.bundle import sha256
+from medusa_deploy.runtime.files.bundle import sha256
 from medusa_deploy.tools.console import Progress, names_among, positive_int, say, write_json
 from medusa_deploy.tools.machine import measured_on
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from quantiser_judge import Logits
 
-from medusa_deploy.runtime import step_io
 from medusa_deploy.runtime.backends import ort_model
-from medusa_deploy.runtime.bundle import Bundle
+from medusa_deploy.runtime.executors import step_io
+from medusa_deploy.runtime.files.bundle import Bundle
 
 Text = tuple[list[int], list[int]]
 _COLUMNS_STEP = 64

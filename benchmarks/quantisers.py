@@ -23,8 +23,8 @@ from quantiser_onnx import METHODS, Graph, quantise
 
 from medusa_deploy.calibration.samples import read_samples
 from medusa_deploy.runtime import load
-from medusa_deploy.runtime.bundle import open_bundle
-from medusa_deploy.runtime.scales_file import read_scales
+from medusa_deploy.runtime.files.bundle import open_bundle
+from medusa_deploy.runtime.files.scales_file import read_scales
 from medusa_deploy.runtime.session import Session
 from medusa_deploy.tools.console import Progress, names_among, positive_int, say, write_json
 from medusa_deploy.tools.machine import measured_on

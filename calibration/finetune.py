@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.adapter_file import AdapterFiles, LoraShape
 from ..runtime.errors import TrainingError
-from ..runtime.heads import HeadSet
+from ..runtime.files.adapter_file import AdapterFiles, LoraShape
+from ..runtime.files.heads import HeadSet
 from .adapter import adapter_files, adapter_parameters, add_adapter
 from .divergence import mean_divergence
 from .examples import draft_indices, draft_labels

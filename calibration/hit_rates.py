@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..runtime.heads import HeadSet
-from ..runtime.hits import MISS, NO_LABEL
+from ..runtime.drafting.hits import MISS, NO_LABEL
+from ..runtime.files.heads import HeadSet
 from .examples import Examples
 
 _PRIOR = 1.0

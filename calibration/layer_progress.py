@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime.errors import CalibrationError
-from ..runtime.scales_file import GRIDS, Smoothing
+from ..runtime.files.scales_file import GRIDS, Smoothing
 from .observations import Observations
 
 

@@ -10,9 +10,9 @@ import json
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from ..runtime.bundle import write_whole
 from ..runtime.errors import TrainingError
-from ..runtime.prompt_encoder import PromptEncoder
+from ..runtime.files.bundle import write_whole
+from ..runtime.text.encoder import PromptEncoder
 from .answers import Answerer, Question
 
 CATEGORY = "self"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.errors import TrainingError
-from ..runtime.heads import HeadConfig, HeadKind, HeadSet
+from ..runtime.files.heads import HeadConfig, HeadKind, HeadSet
 from .examples import Examples, draft_indices, draft_labels, draft_vocabulary
 from .trainable import TrainableHeads, check_trainable, loss_weights
 from .training_checkpoint import resume_checkpoint, save_checkpoint

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..runtime.errors import TrainingError
-from ..runtime.heads import HeadConfig, HeadSet
+from ..runtime.files.heads import HeadConfig, HeadSet
 from .examples import IGNORE, root_mean_square
 
 LOSS_DECAY = 0.8

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime.adapter_file import SAMPLE, WEIGHTS_NAME, Adapter, digest_backbone
 from ..runtime.errors import HeadsError, HeadsMismatchError, MissingDependencyError
+from ..runtime.files.adapter_file import SAMPLE, WEIGHTS_NAME, Adapter, digest_backbone
 
 _PREFIX = "base_model.model."
 _OTHER = "an adapter changes the backbone that it was trained on: give that one, or heads of this one"

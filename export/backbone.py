@@ -16,7 +16,7 @@ from . import attention
 from .adapter import merge_adapter
 
 if TYPE_CHECKING:
-    from ..runtime.adapter_file import Adapter
+    from ..runtime.files.adapter_file import Adapter
     from .linked import LinkedWeights
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}

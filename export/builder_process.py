@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime import errors
-from ..runtime.engine_record import BuildLog, Range, TensorRecord
+from ..runtime.files.engine_record import BuildLog, Range, TensorRecord
 
 Advance = Callable[[str, int, int], bool]
 """``(phase, profiles done, profiles)``, at least once a second; False stops the build."""
@@ -167,7 +167,7 @@ def _died(target: str, code: int, said: str) -> errors.EngineError:
 
 def run_request(request: BuildRequest, advance: Advance) -> BuiltPlan:
     """Build in this process; see :func:`build_plan`."""
-    from ..runtime.bundle import sha256
+    from ..runtime.files.bundle import sha256
     from .tensorrt import TensorRT
 
     started = time.perf_counter()

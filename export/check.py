@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..runtime.errors import ExportMismatchError, NumericsError
-from ..runtime.executor import Executor, StepBuffers, Wanted
+from ..runtime.executors.executor import Executor, StepBuffers, Wanted
 from ..runtime.tree import Tree
 from . import attention
 from .backbone import Backbone

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..runtime.errors import CheckpointError
-from ..runtime.json_file import read_json_file
+from ..runtime.files.json_file import read_json_file
 from .safetensors_header import StoredTensor, header_bytes, read_header
 
 _INDEX = "model.safetensors.index.json"

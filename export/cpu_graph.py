@@ -1,7 +1,7 @@
 """What the CPU graph leaves to the host, and what it runs only where it is wanted.
 
 Beside products, an operator of ONNX Runtime costs what it costs to start it. So masks, lengths and parents are inputs that the
-host works out (:mod:`medusa_deploy.runtime.cpu_inputs`), and acceptance is the few operators that then remain.
+host works out (:mod:`medusa_deploy.runtime.executors.cpu_inputs`), and acceptance is the few operators that then remain.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from ..runtime import step_io
+from ..runtime.executors import step_io
 from ..runtime.tree import MAX_ROWS
 from .patterns import Nodes, made_by, stand_for
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from ..runtime.heads import HeadConfig, expected_shapes
+from ..runtime.files.heads import HeadConfig, expected_shapes
 from .cpu_products import find_products
 from .merge import Product, joined, product_of
 from .patterns import MICROSOFT, Nodes, either, made_by, new_constant, stand_for

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from ..runtime import step_io
+from ..runtime.executors import step_io
 from .patterns import made_by
 
 _MULTIPLY = ("MatMul", "MatMulNBits")

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime import step_io
-from ..runtime.executor import CacheLayout, StepBuffers, Wanted, chain_ancestors, kept_rows, visible_rows
-from ..runtime.ort import OrtModel
+from ..runtime.executors import step_io
+from ..runtime.executors.executor import CacheLayout, StepBuffers, Wanted, chain_ancestors, kept_rows, visible_rows
+from ..runtime.executors.ort import OrtModel
 
 _INPUTS = (step_io.TOKENS, step_io.POSITIONS, step_io.ANCESTORS, step_io.FORCED, step_io.WRITE_INDEX, step_io.LOGIT_ROWS)
 _RESULTS = (step_io.LAST_ROW, step_io.NEXT_TOKEN, step_io.CANDIDATES, step_io.LOG_PROBS)
@@ -26,7 +26,7 @@ class _Carried:
 
 @dataclass(slots=True)
 class DeviceGraphExecutor:
-    """An :class:`~medusa_deploy.runtime.executor.Executor` that feeds whole arrays and copies every cache in every step."""
+    """An :class:`.executor.Executor` that feeds whole arrays and copies every cache in every step."""
 
     model: OrtModel
     options: Any = None

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..runtime.bundle import (
+from ..runtime.errors import BundleError
+from ..runtime.files.bundle import (
     Bundle,
     locked,
     open_bundle,
@@ -24,11 +25,10 @@ from ..runtime.bundle import (
     staged_folder,
     write_manifest,
 )
-from ..runtime.engine_record import RECORD_NAME, EngineRecord, parse_engine_record
-from ..runtime.errors import BundleError
-from ..runtime.manifest import Manifest
-from ..runtime.plan_file import Compression
-from ..runtime.weight_inputs import WeightInput
+from ..runtime.files.engine_record import RECORD_NAME, EngineRecord, parse_engine_record
+from ..runtime.files.manifest import Manifest
+from ..runtime.files.plan_file import Compression
+from ..runtime.files.weight_inputs import WeightInput
 from .builder_process import Advance, BuildRequest, BuiltPlan, build_plan
 from .engine_features import CROSS_BUILD, has
 from .engine_plan import EngineOptions, EnginePlan, check_targets, plan_for, step_axes, step_sizes

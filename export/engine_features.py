@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import EngineError, UsageError
-from ..runtime.trt_engine import HERE
+from ..runtime.executors.tensorrt.engine import HERE
 
 TIMING_CACHE = "timing-cache"
 HARDWARE_COMPATIBLE = "hardware-compatible"

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..runtime import step_io
-from ..runtime.bundle import Bundle, sha256
-from ..runtime.engine_record import Profile, Range
 from ..runtime.errors import UsageError
-from ..runtime.manifest import Manifest
+from ..runtime.executors import step_io
+from ..runtime.files.bundle import Bundle, sha256
+from ..runtime.files.engine_record import Profile, Range
+from ..runtime.files.manifest import Manifest
 from .engine_features import TIMING_CACHE, check_features, features_of
 from .network import check_source, weights_bytes
 from .tensorrt import TensorRT

@@ -6,7 +6,7 @@ import ctypes
 from typing import Any
 
 from ..runtime.errors import EngineError
-from ..runtime.trt_engine import HERE
+from ..runtime.executors.tensorrt.engine import HERE
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 _NAME_A_TARGET = "name a target, such as sm_89"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from ..runtime.manifest import cpu_twin
+from ..runtime.files.manifest import cpu_twin
 from .backbone import Backbone
 from .cpu_heads import narrow_heads
 from .heads import HeadStack

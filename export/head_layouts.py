@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.adapter_file import Adapter
-from ..runtime.draft import PlattScaling
+from ..runtime.drafting.draft import PlattScaling
 from ..runtime.errors import HeadsError, HeadsMismatchError
-from ..runtime.heads import HeadConfig, HeadSet, Projection
-from ..runtime.heads_file import (
+from ..runtime.files.adapter_file import Adapter
+from ..runtime.files.heads import HeadConfig, HeadSet, Projection
+from ..runtime.files.heads_file import (
     CONFIG_NAME,
     FORMAT,
     TENSORS_NAME,

@@ -15,7 +15,7 @@ import safetensors
 import torch
 
 from ..runtime.errors import HeadsError
-from ..runtime.heads_file import read_json
+from ..runtime.files.heads_file import read_json
 
 _PICKLES = (".pt", ".bin", ".pth")
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..runtime.heads import HeadSet
+from ..runtime.files.heads import HeadSet
 
 
 class HeadStack(nn.Module):

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..runtime.errors import CheckpointError, UnsupportedArchitectureError
-from ..runtime.heads import HeadSet
+from ..runtime.files.heads import HeadSet
 from . import attention
 from .backbone import DTYPES, Backbone, backbone_shape, freeze_rope, load_config, locate, transformers_errors
 from .checkpoint import Report, find_stored, place

@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 
 from ..runtime.errors import ExportMismatchError
-from ..runtime.executor import CacheLayout
-from ..runtime.ort import OrtExecutor, OrtModel
+from ..runtime.executors.executor import CacheLayout
+from ..runtime.executors.ort import OrtExecutor, OrtModel
 from .backbone import Backbone
 from .check import CheckReport, Observed, Reference, compare, eager_reference, observe
 from .checkpoint import Report

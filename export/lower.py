@@ -13,7 +13,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from ..runtime import step_io
+from ..runtime.executors import step_io
 from .attention import DOMAIN, OP
 from .cpu_graph import drop_replaced, heads_if_wanted, take_from_host
 from .fuse import fuse

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common as passes
 
-from ..runtime import step_io
+from ..runtime.executors import step_io
 from .patterns import MICROSOFT, either, elements, made_by, new_constant, new_node, stand_for
 
 ATTENTION = "GroupQueryAttention"

@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 import onnx
 import onnx_ir as ir
 
-from ..runtime.bundle import Bundle
 from ..runtime.errors import UsageError
-from ..runtime.scales_file import Scales, read_scales
-from ..runtime.weight_inputs import WeightInput
+from ..runtime.files.bundle import Bundle
+from ..runtime.files.scales_file import Scales, read_scales
+from ..runtime.files.weight_inputs import WeightInput
 from .quantise import write_quantised
 from .streamed import WeightStreamer
 from .w8a8 import WEIGHTS_ONLY, Int8Options, quantise_network

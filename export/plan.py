@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..runtime import step_io
-from ..runtime.adapter_file import Adapter
 from ..runtime.errors import UsageError
-from ..runtime.heads import HeadConfig, HeadSet
+from ..runtime.executors import step_io
+from ..runtime.files.adapter_file import Adapter
+from ..runtime.files.heads import HeadConfig, HeadSet
 from ..runtime.tree import ROOT_ONLY, Tree, chain
 from .backbone import DTYPES, backbone_shape, load_config
 from .cpu_heads import narrow_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lzma
 from pathlib import Path
 
-from ..runtime.plan_file import SUFFIX, XZ, Compression
+from ..runtime.files.plan_file import SUFFIX, XZ, Compression
 
 _CHUNK = 1 << 20
 _PRESET = 1

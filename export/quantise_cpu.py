@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from ..runtime.errors import QuantisationError, UsageError
-from ..runtime.scales_file import Scales
+from ..runtime.files.scales_file import Scales
 from .blocks import Grid, compensated, make_grid, nearest, packed
 from .cpu_products import CpuProduct, find_products, plain_step_bytes
 from .patterns import MICROSOFT, new_constant, new_node

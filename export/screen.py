@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from ..runtime import step_io
+from ..runtime.executors import step_io
 from .blocks import Grid, values
 from .cpu_products import CpuProduct, find_products
 from .patterns import MICROSOFT, Nodes, new_constant, stand_for

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ..runtime.scales_file import Scales
+from ..runtime.files.scales_file import Scales
 from .cpu_products import CpuProduct
 from .patterns import made_by, new_constant
 

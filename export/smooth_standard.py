@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..runtime.errors import QuantisationError
-from ..runtime.scales_file import Scales
+from ..runtime.files.scales_file import Scales
 from .patterns import made_by
 from .quantise import Weight, lazy, release, weight_of
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime.step_io import HIDDEN_BIAS
+from ..runtime.executors.step_io import HIDDEN_BIAS
 from .attention import TraceCache, tracing
 from .heads import HeadStack
 
@@ -91,7 +91,7 @@ def close(
 
 
 class StepModule(nn.Module):
-    """Backbone plus heads with the inputs and outputs of :mod:`medusa_deploy.runtime.step_io`, the device graph's included."""
+    """Backbone plus heads with the inputs and outputs of :mod:`.step_io`, the device graph's included."""
 
     def __init__(self, backbone: Any, heads: HeadStack, margin: int) -> None:
         super().__init__()

@@ -15,9 +15,9 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from ..runtime.bundle import Bundle
 from ..runtime.errors import BundleIntegrityError
-from ..runtime.weight_inputs import WeightInput, WeightPiece
+from ..runtime.files.bundle import Bundle
+from ..runtime.files.weight_inputs import WeightInput, WeightPiece
 from .products import merged_name, rewrite_products
 
 _DTYPES = {int(onnx.TensorProto.FLOAT16): "float16", int(onnx.TensorProto.FLOAT): "float32"}

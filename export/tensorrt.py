@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runtime.engine_record import Range, TensorRecord
 from ..runtime.errors import EngineError, EngineMemoryError, UsageError
-from ..runtime.trt_engine import HERE, MODULES, import_backend, listed_targets, numpy_name, trt_log
+from ..runtime.executors.tensorrt.engine import HERE, MODULES, import_backend, listed_targets, numpy_name, trt_log
+from ..runtime.files.engine_record import Range, TensorRecord
 from .engine_features import CROSS_BUILD, HARDWARE_COMPATIBLE, apply_features, has, is_compatible_target, save_timing_cache
 
 BACKENDS = tuple(MODULES)

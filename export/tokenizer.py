@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..runtime.manifest import TextFacts
+from ..runtime.files.manifest import TextFacts
 from .backbone import locate, transformers_errors
 
 TOKENIZER = "tokenizer.json"

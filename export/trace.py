@@ -15,7 +15,7 @@ from onnx_ir.passes import common as passes
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..runtime import step_io
+from ..runtime.executors import step_io
 from .backbone import Backbone
 from .heads import HeadStack
 from .step import HeadsModule, StepModule

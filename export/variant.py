@@ -11,9 +11,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ..runtime.bundle import Bundle, record_files, sha256, staged_folder, write_manifest, write_whole
 from ..runtime.errors import BundleExistsError, UsageError
-from ..runtime.manifest import FileRecord, Manifest
+from ..runtime.files.bundle import Bundle, record_files, sha256, staged_folder, write_manifest, write_whole
+from ..runtime.files.manifest import FileRecord, Manifest
 from .weights import WeightsFile
 
 PREFIX = "cpu-"

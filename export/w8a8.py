@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from ..runtime import step_io
 from ..runtime.errors import UsageError
-from ..runtime.scales_file import LEVELS, Scales
+from ..runtime.executors import step_io
+from ..runtime.files.scales_file import LEVELS, Scales
 from .patterns import new_constant
 from .quantise import QuantisationReport, holds_8_bits, quantise_weights
 from .smooth_standard import GRID, attention_of, fold_smoothing

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
-from ..runtime.bundle import Bundle
 from ..runtime.errors import BundleExistsError, UsageError
-from ..runtime.scales_file import Scales
+from ..runtime.files.bundle import Bundle
+from ..runtime.files.scales_file import Scales
 from .quantise import quantise_weights
 from .variant import add_variant
 from .w8a8 import parts, quantise_activations

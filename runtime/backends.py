@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .bundle import Bundle
 from .errors import UsageError
-from .executor import CacheLayout, Executor
-from .manifest import cpu_twin
-from .ort_base import OrtModel
+from .executors.executor import CacheLayout, Executor
+from .executors.ort_base import OrtModel
+from .files.bundle import Bundle
+from .files.manifest import cpu_twin
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Loaded:
 
 
 def _cpu(bundle: Bundle, options: LoadOptions) -> Loaded:
-    from .ort import OrtExecutor
+    from .executors.ort import OrtExecutor
 
     options.refuse("target")
     manifest = bundle.manifest
@@ -65,7 +65,7 @@ def is_cpu(variant: str) -> bool:
 
 
 def _cuda(bundle: Bundle, options: LoadOptions) -> Loaded:
-    from .ort_cuda import OrtDeviceExecutor
+    from .executors.ort_cuda import OrtDeviceExecutor
 
     options.refuse("target", "threads")
     if options.variant not in (None, "standard"):
@@ -91,7 +91,7 @@ def ort_model(bundle: Bundle, slots: int, variant: str) -> OrtModel:
 
 
 def _tensorrt(bundle: Bundle, options: LoadOptions) -> Loaded:
-    from .trt_load import load_executor
+    from .executors.tensorrt.load import load_executor
 
     options.refuse("threads", "variant")
     executor = load_executor(bundle, options.backend, options.target, options.slots)

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .draft import Drafter
+from .drafting.draft import Drafter
+from .loop.sequence import FinishReason, Sequence, Stats
 from .sampling import SamplingParams
-from .sequence import FinishReason, Sequence, Stats
-from .stops import StopChecker
+from .text.stops import StopChecker
 from .tree import Tree
 
 if TYPE_CHECKING:
-    from .text import StreamDecoder
+    from .text.tokenizer import StreamDecoder
 
 Message = Mapping[str, str]
 
@@ -25,7 +25,7 @@ class Request:
     """One thing to generate from: exactly one of ``prompt``, ``messages`` and ``token_ids``.
 
     ``tree``: the same rows in every step; ``ROOT_ONLY`` decodes plainly. Without one, each step verifies the ``rows`` that
-    promise most (:class:`.draft.BestRows`); None: as many as pay, in each step (:mod:`.right_size`), except that the mode
+    promise most (:class:`.draft.BestRows`); None: as many as pay, in each step (:mod:`.row_budget`), except that the mode
     typical, whose text depends on what is drafted, takes as many as the bundle's tree has. ``lookup``: whether what the text
     repeats is among them (:mod:`.lookup`); None: where the host drafts. Executors that run ahead of the host take the bundle's
     tree where neither ``rows`` nor ``lookup`` asks the host to draft. ``drafter`` drafts instead of all these. ``cancel`` is

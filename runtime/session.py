@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from .backends import BACKENDS, LoadOptions
-from .bundle import Bundle, open_bundle
-from .decode import Decoder
-from .draft import BestRows, Drafter, FixedTree
+from .drafting.draft import BestRows, Drafter, FixedTree
+from .drafting.lookup import PromptLookup
+from .drafting.row_budget import SIZES, RightSize
 from .errors import CapacityError, PromptError, UsageError
-from .executor import AheadExecutor, Executor
-from .lookup import PromptLookup
-from .prompt_encoder import PromptEncoder
+from .executors.executor import AheadExecutor, Executor
+from .files.bundle import Bundle, open_bundle
+from .loop.decode import Decoder
+from .loop.sequence import Sequence
+from .loop.slots import SlotPool
 from .request import Chunk, Generation, Message, Request, Run
-from .right_size import SIZES, RightSize
-from .sequence import Sequence
-from .slots import SlotPool
-from .stops import StopChecker
+from .text.encoder import PromptEncoder
+from .text.stops import StopChecker
 from .tree import ROOT_ONLY
 
 __all__ = ["Chunk", "Generation", "Message", "Request", "Session", "load"]
@@ -64,11 +64,11 @@ class Session:
 
     @property
     def codec(self) -> Any:
-        """The bundle's tokenizer (:class:`.text.TextCodec`), or None when it speaks token ids only."""
+        """The bundle's tokenizer (:class:`.tokenizer.TextCodec`), or None when it speaks token ids only."""
         return self.encoder.codec
 
     def encode(self, request: Request) -> list[int]:
-        """The request's prompt as token ids; see :meth:`.prompt_encoder.PromptEncoder.encode`."""
+        """The request's prompt as token ids; see :meth:`.encoder.PromptEncoder.encode`."""
         return self.encoder.encode(request)
 
     # -- generation ------------------------------------------------------------------------------------------------

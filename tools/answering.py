@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from ..calibration.answers import Answerer
-    from ..runtime.prompt_encoder import PromptEncoder
-    from ..runtime.prompts import PromptLine
+    from ..runtime.text.encoder import PromptEncoder
+    from ..runtime.text.prompts import PromptLine
 
 _CAPACITY = 2048
 
@@ -115,7 +115,7 @@ def _answer(
 
 
 def _lines(plan: AnswerPlan, part: str) -> list[PromptLine]:
-    from ..runtime.prompts import read_prompts
+    from ..runtime.text.prompts import read_prompts
     from .prompt_source import packaged_prompts
 
     return read_prompts((plan.prompts if part == "train" else plan.heldout) or packaged_prompts(part))
@@ -124,7 +124,7 @@ def _lines(plan: AnswerPlan, part: str) -> list[PromptLine]:
 def _self_written(backbone: Backbone, plan: AnswerPlan) -> list[PromptLine]:
     """Prompts that the backbone wrote, none of them a held-out one."""
     from ..calibration.self_prompts import write_self_prompts
-    from ..runtime.prompts import read_prompts
+    from ..runtime.text.prompts import read_prompts
     from .console import Progress
 
     if not plan.self_prompts:
@@ -163,7 +163,7 @@ def _in_torch(plan: AnswerPlan, heads: Path | None) -> Backbone:
     from ..export.backbone import load_module
     from ..export.head_layouts import read_heads
     from ..export.tokenizer import write_text_files
-    from ..runtime.prompt_encoder import PromptEncoder
+    from ..runtime.text.encoder import PromptEncoder
 
     module = load_module(plan.model, "fp32")
     text_folder = plan.work / "text"

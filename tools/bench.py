@@ -11,7 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..runtime.manifest import Manifest
+    from ..runtime.files.manifest import Manifest
     from ..runtime.session import Session
     from ..runtime.tree import Tree
     from .timed_run import TimedRun, Way
@@ -107,7 +107,7 @@ def ways_of(
     seed: int = 0,
 ) -> dict[str, Way]:
     """The ways that :func:`bench` compares, by name."""
-    from ..runtime.executor import AheadExecutor
+    from ..runtime.executors.executor import AheadExecutor
     from ..runtime.tree import ROOT_ONLY
     from .timed_run import Way
 

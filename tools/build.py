@@ -129,7 +129,7 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any] | None:
 def _check_before_export(args: argparse.Namespace, options: EngineOptions) -> None:
     """What is wrong with a target or feature is said before minutes of export."""
     from ..export.engine import check_engines
-    from ..runtime.bundle import refuse_existing
+    from ..runtime.files.bundle import refuse_existing
     from .extras import quiet_libraries, require
 
     require("export")

@@ -12,8 +12,8 @@ from ..runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from ..calibration.ranges import Method
-    from ..runtime.bundle import Bundle
-    from ..runtime.scales_file import Scales
+    from ..runtime.files.bundle import Bundle
+    from ..runtime.files.scales_file import Scales
     from .console import Progress
 
 HELP = "measure ranges of activations and weights on the CPU and write int8 scales"
@@ -143,7 +143,7 @@ def calibrate(
     """
     from ..calibration.ranges import Method
     from ..calibration.smoothing import ALPHAS
-    from ..runtime.bundle import open_bundle, refuse_existing, write_whole
+    from ..runtime.files.bundle import open_bundle, refuse_existing, write_whole
     from .console import Progress
     from .prompt_source import packaged_prompts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from statistics import fmean
 
-from ..runtime.scales_file import GRIDS, Scales
+from ..runtime.files.scales_file import GRIDS, Scales
 from .console import table
 
 

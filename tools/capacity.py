@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..runtime import step_io
-from ..runtime.heads import HeadConfig, expected_shapes
+from ..runtime.executors import step_io
+from ..runtime.files.heads import HeadConfig, expected_shapes
 from .model_sizes import ModelShape
 
 PRECISIONS = ("fp16", "int8")

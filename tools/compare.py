@@ -208,7 +208,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare, print the table, write the reports; 1 when B is over its budget."""
     from ..runtime import load
-    from ..runtime.bundle import refuse_existing, write_whole
+    from ..runtime.files.bundle import refuse_existing, write_whole
     from .compare_page import page
     from .compare_table import describe
     from .console import STDOUT, Progress, emit

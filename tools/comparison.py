@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..runtime.loop.sequence import Stats
 from ..runtime.sampling import SamplingParams
-from ..runtime.sequence import Stats
 from ..runtime.session import Session
 from ..runtime.tree import Tree
 from .near_tie import Evidence, judge_argmax, judge_draw

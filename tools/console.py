@@ -79,7 +79,7 @@ def write_json(report: Mapping[str, Any] | Sequence[Any], destination: str | Pat
     if str(destination) == STDOUT:
         sys.stdout.write(text)
         return
-    from ..runtime.bundle import write_whole
+    from ..runtime.files.bundle import write_whole
 
     write_whole(Path(destination), text.encode())
 

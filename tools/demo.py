@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from ..runtime.prompts import PromptLine
     from ..runtime.session import Chunk, Session
+    from ..runtime.text.prompts import PromptLine
 
 HELP = "the whole path on a real model: prepare, export, generate, verify, bench"
 

@@ -51,7 +51,7 @@ def ensure_int8(build: Path, bundle: Path) -> None:
     Raises:
         CalibrationError, QuantisationError, OutputError: see :func:`.calibrate.calibrate` and :func:`.quantise.quantise`.
     """
-    from ..runtime.bundle import open_bundle
+    from ..runtime.files.bundle import open_bundle
     from .calibrate import calibrate
     from .console import write_json
     from .quantise import quantise

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..runtime.errors import UsageError
-from ..runtime.heads import HeadConfig, HeadKind, Projection
+from ..runtime.files.heads import HeadConfig, HeadKind, Projection
 from .capacity import PRECISIONS, Footprint, Heads, Limits, cache_bytes_per_token, footprint, heads_of
 from .gpus import Gpu, find_gpu
 from .plan_advice import commands_for, notes_for, suggestions_for

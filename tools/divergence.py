@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..runtime.backends import ort_model
-from ..runtime.ort import OrtExecutor, OrtModel
+from ..runtime.executors.ort import OrtExecutor, OrtModel
 from ..runtime.session import Session
 from .agreement import log_softmax
 from .probe import Probe

@@ -6,8 +6,8 @@ import platform
 from typing import Any
 
 from .. import __version__
-from ..runtime.bundle import sha256
-from ..runtime.manifest import MANIFEST_NAME, Manifest
+from ..runtime.files.bundle import sha256
+from ..runtime.files.manifest import MANIFEST_NAME, Manifest
 from ..runtime.session import Session
 from .extras import version
 from .machine import measured_on

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     require("export")
     quiet_libraries()
-    from ..runtime.bundle import refuse_existing
+    from ..runtime.files.bundle import refuse_existing
     from .tree_set import read_tree_file
 
     refuse_existing(args.output, force=args.force)  # before torch is imported

@@ -81,8 +81,8 @@ def draw_figure(
         OutputError: the file system refused.
         UsageError: a suffix other than .svg and .png, a report that can't be read or drawn.
     """
-    from ..runtime.bundle import write_whole
     from ..runtime.errors import UsageError
+    from ..runtime.files.bundle import write_whole
     from .extras import require
     from .figure_data import figure_data
     from .figure_draw import draw
@@ -109,7 +109,7 @@ def draw_projected(
         OutputError: the file system refused.
         UsageError: a suffix other than .svg and .png; a report of ``bench``, which is measured, or one without a projection.
     """
-    from ..runtime.bundle import write_whole
+    from ..runtime.files.bundle import write_whole
     from .extras import require
     from .figure_projection import HINT, draw_projection, projection_data
 
@@ -122,8 +122,8 @@ def draw_projected(
 
 def _kind(output: Path, *, force: bool) -> str:
     """``svg`` or ``png``, if the file may be written."""
-    from ..runtime.bundle import refuse_existing
     from ..runtime.errors import UsageError
+    from ..runtime.files.bundle import refuse_existing
 
     kind = output.suffix.lower()
     if kind not in KINDS:
@@ -134,7 +134,7 @@ def _kind(output: Path, *, force: bool) -> str:
 
 def _reports(results: Sequence[Path], hint: str) -> dict[Path, Any]:
     from ..runtime.errors import UsageError
-    from ..runtime.json_file import read_json_file
+    from ..runtime.files.json_file import read_json_file
     from .figure_data import MAX_REPORT_BYTES
 
     return {path: read_json_file(path, limit=MAX_REPORT_BYTES, error=UsageError, hint=hint) for path in results}

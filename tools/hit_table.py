@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.bundle import sha256
-from ..runtime.draft import NOTHING, Candidates, Draft
+from ..runtime.drafting.draft import NOTHING, Candidates, Draft
+from ..runtime.drafting.hits import NO_LABEL, path_rates, rank_rates, ranks_of, replayed_acceptance_length
 from ..runtime.errors import TreeError, UsageError
-from ..runtime.hits import NO_LABEL, path_rates, rank_rates, ranks_of, replayed_acceptance_length
-from ..runtime.json_file import read_json_file
+from ..runtime.files.bundle import sha256
+from ..runtime.files.json_file import read_json_file
 from ..runtime.session import Session
 from ..runtime.tree import MAX_ROWS, RankPath, Tree, expected_acceptance_length, tree_of_paths
 from .tree_set import MAX_FILE_BYTES

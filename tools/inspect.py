@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from .console import add_json_argument
 
 if TYPE_CHECKING:
-    from ..runtime.bundle import Bundle
-    from ..runtime.manifest import Manifest
+    from ..runtime.files.bundle import Bundle
+    from ..runtime.files.manifest import Manifest
 
 HELP = "say what a bundle holds and check its files against its manifest"
 
@@ -38,7 +38,7 @@ def inspect_bundle(bundle: Path | str, *, check_hashes: bool = True) -> dict[str
     Raises:
         BundleError, BundleSchemaError, BundleIntegrityError: the bundle can't be used, and why.
     """
-    from ..runtime.bundle import open_bundle
+    from ..runtime.files.bundle import open_bundle
 
     opened = open_bundle(bundle, check_hashes=check_hashes)
     manifest = opened.manifest
@@ -64,8 +64,8 @@ def inspect_bundle(bundle: Path | str, *, check_hashes: bool = True) -> dict[str
 
 def _engine(bundle: Bundle, name: str) -> dict[str, Any]:
     """Of one engine: its record's path, what the record says, and its plans with the bytes of their files and of the plans."""
-    from ..runtime.engine_record import check_record_size, parse_engine_record
     from ..runtime.errors import BundleError
+    from ..runtime.files.engine_record import check_record_size, parse_engine_record
 
     files = bundle.manifest.files
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.hits import NO_LABEL, rank_rates, ranks_of
+from ..runtime.drafting.hits import NO_LABEL, rank_rates, ranks_of
 from ..runtime.session import Session
 from .probe import Probe
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.heads import HeadConfig
+from ..runtime.files.heads import HeadConfig
 from .capacity import Backbone, Limits, Weights, backbone_of, heads_of, matrix
 from .model_sizes import EDGE, LARGE, ModelShape, find_preset
 
 if TYPE_CHECKING:
-    from ..runtime.manifest import Manifest
+    from ..runtime.files.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def source_of_bundle(folder: Path) -> Source:
     from .extras import require
 
     require("export")
-    from ..runtime.bundle import open_bundle
+    from ..runtime.files.bundle import open_bundle
 
     bundle = open_bundle(folder, check_hashes=False)
     manifest = bundle.manifest

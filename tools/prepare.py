@@ -62,7 +62,7 @@ def prepare_smollm2(
         CheckpointError: the file isn't the known one.
         BundleExistsError, OutputError: the output can't be written.
     """
-    from ..runtime.bundle import staged_folder
+    from ..runtime.files.bundle import staged_folder
     from .extras import require
 
     require("export")
@@ -93,8 +93,8 @@ def check_gguf(path: Path) -> None:
     Raises:
         CheckpointError: missing, or another file.
     """
-    from ..runtime.bundle import sha256
     from ..runtime.errors import CheckpointError
+    from ..runtime.files.bundle import sha256
 
     if not path.is_file():
         raise CheckpointError(f"no such file: {path}", hint=f"leave out --gguf to fetch {PACKAGE}")

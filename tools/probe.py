@@ -8,7 +8,7 @@ from typing import Self
 
 import numpy as np
 
-from ..runtime.executor import StepBuffers, Wanted
+from ..runtime.executors.executor import StepBuffers, Wanted
 from ..runtime.session import Session
 from ..runtime.tree import ROOT_ONLY, Tree, chain
 

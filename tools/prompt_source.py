@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..runtime.prompt_encoder import PromptEncoder
-    from ..runtime.prompts import PromptLine
     from ..runtime.session import Session
+    from ..runtime.text.encoder import PromptEncoder
+    from ..runtime.text.prompts import PromptLine
 
 DEFAULT_COUNT = 16
 _LONGEST_RANDOM = 64
@@ -49,7 +49,7 @@ def prompts_for(session: Session, path: Path | None, count: int | None, seed: in
             session.manifest.backbone.vocab_size, session.manifest.limits.capacity, count or DEFAULT_COUNT, seed
         )
     if path is not None:
-        from ..runtime.prompts import read_prompts
+        from ..runtime.text.prompts import read_prompts
 
         lines, source = read_prompts(path), str(path)
         count = len(lines) if count is None else count
@@ -65,7 +65,7 @@ def prompts_for(session: Session, path: Path | None, count: int | None, seed: in
 
 def heldout_prompts() -> list[PromptLine]:
     """The package's chat prompts that no training saw, categories in turn."""
-    from ..runtime.prompts import read_prompts
+    from ..runtime.text.prompts import read_prompts
 
     return read_prompts(packaged_prompts("heldout"))
 

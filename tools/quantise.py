@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..export.quantise_cpu import CpuPrecision, CpuReport, Made
-    from ..runtime.bundle import Bundle
-    from ..runtime.scales_file import Scales
+    from ..runtime.files.bundle import Bundle
+    from ..runtime.files.scales_file import Scales
     from .console import Progress
     from .divergence import Divergence
 
@@ -60,8 +60,8 @@ def quantise(
     from ..export.quantise_cpu import CpuPrecision, quantise_cpu
     from ..export.screen import load_whole
     from ..export.variant import add_variant
-    from ..runtime.bundle import locked, open_bundle
-    from ..runtime.scales_file import read_scales
+    from ..runtime.files.bundle import locked, open_bundle
+    from ..runtime.files.scales_file import read_scales
     from .console import Progress
 
     precision = precision or CpuPrecision()
@@ -131,8 +131,8 @@ def _moments(bundle: Bundle, data: Path | None, samples: int, threads: int | Non
 def _divergence(bundle: Bundle, data: Path | None, threads: int | None, bar: Progress) -> Divergence:
     """Of the last prompt of every category in the data: GPTQ sees the first ones."""
     from ..calibration.samples import categories_in_turn
-    from ..runtime.prompts import read_prompts
     from ..runtime.session import load
+    from ..runtime.text.prompts import read_prompts
     from .divergence import Divergence
     from .prompt_source import packaged_prompts
 

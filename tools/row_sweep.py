@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.executor import Wanted
-from ..runtime.manifest import Manifest
+from ..runtime.executors.executor import Wanted
+from ..runtime.files.manifest import Manifest
 from ..runtime.session import Session
 from ..runtime.tree import RankPath, Tree, expected_acceptance_length, tree_of_paths
 from .probe import Probe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..runtime.heads import HeadConfig, Projection
+from ..runtime.files.heads import HeadConfig, Projection
 from .capacity import Backbone, Heads, cache_bytes_per_token, heads_of
 from .gpus import Gpu
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..calibration.train import TrainConfig
-    from ..runtime.heads import HeadSet
+    from ..runtime.files.heads import HeadSet
     from .answering import AnswerPlan
 
 HELP = "train Medusa heads on the backbone's own answers"
@@ -147,8 +147,8 @@ def train(
     from ..calibration.examples import load_examples
     from ..calibration.train import train_heads
     from ..export.backbone import load_module
-    from ..runtime.bundle import refuse_existing
-    from ..runtime.heads_file import write_heads
+    from ..runtime.files.bundle import refuse_existing
+    from ..runtime.files.heads_file import write_heads
     from .answering import answer_prompts, claim, open_backbone
     from .console import Progress
 
@@ -214,7 +214,7 @@ def measure_heads(
     """
     from ..calibration.examples import load_examples
     from ..calibration.hit_rates import find_hits, platt_scaling
-    from ..runtime.hits import path_rates, rank_rates, replayed_acceptance_length
+    from ..runtime.drafting.hits import path_rates, rank_rates, replayed_acceptance_length
     from ..runtime.tree import tree_of_paths
 
     embedding, output_weight = backbone.get_input_embeddings().weight.detach(), backbone.get_output_embeddings().weight.detach()

@@ -11,8 +11,8 @@ from .train import TREE_ROWS, measure_heads
 
 if TYPE_CHECKING:
     from ..calibration.finetune import FinetuneConfig, StepReport, Tuned
-    from ..runtime.heads import HeadSet
-    from ..runtime.prompt_encoder import PromptEncoder
+    from ..runtime.files.heads import HeadSet
+    from ..runtime.text.encoder import PromptEncoder
     from .answering import AnswerPlan
 
 _SHOWN_ANSWERS = 4
@@ -49,9 +49,9 @@ def train_backbone(
     from ..export.adapter import backbone_digest
     from ..export.backbone import load_module
     from ..export.head_layouts import read_heads
-    from ..runtime.bundle import refuse_existing
     from ..runtime.errors import TrainingError
-    from ..runtime.heads_file import write_heads
+    from ..runtime.files.bundle import refuse_existing
+    from ..runtime.files.heads_file import write_heads
     from .answering import answer_heldout, answer_prompts, claim, open_backbone
     from .console import Progress
     from .prompt_source import heldout_prose

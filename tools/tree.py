@@ -86,9 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Count, search, print and write."""
-    from ..runtime.bundle import open_bundle, refuse_existing, sha256
     from ..runtime.errors import TreeError, UsageError
-    from ..runtime.manifest import MANIFEST_NAME
+    from ..runtime.files.bundle import open_bundle, refuse_existing, sha256
+    from ..runtime.files.manifest import MANIFEST_NAME
     from ..runtime.tree import Tree
     from .console import emit, write_json
     from .hit_table import read_hit_table
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace, table: HitTable | None) -> tuple[HitTable, dict[int, float], dict[str, Any]]:
     """Hit rates, where there are none yet, and step times, both of the engine that the arguments name; where they are from."""
-    from ..runtime.prompts import prompts_digest
+    from ..runtime.text.prompts import prompts_digest
     from .console import Progress
     from .engine_options import load_session
     from .environment import environment

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from ..runtime.errors import TreeError, UsageError
-from ..runtime.json_file import read_json_file
-from ..runtime.manifest import Manifest
+from ..runtime.files.json_file import read_json_file
+from ..runtime.files.manifest import Manifest
 from ..runtime.tree import ROOT_ONLY, RankPath, Tree, chain
 
 PUBLISHED = "mc_sim_7b_63"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-from ..runtime.bundle import Bundle
+from ..runtime.files.bundle import Bundle
 
 
 def variant_size(bundle: Bundle, variant: str) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from path_replay import Recorded, likeliest, path_hits, replay
 from path_training import FrozenHeads, PathHeads, Schedule, train_inputs
 
 from medusa_deploy.calibration.examples import Examples
-from medusa_deploy.runtime.draft import TokenPath, ranked_paths
-from medusa_deploy.runtime.heads import HeadConfig, HeadSet
+from medusa_deploy.runtime.drafting.draft import TokenPath, ranked_paths
+from medusa_deploy.runtime.files.heads import HeadConfig, HeadSet
 
 VOCAB, HIDDEN, HEADS = 16, 32, 3
 UNSCALED = ((1.0, 0.0),) * HEADS

@@ -15,7 +15,7 @@ from quantiser_modelopt import configured
 from quantiser_onnx import Graph, quantise
 from quantisers import SYSTEMS, markdown, of_session
 
-from medusa_deploy.runtime.bundle import open_bundle
+from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.runtime.session import load
 from medusa_deploy.tools.prompt_source import random_prompts
 from support.tiny import VOCAB

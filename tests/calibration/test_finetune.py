@@ -22,10 +22,10 @@ from medusa_deploy.calibration.quality import perplexity  # noqa: E402
 from medusa_deploy.calibration.sequences import AnsweredPrompt, make_batch, plan_batches  # noqa: E402
 from medusa_deploy.export.adapter import backbone_digest, merge_adapter  # noqa: E402
 from medusa_deploy.export.backbone import load_module  # noqa: E402
-from medusa_deploy.runtime.adapter_file import read_adapter  # noqa: E402
 from medusa_deploy.runtime.errors import HeadsError, HeadsMismatchError, TrainingError  # noqa: E402
-from medusa_deploy.runtime.heads import HeadConfig, HeadSet  # noqa: E402
-from medusa_deploy.runtime.heads_file import read_heads_config, read_heads_folder, write_heads  # noqa: E402
+from medusa_deploy.runtime.files.adapter_file import read_adapter  # noqa: E402
+from medusa_deploy.runtime.files.heads import HeadConfig, HeadSet  # noqa: E402
+from medusa_deploy.runtime.files.heads_file import read_heads_config, read_heads_folder, write_heads  # noqa: E402
 from support.tiny import HIDDEN, VOCAB, make_tiny_model  # noqa: E402
 
 HEADS = 2

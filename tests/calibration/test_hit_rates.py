@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from medusa_deploy.runtime import ROOT_ONLY, Session, Tree
-from medusa_deploy.runtime.heads import HeadConfig, HeadSet
-from medusa_deploy.runtime.heads_file import read_heads_folder
-from medusa_deploy.runtime.hits import MISS, NO_LABEL, path_rates
+from medusa_deploy.runtime.drafting.hits import MISS, NO_LABEL, path_rates
+from medusa_deploy.runtime.files.heads import HeadConfig, HeadSet
+from medusa_deploy.runtime.files.heads_file import read_heads_folder
 from medusa_deploy.runtime.tree import tree_of_paths
 from medusa_deploy.tools.hit_table import count_hits
 from medusa_deploy.tools.prompt_source import random_prompts
@@ -184,7 +184,7 @@ def pair(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pyt
     """A session over the tiny model, and its heads, neither of them rounded."""
     from medusa_deploy.export.exporter import export_bundle
     from medusa_deploy.runtime import load
-    from medusa_deploy.runtime.heads_file import write_heads
+    from medusa_deploy.runtime.files.heads_file import write_heads
 
     heads = tiny_head_set()
     if request.param == "grounded pruned":

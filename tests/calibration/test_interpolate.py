@@ -14,8 +14,8 @@ pytest.importorskip("peft")
 
 from medusa_deploy.calibration.finetune import Tuned  # noqa: E402
 from medusa_deploy.calibration.interpolate import interpolate, share_within  # noqa: E402
-from medusa_deploy.runtime.adapter_file import AdapterFiles, LoraShape, lora_config  # noqa: E402
-from medusa_deploy.runtime.heads import HeadConfig, HeadSet  # noqa: E402
+from medusa_deploy.runtime.files.adapter_file import AdapterFiles, LoraShape, lora_config  # noqa: E402
+from medusa_deploy.runtime.files.heads import HeadConfig, HeadSet  # noqa: E402
 
 
 @given(st.floats(0.001, 0.5), st.floats(0.001, 3.0), st.floats(1.0, 3.0))

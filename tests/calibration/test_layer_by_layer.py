@@ -20,8 +20,8 @@ from medusa_deploy.calibration.products import Product, StepGraph  # noqa: E402
 from medusa_deploy.calibration.ranges import Method  # noqa: E402
 from medusa_deploy.calibration.row_sample import find_smoothing  # noqa: E402
 from medusa_deploy.calibration.scales import make_scales  # noqa: E402
-from medusa_deploy.runtime.bundle import open_bundle  # noqa: E402
 from medusa_deploy.runtime.errors import CalibrationError  # noqa: E402
+from medusa_deploy.runtime.files.bundle import open_bundle  # noqa: E402
 from medusa_deploy.tools.prompt_source import random_prompts  # noqa: E402
 from support.tiny import VOCAB  # noqa: E402
 

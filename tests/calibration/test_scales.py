@@ -19,9 +19,9 @@ from medusa_deploy.calibration.collect import Calibrator  # noqa: E402
 from medusa_deploy.calibration.observations import Observations  # noqa: E402
 from medusa_deploy.calibration.ranges import Method  # noqa: E402
 from medusa_deploy.calibration.scales import make_scales  # noqa: E402
-from medusa_deploy.runtime.bundle import open_bundle  # noqa: E402
 from medusa_deploy.runtime.errors import CalibrationError, QuantisationError, RangeError  # noqa: E402
-from medusa_deploy.runtime.scales_file import read_scales  # noqa: E402
+from medusa_deploy.runtime.files.bundle import open_bundle  # noqa: E402
+from medusa_deploy.runtime.files.scales_file import read_scales  # noqa: E402
 from medusa_deploy.tools.prompt_source import random_prompts  # noqa: E402
 from support.tiny import HEADS, HIDDEN, VOCAB  # noqa: E402
 

@@ -16,8 +16,8 @@ pytest.importorskip("minijinja")
 from medusa_deploy.calibration.answers import Answer, Question
 from medusa_deploy.calibration.self_prompts import CATEGORY, write_self_prompts
 from medusa_deploy.runtime.errors import TrainingError
-from medusa_deploy.runtime.prompt_encoder import PromptEncoder
-from medusa_deploy.runtime.prompts import read_prompts
+from medusa_deploy.runtime.text.encoder import PromptEncoder
+from medusa_deploy.runtime.text.prompts import read_prompts
 from support.text import TEMPLATE, encode, write_text_files
 from support.tiny import EOS, VOCAB
 

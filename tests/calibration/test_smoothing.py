@@ -13,8 +13,8 @@ pytest.importorskip("onnxruntime")
 from medusa_deploy.calibration.collect import Calibrator
 from medusa_deploy.calibration.row_sample import find_smoothing, sample_rows
 from medusa_deploy.calibration.smoothing import choose_smoothing, smoothing_factors
-from medusa_deploy.runtime.bundle import open_bundle
-from medusa_deploy.runtime.scales_file import BLOCK
+from medusa_deploy.runtime.files.bundle import open_bundle
+from medusa_deploy.runtime.files.scales_file import BLOCK
 from medusa_deploy.tools.prompt_source import random_prompts
 from support.tiny import VOCAB
 

@@ -15,7 +15,7 @@ from medusa_deploy.calibration.answers import Answer  # noqa: E402
 from medusa_deploy.calibration.examples import IGNORE, Examples, draft_vocabulary, load_examples  # noqa: E402
 from medusa_deploy.calibration.train import train_heads  # noqa: E402
 from medusa_deploy.runtime.errors import TrainingError  # noqa: E402
-from medusa_deploy.runtime.heads import HeadSet  # noqa: E402
+from medusa_deploy.runtime.files.heads import HeadSet  # noqa: E402
 from support.learnable import CONFIG, HEADS, HIDDEN, VOCAB, backbone, examples, hit_rates, same_tensors  # noqa: E402
 
 

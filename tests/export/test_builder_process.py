@@ -19,8 +19,8 @@ from medusa_deploy.export import gpu
 from medusa_deploy.export.builder_process import BuildRequest, BuiltPlan, build_plan
 from medusa_deploy.export.engine_features import apply_features, features_of, has
 from medusa_deploy.export.tensorrt import TensorRT
-from medusa_deploy.runtime import trt_engine
 from medusa_deploy.runtime.errors import EngineError, EngineMemoryError, MissingDependencyError, UsageError
+from medusa_deploy.runtime.executors.tensorrt import engine as trt_engine
 
 STAND_IN = Path(__file__).parents[1] / "support" / "standin"
 

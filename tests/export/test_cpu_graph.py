@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medusa_deploy.runtime import load, step_io
-from medusa_deploy.runtime.cpu_inputs import CpuInputs
-from medusa_deploy.runtime.executor import CacheLayout, StepBuffers, Wanted
+from medusa_deploy.runtime import load
+from medusa_deploy.runtime.executors import step_io
+from medusa_deploy.runtime.executors.cpu_inputs import CpuInputs
+from medusa_deploy.runtime.executors.executor import CacheLayout, StepBuffers, Wanted
 from medusa_deploy.runtime.tree import Shape
 from support.tiny import HEADS, VOCAB
 

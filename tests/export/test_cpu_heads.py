@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from medusa_deploy.runtime.errors import QuantisationError
-from medusa_deploy.runtime.heads import HeadConfig, HeadSet
+from medusa_deploy.runtime.files.heads import HeadConfig, HeadSet
 from support.tiny import HEADS, HIDDEN, VOCAB
 
 torch: Any = pytest.importorskip("torch")

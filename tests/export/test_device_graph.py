@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from medusa_deploy.runtime import Session, step_io
-from medusa_deploy.runtime.executor import CacheLayout, Wanted, kept_rows
-from medusa_deploy.runtime.ort import OrtModel
+from medusa_deploy.runtime import Session
+from medusa_deploy.runtime.executors import step_io
+from medusa_deploy.runtime.executors.executor import CacheLayout, Wanted, kept_rows
+from medusa_deploy.runtime.executors.ort import OrtModel
 from medusa_deploy.runtime.tree import Tree, chain
 from support.tiny import HEADS, VOCAB
 

@@ -13,8 +13,6 @@ from medusa_deploy.export import engine
 from medusa_deploy.export.builder_process import BuildRequest, BuiltPlan, input_shapes
 from medusa_deploy.export.engine import build_engines
 from medusa_deploy.export.engine_plan import EngineOptions, default_rows, profiles_for
-from medusa_deploy.runtime.bundle import open_bundle, sha256, write_manifest
-from medusa_deploy.runtime.engine_record import RECORD_VERSION, TensorRecord, parse_engine_record
 from medusa_deploy.runtime.errors import (
     BundleBusyError,
     BundleError,
@@ -27,7 +25,9 @@ from medusa_deploy.runtime.errors import (
     QuantisationError,
     UsageError,
 )
-from medusa_deploy.runtime.plan_file import plan_bytes
+from medusa_deploy.runtime.files.bundle import open_bundle, sha256, write_manifest
+from medusa_deploy.runtime.files.engine_record import RECORD_VERSION, TensorRecord, parse_engine_record
+from medusa_deploy.runtime.files.plan_file import plan_bytes
 from support.fake_tensorrt import INPUTS, FakeTensorRT, fake_tensorrt, half_precision_bundle, state
 from support.records import manifest, write_stub_bundle
 

@@ -12,8 +12,8 @@ import torch
 from medusa_deploy.calibration.layer_states import layer_outputs
 from medusa_deploy.export.exporter import export_bundle
 from medusa_deploy.runtime import load
-from medusa_deploy.runtime.bundle import open_bundle
 from medusa_deploy.runtime.errors import UnsupportedArchitectureError
+from medusa_deploy.runtime.files.bundle import open_bundle
 from support.families import FAMILIES, SIZES, Family, make_config, make_family, rope
 
 CAPACITY = 64

@@ -16,7 +16,6 @@ import pytest
 
 from medusa_deploy.export import weights
 from medusa_deploy.export.exporter import export_bundle
-from medusa_deploy.runtime.bundle import open_bundle
 from medusa_deploy.runtime.errors import (
     BundleExistsError,
     CheckpointError,
@@ -28,8 +27,9 @@ from medusa_deploy.runtime.errors import (
     TreeError,
     UsageError,
 )
-from medusa_deploy.runtime.heads import HeadSet
-from medusa_deploy.runtime.heads_file import TENSORS_NAME, write_heads
+from medusa_deploy.runtime.files.bundle import open_bundle
+from medusa_deploy.runtime.files.heads import HeadSet
+from medusa_deploy.runtime.files.heads_file import TENSORS_NAME, write_heads
 from medusa_deploy.runtime.tree import Tree, chain
 from support.tiny import HIDDEN, VOCAB, tiny_head_set
 

@@ -12,8 +12,8 @@ from medusa_deploy.export.head_layouts import ReadHeads, check_fit, read_heads
 from medusa_deploy.export.heads import HeadStack
 from medusa_deploy.export.plan import bundle_trees
 from medusa_deploy.runtime.errors import TreeError
-from medusa_deploy.runtime.heads import HeadConfig, HeadSet
-from medusa_deploy.runtime.heads_file import write_heads
+from medusa_deploy.runtime.files.heads import HeadConfig, HeadSet
+from medusa_deploy.runtime.files.heads_file import write_heads
 from medusa_deploy.runtime.tree import chain
 from support.published_heads import (
     HIDDEN,

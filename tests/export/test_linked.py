@@ -21,8 +21,8 @@ from medusa_deploy.export.linked_check import check_places
 from medusa_deploy.export.plan import plan_export
 from medusa_deploy.export.safetensors_header import read_header
 from medusa_deploy.runtime import load
-from medusa_deploy.runtime.bundle import open_bundle
 from medusa_deploy.runtime.errors import CheckpointError, ExportMismatchError
+from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.runtime.session import Session
 from support.families import FAMILIES, make_family
 from support.tiny import HEADS, HIDDEN

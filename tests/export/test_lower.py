@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medusa_deploy.runtime import Session, load, step_io
-from medusa_deploy.runtime.executor import Executor, StepBuffers, Wanted
+from medusa_deploy.runtime import Session, load
+from medusa_deploy.runtime.executors import step_io
+from medusa_deploy.runtime.executors.executor import Executor, StepBuffers, Wanted
 from medusa_deploy.runtime.tree import Tree
 from support.tiny import HEADS, VOCAB
 

@@ -12,10 +12,10 @@ from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
 
 from medusa_deploy.export.quantise import LARGEST, channel_scales, quantised
-from medusa_deploy.runtime.bundle import Bundle, open_bundle
 from medusa_deploy.runtime.errors import QuantisationError
-from medusa_deploy.runtime.executor import CacheLayout, Wanted
-from medusa_deploy.runtime.ort import OrtModel
+from medusa_deploy.runtime.executors.executor import CacheLayout, Wanted
+from medusa_deploy.runtime.executors.ort import OrtModel
+from medusa_deploy.runtime.files.bundle import Bundle, open_bundle
 
 pytest.importorskip("onnx_ir")
 

@@ -22,10 +22,10 @@ from medusa_deploy.export.cpu_products import find_products
 from medusa_deploy.export.quantise_cpu import CpuPrecision, quantise_cpu, take_in
 from medusa_deploy.export.smooth_cpu import smooth
 from medusa_deploy.export.variant import add_variant, check_variant
-from medusa_deploy.runtime.bundle import open_bundle
 from medusa_deploy.runtime.errors import BundleExistsError, QuantisationError, UsageError
-from medusa_deploy.runtime.executor import Wanted
-from medusa_deploy.runtime.scales_file import Layer, Scales, Smoothing
+from medusa_deploy.runtime.executors.executor import Wanted
+from medusa_deploy.runtime.files.bundle import open_bundle
+from medusa_deploy.runtime.files.scales_file import Layer, Scales, Smoothing
 from medusa_deploy.runtime.session import load
 from medusa_deploy.tools.divergence import Divergence, taken_apart
 from medusa_deploy.tools.prompt_source import random_prompts

@@ -21,7 +21,8 @@ import onnxruntime as ort
 
 from medusa_deploy.export import screen as screening
 from medusa_deploy.export.quantise_cpu import CpuPrecision, quantise_cpu
-from medusa_deploy.runtime import load, step_io
+from medusa_deploy.runtime import load
+from medusa_deploy.runtime.executors import step_io
 from medusa_deploy.runtime.request import Request
 from medusa_deploy.runtime.sampling import SamplingParams
 from medusa_deploy.runtime.session import Session

@@ -16,9 +16,9 @@ from medusa_deploy.export.exporter import export_bundle
 from medusa_deploy.export.network import check_source
 from medusa_deploy.export.products import merged_name
 from medusa_deploy.export.streamed import WeightStreamer, weight_arrays
-from medusa_deploy.runtime.bundle import Bundle, open_bundle
 from medusa_deploy.runtime.errors import BundleIntegrityError, UsageError
-from medusa_deploy.runtime.weight_inputs import WeightInput, WeightPiece, parse_weight_inputs
+from medusa_deploy.runtime.files.bundle import Bundle, open_bundle
+from medusa_deploy.runtime.files.weight_inputs import WeightInput, WeightPiece, parse_weight_inputs
 from support.families import FAMILIES, make_family
 from support.tiny import HEADS
 

@@ -9,9 +9,9 @@ import pytest
 from medusa_deploy.export.engine import build_engines
 from medusa_deploy.export.engine_plan import EngineOptions
 from medusa_deploy.export.exporter import export_bundle
-from medusa_deploy.runtime.bundle import open_bundle
-from medusa_deploy.runtime.engine_record import parse_engine_record
-from medusa_deploy.runtime.plan_file import plan_bytes
+from medusa_deploy.runtime.files.bundle import open_bundle
+from medusa_deploy.runtime.files.engine_record import parse_engine_record
+from medusa_deploy.runtime.files.plan_file import plan_bytes
 from support.families import Family, make_family
 
 pytest.importorskip("tensorrt_rtx")

@@ -15,12 +15,12 @@ from medusa_deploy.export.engine_plan import EngineOptions, profiles_for, step_a
 from medusa_deploy.export.exporter import export_bundle
 from medusa_deploy.export.network import network_source, weights_bytes
 from medusa_deploy.export.tensorrt import TensorRT
-from medusa_deploy.runtime import step_io
-from medusa_deploy.runtime.bundle import Bundle, open_bundle
-from medusa_deploy.runtime.engine_record import parse_engine_record
 from medusa_deploy.runtime.errors import EngineError, UsageError
-from medusa_deploy.runtime.heads import HeadConfig, HeadKind, HeadSet
-from medusa_deploy.runtime.heads_file import write_heads
+from medusa_deploy.runtime.executors import step_io
+from medusa_deploy.runtime.files.bundle import Bundle, open_bundle
+from medusa_deploy.runtime.files.engine_record import parse_engine_record
+from medusa_deploy.runtime.files.heads import HeadConfig, HeadKind, HeadSet
+from medusa_deploy.runtime.files.heads_file import write_heads
 from support.families import Family, make_family
 
 pytest.importorskip("tensorrt_rtx")

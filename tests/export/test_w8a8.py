@@ -28,9 +28,9 @@ from medusa_deploy.export.w8a8 import (  # noqa: E402
     quantise_network,
 )
 from medusa_deploy.export.w8a8_variant import write_w8a8_variant  # noqa: E402
-from medusa_deploy.runtime.bundle import open_bundle  # noqa: E402
 from medusa_deploy.runtime.errors import BundleExistsError, UsageError  # noqa: E402
-from medusa_deploy.runtime.scales_file import ActivationScale, Layer, Scales, Smoothing, model_digest, read_scales  # noqa: E402
+from medusa_deploy.runtime.files.bundle import open_bundle  # noqa: E402
+from medusa_deploy.runtime.files.scales_file import ActivationScale, Layer, Scales, Smoothing, model_digest, read_scales  # noqa: E402
 from medusa_deploy.runtime.session import load  # noqa: E402
 from medusa_deploy.tools.probe import Probe  # noqa: E402
 from medusa_deploy.tools.prompt_source import random_prompts  # noqa: E402

@@ -13,8 +13,8 @@ from medusa_deploy.export.engine_plan import EngineOptions, profiles_for, step_a
 from medusa_deploy.export.exporter import export_bundle
 from medusa_deploy.export.network import network_source
 from medusa_deploy.export.w8a8 import Int8Options
-from medusa_deploy.runtime.bundle import Bundle, open_bundle, sha256
 from medusa_deploy.runtime.errors import ScalesMismatchError, UsageError
+from medusa_deploy.runtime.files.bundle import Bundle, open_bundle, sha256
 from medusa_deploy.tools.calibrate import calibrate
 from medusa_deploy.tools.prompt_source import random_prompts
 from support.fake_tensorrt import half_precision_bundle

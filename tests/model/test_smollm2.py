@@ -96,7 +96,7 @@ def test_plain_greedy_is_transformers_greedy(smollm2: Session, smollm2_bundle: P
 
 def test_medusa_2_is_exact_accepts_more_and_stays_close_to_the_backbone(smollm2: Session, tmp_path: Path) -> None:
     from medusa_deploy.export.exporter import export_bundle
-    from medusa_deploy.runtime.heads_file import read_heads_config
+    from medusa_deploy.runtime.files.heads_file import read_heads_config
 
     folder = ROOT / "heads" / "smollm2-135m-instruct" / "medusa-2"
     quality = read_heads_config(folder)["quality"]

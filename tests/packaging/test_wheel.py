@@ -30,8 +30,8 @@ DEPLOYED = """
 import importlib.util, json, sys
 from pathlib import Path
 from medusa_deploy.runtime import load
-from medusa_deploy.runtime.template import ChatTemplate
-from medusa_deploy.runtime.text import TextCodec
+from medusa_deploy.runtime.text.template import ChatTemplate
+from medusa_deploy.runtime.text.tokenizer import TextCodec
 text = Path(sys.argv[2])
 prompt = ChatTemplate((text / "chat_template.jinja").read_text()).render([{"role": "user", "content": "hi"}])
 codec = TextCodec(text / "tokenizer.json")

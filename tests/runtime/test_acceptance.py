@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from medusa_deploy.runtime.acceptance import Acceptance, accept
 from medusa_deploy.runtime.errors import NumericsError
+from medusa_deploy.runtime.loop.acceptance import Acceptance, accept
 from medusa_deploy.runtime.sampling import SamplingParams, scores, weights
 from medusa_deploy.runtime.tree import ROOT_ONLY, Tree, chain
 from support.trees import prefix_closed, random_tree

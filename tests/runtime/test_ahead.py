@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from medusa_deploy.runtime import ROOT_ONLY, Request, SamplingParams, Session, load, trt
+from medusa_deploy.runtime import ROOT_ONLY, Request, SamplingParams, Session, load
 from medusa_deploy.runtime.errors import NumericsError
+from medusa_deploy.runtime.executors.tensorrt import executor as trt
+from medusa_deploy.runtime.executors.tensorrt.executor import TrtExecutor
 from medusa_deploy.runtime.tree import Tree, chain
-from medusa_deploy.runtime.trt import TrtExecutor
 from support.fake_cuda import FakeRuntime
 from support.fake_trt import FakeTrt
 from support.tiny import HEADS, VOCAB
@@ -194,7 +195,7 @@ def test_a_prompt_between_two_steps_does_not_move_another_slots_rows(sessions: d
 
 def test_what_a_step_emits_is_what_the_graph_says_that_it_emits(on_gpu: Load, gpu: FakeTrt) -> None:
     """``emitted`` leaves the device beside the rows that the host reads it from."""
-    from medusa_deploy.runtime import step_io
+    from medusa_deploy.runtime.executors import step_io
 
     session = on_gpu()
     executor = session.executor

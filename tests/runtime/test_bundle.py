@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from medusa_deploy.runtime.bundle import open_bundle, record_files, staged_folder
 from medusa_deploy.runtime.errors import (
     BundleError,
     BundleExistsError,
@@ -20,7 +19,8 @@ from medusa_deploy.runtime.errors import (
     BundleSchemaError,
     OutputError,
 )
-from medusa_deploy.runtime.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
+from medusa_deploy.runtime.files.bundle import open_bundle, record_files, staged_folder
+from medusa_deploy.runtime.files.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
 from support.records import write_stub_bundle
 
 GRAPH = "onnx/step.onnx"
@@ -228,7 +228,7 @@ def test_a_parent_that_is_a_file_is_a_named_error(tmp_path: Path) -> None:
 _KILLED = """
 import os, sys, time
 from pathlib import Path
-from medusa_deploy.runtime.bundle import staged_folder
+from medusa_deploy.runtime.files.bundle import staged_folder
 with staged_folder(Path(sys.argv[1]), force=True) as staging:
     (staging / "half").write_bytes(b"x" * 1000)
     print("writing", flush=True)

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from medusa_deploy.runtime.cuda import Cuda
 from medusa_deploy.runtime.errors import DeviceError, DeviceMemoryError, MissingDependencyError
+from medusa_deploy.runtime.executors.tensorrt.cuda import Cuda
 from support.fake_cuda import DeviceFaultError, FakeRuntime
 
 

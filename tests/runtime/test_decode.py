@@ -9,11 +9,11 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from medusa_deploy.runtime import Request, SamplingParams
-from medusa_deploy.runtime.decode import Decoder
-from medusa_deploy.runtime.draft import FixedTree
+from medusa_deploy.runtime.drafting.draft import FixedTree
 from medusa_deploy.runtime.errors import NumericsError
+from medusa_deploy.runtime.loop.decode import Decoder
+from medusa_deploy.runtime.loop.sequence import Sequence
 from medusa_deploy.runtime.sampling import draw, scores, uniform, weights
-from medusa_deploy.runtime.sequence import Sequence
 from medusa_deploy.runtime.tree import ROOT_ONLY, Tree, chain
 from support.fake_executor import FakeLanguage, fake_session
 from support.tiny import HEADS, VOCAB

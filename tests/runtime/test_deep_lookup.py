@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 pytest.importorskip("onnxruntime")
 
 from medusa_deploy.runtime import SamplingParams, load
-from medusa_deploy.runtime.executor import StepBuffers, Wanted
+from medusa_deploy.runtime.executors.executor import StepBuffers, Wanted
 from medusa_deploy.runtime.session import Session
 from support.tiny import HEADS, VOCAB
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from medusa_deploy.runtime.draft import UNKNOWN_SCALING, BestRows, Candidates, Draft, FixedTree, Scale, ranked_paths
+from medusa_deploy.runtime.drafting.draft import UNKNOWN_SCALING, BestRows, Candidates, Draft, FixedTree, Scale, ranked_paths
+from medusa_deploy.runtime.drafting.lookup import DEEPEST, PromptLookup
 from medusa_deploy.runtime.errors import CapacityError, UsageError
-from medusa_deploy.runtime.lookup import DEEPEST, PromptLookup
 from medusa_deploy.runtime.tree import ROOT_ONLY, Tree
 from support.fake_executor import fake_session
 

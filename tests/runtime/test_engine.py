@@ -12,7 +12,7 @@ import pytest
 
 from medusa_deploy.runtime import ROOT_ONLY, Generation, Request, SamplingParams, Session, Tree, chain, load
 from medusa_deploy.runtime.errors import BundleIntegrityError, UsageError
-from medusa_deploy.runtime.executor import Wanted
+from medusa_deploy.runtime.executors.executor import Wanted
 from support.tiny import EOS, HEADS, HIDDEN, VOCAB
 from support.trees import random_tree
 

@@ -6,9 +6,10 @@ import dataclasses
 
 from hypothesis import given, strategies as st
 
-from medusa_deploy.runtime import SamplingParams, Session, step_io
-from medusa_deploy.runtime.executor import StepBuffers, Wanted, chain_ancestors, visible_rows
-from medusa_deploy.runtime.ort import OrtExecutor
+from medusa_deploy.runtime import SamplingParams, Session
+from medusa_deploy.runtime.executors import step_io
+from medusa_deploy.runtime.executors.executor import StepBuffers, Wanted, chain_ancestors, visible_rows
+from medusa_deploy.runtime.executors.ort import OrtExecutor
 
 _sizes = st.tuples(st.integers(1, 500), st.integers(1, 8), st.integers(1, 64))  # capacity, heads, most rows of a step
 EVERYTHING = Wanted(heads=True, logits=True, hidden=True)

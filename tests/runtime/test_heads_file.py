@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from medusa_deploy.runtime.errors import BundleExistsError, HeadsError, OutputError, TreeError
-from medusa_deploy.runtime.heads import HeadConfig, HeadSet
-from medusa_deploy.runtime.heads_file import (
+from medusa_deploy.runtime.files.heads import HeadConfig, HeadSet
+from medusa_deploy.runtime.files.heads_file import (
     CONFIG_NAME,
     FORMAT_VERSION,
     MAX_CONFIG_BYTES,

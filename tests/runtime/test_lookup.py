@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import example, given, strategies as st
 
-from medusa_deploy.runtime.lookup import DEEPEST, LONGEST_MATCH, RATES, PromptLookup
+from medusa_deploy.runtime.drafting.lookup import DEEPEST, LONGEST_MATCH, RATES, PromptLookup
 
 _texts = st.lists(st.integers(0, 3), max_size=40)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from medusa_deploy.runtime.errors import BundleSchemaError
-from medusa_deploy.runtime.manifest import SCHEMA_VERSION, Manifest, parse_manifest
+from medusa_deploy.runtime.files.manifest import SCHEMA_VERSION, Manifest, parse_manifest
 from medusa_deploy.runtime.tree import chain
 from support.records import manifest
 

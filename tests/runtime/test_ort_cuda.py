@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medusa_deploy.runtime import ROOT_ONLY, Request, SamplingParams, Session, Tree, load, ort_cuda
-from medusa_deploy.runtime.bundle import Bundle, open_bundle
+from medusa_deploy.runtime import ROOT_ONLY, Request, SamplingParams, Session, Tree, load
 from medusa_deploy.runtime.errors import CapacityError, DeployError, ProviderError, UsageError
-from medusa_deploy.runtime.executor import CacheLayout, Wanted
-from medusa_deploy.runtime.ort import OrtExecutor, OrtModel
-from medusa_deploy.runtime.ort_cuda import OrtDeviceExecutor
+from medusa_deploy.runtime.executors import ort_cuda
+from medusa_deploy.runtime.executors.executor import CacheLayout, Wanted
+from medusa_deploy.runtime.executors.ort import OrtExecutor, OrtModel
+from medusa_deploy.runtime.executors.ort_cuda import OrtDeviceExecutor
+from medusa_deploy.runtime.files.bundle import Bundle, open_bundle
 from support.fake_ort import CPU, CUDA, FakeOrt
 from support.tiny import HEADS, HIDDEN, VOCAB
 

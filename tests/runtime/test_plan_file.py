@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from medusa_deploy.export.plan_packing import pack_plan
-from medusa_deploy.runtime import Session, plan_file
-from medusa_deploy.runtime.bundle import open_bundle, record_files, write_manifest
-from medusa_deploy.runtime.engine_record import RECORD_VERSION, parse_engine_record
+from medusa_deploy.runtime import Session
 from medusa_deploy.runtime.errors import BundleIntegrityError, BundleSchemaError, MissingDependencyError
-from medusa_deploy.runtime.plan_file import XZ, Compression, parse_compression, plan_bytes
+from medusa_deploy.runtime.files import plan_file
+from medusa_deploy.runtime.files.bundle import open_bundle, record_files, write_manifest
+from medusa_deploy.runtime.files.engine_record import RECORD_VERSION, parse_engine_record
+from medusa_deploy.runtime.files.plan_file import XZ, Compression, parse_compression, plan_bytes
 from medusa_deploy.runtime.tree import chain
 from support.fake_cuda import FakeRuntime
 from support.fake_engine import TARGET, add_fake_engine, load_fake
@@ -134,7 +135,7 @@ def _recorded(folder: Path, **fields: Any) -> None:
     place = _place(folder)
     record = json.loads((place / "engine.json").read_text())
     (place / "engine.json").write_text(json.dumps({**record, **fields}))
-    from medusa_deploy.runtime.manifest import parse_manifest
+    from medusa_deploy.runtime.files.manifest import parse_manifest
 
     manifest = parse_manifest((folder / "manifest.json").read_bytes())
     files = {**manifest.files, **{f"engines/{TARGET}/{name}": entry for name, entry in record_files(place).items()}}

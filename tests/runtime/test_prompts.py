@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from medusa_deploy.runtime.errors import PromptFileError
-from medusa_deploy.runtime.prompts import PromptLine, read_prompts
+from medusa_deploy.runtime.text.prompts import PromptLine, read_prompts
 
 
 def written(folder: Path, content: str | bytes) -> Path:
@@ -87,9 +87,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_sizes_have_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path, '{"prompt": "a rather long prompt"}')
-    monkeypatch.setattr("medusa_deploy.runtime.prompts.MAX_LINE_BYTES", 20)
+    monkeypatch.setattr("medusa_deploy.runtime.text.prompts.MAX_LINE_BYTES", 20)
     with pytest.raises(PromptFileError, match="line 1 has 34 bytes, over the limit of 20"):
         read_prompts(path)
-    monkeypatch.setattr("medusa_deploy.runtime.prompts.MAX_FILE_BYTES", 10)
+    monkeypatch.setattr("medusa_deploy.runtime.text.prompts.MAX_FILE_BYTES", 10)
     with pytest.raises(PromptFileError, match="34 bytes, over the limit of 10"):
         read_prompts(path)

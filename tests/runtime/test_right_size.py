@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from medusa_deploy.runtime import Request, SamplingParams
-from medusa_deploy.runtime.right_size import _best
-from medusa_deploy.runtime.step_cost import StepCost
+from medusa_deploy.runtime.drafting.row_budget import _best
+from medusa_deploy.runtime.drafting.step_cost import StepCost
 from support.fake_executor import FakeExecutor, FakeSession, fake_session
 from support.simulated import Simulation, heads
 from support.tiny import VOCAB

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from medusa_deploy.runtime.errors import ScalesError, ScalesMismatchError
-from medusa_deploy.runtime.manifest import FileRecord
-from medusa_deploy.runtime.scales_file import ActivationScale, Layer, Scales, Smoothing, model_digest, read_scales
+from medusa_deploy.runtime.files.manifest import FileRecord
+from medusa_deploy.runtime.files.scales_file import ActivationScale, Layer, Scales, Smoothing, model_digest, read_scales
 from support.records import manifest
 
 LAYERS = {"q": Layer("x", "w", 1), "k": Layer("x", "v", 0)}

@@ -8,7 +8,7 @@ from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from medusa_deploy.runtime.errors import SlotError
-from medusa_deploy.runtime.slots import SlotPool
+from medusa_deploy.runtime.loop.slots import SlotPool
 
 SLOTS, CAPACITY = 3, 10
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from medusa_deploy.runtime.errors import UsageError
-from medusa_deploy.runtime.stops import StopChecker
+from medusa_deploy.runtime.text.stops import StopChecker
 
 TEXT = st.text("abc", max_size=30)
 STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)

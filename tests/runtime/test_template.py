@@ -9,7 +9,7 @@ from datetime import datetime
 import pytest
 
 from medusa_deploy.runtime.errors import MissingDependencyError, PromptError, TemplateError
-from medusa_deploy.runtime.template import MAX_TEMPLATE_CHARS, ChatTemplate, check_messages
+from medusa_deploy.runtime.text.template import MAX_TEMPLATE_CHARS, ChatTemplate, check_messages
 
 pytest.importorskip("minijinja")
 
@@ -112,7 +112,7 @@ def test_a_template_without_end_is_stopped(source: str) -> None:
 
 
 def test_more_output_than_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medusa_deploy.runtime.template.MAX_OUTPUT_CHARS", 20)
+    monkeypatch.setattr("medusa_deploy.runtime.text.template.MAX_OUTPUT_CHARS", 20)
     with pytest.raises(TemplateError, match="over the limit of 20"):
         ChatTemplate("{{ messages[0].content * 3 }}").render(HELLO)
 

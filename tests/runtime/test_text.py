@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from medusa_deploy.runtime.errors import BundleError, MissingDependencyError, PromptError
-from medusa_deploy.runtime.text import TextCodec
+from medusa_deploy.runtime.text.tokenizer import TextCodec
 
 pytest.importorskip("tokenizers")
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medusa_deploy.runtime import ROOT_ONLY, SamplingParams, Session, load, trt
-from medusa_deploy.runtime.draft import FixedTree
+from medusa_deploy.runtime import ROOT_ONLY, SamplingParams, Session, load
+from medusa_deploy.runtime.drafting.draft import FixedTree
 from medusa_deploy.runtime.errors import CapacityError, UsageError
-from medusa_deploy.runtime.executor import AheadExecutor, Wanted
+from medusa_deploy.runtime.executors.executor import AheadExecutor, Wanted
+from medusa_deploy.runtime.executors.tensorrt import executor as trt
+from medusa_deploy.runtime.executors.tensorrt.executor import TrtExecutor
 from medusa_deploy.runtime.tree import Tree, chain
-from medusa_deploy.runtime.trt import TrtExecutor
 from support.fake_engine import add_fake_engine, load_fake
 from support.fake_trt import FakeTrt, FakeTrtRtx
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from medusa_deploy.runtime import load, trt_engine, trt_load
-from medusa_deploy.runtime.bundle import open_bundle, record_files, write_manifest
+from medusa_deploy.runtime import load
 from medusa_deploy.runtime.errors import (
     BundleError,
     BundleIntegrityError,
@@ -23,7 +22,9 @@ from medusa_deploy.runtime.errors import (
     MissingDependencyError,
     UsageError,
 )
-from medusa_deploy.runtime.trt_engine import import_backend, open_plan
+from medusa_deploy.runtime.executors.tensorrt import engine as trt_engine, load as trt_load
+from medusa_deploy.runtime.executors.tensorrt.engine import import_backend, open_plan
+from medusa_deploy.runtime.files.bundle import open_bundle, record_files, write_manifest
 from support.fake_cuda import FakeRuntime
 from support.fake_engine import TARGET, add_fake_engine, fake_gpu, load_fake
 from support.fake_trt import FakeConfig, FakeContext, FakeEngine, FakeLoader, FakeTrt, FakeTrtRtx
@@ -54,7 +55,7 @@ def _sizes_hold(folder: Path) -> bool:
 
 
 def _reopened(folder: Path) -> Any:
-    from medusa_deploy.runtime.manifest import parse_manifest
+    from medusa_deploy.runtime.files.manifest import parse_manifest
 
     return parse_manifest((folder / "manifest.json").read_bytes())
 

@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 
-from medusa_deploy.runtime import ROOT_ONLY, Session, ahead, load, step_io, trt
-from medusa_deploy.runtime.cuda import Cuda
-from medusa_deploy.runtime.executor import StepBuffers
-from medusa_deploy.runtime.ort import OrtExecutor
+from medusa_deploy.runtime import ROOT_ONLY, Session, load
+from medusa_deploy.runtime.executors import step_io
+from medusa_deploy.runtime.executors.executor import StepBuffers
+from medusa_deploy.runtime.executors.ort import OrtExecutor
+from medusa_deploy.runtime.executors.tensorrt import executor as trt
+from medusa_deploy.runtime.executors.tensorrt.buffers import StepLayout
+from medusa_deploy.runtime.executors.tensorrt.context import Bindings, Contexts
+from medusa_deploy.runtime.executors.tensorrt.cuda import Cuda
+from medusa_deploy.runtime.executors.tensorrt.executor import TrtExecutor
+from medusa_deploy.runtime.executors.tensorrt.memory import DeviceState, TensorBlock
+from medusa_deploy.runtime.loop import ahead
 from medusa_deploy.runtime.tree import Tree
-from medusa_deploy.runtime.trt import TrtExecutor
-from medusa_deploy.runtime.trt_buffers import StepLayout
-from medusa_deploy.runtime.trt_context import Bindings, Contexts
-from medusa_deploy.runtime.trt_memory import DeviceState, TensorBlock
 from support.fake_cuda import DeviceFaultError, FakeRuntime
 from support.fake_engine import load_fake
 from support.fake_trt import FakeTrt

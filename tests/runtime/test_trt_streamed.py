@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from medusa_deploy.runtime import Session
+from medusa_deploy.runtime.files.weight_inputs import WeightInput, WeightPiece
 from medusa_deploy.runtime.tree import chain
-from medusa_deploy.runtime.weight_inputs import WeightInput, WeightPiece
 from support.fake_cuda import FakeRuntime
 from support.fake_engine import add_fake_engine, load_fake
 from support.fake_trt import FakeTrt

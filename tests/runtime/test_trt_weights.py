@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medusa_deploy.runtime import trt_weights
-from medusa_deploy.runtime.bundle import Bundle
-from medusa_deploy.runtime.cuda import Cuda
 from medusa_deploy.runtime.errors import BundleIntegrityError, DeviceMemoryError
-from medusa_deploy.runtime.trt_weights import upload_weights
-from medusa_deploy.runtime.weight_inputs import WeightInput, WeightPiece
+from medusa_deploy.runtime.executors.tensorrt import weights as trt_weights
+from medusa_deploy.runtime.executors.tensorrt.cuda import Cuda
+from medusa_deploy.runtime.executors.tensorrt.weights import upload_weights
+from medusa_deploy.runtime.files.bundle import Bundle
+from medusa_deploy.runtime.files.weight_inputs import WeightInput, WeightPiece
 from support.fake_cuda import FakeRuntime
 from support.records import manifest
 

@@ -12,12 +12,12 @@ import onnxruntime
 import pytest
 
 from medusa_deploy.export.plan_packing import pack_plan
-from medusa_deploy.runtime import cuda, trt_load
-from medusa_deploy.runtime.bundle import open_bundle, record_files, write_manifest
-from medusa_deploy.runtime.engine_record import RECORD_VERSION, Profile
-from medusa_deploy.runtime.manifest import Manifest
+from medusa_deploy.runtime.executors.tensorrt import cuda, load as trt_load
+from medusa_deploy.runtime.files.bundle import open_bundle, record_files, write_manifest
+from medusa_deploy.runtime.files.engine_record import RECORD_VERSION, Profile
+from medusa_deploy.runtime.files.manifest import Manifest
+from medusa_deploy.runtime.files.weight_inputs import WeightInput
 from medusa_deploy.runtime.session import Session, load
-from medusa_deploy.runtime.weight_inputs import WeightInput
 from support.fake_cuda import FakeRuntime
 from support.fake_trt import NUMPY_NAMES, FakeTrt, write_plan
 

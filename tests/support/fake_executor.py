@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from medusa_deploy.runtime.bundle import Bundle
-from medusa_deploy.runtime.executor import CacheLayout, StepBuffers, Wanted, chain_ancestors, visible_rows
-from medusa_deploy.runtime.manifest import Manifest, TextFacts
+from medusa_deploy.runtime.executors.executor import CacheLayout, StepBuffers, Wanted, chain_ancestors, visible_rows
+from medusa_deploy.runtime.files.bundle import Bundle
+from medusa_deploy.runtime.files.manifest import Manifest, TextFacts
 from medusa_deploy.runtime.session import Session
 from medusa_deploy.runtime.tree import Tree
 from support.records import manifest

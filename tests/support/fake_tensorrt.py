@@ -13,9 +13,9 @@ import pytest
 from medusa_deploy.export import engine
 from medusa_deploy.export.builder_process import BuildRequest, BuiltPlan
 from medusa_deploy.export.engine_features import is_compatible_target
-from medusa_deploy.runtime.bundle import record_files, write_manifest
-from medusa_deploy.runtime.engine_record import BuildLog, TensorRecord
 from medusa_deploy.runtime.errors import UsageError
+from medusa_deploy.runtime.files.bundle import record_files, write_manifest
+from medusa_deploy.runtime.files.engine_record import BuildLog, TensorRecord
 from support.records import write_stub_bundle
 
 SHAPES = {
@@ -86,7 +86,7 @@ def half_precision_bundle(folder: Path) -> Path:
 
 def _manifest_of(folder: Path) -> Any:
     """The manifest of a bundle whose files were changed."""
-    from medusa_deploy.runtime.manifest import parse_manifest
+    from medusa_deploy.runtime.files.manifest import parse_manifest
 
     return parse_manifest((folder / "manifest.json").read_bytes())
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from medusa_deploy.runtime.engine_record import Profile
+from medusa_deploy.runtime.files.engine_record import Profile
 from support.fake_cuda import DeviceFaultError, FakeRuntime
 
 _TYPES = {"tensor(int64)": "INT64", "tensor(bool)": "BOOL", "tensor(float)": "FLOAT", "tensor(float16)": "HALF"}

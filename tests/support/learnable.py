@@ -10,7 +10,7 @@ import torch
 from medusa_deploy.calibration.examples import Examples
 from medusa_deploy.calibration.hit_rates import find_hits
 from medusa_deploy.calibration.train import TrainConfig
-from medusa_deploy.runtime.hits import rank_rates
+from medusa_deploy.runtime.drafting.hits import rank_rates
 
 VOCAB, HIDDEN, HEADS = 16, 32, 2
 CONFIG = TrainConfig(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from medusa_deploy.runtime.bundle import record_files
-from medusa_deploy.runtime.manifest import MANIFEST_NAME, BackboneFacts, FileRecord, HeadFacts, Limits, Manifest, TextFacts
-from medusa_deploy.runtime.step_io import cache_rows
+from medusa_deploy.runtime.executors.step_io import cache_rows
+from medusa_deploy.runtime.files.bundle import record_files
+from medusa_deploy.runtime.files.manifest import MANIFEST_NAME, BackboneFacts, FileRecord, HeadFacts, Limits, Manifest, TextFacts
 from medusa_deploy.runtime.tree import Tree, chain
 from support.tiny import EOS, HEADS, HIDDEN, VOCAB
 

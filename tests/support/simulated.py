@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from medusa_deploy.runtime.acceptance import Acceptance
-from medusa_deploy.runtime.draft import Candidates
-from medusa_deploy.runtime.right_size import RightSize
+from medusa_deploy.runtime.drafting.draft import Candidates
+from medusa_deploy.runtime.drafting.row_budget import RightSize
+from medusa_deploy.runtime.loop.acceptance import Acceptance
+from medusa_deploy.runtime.loop.sequence import Sequence
 from medusa_deploy.runtime.sampling import SamplingParams
-from medusa_deploy.runtime.sequence import Sequence
 
 HEADS, TOP_K = 4, 10
 

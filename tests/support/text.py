@@ -6,8 +6,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from medusa_deploy.runtime.bundle import open_bundle, record_files
-from medusa_deploy.runtime.manifest import MANIFEST_NAME, TextFacts
+from medusa_deploy.runtime.files.bundle import open_bundle, record_files
+from medusa_deploy.runtime.files.manifest import MANIFEST_NAME, TextFacts
 from support.tiny import VOCAB
 
 SPECIAL = ("<pad>", "<s>", "</s>")

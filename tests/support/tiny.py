@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medusa_deploy.runtime.heads import HeadConfig, HeadSet
+from medusa_deploy.runtime.files.heads import HeadConfig, HeadSet
 
 VOCAB = 128
 HIDDEN = 64
@@ -49,7 +49,7 @@ def tiny_head_set(*, seed: int = 0, scale: float = 0.05) -> HeadSet:
 
 def make_tiny_heads(folder: Path, *, seed: int = 0) -> Path:
     """Write :func:`tiny_head_set` to ``folder``."""
-    from medusa_deploy.runtime.heads_file import write_heads
+    from medusa_deploy.runtime.files.heads_file import write_heads
 
     write_heads(tiny_head_set(seed=seed), folder)
     return folder

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from medusa_deploy.runtime.bundle import open_bundle
 from medusa_deploy.runtime.errors import OutputError, UsageError
+from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.runtime.session import Session
 from medusa_deploy.runtime.tree import ROOT_ONLY, chain
 from medusa_deploy.tools import bench as module, cli

@@ -11,7 +11,7 @@ import pytest
 
 from medusa_deploy.export import exporter
 from medusa_deploy.export.engine import plan_engines
-from medusa_deploy.runtime.bundle import open_bundle
+from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.tools import build, cli
 from medusa_deploy.tools.console import Progress
 from support.fake_tensorrt import FakeTensorRT, fake_tensorrt, half_precision_bundle, state

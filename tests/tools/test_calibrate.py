@@ -13,11 +13,11 @@ pytest.importorskip("onnxruntime")
 from medusa_deploy.calibration import collect, samples
 from medusa_deploy.calibration.products import StepGraph
 from medusa_deploy.calibration.ranges import METHODS
-from medusa_deploy.runtime.bundle import open_bundle
 from medusa_deploy.runtime.errors import CalibrationError
-from medusa_deploy.runtime.prompts import prompts_digest, read_prompts
-from medusa_deploy.runtime.scales_file import read_scales
+from medusa_deploy.runtime.files.bundle import open_bundle
+from medusa_deploy.runtime.files.scales_file import read_scales
 from medusa_deploy.runtime.session import load
+from medusa_deploy.runtime.text.prompts import prompts_digest, read_prompts
 from medusa_deploy.tools import calibrate as verb, machine
 from medusa_deploy.tools.calibrate_report import describe
 from medusa_deploy.tools.cli import main

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from medusa_deploy.runtime import Session, load
-from medusa_deploy.runtime.bundle import record_files
 from medusa_deploy.runtime.errors import HeadsError
-from medusa_deploy.runtime.manifest import MANIFEST_NAME, parse_manifest
-from medusa_deploy.runtime.prompts import PromptLine
+from medusa_deploy.runtime.files.bundle import record_files
+from medusa_deploy.runtime.files.manifest import MANIFEST_NAME, parse_manifest
+from medusa_deploy.runtime.text.prompts import PromptLine
 from medusa_deploy.tools import demo as module
 from medusa_deploy.tools.demo import pick_prompts, show
 from medusa_deploy.tools.demo_bundle import HEADS, ensure_bundle, ensure_int8
@@ -140,7 +140,7 @@ def test_a_variant_more_is_no_reason_to_export_again(
     bundle = ensure_bundle(build, heads)
     variants: dict[str, str] = {}
     opened = SimpleNamespace(manifest=SimpleNamespace(variants=variants))
-    monkeypatch.setattr("medusa_deploy.runtime.bundle.open_bundle", lambda *_given, **_options: opened)
+    monkeypatch.setattr("medusa_deploy.runtime.files.bundle.open_bundle", lambda *_given, **_options: opened)
     monkeypatch.setattr("medusa_deploy.tools.calibrate.calibrate", lambda *_given, **_options: made.append("calibrate"))
 
     def quantise(where: Path, _scales: Path, *, name: str) -> None:

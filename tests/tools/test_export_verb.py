@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from medusa_deploy.runtime.bundle import open_bundle
+from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.tools.cli import USAGE, USER_ERROR, main
 
 SIZES = ["--capacity", "256", "--batch", "4", "--top-k", "4", "--max-rows", "16"]

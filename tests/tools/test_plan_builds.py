@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medusa_deploy.runtime.bundle import Bundle, open_bundle
-from medusa_deploy.runtime.heads import HeadConfig, HeadSet
-from medusa_deploy.runtime.heads_file import write_heads
+from medusa_deploy.runtime.files.bundle import Bundle, open_bundle
+from medusa_deploy.runtime.files.heads import HeadConfig, HeadSet
+from medusa_deploy.runtime.files.heads_file import write_heads
 from medusa_deploy.tools.deployment import plan_deployment
 from medusa_deploy.tools.plan_source import source_of_bundle, source_of_model
 from support.families import Family, make_family

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import medusa_deploy
-from medusa_deploy.runtime.bundle import sha256
 from medusa_deploy.runtime.errors import BundleExistsError, CheckpointError, DownloadError, MissingDependencyError, OutputError
+from medusa_deploy.runtime.files.bundle import sha256
 from medusa_deploy.tools import extras, prepare
 from medusa_deploy.tools.cli import USER_ERROR, main
 from support.tiny_gguf import TEMPLATE, write_tiny_gguf

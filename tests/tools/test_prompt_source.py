@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from medusa_deploy.runtime.errors import CapacityError, PromptError, PromptFileError
-from medusa_deploy.runtime.manifest import TextFacts
+from medusa_deploy.runtime.files.manifest import TextFacts
 from medusa_deploy.runtime.session import Request
 from medusa_deploy.tools.prompt_source import DEFAULT_COUNT, check_room, heldout_prompts, packaged_prompts, prompts_for
 from support.records import manifest

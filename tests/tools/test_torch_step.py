@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from medusa_deploy.runtime import ROOT_ONLY, Session, Tree, load
-from medusa_deploy.runtime.executor import StepBuffers, Wanted
+from medusa_deploy.runtime.executors.executor import StepBuffers, Wanted
 from support.tiny import HEADS, VOCAB, tiny_head_set
 from support.trees import random_tree
 

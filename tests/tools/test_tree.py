@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from medusa_deploy.runtime.bundle import sha256
+from medusa_deploy.runtime.drafting.hits import MISS, NO_LABEL, path_rates, ranks_of, replayed_acceptance_length
 from medusa_deploy.runtime.errors import TreeError, UsageError
-from medusa_deploy.runtime.hits import MISS, NO_LABEL, path_rates, ranks_of, replayed_acceptance_length
+from medusa_deploy.runtime.files.bundle import sha256
 from medusa_deploy.runtime.session import Session
 from medusa_deploy.runtime.tree import Tree, chain, expected_acceptance_length
 from medusa_deploy.tools.cli import main

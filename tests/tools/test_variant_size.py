@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("onnx")
 
-from medusa_deploy.runtime.bundle import open_bundle
+from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.tools.variant_size import variant_size
 from support.tiny import HEADS, HIDDEN, VOCAB
 

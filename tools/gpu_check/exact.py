@@ -100,7 +100,7 @@ class _CpuLogits:
 def _brought(options: Options) -> dict[str, Any] | None:
     """Tokens that came with the bundle, made by the CPU executor where the bundle comes from."""
     from ...runtime.errors import PromptFileError
-    from ...runtime.json_file import read_json_file
+    from ...runtime.files.json_file import read_json_file
 
     path: Path | None = options.expected
     if path is None and options.bundle is not None and (options.bundle / EXPECTED).is_file():

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...runtime.executor import chain_ancestors
+from ...runtime.executors.executor import chain_ancestors
 from ...runtime.tree import Tree
 from .torch_step import Inputs, Outputs, TorchStep
 from .torch_weights import Heads

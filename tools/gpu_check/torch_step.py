@@ -1,6 +1,6 @@
 """The step graph's arithmetic in plain torch, for machines where no executor can run the bundle. Not part of the runtime.
 
-Inputs, outputs and cache rows mean what :mod:`medusa_deploy.runtime.step_io` says. Everything stays on the device and nothing
+Inputs, outputs and cache rows mean what :mod:`.step_io` says. Everything stays on the device and nothing
 depends on a value that the host would have to wait for, so that a call can be captured as a CUDA graph.
 """
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.errors import UsageError
-from ...runtime.heads import HeadSet
+from ...runtime.files.heads import HeadSet
 from .shapes import Shapes
 
 PROJECTIONS = ("shared", "own", "pruned")

@@ -1,0 +1,217 @@
+"""Which rows a step verifies below the root."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..tree import ROOT_ONLY, Shape, Tree
+from .lookup import PromptLookup
+
+PlattScaling = tuple[tuple[float, float], ...]
+"""For each head (slope, offset): log-odds that a candidate is right = slope · log-odds of its probability + offset.
+
+Empty where nobody measured the heads.
+"""
+
+UNKNOWN_SCALING = ((0.7, -1.0),)
+"""Of all heads that nobody measured: surer than right, as both sets of heads in the repository were found to be."""
+
+_SMALLEST = 1e-6
+_LEAST_LIKELY = -math.log1p(1 / _SMALLEST)
+"""Odds against a candidate are cut off at ``_SMALLEST`` and its inverse; the latter are those of this log-probability."""
+
+_HOPELESS = 700.0
+"""Logarithm of odds against, beyond which nothing changes: its exponential is still a float."""
+
+TokenPath = tuple[int, ...]
+
+
+def parse_platt_scaling(pairs: Any, heads: int) -> PlattScaling:
+    """The scaling of ``heads`` heads as JSON holds it: a list of [slope, offset].
+
+    Raises:
+        ValueError: it isn't one, a number is not finite, a slope is negative, or there are more or fewer pairs than heads.
+    """
+    scaling = []
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
+        match pair:
+            case [float(slope), float(offset)] if slope >= 0 and math.isfinite(slope + offset):
+                scaling.append((slope, offset))
+            case _:
+                raise ValueError(f"platt_scaling holds {pair!r:.40}")
+    if len(scaling) not in (0, heads):
+        raise ValueError(f"platt_scaling has {len(scaling)} pairs for {heads} heads")
+    return tuple(scaling)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Rows of one sequence in one step. ``tokens`` int64 [N - 1]: of all rows but the root.
+
+    ``looked_up``: whether the text's own repetition was among what the rows were chosen from.
+    """
+
+    shape: Shape
+    tokens: np.ndarray
+    looked_up: bool = False
+
+
+NOTHING = Draft(ROOT_ONLY, np.zeros(0, np.int64))
+"""The root alone, as in plain decoding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What the heads propose at the root's row: ``tokens`` int64 [K, k] and ``log_probs`` float32 [K, k], best first."""
+
+    tokens: np.ndarray
+    log_probs: np.ndarray
+
+
+class Drafter(Protocol):
+    """Drafts for one sequence; a step of one row, the root, needs no candidates."""
+
+    @property
+    def rows(self) -> int:
+        """N of the next step."""
+        ...
+
+    @property
+    def heads(self) -> bool:
+        """Whether the next step must bring candidates for the one after it."""
+        ...
+
+    def draft(self, candidates: Candidates | None) -> Draft:
+        """The rows of the next step."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FixedTree:
+    """The candidates on the same tree in every step (arXiv 2401.10774, section 2.1.2)."""
+
+    tree: Tree
+
+    @property
+    def rows(self) -> int:
+        """N of every step."""
+        return self.tree.rows
+
+    @property
+    def heads(self) -> bool:
+        """Whether there are rows to fill."""
+        return self.rows > 1
+
+    def draft(self, candidates: Candidates | None) -> Draft:
+        """The tree, filled."""
+        if self.rows == 1:
+            return NOTHING
+        assert candidates is not None
+        return Draft(self.tree, candidates.tokens[self.tree.slots[0], self.tree.slots[1]])
+
+
+class BestRows:
+    """The most promising rows in every step: by the heads' own probabilities, and by what the text repeats.
+
+    The number of rows is the same in every step.
+    """
+
+    def __init__(self, rows: int, scaling: PlattScaling, lookup: PromptLookup | None = None) -> None:
+        """``rows``: N, the root included. ``scaling``: of each head."""
+        self.rows = rows
+        self.heads = rows > 1
+        self._lookup = lookup
+        self._scale = Scale(scaling)
+
+    def draft(self, candidates: Candidates | None) -> Draft:
+        """The rows - 1 paths that are most likely right."""
+        if self.rows == 1:
+            return NOTHING
+        assert candidates is not None
+        continuation = self._lookup.continuation() if self._lookup is not None else []
+        tokens, chances = candidates.tokens.tolist(), self._scale.chances(candidates.log_probs)
+        paths = ranked_paths(tokens, chances, continuation, self.rows - 1)
+        return compiled([path for path, _ in paths], looked_up=bool(continuation))
+
+
+class Scale:
+    """Platt scaling: from what heads say of a candidate to how often it is right, where the tokens before it are."""
+
+    def __init__(self, scaling: PlattScaling) -> None:
+        self._scaling = scaling or UNKNOWN_SCALING
+
+    def chances(self, log_probs: np.ndarray) -> list[list[float]]:
+        """Probabilities [K][k]; they fall with the rank. NaN counts as the least likely: the engine's call reports it."""
+        scaling = self._scaling if len(self._scaling) > 1 else self._scaling * len(log_probs)
+        # Plain floats: an engine call leaves numpy's code in no cache, and a dozen array operations take longer than 40 numbers.
+        return [_scaled(row, *pair) for row, pair in zip(log_probs.tolist(), scaling, strict=False)]
+
+
+def _scaled(log_probs: list[float], slope: float, offset: float) -> list[float]:
+    chances = []
+    for log_prob in log_probs:
+        against = math.exp(-log_prob) - 1 if log_prob > _LEAST_LIKELY else 1 / _SMALLEST  # (1 - p) / p
+        scaled = slope * math.log(max(against, _SMALLEST)) - offset
+        chances.append(1 / (1 + math.exp(min(scaled, _HOPELESS))))
+    return chances
+
+
+def ranked_paths(
+    tokens: list[list[int]],
+    chances: list[list[float]],
+    continuation: list[tuple[int, float]],
+    count: int,
+    least: float = 0.0,
+) -> list[tuple[TokenPath, float]]:
+    """The ``count`` paths that are most likely right, best first, with their probabilities; closed under prefixes.
+
+    ``tokens`` and ``chances`` [K][k]: each head's candidates, where the tokens before are right; [] without heads.
+    ``continuation``: what the text repeats, with the probability of each prefix. Paths of the heads below ``least`` are left out.
+    """
+    paths = _best_paths(tokens, chances, count, least)
+    if not continuation:
+        return list(paths.items())
+    so_far: TokenPath = ()
+    chance = 1.0 if tokens else 0.0
+    for depth, (token, rate) in enumerate(continuation):
+        so_far = (*so_far, token)
+        known = depth < len(tokens) and token in tokens[depth]
+        chance *= chances[depth][tokens[depth].index(token)] if known else 0.0
+        paths[so_far] = 1 - (1 - chance) * (1 - rate)  # right unless both are wrong
+    # Chances never rise along a path, so the best paths, shorter ones first among equals, are closed under prefixes.
+    return sorted(paths.items(), key=lambda item: (-item[1], len(item[0])))[:count]
+
+
+def _best_paths(
+    tokens: list[list[int]], chances: list[list[float]], count: int, least: float
+) -> dict[TokenPath, float]:
+    """The ``count`` likeliest paths of candidates, best first, and their probabilities; all there are if that is fewer."""
+    found: dict[TokenPath, float] = {}
+    # Open paths as (-chance, depth, rank, chance of the parent, tokens of the parent).
+    waiting: list[tuple[float, int, int, float, TokenPath]] = [(-chances[0][0], 0, 0, 1.0, ())] if tokens else []
+    while waiting and len(found) < count:
+        negative, depth, rank, of_parent, parent = heapq.heappop(waiting)
+        if -negative < least:
+            break
+        path = (*parent, tokens[depth][rank])
+        found[path] = -negative
+        if rank + 1 < len(tokens[depth]):
+            heapq.heappush(waiting, (-of_parent * chances[depth][rank + 1], depth, rank + 1, of_parent, parent))
+        if depth + 1 < len(tokens):
+            heapq.heappush(waiting, (negative * chances[depth + 1][0], depth + 1, 0, -negative, path))
+    return found
+
+
+def compiled(paths: list[TokenPath], *, looked_up: bool) -> Draft:
+    """Rows in breadth order for prefix-closed paths of tokens."""
+    if not paths:
+        return Draft(ROOT_ONLY, NOTHING.tokens, looked_up)
+    paths.sort(key=len)
+    row_of = {path: row for row, path in enumerate([(), *paths])}
+    shape = Shape.of((-1, *[row_of[path[:-1]] for path in paths]))
+    return Draft(shape, np.array([path[-1] for path in paths], np.int64), looked_up)

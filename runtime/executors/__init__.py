@@ -1,0 +1,1 @@
+"""Engines behind one interface: a step plan in, a step result out."""

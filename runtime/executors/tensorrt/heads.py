@@ -1,0 +1,61 @@
+"""The heads alone on TensorRT, for rows that the host accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ...files.manifest import Manifest
+from .. import step_io
+from .buffers import Layout
+from .context import Bindings, Contexts
+from .cuda import Cuda
+from .engine import Engine
+
+
+class TrtHeads:
+    """Hidden states and root tokens of up to ``slots`` rows to candidates."""
+
+    def __init__(
+        self, cuda: Cuda, stream: Any, manifest: Manifest, engine: Engine, slots: int, weights: Mapping[str, int]
+    ) -> None:
+        """Allocate its buffers.
+
+        Raises:
+            DeviceMemoryError: they don't fit.
+        """
+        self._cuda, self._stream, self._weights = cuda, stream, weights
+        self._contexts = Contexts(cuda, stream, engine, graphs=False)
+        self._manifest = manifest
+        layout = self._layout(slots)[0]
+        self._device = cuda.allocate(layout.nbytes, "the heads' inputs and results")
+        self._host = cuda.pinned(layout.nbytes, "the heads' inputs and results")
+        self._end = cuda.event()
+
+    def _layout(self, count: int) -> tuple[Layout, int]:
+        """Of ``count`` rows, and how many of its bytes are inputs."""
+        facts, backbone = self._manifest.heads, self._manifest.backbone
+        inputs = [
+            (step_io.ROOT_HIDDEN, self._manifest.dtype, (count, backbone.hidden_size)),
+            (step_io.ROOT_TOKEN, "int64", (count,)),
+        ]
+        shape = (count, facts.num_heads, facts.top_k)
+        results = [(step_io.CANDIDATES, "int64", shape), (step_io.LOG_PROBS, "float32", shape)]
+        return Layout.of([*inputs, *results]), Layout.of(inputs).nbytes
+
+    def __call__(self, hidden: np.ndarray, root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Hidden [b, H] and root int64 [b] to candidates int64 [b, K, k] and log_probs [b, K, k]; waits for them."""
+        layout, split = self._layout(len(root))
+        views = layout.views(self._host.bytes)
+        views[step_io.ROOT_HIDDEN][:] = hidden
+        views[step_io.ROOT_TOKEN][:] = root
+        shapes = {name: layout.shapes()[name] for name in (step_io.ROOT_HIDDEN, step_io.ROOT_TOKEN)}
+        addresses = {**self._weights, **layout.addresses(self._device.address)}
+        self._cuda.upload(self._device.address, self._host.address, split, self._stream)
+        self._contexts.enqueue(0, None, lambda: Bindings(shapes, addresses))
+        self._cuda.download(self._host.address + split, self._device.address + split, layout.nbytes - split, self._stream)
+        self._cuda.record(self._end, self._stream)
+        self._cuda.wait(self._end)
+        return views[step_io.CANDIDATES].copy(), views[step_io.LOG_PROBS].copy()

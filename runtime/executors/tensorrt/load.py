@@ -1,0 +1,56 @@
+"""From a bundle to a TensorRT executor: what can be known without the plan first, then the plan, then memory."""
+
+from __future__ import annotations
+
+import weakref
+
+from ...files.bundle import Bundle
+from .cuda import Cuda
+from .engine import (
+    Engine,
+    check_aliases,
+    check_tensors,
+    choose_target,
+    how_to_build,
+    import_backend,
+    open_plan,
+    read_record,
+)
+from .executor import TrtExecutor
+from .weights import upload_weights
+
+
+def load_executor(
+    bundle: Bundle, backend: str, target: str | None, slots: int, *, device: int = 0, graphs: bool = True
+) -> TrtExecutor:
+    """Open the engine of ``target`` (None: this GPU's) and allocate its memory. It is given back with the executor.
+
+    Raises:
+        MissingDependencyError: TensorRT or cuda-bindings isn't installed.
+        DeviceError, DeviceMemoryError: no usable GPU, or not enough of its memory.
+        BundleError, BundleSchemaError, BundleIntegrityError, EngineMismatchError, UsageError: not this engine, here.
+        EngineError: TensorRT refused the plan.
+    """
+    module = import_backend(backend)
+    cuda = Cuda(device)
+    try:
+        facts = cuda.device()
+        build = how_to_build(bundle, backend, module, facts)
+        target = choose_target(bundle, target, facts, build)
+        record = read_record(bundle, target, backend, str(module.__version__), facts, build)
+        step = open_plan(module, bundle, target, record.plan, record.compression.get(record.plan))
+        check_tensors(step, record.inputs, record.outputs, len(record.profiles))
+        check_aliases(step, bundle.manifest.backbone.layers)
+        stream = cuda.stream()
+        weights = upload_weights(cuda, stream, bundle, record.weight_inputs)
+        heads_plan, packed, chosen = record.heads_plan, record.compression.get(record.heads_plan), target
+
+        def open_heads() -> Engine:
+            return open_plan(module, bundle, chosen, heads_plan, packed)
+
+        executor = TrtExecutor(cuda, stream, bundle.manifest, record, step, open_heads, slots, weights, graphs=graphs)
+    except BaseException:
+        cuda.close()
+        raise
+    weakref.finalize(executor, cuda.close)
+    return executor

@@ -1,0 +1,1 @@
+"""Files that pass between export, calibration and the runtime: bundles, records, heads."""

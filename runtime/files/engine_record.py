@@ -1,0 +1,167 @@
+"""``engine.json``: what a TensorRT plan is, for a program that must know before it loads one.
+
+A plan can't be asked without the GPU that it was built for, so the builder writes down its inputs, outputs and profiles, what it
+was built from, and how the build went.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import BundleIntegrityError, BundleSchemaError
+from .plan_file import Compression, parse_compression
+from .weight_inputs import WeightInput, parse_weight_inputs
+
+RECORD_NAME = "engine.json"
+RECORD_VERSION = 4
+MAX_RECORD_BYTES = 1 << 20
+
+Range = tuple[int, int, int]
+"""Smallest, best and largest size."""
+
+_AXES = ("rows", "logit_rows", "slots", "columns", "carried")
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Sizes that a plan was optimised for: rows N, rows with logits R, slots B, visible cache rows T, carried rows P."""
+
+    name: str
+    rows: Range
+    logit_rows: Range
+    slots: Range
+    columns: Range
+    carried: Range
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """Name, numpy dtype and shape of an input or output; -1 where the size varies."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BuildLog:
+    """How the build of one plan went.
+
+    ``network_sha256``: of the ONNX file that was parsed, which int8 makes at build time. ``layers``: of the network.
+    ``attention_calls``: of fused kernels, by the names that the plan holds: layers × profiles when all are fused; a hint, not a
+    contract. ``peak_rss_bytes``: of the building process, mapped files included.
+    """
+
+    network_sha256: str
+    layers: int
+    attention_calls: int
+    parse_seconds: float
+    build_seconds: float
+    peak_rss_bytes: int
+    plan_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRecord:
+    """One target's engine. Files are named relative to the record.
+
+    ``variant``: the bundle's graph that was built, and ``graph_sha256`` of its file. ``sources``: sha256 of every file of the
+    bundle that went into the plans. ``precision``: ``fp16``, or ``int8``: weights in 8 bits, activations in fp16
+    unless ``int8`` has ``scales_sha256``: with those scales the backbone's are in 8 bits too, but for the layers of ``keep``
+    (``auto``: those of too large an error). ``int8`` also has what stays ``fp16`` of ``projection`` and ``heads``.
+    ``weight_inputs``: of both plans, where their weights are ``streamed``; a plan has those of them that it has an input for.
+    ``features``: what was asked of the builder by name. ``versions``: of the programs that built it. ``logs``: by plan.
+    ``compression``: by plan, of those that aren't stored as TensorRT wrote them.
+    """
+
+    backend: str
+    backend_version: str
+    target: str
+    precision: str
+    weights: str
+    plan: str
+    heads_plan: str
+    graph_sha256: str
+    profiles: tuple[Profile, ...]
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+    warnings: tuple[str, ...]
+    variant: str
+    features: tuple[str, ...]
+    sources: Mapping[str, str]
+    versions: Mapping[str, str]
+    logs: Mapping[str, BuildLog]
+    weight_inputs: tuple[WeightInput, ...] = ()
+    compression: Mapping[str, Compression] = field(default_factory=dict)
+    int8: Mapping[str, Any] = field(default_factory=dict)
+    record_version: int = RECORD_VERSION
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+# What a record of version 1 didn't say: it was always built from the standard graph, which carries no rows.
+_ADDED_IN_2 = {"variant": "standard", "features": [], "sources": {}, "versions": {}, "logs": {}, "weight_inputs": []}
+
+
+def check_record_size(name: str, size: int) -> None:
+    """Refuse a record that is too large to be one before it is read.
+
+    Raises:
+        BundleIntegrityError: more than ``MAX_RECORD_BYTES``.
+    """
+    if size > MAX_RECORD_BYTES:
+        raise BundleIntegrityError(f"{name} is over the limit of {MAX_RECORD_BYTES} bytes", hint="don't use this bundle")
+
+
+def parse_engine_record(text: str | bytes) -> EngineRecord:
+    """Read a record, of this version or an older one.
+
+    Raises:
+        BundleSchemaError: not a record, or one of a newer program.
+    """
+    try:
+        raw: dict[str, Any] = json.loads(text)
+        version = raw["record_version"]
+        if isinstance(version, int) and version > RECORD_VERSION:
+            raise BundleSchemaError(
+                f"{RECORD_NAME} has version {version}; this program reads up to {RECORD_VERSION}", hint="upgrade medusa-deploy"
+            )
+        if version == 1:
+            profiles = [{"carried": [1, 1, 1], **entry} for entry in raw["profiles"]]
+            raw = {**_ADDED_IN_2, **raw, "profiles": profiles}
+        if version in (1, 2):
+            raw = {"compression": {}, **raw}
+        if version in (1, 2, 3):
+            raw = {**raw, "int8": {}, "record_version": RECORD_VERSION}
+        read = {
+            "profiles": tuple(Profile(entry["name"], *(_range(entry[axis]) for axis in _AXES)) for entry in raw["profiles"]),
+            "inputs": _tensors(raw["inputs"]),
+            "outputs": _tensors(raw["outputs"]),
+            "warnings": tuple(raw["warnings"]),
+            "features": tuple(raw["features"]),
+            "sources": {str(name): str(digest) for name, digest in raw["sources"].items()},
+            "versions": {str(name): str(version) for name, version in raw["versions"].items()},
+            "weight_inputs": parse_weight_inputs(raw["weight_inputs"]),
+            "logs": {name: BuildLog(**entry) for name, entry in raw["logs"].items()},
+            "compression": parse_compression(raw["compression"]),
+            "int8": dict(raw["int8"]),
+        }
+        return EngineRecord(**{**raw, **read})
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise BundleSchemaError(f"{RECORD_NAME} can't be read: {error}", hint="build the engine again") from None
+
+
+def _tensors(raw: list[dict[str, Any]]) -> tuple[TensorRecord, ...]:
+    return tuple(TensorRecord(entry["name"], entry["dtype"], tuple(map(int, entry["shape"]))) for entry in raw)
+
+
+def _range(value: Any) -> Range:
+    smallest, best, largest = map(int, value)
+    if not 1 <= smallest <= best <= largest:
+        raise ValueError(f"{value} is no range")
+    return smallest, best, largest

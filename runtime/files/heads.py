@@ -1,0 +1,121 @@
+"""The record that carries Medusa heads between the reader, the trainer and the exporter."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import HeadsError
+
+HeadKind = Literal["medusa", "grounded"]
+Projection = Literal["own", "shared", "pruned"]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadConfig:
+    """Shape of a set of heads.
+
+    ``kind``: ``medusa`` is the paper's form (arXiv 2401.10774, section 2.1.1): blocks ``x + SiLU(W x + b)`` over the
+    backbone's last hidden state. ``grounded`` feeds the first block the embedding of the root token too:
+    ``h + SiLU(W [h ; e(root)] + b)``; the root is the token that the step itself emits, so it is known when heads run.
+    ``projection``: ``own`` one per head, ``shared`` the backbone's, ``pruned`` one over a draft vocabulary.
+    """
+
+    kind: HeadKind
+    num_heads: int
+    num_layers: int
+    hidden_size: int
+    draft_vocab_size: int
+    projection: Projection
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSet:
+    """Heads as numpy arrays under canonical names.
+
+    ``head.{h}.layer.{l}.weight`` [H, H] ([H, 2H] in the first layer of grounded heads), ``head.{h}.layer.{l}.bias`` [H];
+    ``head.{h}.projection.weight`` [V', H] for own projections; ``token_map`` int64 [V'] (draft index to token id) when
+    the draft vocabulary is pruned; ``projection.weight`` [V', H] when one pruned projection serves all heads (absent:
+    the backbone's own rows at ``token_map``).
+    """
+
+    config: HeadConfig
+    tensors: Mapping[str, np.ndarray]
+
+    @property
+    def token_map(self) -> np.ndarray | None:
+        """Draft index to token id, int64 [V'], or None when the draft vocabulary is the backbone's."""
+        return self.tensors.get("token_map")
+
+    def layer(self, head: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Weight and bias of one residual block."""
+        return self.tensors[f"head.{head}.layer.{layer}.weight"], self.tensors[f"head.{head}.layer.{layer}.bias"]
+
+    def digest(self) -> str:
+        """Sha256 (hex) over names, types, shapes and bytes of all tensors: which heads these are."""
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            tensor = np.ascontiguousarray(self.tensors[name])
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+            digest.update(tensor.data)
+        return digest.hexdigest()
+
+    def validate(self) -> None:
+        """Check shapes and values against ``config``.
+
+        Raises:
+            HeadsError: a tensor is missing, has the wrong shape, or holds NaN or infinite values, or a projection is all zero.
+        """
+        for name, shape in expected_shapes(self.config, has_token_map=self.token_map is not None).items():
+            tensor = self.tensors.get(name)
+            if tensor is None:
+                raise HeadsError(f"heads lack the tensor {name}", hint="convert the heads again from their source")
+            if tensor.shape != shape:
+                raise HeadsError(f"{name} has shape {tensor.shape}, expected {shape}")
+        for name, tensor in self.tensors.items():
+            if tensor.dtype.kind != "f":
+                continue
+            if not np.isfinite(tensor).all():
+                raise HeadsError(
+                    f"{name} holds NaN or infinite values", hint="the heads' training diverged, or the file is damaged"
+                )
+            if name.endswith("projection.weight") and not tensor.any():
+                raise HeadsError(f"{name} is all zero", hint="the heads were never trained, or the file is a placeholder")
+
+
+def expected_shapes(config: HeadConfig, *, has_token_map: bool) -> dict[str, tuple[int, ...]]:
+    """Tensor names that must be there, with their shapes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    hidden = config.hidden_size
+    for head in range(config.num_heads):
+        for layer in range(config.num_layers):
+            width = 2 * hidden if config.kind == "grounded" and layer == 0 else hidden
+            shapes[f"head.{head}.layer.{layer}.weight"] = (hidden, width)
+            shapes[f"head.{head}.layer.{layer}.bias"] = (hidden,)
+        if config.projection == "own":
+            shapes[f"head.{head}.projection.weight"] = (config.draft_vocab_size, hidden)
+    if config.projection == "pruned" or has_token_map:
+        shapes["token_map"] = (config.draft_vocab_size,)
+    return shapes
+
+
+def config_from_json(raw: Mapping[str, Any]) -> HeadConfig:
+    """Read a :class:`HeadConfig` from its JSON form.
+
+    Raises:
+        HeadsError: a field is missing or has a value outside its range.
+    """
+    try:
+        config = HeadConfig(**{name: raw[name] for name in HeadConfig.__dataclass_fields__})
+    except KeyError as error:
+        raise HeadsError(f"heads config lacks the field {error}", hint="write it again with: medusa-deploy train") from None
+    if config.kind not in ("medusa", "grounded") or config.projection not in ("own", "shared", "pruned"):
+        raise HeadsError(f"unknown head kind {config.kind!r} or projection {config.projection!r}")
+    numbers = (config.num_heads, config.num_layers, config.hidden_size, config.draft_vocab_size)
+    if not all(isinstance(value, int) and value > 0 for value in numbers):
+        raise HeadsError(f"head counts and sizes must be positive integers, got {numbers}")
+    return config

@@ -1,0 +1,227 @@
+"""Medusa heads on disk, in this project's own layout: a folder with ``heads.safetensors`` and ``config.json``.
+
+``config.json`` holds ``format``, ``format_version`` and the fields of :class:`.heads.HeadConfig`; beside them may stand
+``tree`` (the choices that suit these heads), ``trees`` (more of them, by name), ``platt_scaling`` (for each head a slope and an
+offset: how sure it is against how often it is right), and whatever the maker wants to record (hit rates, the command and the
+data that made them). Heads of the second training stage need the adapter that they were trained with: it lies in ``adapter/``,
+the field ``adapter`` says so (:mod:`.adapter_file`), and the format version is 2, so that older programs refuse them. Tensors
+have the canonical names of :class:`.heads.HeadSet`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..drafting.draft import PlattScaling, parse_platt_scaling
+from ..errors import HeadsError, MissingDependencyError, TreeError
+from ..tree import Tree
+from .adapter_file import FIELD, FOLDER, Adapter, AdapterFiles, read_adapter
+from .bundle import staged_folder
+from .heads import HeadSet, config_from_json, expected_shapes
+from .json_file import read_json_file
+
+FORMAT = "medusa-deploy-heads"
+FORMAT_VERSION = 2
+_WITHOUT_ADAPTER = 1
+CONFIG_NAME = "config.json"
+TENSORS_NAME = "heads.safetensors"
+MAX_CONFIG_BYTES = 16 << 20
+_NUMPY_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "I64": "int64", "I32": "int32"}
+_AGAIN = "write the heads again, or copy the whole folder again"
+
+
+def write_heads(
+    heads: HeadSet,
+    folder: Path | str,
+    extra: Mapping[str, Any] | None = None,
+    force: bool = False,
+    adapter: AdapterFiles | None = None,
+) -> None:
+    """Write ``heads`` and what ``extra`` says about them into ``folder``, with the ``adapter`` they need; complete or not at all.
+
+    Raises:
+        HeadsError: the tensors don't match their config, or aren't finite; or ``extra`` has a field of the format, or
+            a bad scaling.
+        TreeError: a tree in ``extra`` breaks a rule, or is deeper than the heads.
+        BundleExistsError, OutputError: the folder can't be written.
+    """
+    check_tensors(heads)
+    version = _WITHOUT_ADAPTER if adapter is None else FORMAT_VERSION
+    config: dict[str, Any] = {"format": FORMAT, "format_version": version, **asdict(heads.config)}
+    if adapter is not None:
+        config[FIELD] = adapter.field()
+    taken = config.keys() & (extra or {}).keys()
+    if taken:
+        raise HeadsError(f"extra fields {sorted(taken)} are fields of the format", hint="give them other names")
+    config.update(extra or {})
+    named_trees(config, heads.config.num_heads)
+    platt_scaling(config, heads.config.num_heads)
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in heads.tensors.items()}
+    data = _safetensors().numpy.save(tensors, metadata={"format": FORMAT})
+    with staged_folder(Path(folder), force=force) as staging:
+        # safetensors' own save_file reports a full disk as an error of its own kind: write the bytes here.
+        (staging / TENSORS_NAME).write_bytes(data)
+        if adapter is not None:
+            adapter.write(staging / FOLDER)
+        (staging / CONFIG_NAME).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_heads_folder(folder: Path | str) -> HeadSet:
+    """Heads that :func:`write_heads` wrote, without the adapter that they may need: see :func:`open_heads_folder`."""
+    return open_heads_folder(folder)[0]
+
+
+def open_heads_folder(folder: Path | str) -> tuple[HeadSet, Adapter | None]:
+    """Read heads that :func:`write_heads` wrote, and find the adapter that they need.
+
+    Raises:
+        HeadsError: not such a folder, a newer format, a damaged file, tensors that don't match their config, or the adapter that
+            they need is missing or another.
+    """
+    folder = Path(folder)
+    raw = read_heads_config(folder)
+    config = config_from_json(raw)
+    adapter = read_adapter(folder, raw)
+    path = folder / TENSORS_NAME
+    if not path.is_file():
+        raise HeadsError(f"{path} is missing", hint=_AGAIN)
+    library = _safetensors()
+    try:
+        with library.safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
+            kinds = {name: str(file.get_slice(name).get_dtype()) for name in names}
+            unusable = sorted(name for name, kind in kinds.items() if kind not in _NUMPY_DTYPES)
+            if unusable:
+                raise HeadsError(
+                    f"{path.name} holds {unusable[0]} as {kinds[unusable[0]]}",
+                    hint=f"this layout knows {', '.join(_NUMPY_DTYPES)}",
+                )
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (library.SafetensorError, OSError) as error:
+        raise HeadsError(f"{path} can't be read: {error}", hint="the file is damaged or truncated: copy it again") from error
+    heads = HeadSet(config, tensors)
+    check_tensors(heads)
+    return heads, adapter
+
+
+def read_heads_config(folder: Path | str) -> dict[str, Any]:
+    """``config.json`` of a heads folder, its format and version checked.
+
+    Raises:
+        HeadsError: missing, not JSON, too large, of another format, or of a newer version.
+    """
+    config = read_json(Path(folder) / CONFIG_NAME)
+    if config.get("format") != FORMAT:
+        raise HeadsError(
+            f"{Path(folder) / CONFIG_NAME} has the format {config.get('format')!r}, not {FORMAT!r}",
+            hint="heads of other projects are read by: medusa-deploy export … --heads HEADS",
+        )
+    version = config.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise HeadsError(f"{CONFIG_NAME} has format_version {version!r}", hint=_AGAIN)
+    if version > FORMAT_VERSION:
+        raise HeadsError(
+            f"the heads have format version {version}; this program reads up to {FORMAT_VERSION}", hint="upgrade medusa-deploy"
+        )
+    return config
+
+
+def named_trees(config: Mapping[str, Any], num_heads: int) -> dict[str, list[list[int]]]:
+    """Choices of the trees in a heads config, by name; the field ``tree`` is the one named ``default``.
+
+    Raises:
+        HeadsError: the fields aren't lists of paths.
+        TreeError: a tree breaks a rule, or is deeper than the heads.
+    """
+    trees = config.get("trees", {})
+    if not isinstance(trees, Mapping):
+        raise HeadsError(f"trees is a {type(trees).__name__}, not an object of named trees", hint=_AGAIN)
+    trees = dict(trees)
+    if "tree" in config:
+        trees["default"] = config["tree"]
+    named = {}
+    for name, choices in trees.items():
+        if not isinstance(choices, list):
+            raise HeadsError(f"the tree {name!r} is a {type(choices).__name__}, not a list of paths", hint=_AGAIN)
+        tree = Tree.from_choices(choices)
+        if tree.depth > num_heads:
+            raise TreeError(
+                f"the tree {name!r} is {tree.depth} deep, and there are {num_heads} heads",
+                hint=f"drop its paths longer than {num_heads}",
+            )
+        named[name] = tree.choices()
+    return named
+
+
+def platt_scaling(config: Mapping[str, Any], num_heads: int) -> PlattScaling:
+    """Slope and offset of each head, from a heads config; empty when it doesn't say.
+
+    Raises:
+        HeadsError: the field isn't a list of as many pairs as there are heads, or a slope is negative.
+    """
+    try:
+        return parse_platt_scaling(config.get("platt_scaling", []), num_heads)
+    except ValueError as error:
+        raise HeadsError(str(error), hint="a list of pairs such as [0.7, -1.0], one a head") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from an untrusted file.
+
+    Raises:
+        HeadsError: missing, not a JSON object, or over ``MAX_CONFIG_BYTES``.
+    """
+    config = read_json_file(path, error=HeadsError, hint=_AGAIN, limit=MAX_CONFIG_BYTES, too_large="this is no config of heads")
+    if not isinstance(config, dict):
+        raise HeadsError(f"{path} is a JSON {type(config).__name__}, not an object", hint=_AGAIN)
+    return config
+
+
+def check_tensors(heads: HeadSet) -> None:
+    """:meth:`.heads.HeadSet.validate`, and: no tensor that the config doesn't explain, a usable ``token_map``.
+
+    Raises:
+        HeadsError: with the tensor's name.
+    """
+    heads.validate()
+    config, token_map = heads.config, heads.token_map
+    shapes = expected_shapes(config, has_token_map=token_map is not None)
+    if config.projection == "pruned":
+        shapes["projection.weight"] = (config.draft_vocab_size, config.hidden_size)
+    for name, tensor in heads.tensors.items():
+        if name not in shapes:
+            raise HeadsError(f"the heads hold {name}, which {config.kind} heads with a {config.projection} projection don't have")
+        if tensor.shape != shapes[name]:
+            raise HeadsError(f"{name} has shape {tensor.shape}, expected {shapes[name]}")
+        expected = "i" if name == "token_map" else "f"
+        if tensor.dtype.kind != expected:
+            raise HeadsError(f"{name} has the dtype {tensor.dtype}", hint="weights are floating point, token_map is int64")
+    if token_map is None:
+        return
+    if token_map.dtype != np.int64:
+        raise HeadsError(f"token_map has the dtype {token_map.dtype}, expected int64")
+    if config.projection == "shared":
+        raise HeadsError(
+            "token_map stands beside a shared projection", hint="a pruned draft vocabulary is the projection 'pruned'"
+        )
+    if token_map.min() < 0:
+        raise HeadsError(f"token_map holds the token id {token_map.min()}", hint="token ids start at 0")
+    if len(np.unique(token_map)) != len(token_map):
+        raise HeadsError("token_map holds a token id twice", hint="list every token id of the draft vocabulary once")
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError as error:
+        raise MissingDependencyError(
+            "safetensors isn't installed", hint="install it with: pip install 'medusa-deploy[export]'"
+        ) from error
+    return safetensors

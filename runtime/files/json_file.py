@@ -1,0 +1,26 @@
+"""Reading JSON that somebody else wrote: size checked first, every failure a named error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import DeployError
+
+
+def read_json_file(path: Path, *, limit: int, error: type[DeployError], hint: str, too_large: str | None = None) -> Any:
+    """What the file holds. ``limit`` is in bytes; ``too_large`` is the hint where it is exceeded (None: ``hint``).
+
+    Raises:
+        DeployError: an ``error``: missing or unreadable, over ``limit``, or not JSON.
+    """
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise error(f"{path} has {size} bytes, over the limit of {limit}", hint=too_large or hint)
+        return json.loads(path.read_bytes())
+    except OSError as failure:
+        raise error(f"{path} can't be read: {failure.strerror or failure}", hint=hint) from failure
+    except (ValueError, RecursionError) as failure:
+        raise error(f"{path} is not JSON: {failure}", hint=hint) from None

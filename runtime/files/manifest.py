@@ -1,0 +1,214 @@
+"""``manifest.json``: what a bundle is and which files belong to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeGuard
+
+from ..drafting.draft import PlattScaling, parse_platt_scaling
+from ..errors import BundleSchemaError, TreeError
+from ..tree import Tree
+
+SCHEMA_VERSION = 2
+MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneFacts:
+    """Sizes of the backbone that the runtime's buffers depend on."""
+
+    architecture: str
+    layers: int
+    hidden_size: int
+    attention_heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeadFacts:
+    """Number and form of the Medusa heads; ``top_k`` candidates leave the graph per head.
+
+    ``platt_scaling``: how sure each head is against how often it is right.
+    """
+
+    kind: str
+    num_heads: int
+    top_k: int
+    projection: str
+    draft_vocab_size: int
+    platt_scaling: PlattScaling = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """``capacity`` tokens a slot; ``cache_rows`` rows S of each cache; ``max_rows`` of a tree; ``batch`` slots at most."""
+
+    capacity: int
+    cache_rows: int
+    max_rows: int
+    batch: int
+    prefill_chunk: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextFacts:
+    """Paths of the tokenizer and the chat template in the bundle (None: the bundle speaks token ids), and special ids."""
+
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token: str | None = None
+    eos_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Size in bytes and sha256 (hex) of one file of the bundle."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A bundle's contents.
+
+    ``variants``: name to the step graph's relative path (``standard``, ``cpu``). ``engines``: target to the relative path of its
+    engine's record (:mod:`.engine_record`).
+    """
+
+    backbone: BackboneFacts
+    heads: HeadFacts
+    limits: Limits
+    text: TextFacts
+    dtype: str
+    variants: Mapping[str, str]
+    heads_graph: str
+    trees: Mapping[str, list[list[int]]]
+    default_tree: str
+    files: Mapping[str, FileRecord]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    engines: Mapping[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def tree(self, name: str | None = None) -> Tree:
+        """One of the bundle's trees, by default the default one, compiled and checked against the heads."""
+        choices = self.trees.get(name or self.default_tree)
+        if choices is None:
+            raise BundleSchemaError(
+                f"the bundle has no tree {name or self.default_tree!r}", hint=f"its trees: {', '.join(self.trees)}"
+            )
+        tree = Tree.from_choices(choices)
+        tree.check_fits(self.heads.num_heads, self.heads.top_k)
+        return tree
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def cpu_twin(graph: str) -> str:
+    """Path of the form of ``graph`` in the operators of ONNX Runtime's CPU provider, where there is one: of the heads' graph."""
+    return f"{graph.removesuffix('.onnx')}.cpu.onnx"
+
+
+def parse_manifest(text: str | bytes) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        BundleSchemaError: not JSON, a newer schema, or a missing, unknown or mistyped field.
+    """
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BundleSchemaError(f"{MANIFEST_NAME} is not JSON: {error}", hint="export the bundle again") from None
+    if not isinstance(raw, dict):
+        raise BundleSchemaError(f"{MANIFEST_NAME} is a {type(raw).__name__}, not an object", hint="export the bundle again")
+    version = raw.get("schema_version")
+    if not _is_int(version) or version < 1:
+        raise BundleSchemaError(f"{MANIFEST_NAME} has schema_version {version!r}", hint="export the bundle again")
+    if version > SCHEMA_VERSION:
+        raise BundleSchemaError(
+            f"the bundle has schema version {version}; this program reads up to {SCHEMA_VERSION}",
+            hint="upgrade medusa-deploy, or export the bundle again with this version",
+        )
+    try:
+        if version == 1:  # heads that nobody measured, and no engines
+            raw = {"engines": {}, **raw, "schema_version": SCHEMA_VERSION, "heads": {"platt_scaling": [], **raw["heads"]}}
+        heads = raw["heads"]
+        scaling = parse_platt_scaling(heads["platt_scaling"], heads["num_heads"])
+        manifest: Manifest = _record(
+            Manifest,
+            {
+                **raw,
+                "backbone": _record(BackboneFacts, raw["backbone"]),
+                "heads": _record(HeadFacts, {**heads, "platt_scaling": scaling}),
+                "limits": _record(Limits, raw["limits"]),
+                "text": _record(TextFacts, {**raw["text"], "eos_token_ids": tuple(raw["text"]["eos_token_ids"])}),
+                "files": {name: _record(FileRecord, entry) for name, entry in raw["files"].items()},
+            },
+        )
+        _check(manifest)
+    except (KeyError, TypeError, AttributeError, ValueError, TreeError) as error:
+        raise BundleSchemaError(f"{MANIFEST_NAME} breaks the schema: {error}", hint="export the bundle again") from None
+    return manifest
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# By annotation; records, and lists inside trees, are checked where they are built.
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    "int": _is_int,
+    "str": lambda value: isinstance(value, str),
+    "str | None": lambda value: value is None or isinstance(value, str),
+    "tuple[int, ...]": lambda value: all(_is_int(item) for item in value),
+    "Mapping[str, Any]": lambda value: isinstance(value, dict),
+    "Mapping[str, str]": lambda value: isinstance(value, dict) and all(isinstance(item, str) for item in value.values()),
+    "Mapping[str, list[list[int]]]": lambda value: (
+        isinstance(value, dict) and all(isinstance(item, list) for item in value.values())
+    ),
+}
+
+
+def _record(kind: type[Any], raw: Mapping[str, Any]) -> Any:
+    """A dataclass from an object with exactly its fields, each of its annotated type."""
+    fields = kind.__dataclass_fields__
+    different = set(raw) ^ set(fields)
+    if different:
+        raise ValueError(f"missing or unknown field {sorted(different)} in {kind.__name__}")
+    for name, value in raw.items():
+        is_valid = _TYPES.get(fields[name].type)
+        if is_valid is not None and not is_valid(value):
+            raise ValueError(f"{kind.__name__}.{name} is {value!r}, not of type {fields[name].type}")
+    return kind(**raw)
+
+
+def _check(manifest: Manifest) -> None:
+    """Rules between fields; raises ValueError or TreeError."""
+    graphs = [*manifest.variants.values(), *manifest.engines.values(), manifest.heads_graph]
+    names = [*graphs, manifest.text.tokenizer, manifest.text.chat_template]
+    missing = [name for name in names if name is not None and name not in manifest.files]
+    if missing or "standard" not in manifest.variants:
+        raise ValueError(f"it names files that it doesn't list: {missing or 'the standard graph'}")
+    if manifest.default_tree not in manifest.trees:
+        raise ValueError(f"its default tree {manifest.default_tree!r} is none of its trees")
+    limits, heads = manifest.limits, manifest.heads
+    records = (asdict(manifest.backbone), asdict(heads), asdict(limits))
+    small = [name for record in records for name, value in record.items() if isinstance(value, int) and value < 1]
+    if small or manifest.dtype not in ("float32", "float16"):
+        raise ValueError(f"sizes below 1: {small}" if small else f"unknown dtype {manifest.dtype!r}")
+    if limits.cache_rows < heads.num_heads + limits.capacity + limits.max_rows:
+        raise ValueError(
+            f"{limits.cache_rows} cache rows can't hold {limits.capacity} tokens and {limits.max_rows} rows of a step"
+        )
+    for name in manifest.trees:
+        rows = manifest.tree(name).rows
+        if rows > limits.max_rows:
+            raise ValueError(f"the tree {name!r} has {rows} rows, over the limit of {limits.max_rows}")

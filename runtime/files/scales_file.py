@@ -1,0 +1,219 @@
+"""``scales.json``: the int8 scales of a model's activations and weights, and what they were measured on.
+
+Scales are symmetric: a value is ``scale`` times an integer in −127 … 127, and the zero point is 0. Layers are products (MatMul or
+Gemm) with a constant weight, by the names of their nodes; activations have the names of tensors. Both are those of the bundle's
+standard graph, and of its device graph, which engines are built of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from ..errors import ScalesError, ScalesMismatchError
+from .json_file import read_json_file
+from .manifest import Manifest
+
+SCHEMA_VERSION = 2
+LEVELS = 127
+BLOCK = 64
+GRIDS = ("block", "tensor")
+"""How int8 products hold their values. ``block``: a scale for every 64 channels of a row, and for every 64 inputs of an output
+channel of the weight. ``tensor``: one scale for the whole activation, and one for every output channel.
+"""
+SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
+MAX_SCALES_BYTES = 1 << 30
+_HINT = "make scales with: medusa-deploy calibrate BUNDLE --data FILE -o scales.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A product: the activation [.., C] that it reads, its weight, and the weight's axis (0 or 1) of output channels."""
+
+    activation: str
+    weight: str
+    axis: int
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationScale:
+    """One scale for the whole activation.
+
+    ``scale``: the range that isn't clipped, in 127 steps. ``largest``: magnitude seen in ``rows`` vectors. ``clipped``: share of
+    the values beyond the range, ``zeroed``: of those whose int8 value is 0. ``relative_error``: rms error of the int8 values over
+    the values' rms, which a few huge ones may dominate. ``channel_maxima`` float32 [C]: the largest magnitude of every channel.
+    """
+
+    scale: float
+    largest: float
+    rows: int
+    clipped: float
+    zeroed: float
+    relative_error: float
+    channel_maxima: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Smoothing:
+    """Products read an activation divided by ``factors`` float32 [C], channel by channel; their weights are multiplied with them.
+
+    ``alpha``: that the factors were made with; None leaves the activation as it is, and all factors are 1. ``error``: mean over
+    rows of ‖y - y_int8‖² / ‖y‖² of the activation's products with them, ``unsmoothed_error`` without.
+    """
+
+    alpha: float | None
+    error: float
+    unsmoothed_error: float
+    factors: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """What int8 needs to know of a model.
+
+    ``smoothing``: by activation and grid (one of ``GRIDS``), for those that can be smoothed; a norm's weight, or the weight of an
+    MLP's up product, takes 1/factors. Scales and maxima of activations and weights are those of the model as it is, unsmoothed.
+    ``weights``: (name, axis) to scales float32, one an output channel. ``method``: how ranges of activations were chosen.
+    ``provenance``: ``model_sha256`` (:func:`model_digest`), ``data_sha256`` of the prompts' token ids, prompts, rows, versions.
+    """
+
+    method: str
+    layers: Mapping[str, Layer]
+    activations: Mapping[str, ActivationScale]
+    weights: Mapping[tuple[str, int], np.ndarray]
+    provenance: Mapping[str, Any]
+    smoothing: Mapping[str, Mapping[str, Smoothing]] = field(default_factory=dict)
+
+    def of_layer(self, name: str) -> tuple[ActivationScale, np.ndarray]:
+        """Scales of a layer's activation, and of its weight.
+
+        Raises:
+            ScalesError: there are none for a layer of this name.
+        """
+        layer = self.layers.get(name)
+        if layer is None:
+            raise ScalesError(
+                f"there are no scales for the layer {name!r}: {len(self.layers)} others have them",
+                hint=f"its weight isn't constant, or the graph is another one. {_HINT}",
+            )
+        return self.activations[layer.activation], self.weights[layer.weight, layer.axis]
+
+    def to_json(self) -> str:
+        """The file's text."""
+        activations = {
+            name: {**asdict(entry), "channel_maxima": _numbers(entry.channel_maxima)} for name, entry in self.activations.items()
+        }
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            "method": self.method,
+            "provenance": dict(self.provenance),
+            "layers": {name: asdict(layer) for name, layer in self.layers.items()},
+            "activations": activations,
+            "weights": [{"name": name, "axis": axis, "scales": _numbers(s)} for (name, axis), s in self.weights.items()],
+            "smoothing": {
+                name: {grid: _smoothing_json(entry) for grid, entry in grids.items()} for name, grids in self.smoothing.items()
+            },
+        }
+        return json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def model_digest(manifest: Manifest) -> str:
+    """Which model: sha256 (hex) over the standard graph's hash and those of the other files in its folder that aren't graphs.
+
+    Engines, tokenizers and what lies in folders below may be added or changed without another model coming of it.
+    """
+    standard = manifest.variants["standard"]
+    folder = PurePosixPath(standard).parent
+    names = [name for name in manifest.files if PurePosixPath(name).parent == folder and not name.endswith(".onnx")]
+    hashes = [manifest.files[name].sha256 for name in (standard, *sorted(names))]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
+def read_scales(path: Path | str, manifest: Manifest) -> Scales:
+    """Read scales that were measured on the model of the bundle with this ``manifest``.
+
+    Raises:
+        ScalesError: no such file, too large, not JSON, a newer schema, or a field that breaks a rule.
+        ScalesMismatchError: another model's.
+    """
+    path = Path(path)
+    raw = read_json_file(path, limit=MAX_SCALES_BYTES, error=ScalesError, hint=_HINT)
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise ScalesError(
+            f"{path} has schema version {version}; this program reads up to {SCHEMA_VERSION}", hint="upgrade medusa-deploy"
+        )
+    try:
+        scales = _parse(raw)
+        found = scales.provenance["model_sha256"]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ScalesError(f"{path} holds no scales: {error!r:.200}", hint=_HINT) from None
+    expected = model_digest(manifest)
+    if found != expected:
+        raise ScalesMismatchError(
+            f"{path} was measured on the model {str(found)[:16]}…, the bundle holds {expected[:16]}…",
+            hint=f"scales fit one model only. {_HINT}",
+        )
+    return scales
+
+
+def _parse(raw: Any) -> Scales:
+    """Raises what the wrong type or value at some place raises."""
+    version = raw["schema_version"]
+    if version not in (1, SCHEMA_VERSION):
+        raise ValueError(f"schema_version is {version!r}")
+    layers = {name: Layer(**entry) for name, entry in raw["layers"].items()}
+    activations = {
+        name: ActivationScale(**{**entry, "channel_maxima": _array(entry["channel_maxima"], 0.0)})
+        for name, entry in raw["activations"].items()
+    }
+    weights = {(entry["name"], entry["axis"]): _array(entry["scales"], SMALLEST_SCALE) for entry in raw["weights"]}
+    for name, layer in layers.items():
+        if layer.activation not in activations or (layer.weight, layer.axis) not in weights:
+            raise ValueError(f"the layer {name} has no scales")
+    for name, activation in activations.items():
+        if not SMALLEST_SCALE <= activation.scale < np.inf:
+            raise ValueError(f"the scale of {name} is {activation.scale!r}")
+    smoothing = {
+        name: {grid: _smoothing(grids[grid], len(activations[name].channel_maxima)) for grid in GRIDS}
+        for name, grids in (raw["smoothing"] if version > 1 else {}).items()
+    }
+    return Scales(str(raw["method"]), layers, activations, weights, dict(raw["provenance"]), smoothing)
+
+
+def _smoothing(entry: Any, channels: int) -> Smoothing:
+    """Factors that are all 1 are left out of the file."""
+    found = Smoothing(**{**entry, "factors": _array(entry.get("factors", [1.0] * channels), SMALLEST_SCALE)})
+    if len(found.factors) != channels or (found.alpha is None) != ("factors" not in entry):
+        raise ValueError(
+            f"a smoothing has alpha {found.alpha!r} and {len(found.factors)} factors for {channels} channels"
+        )
+    bounds = ((found.alpha or 0.0, 1.0), (found.error, np.inf), (found.unsmoothed_error, np.inf))
+    if not all(0 <= value <= most and np.isfinite(value) for value, most in bounds):
+        raise ValueError(f"a smoothing has alpha {found.alpha!r} and errors {found.error!r}, {found.unsmoothed_error!r}")
+    return found
+
+
+def _smoothing_json(smoothing: Smoothing) -> dict[str, Any]:
+    content = asdict(smoothing)
+    factors = content.pop("factors")
+    return content if smoothing.alpha is None else {**content, "factors": _numbers(factors)}
+
+
+def _array(values: Any, least: float) -> np.ndarray:
+    with np.errstate(over="ignore"):  # to infinity, refused below
+        array = np.array(values, np.float32)
+    if array.ndim != 1 or not array.size or not np.isfinite(array).all() or array.min() < np.float32(least):
+        raise ValueError(f"{values!r:.60} is no list of finite numbers from {least:g}")
+    return array
+
+
+def _numbers(array: np.ndarray) -> list[float]:
+    """Numbers with as many digits as a float32 needs to be read back unchanged."""
+    return [float(f"{value:.9g}") for value in array.tolist()]

@@ -1,0 +1,116 @@
+"""Acceptance on the host: which drafted rows survive, and what is emitted. The graph does it itself for plain argmax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..sampling import SamplingParams, draw, scores, uniform, weights
+
+_ENTROPY_FLOOR = 1e-5
+"""Added to probabilities inside the entropy's logarithm, as in the reference."""
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """``path``: the accepted rows from below the root down. ``tokens``: theirs, then the one that follows them."""
+
+    path: tuple[int, ...]
+    tokens: list[int]
+
+
+def accept(
+    params: SamplingParams,
+    parents: np.ndarray,
+    tokens: np.ndarray,
+    logits: np.ndarray,
+    history_tokens: Sequence[int],
+    prompt_length: int,
+) -> Acceptance:
+    """Walk the tree with the backbone's logits.
+
+    ``parents`` int64 [N]: row to parent row, parents before children. ``tokens`` int64 [≥ N] and ``logits`` [≥ N, V]: of each
+    row; the root's token is the last of ``history_tokens``, the first ``prompt_length`` of which are the prompt.
+    Padding rows past N are never looked at.
+
+    Raises:
+        NumericsError: a visited row holds NaN or infinite logits.
+    """
+    step = _Step(params, parents, tokens, logits, list(history_tokens), prompt_length)
+    if params.mode == "typical":
+        return step.typical()
+    return step.match(step.most_likely if params.mode == "greedy" else step.drawn)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One sequence's rows of one step."""
+
+    params: SamplingParams
+    parents: np.ndarray
+    tokens: np.ndarray
+    logits: np.ndarray
+    history: list[int]
+    prompt_length: int
+
+    def match(self, choose: Callable[[int, list[int]], int]) -> Acceptance:
+        """Choose the next token at the current row; descend while a child carries it, else emit it and stop.
+
+        Every emitted token is chosen from the backbone's own distribution at its row, so the draft changes how many tokens a
+        step emits and never which (the argument of arXiv 2305.09781, section 4.3).
+        """
+        row = 0
+        path: list[int] = []
+        chosen: list[int] = []
+        while True:
+            token = choose(row, chosen)
+            chosen.append(token)
+            matching = np.flatnonzero((self.parents == row) & (self.tokens[: len(self.parents)] == token))
+            if not len(matching):
+                return Acceptance(tuple(path), chosen)
+            row = int(matching[0])
+            path.append(row)
+
+    def most_likely(self, row: int, before: list[int]) -> int:
+        """The token of the largest score at ``row``; the lowest id of equal ones."""
+        return int(self._scores(row, before).argmax())
+
+    def drawn(self, row: int, before: list[int]) -> int:
+        """A token drawn at ``row`` with the uniform number of its position."""
+        assert self.params.seed is not None, "a request's parameters are resolved before its first step"
+        position = len(self.history) + len(before)
+        return draw(weights(self.params, self._scores(row, before)), uniform(self.params.seed, position))
+
+    def typical(self) -> Acceptance:
+        """Medusa's acceptance: the deepest path whose tokens are likely enough, ties by the larger sum of log p; then argmax.
+
+        A token is likely enough when p > min(ε, δ·exp(-H)), with p and H those of its parent's row.
+        """
+        params = self.params
+        paths: dict[int, tuple[int, ...]] = {0: ()}
+        values: dict[int, float] = {0: 0.0}
+        for row in range(len(self.parents)):
+            children = np.flatnonzero(self.parents == row)
+            if row not in paths or not len(children):
+                continue
+            weighed = weights(params, self._scores(row, self._tokens(paths[row])))
+            probabilities = weighed / weighed.sum(dtype=np.float64)
+            entropy = -float(np.sum(probabilities * np.log(probabilities + _ENTROPY_FLOOR)))
+            threshold = min(params.typical_epsilon, params.typical_delta * math.exp(-entropy))
+            for child in children.tolist():
+                p = float(probabilities[self.tokens[child]])
+                if p > threshold:
+                    paths[child] = (*paths[row], child)
+                    values[child] = values[row] + math.log(p)
+        last = max(paths, key=lambda row: (len(paths[row]), values[row], -row))
+        accepted = self._tokens(paths[last])
+        return Acceptance(paths[last], [*accepted, self.most_likely(last, accepted)])
+
+    def _scores(self, row: int, before: list[int]) -> np.ndarray:
+        return scores(self.params, self.logits[row], self.history + before, self.prompt_length)
+
+    def _tokens(self, path: tuple[int, ...]) -> list[int]:
+        return [int(self.tokens[row]) for row in path]

@@ -1,0 +1,81 @@
+"""Prompts to token ids: the tokenizer and the chat template that came with a checkpoint."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import PromptError
+from ..files.manifest import TextFacts
+from ..request import Message, Request
+
+
+class PromptEncoder:
+    """Encodes requests. ``path``: where a file that ``text`` names is. Files are read when they are first needed."""
+
+    def __init__(self, text: TextFacts, vocab_size: int, path: Callable[[str], Path]) -> None:
+        self.text, self.vocab_size = text, vocab_size
+        self._path = path
+        self._codec: Any = None
+        self._template: Any = None
+
+    @property
+    def codec(self) -> Any:
+        """The tokenizer (:class:`.tokenizer.TextCodec`), or None where there are token ids only."""
+        if self._codec is None and self.text.tokenizer is not None:
+            from .tokenizer import TextCodec
+
+            self._codec = TextCodec(self._path(self.text.tokenizer))
+        return self._codec
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Messages through the chat template, ready for an answer.
+
+        Raises:
+            PromptError: there is no chat template, or a message is malformed.
+            TemplateError: the template fails.
+        """
+        if self.text.chat_template is None:
+            raise PromptError("the bundle has no chat template", hint="give prompt=… or token_ids=… instead of messages")
+        if self._template is None:
+            from .template import ChatTemplate
+
+            source = self._path(self.text.chat_template).read_text("utf-8")
+            special = {"bos_token": self.text.bos_token or "", "eos_token": self.text.eos_token or ""}
+            self._template = ChatTemplate(source, **special)
+        return str(self._template.render(messages))
+
+    def encode(self, request: Request) -> list[int]:
+        """The request's prompt as token ids.
+
+        Raises:
+            PromptError: not exactly one kind of prompt, an empty one, ids outside the vocabulary, or text without a tokenizer.
+        """
+        given = [name for name in ("prompt", "messages", "token_ids") if getattr(request, name) is not None]
+        if len(given) != 1:
+            raise PromptError(f"got {given or 'no prompt'}", hint="give exactly one of prompt, messages and token_ids")
+        if request.token_ids is not None:
+            ids = _integers(request.token_ids)
+        elif self.codec is None:
+            raise PromptError("the bundle has no tokenizer", hint="give token_ids=…")
+        else:
+            text = self.render(request.messages) if request.messages is not None else request.prompt
+            # A chat template writes its own special tokens; a plain prompt gets the tokenizer's.
+            ids = self.codec.encode(text, add_special_tokens=request.messages is None)
+        if not ids:
+            raise PromptError("the prompt is empty", hint="give at least one token")
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise PromptError(
+                f"token ids must be in 0 … {self.vocab_size - 1}, got {min(ids)} … {max(ids)}",
+                hint="use the bundle's own tokenizer",
+            )
+        return ids
+
+
+def _integers(token_ids: Sequence[int]) -> list[int]:
+    try:
+        return [operator.index(token) for token in token_ids]
+    except TypeError:
+        raise PromptError(f"token_ids is {str(token_ids)[:80]}", hint="token_ids is a list of integers") from None

@@ -1,0 +1,151 @@
+"""Chat templates: untrusted Jinja text from a checkpoint, rendered by minijinja under a budget."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from ..errors import MissingDependencyError, PromptError, TemplateError
+
+MAX_TEMPLATE_CHARS = 1 << 20
+MAX_OUTPUT_CHARS = 4 << 20
+FUEL = 2_000_000
+"""minijinja's unit: about one for an instruction and one for 64 bytes of a new string. Spent in about a second."""
+
+_GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+
+
+class ChatTemplate:
+    """A compiled chat template, with the functions and the whitespace rules that ``transformers`` gives to templates.
+
+    A template reads the messages and nothing else: no files, no Python objects. Its running time is bounded by ``FUEL``, except
+    for lists nested in themselves many times over, so a template from an unknown source deserves a look.
+
+    Raises:
+        TemplateError: too long, or not valid Jinja.
+        MissingDependencyError: ``minijinja`` isn't installed.
+    """
+
+    def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
+        try:
+            import minijinja
+        except ImportError:
+            raise MissingDependencyError(
+                "chat messages need the package minijinja", hint="pip install 'medusa-deploy[cpu]', or give a prompt"
+            ) from None
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise TemplateError(
+                f"the chat template has {len(source)} characters, over the limit of {MAX_TEMPLATE_CHARS}",
+                hint="don't use this bundle",
+            )
+        self._special = {"bos_token": bos_token, "eos_token": eos_token}
+        self._errors = minijinja.TemplateError
+        self._environment = minijinja.Environment(
+            fuel=FUEL, debug=False, pycompat=True, trim_blocks=True, lstrip_blocks=True, auto_escape_callback=lambda _name: False
+        )
+        self._environment.add_global("raise_exception", _raise_exception)
+        self._environment.add_global("strftime_now", _strftime_now)
+        self._environment.add_filter("tojson", _tojson)
+        try:
+            self._environment.add_template("chat", _GENERATION.sub(_without_generation, source))
+        except self._errors as error:
+            raise TemplateError(
+                f"line {error.line} of the chat template: {error.detail or error.kind}",
+                hint="correct the template, and export again",
+            ) from None
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text of ``messages`` up to where the assistant's answer begins.
+
+        Raises:
+            PromptError: the messages are not a list of objects with a ``role`` and a ``content``.
+            TemplateError: the template refuses the messages, fails, or exceeds its budget.
+        """
+        check_messages(messages)
+        plain = [dict(message) for message in messages]
+        try:
+            text: str = self._environment.render_template(
+                "chat", messages=plain, tools=None, documents=None, add_generation_prompt=True, **self._special
+            )
+        except _RefusedError as error:
+            raise TemplateError(
+                f"the chat template refuses the messages: {error}", hint="change the messages accordingly"
+            ) from None
+        except self._errors as error:
+            if error.kind == "OutOfFuel":
+                raise TemplateError(
+                    f"the chat template used up its budget of {FUEL} units",
+                    hint="shorten the messages, or correct the template's loops",
+                ) from None
+            raise TemplateError(
+                f"line {error.line} of the chat template: {error.detail or error.kind}",
+                hint="correct the template, or give a prompt instead of messages",
+            ) from None
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise TemplateError(
+                f"the chat template calls a function wrongly: {error}",
+                hint="correct the template, or give a prompt instead of messages",
+            ) from None
+        if len(text) > MAX_OUTPUT_CHARS:
+            raise TemplateError(
+                f"the chat template made {len(text)} characters, over the limit of {MAX_OUTPUT_CHARS}",
+                hint="shorten the messages",
+            )
+        return text
+
+
+def check_messages(messages: object) -> None:
+    """Refuse what isn't a list of chat messages.
+
+    Raises:
+        PromptError: naming the message by its index.
+    """
+    hint = 'messages are a list such as [{"role": "user", "content": "Hello"}]'
+    if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
+        raise PromptError(f"messages are of type {type(messages).__name__}", hint=hint)
+    if not messages:
+        raise PromptError("there are no messages", hint=hint)
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise PromptError(f"message {index} is of type {type(message).__name__}", hint=hint)
+        for name in ("role", "content"):
+            if name not in message:
+                raise PromptError(f"message {index} has no {name}", hint=hint)
+        for name, value in message.items():
+            if not isinstance(name, str) or not isinstance(value, str):
+                raise PromptError(f"{name!r} of message {index} is of type {type(value).__name__}, not a string", hint=hint)
+        if not message["role"]:
+            raise PromptError(f"the role of message {index} is empty", hint=hint)
+
+
+class _RefusedError(Exception):
+    """Carries a template's own message through minijinja."""
+
+
+def _raise_exception(message: object) -> NoReturn:
+    raise _RefusedError(str(message))
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().astimezone().strftime(pattern)
+
+
+def _tojson(
+    value: Any,
+    *,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # The built-in filter escapes <, > and & for HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _without_generation(match: re.Match[str]) -> str:
+    """``generation`` blocks mark the assistant's text for training; here they are plain blocks."""
+    start, end, stop = match.groups()
+    return f"{start}{'endif' if end else 'if true'}{stop}"
