@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from medusa_deploy.export.safetensors_header import header_bytes
+from medusa_deploy.export.backbone.safetensors_header import header_bytes
 from medusa_deploy.runtime.files.heads import HeadConfig
 from medusa_deploy.runtime.files.heads_file import FORMAT, FORMAT_VERSION
 

@@ -25,7 +25,7 @@ from path_training import FrozenHeads, PathHeads, Schedule, train_inputs
 from medusa_deploy.calibration.examples import Examples, load_examples
 from medusa_deploy.calibration.hit_rates import Hits, platt_scaling
 from medusa_deploy.calibration.sequences import load_sequences
-from medusa_deploy.export.backbone import load_module
+from medusa_deploy.export.backbone.backbone import load_module
 from medusa_deploy.runtime.drafting.hits import NO_LABEL
 from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.runtime.files.heads_file import read_heads_folder

@@ -26,7 +26,7 @@ class Graph:
     def __init__(self, bundle: Bundle) -> None:
         import onnx_ir as ir
 
-        from medusa_deploy.export.w8a8 import parts
+        from medusa_deploy.export.quantise.w8a8 import parts
 
         self.path = bundle.path(bundle.manifest.variants["standard"])
         layout = ort_model(bundle, 1, "standard").layout

@@ -129,7 +129,7 @@ def measure(system: System, name: str, judge: Judge, args: argparse.Namespace) -
 
 
 def _w8a8(args: argparse.Namespace, _judge: Judge, _name: str, keep: list[str] | None) -> tuple[Logits, dict[str, Any]]:
-    from medusa_deploy.export.w8a8_variant import write_w8a8_variant
+    from medusa_deploy.export.quantise.w8a8_variant import write_w8a8_variant
 
     bundle = open_bundle(args.bundle)
     scales = read_scales(args.scales, bundle.manifest)
@@ -140,7 +140,7 @@ def _w8a8(args: argparse.Namespace, _judge: Judge, _name: str, keep: list[str] |
 
 
 def _quantise(args: argparse.Namespace, _judge: Judge, name: str, bits: int, rounding: str) -> tuple[Logits, dict[str, Any]]:
-    from medusa_deploy.export.quantise_cpu import CpuPrecision
+    from medusa_deploy.export.quantise.cpu import CpuPrecision
     from medusa_deploy.tools.quantise import quantise as put
 
     precision = CpuPrecision(layers=bits, projection=32, heads=32, block=args.block)

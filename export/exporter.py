@@ -23,17 +23,17 @@ from ..runtime.files.bundle import record_files, sha256, staged_folder
 from ..runtime.files.heads import HeadConfig, HeadSet
 from ..runtime.files.manifest import MANIFEST_NAME, BackboneFacts, HeadFacts, Limits, Manifest, TextFacts
 from ..runtime.tree import Tree
-from .backbone import DTYPES, Backbone, load_backbone
-from .check import CheckReport, check_executor
-from .cpu_products import plain_step_bytes
-from .device_executor import DeviceGraphExecutor
+from .backbone.backbone import DTYPES, Backbone, load_backbone
+from .backbone.linked import load_linked_backbone, prune_projection
+from .backbone.tokenizer import write_text_files
+from .estimate import DEFAULT_TREE, bundle_trees, refuse_linked_adapter, tree_rows
 from .graphs import HEADS_GRAPH, write_graphs
-from .head_layouts import check_fit, read_heads
-from .heads import HeadStack
-from .linked import load_linked_backbone, prune_projection
-from .linked_check import check_linked
-from .plan import DEFAULT_TREE, bundle_trees, refuse_linked_adapter, tree_rows
-from .tokenizer import write_text_files
+from .heads.layouts import check_fit, read_heads
+from .heads.module import HeadStack
+from .passes.matmuls import plain_step_bytes
+from .proof.check import CheckReport, check_executor
+from .proof.device_executor import DeviceGraphExecutor
+from .proof.linked_check import check_linked
 
 Report = Callable[[str], None]
 ONNX = "onnx"
@@ -59,7 +59,7 @@ def export_bundle(
 ) -> dict[str, Any]:
     """Write a bundle and return what was measured on the way.
 
-    ``heads``: a file or folder in any layout of :mod:`.head_layouts`; None exports the backbone alone (it decodes plainly).
+    ``heads``: a file or folder in any layout of :mod:`.layouts`; None exports the backbone alone (it decodes plainly).
     An adapter that the heads were trained with is merged into the backbone.
     ``weights``: ``copied`` into the bundle in the layout that engines like best, or ``linked``: the checkpoint's own safetensors
     become files of the bundle (hard links where the file system has them) and are never in memory as a whole.

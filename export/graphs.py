@@ -8,12 +8,12 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..runtime.files.manifest import cpu_twin
-from .backbone import Backbone
-from .cpu_heads import narrow_heads
-from .heads import HeadStack
-from .lower import drop_closing, lower_cpu, lower_device, lower_standard
-from .screen import screen
-from .trace import trace_heads, trace_step
+from .backbone.backbone import Backbone
+from .heads.module import HeadStack
+from .passes.cpu_heads import narrow_heads
+from .passes.lower import drop_closing, lower_cpu, lower_device, lower_standard
+from .passes.screen import screen
+from .trace.trace import trace_heads, trace_step
 from .weights import WeightsFile
 
 HEADS_GRAPH = "heads.onnx"

@@ -159,10 +159,10 @@ def _in_runtime(plan: AnswerPlan, heads: Path | None) -> Backbone:
 
 def _in_torch(plan: AnswerPlan, heads: Path | None) -> Backbone:
     from ..calibration.torch_answerer import TorchAnswerer
-    from ..export.adapter import backbone_digest, merge_adapter
-    from ..export.backbone import load_module
-    from ..export.head_layouts import read_heads
-    from ..export.tokenizer import write_text_files
+    from ..export.backbone.adapter import backbone_digest, merge_adapter
+    from ..export.backbone.backbone import load_module
+    from ..export.backbone.tokenizer import write_text_files
+    from ..export.heads.layouts import read_heads
     from ..runtime.text.encoder import PromptEncoder
 
     module = load_module(plan.model, "fp32")

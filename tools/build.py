@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from .console import add_json_argument, positive_int
 
 if TYPE_CHECKING:
-    from ..export.engine_plan import EngineOptions, EnginePlan
-    from ..export.plan import ExportPlan
+    from ..export.engines.options import EngineOptions, EnginePlan
+    from ..export.estimate import ExportPlan
 
 HELP = "build TensorRT engines into a bundle, one plan a GPU architecture"
 _FEATURES = {
@@ -67,9 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The verb."""
-    from ..export.engine import build_engines, plan_engines
-    from ..export.engine_plan import EngineOptions
-    from ..export.w8a8 import Int8Options
+    from ..export.engines.build import build_engines, plan_engines
+    from ..export.engines.options import EngineOptions
+    from ..export.quantise.w8a8 import Int8Options
     from .console import Progress, emit, say
 
     options = EngineOptions(
@@ -128,7 +128,7 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def _check_before_export(args: argparse.Namespace, options: EngineOptions) -> None:
     """What is wrong with a target or feature is said before minutes of export."""
-    from ..export.engine import check_engines
+    from ..export.engines.build import check_engines
     from ..runtime.files.bundle import refuse_existing
     from .extras import quiet_libraries, require
 
@@ -148,7 +148,7 @@ def _export(args: argparse.Namespace, model: dict[str, Any], report: Callable[[s
 
 
 def _dry_run_of_model(args: argparse.Namespace, options: EngineOptions, model: dict[str, Any]) -> None:
-    from ..export.plan import plan_export
+    from ..export.estimate import plan_export
     from .console import emit
 
     _check_before_export(args, options)

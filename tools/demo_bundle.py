@@ -49,7 +49,7 @@ def ensure_int8(build: Path, bundle: Path) -> None:
     """Add the variant of 8-bit weights to the bundle, unless it has one, with scales that are measured now.
 
     Raises:
-        CalibrationError, QuantisationError, OutputError: see :func:`.calibrate.calibrate` and :func:`.quantise.quantise`.
+        CalibrationError, QuantisationError, OutputError: see :func:`.calibrate.calibrate` and :func:`.engine_weights.quantise`.
     """
     from ..runtime.files.bundle import open_bundle
     from .calibrate import calibrate

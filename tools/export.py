@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .console import add_json_argument, positive_int
 
 if TYPE_CHECKING:
-    from ..export.plan import ExportPlan
+    from ..export.estimate import ExportPlan
 
 HELP = "trace a checkpoint with its Medusa heads into a bundle, and check it against the torch module"
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in ("dtype", "weights", "capacity", "batch", "top_k", "max_rows")}
     options["tree"] = None if args.tree is None else read_tree_file(args.tree)
     if args.dry_run:
-        from ..export.plan import plan_export
+        from ..export.estimate import plan_export
 
         plan = plan_export(args.model, args.heads, **options)
         _warn(plan.warnings)

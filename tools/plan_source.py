@@ -51,8 +51,8 @@ def source_of_model(folder: Path) -> Source:
 
     require("export")
     quiet_libraries()
-    from ..export.backbone import backbone_shape, load_config
-    from ..export.plan import empty_module
+    from ..export.backbone.backbone import backbone_shape, load_config
+    from ..export.estimate import empty_module
 
     config = load_config(folder, 1)
     module = empty_module(config)

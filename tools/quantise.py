@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..export.quantise_cpu import CpuPrecision, CpuReport, Made
+    from ..export.quantise.cpu import CpuPrecision, CpuReport, Made
     from ..runtime.files.bundle import Bundle
     from ..runtime.files.scales_file import Scales
     from .console import Progress
@@ -56,9 +56,9 @@ def quantise(
     from .extras import require
 
     require("calibrate")
-    from ..export.cpu_products import find_products
-    from ..export.quantise_cpu import CpuPrecision, quantise_cpu
-    from ..export.screen import load_whole
+    from ..export.passes.matmuls import find_products
+    from ..export.passes.screen import load_whole
+    from ..export.quantise.cpu import CpuPrecision, quantise_cpu
     from ..export.variant import add_variant
     from ..runtime.files.bundle import locked, open_bundle
     from ..runtime.files.scales_file import read_scales
@@ -161,8 +161,8 @@ class _Search:
 
     def run(self, budget: float) -> tuple[Mapping[str, int], dict[str, Any]]:
         """Products that keep more bits, and what was measured."""
-        from ..export.cpu_products import find_products
-        from ..export.screen import load_whole
+        from ..export.passes.matmuls import find_products
+        from ..export.passes.screen import load_whole
         from .quantise_budget import HIGHER, Sensitivity, fit_budget
 
         bits = self._precision.layers
@@ -185,8 +185,8 @@ class _Search:
         }
 
     def _of(self, precision: CpuPrecision) -> float:
-        from ..export.quantise_cpu import quantise_cpu
-        from ..export.screen import load_whole
+        from ..export.passes.screen import load_whole
+        from ..export.quantise.cpu import quantise_cpu
 
         model = load_whole(self._source)
         quantise_cpu(model, precision, self._scales, self._moments, self._made)
@@ -194,7 +194,7 @@ class _Search:
 
 
 def _describe(report: CpuReport, precision: CpuPrecision) -> dict[str, Any]:
-    from ..export.quantise_cpu import DEFAULT_BLOCKS
+    from ..export.quantise.cpu import DEFAULT_BLOCKS
 
     counts = {str(bits): sum(1 for found in report.bits.values() if found == bits) for bits in BITS}
     return {
@@ -254,7 +254,7 @@ def run(args: argparse.Namespace) -> int:
     from .extras import require
 
     require("calibrate")
-    from ..export.quantise_cpu import CpuPrecision
+    from ..export.quantise.cpu import CpuPrecision
     from .console import emit
 
     precision = CpuPrecision(args.bits, args.projection_bits, args.heads_bits, args.block)

@@ -146,7 +146,7 @@ def train(
     """
     from ..calibration.examples import load_examples
     from ..calibration.train import train_heads
-    from ..export.backbone import load_module
+    from ..export.backbone.backbone import load_module
     from ..runtime.files.bundle import refuse_existing
     from ..runtime.files.heads_file import write_heads
     from .answering import answer_prompts, claim, open_backbone
@@ -182,7 +182,7 @@ def train(
 def _start(heads: Path | None, chosen: Mapping[str, Any]) -> tuple[HeadSet | None, TrainConfig]:
     """Heads to go on from, and the config: their form, if there are any, and what was chosen."""
     from ..calibration.train import TrainConfig
-    from ..export.head_layouts import read_heads
+    from ..export.heads.layouts import read_heads
     from ..runtime.errors import TrainingError
 
     if heads is None:

@@ -46,9 +46,9 @@ def train_backbone(
     from ..calibration.answers import answers_in_order
     from ..calibration.finetune import finetune
     from ..calibration.sequences import load_sequences
-    from ..export.adapter import backbone_digest
-    from ..export.backbone import load_module
-    from ..export.head_layouts import read_heads
+    from ..export.backbone.adapter import backbone_digest
+    from ..export.backbone.backbone import load_module
+    from ..export.heads.layouts import read_heads
     from ..runtime.errors import TrainingError
     from ..runtime.files.bundle import refuse_existing
     from ..runtime.files.heads_file import write_heads

@@ -1,11 +1,11 @@
 """Medusa heads on disk, in this project's own layout: a folder with ``heads.safetensors`` and ``config.json``.
 
-``config.json`` holds ``format``, ``format_version`` and the fields of :class:`.heads.HeadConfig`; beside them may stand
+``config.json`` holds ``format``, ``format_version`` and the fields of :class:`.module.HeadConfig`; beside them may stand
 ``tree`` (the choices that suit these heads), ``trees`` (more of them, by name), ``platt_scaling`` (for each head a slope and an
 offset: how sure it is against how often it is right), and whatever the maker wants to record (hit rates, the command and the
 data that made them). Heads of the second training stage need the adapter that they were trained with: it lies in ``adapter/``,
 the field ``adapter`` says so (:mod:`.adapter_file`), and the format version is 2, so that older programs refuse them. Tensors
-have the canonical names of :class:`.heads.HeadSet`.
+have the canonical names of :class:`.module.HeadSet`.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_tensors(heads: HeadSet) -> None:
-    """:meth:`.heads.HeadSet.validate`, and: no tensor that the config doesn't explain, a usable ``token_map``.
+    """:meth:`.module.HeadSet.validate`, and: no tensor that the config doesn't explain, a usable ``token_map``.
 
     Raises:
         HeadsError: with the tensor's name.

@@ -20,8 +20,8 @@ from medusa_deploy.calibration.examples import IGNORE  # noqa: E402
 from medusa_deploy.calibration.finetune import FinetuneConfig, Tuned, finetune  # noqa: E402
 from medusa_deploy.calibration.quality import perplexity  # noqa: E402
 from medusa_deploy.calibration.sequences import AnsweredPrompt, make_batch, plan_batches  # noqa: E402
-from medusa_deploy.export.adapter import backbone_digest, merge_adapter  # noqa: E402
-from medusa_deploy.export.backbone import load_module  # noqa: E402
+from medusa_deploy.export.backbone.adapter import backbone_digest, merge_adapter  # noqa: E402
+from medusa_deploy.export.backbone.backbone import load_module  # noqa: E402
 from medusa_deploy.runtime.errors import HeadsError, HeadsMismatchError, TrainingError  # noqa: E402
 from medusa_deploy.runtime.files.adapter_file import read_adapter  # noqa: E402
 from medusa_deploy.runtime.files.heads import HeadConfig, HeadSet  # noqa: E402

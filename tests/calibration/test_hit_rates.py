@@ -29,7 +29,7 @@ from medusa_deploy.calibration.hit_rates import (  # noqa: E402
     platt_scaling,
 )
 from medusa_deploy.calibration.trainable import TrainableHeads  # noqa: E402
-from medusa_deploy.export.heads import HeadStack  # noqa: E402
+from medusa_deploy.export.heads.module import HeadStack  # noqa: E402
 from support.learnable import hit_rates  # noqa: E402
 
 _V, _H, _K = 20, 8, 2

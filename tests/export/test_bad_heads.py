@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from medusa_deploy.export.head_layouts import check_fit, read_heads
+from medusa_deploy.export.heads.layouts import check_fit, read_heads
 from medusa_deploy.runtime.errors import HeadsError, HeadsMismatchError
 from support.published_heads import (
     HIDDEN,

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as arrays
 
 pytest.importorskip("onnx_ir")
 
-from medusa_deploy.export.blocks import compensated, make_grid, nearest, packed, values
+from medusa_deploy.export.quantise.blocks import compensated, make_grid, nearest, packed, values
 
 BLOCK = 16
 WEIGHTS = arrays.arrays(

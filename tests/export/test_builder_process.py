@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from medusa_deploy.export import gpu
-from medusa_deploy.export.builder_process import BuildRequest, BuiltPlan, build_plan
-from medusa_deploy.export.engine_features import apply_features, features_of, has
-from medusa_deploy.export.tensorrt import TensorRT
+from medusa_deploy.export.engines import gpu
+from medusa_deploy.export.engines.builder_process import BuildRequest, BuiltPlan, build_plan
+from medusa_deploy.export.engines.features import apply_features, features_of, has
+from medusa_deploy.export.engines.tensorrt import TensorRT
 from medusa_deploy.runtime.errors import EngineError, EngineMemoryError, MissingDependencyError, UsageError
 from medusa_deploy.runtime.executors.tensorrt import engine as trt_engine
 

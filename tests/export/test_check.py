@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from medusa_deploy.export.check import Observed, compare
+from medusa_deploy.export.proof.check import Observed, compare
 from medusa_deploy.runtime.errors import ExportMismatchError, NumericsError
 
 VOCABULARY = 7

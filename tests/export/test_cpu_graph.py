@@ -18,7 +18,7 @@ from support.tiny import HEADS, VOCAB
 
 onnx: Any = pytest.importorskip("onnx")
 torch: Any = pytest.importorskip("torch")
-step: Any = pytest.importorskip("medusa_deploy.export.step")
+step: Any = pytest.importorskip("medusa_deploy.export.trace.step")
 
 SLOTS, ROWS, LAYOUT = 2, 7, CacheLayout(1, 2, 1, 64, 16, "float32")
 

@@ -16,11 +16,11 @@ from support.tiny import HEADS, HIDDEN, VOCAB
 torch: Any = pytest.importorskip("torch")
 ir: Any = pytest.importorskip("onnx_ir")
 ort: Any = pytest.importorskip("onnxruntime")
-backbone: Any = pytest.importorskip("medusa_deploy.export.backbone")
-cpu_heads: Any = pytest.importorskip("medusa_deploy.export.cpu_heads")
-heads: Any = pytest.importorskip("medusa_deploy.export.heads")
-quantise_cpu: Any = pytest.importorskip("medusa_deploy.export.quantise_cpu")
-trace: Any = pytest.importorskip("medusa_deploy.export.trace")
+backbone: Any = pytest.importorskip("medusa_deploy.export.backbone.backbone")
+cpu_heads: Any = pytest.importorskip("medusa_deploy.export.passes.cpu_heads")
+heads: Any = pytest.importorskip("medusa_deploy.export.heads.module")
+quantise_cpu: Any = pytest.importorskip("medusa_deploy.export.quantise.cpu")
+trace: Any = pytest.importorskip("medusa_deploy.export.trace.trace")
 
 PRUNED, TOP = 96, 4
 

@@ -16,7 +16,7 @@ from medusa_deploy.runtime.executors.ort import OrtModel
 from medusa_deploy.runtime.tree import Tree, chain
 from support.tiny import HEADS, VOCAB
 
-device_executor: Any = pytest.importorskip("medusa_deploy.export.device_executor")
+device_executor: Any = pytest.importorskip("medusa_deploy.export.proof.device_executor")
 EVERYTHING = Wanted(heads=True, logits=True, hidden=True)
 TREES = {
     "chain": chain(HEADS),

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from medusa_deploy.export import engine
-from medusa_deploy.export.builder_process import BuildRequest, BuiltPlan, input_shapes
-from medusa_deploy.export.engine import build_engines
-from medusa_deploy.export.engine_plan import EngineOptions, default_rows, profiles_for
+from medusa_deploy.export.engines import build as engine
+from medusa_deploy.export.engines.build import build_engines
+from medusa_deploy.export.engines.builder_process import BuildRequest, BuiltPlan, input_shapes
+from medusa_deploy.export.engines.options import EngineOptions, default_rows, profiles_for
 from medusa_deploy.runtime.errors import (
     BundleBusyError,
     BundleError,

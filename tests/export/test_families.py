@@ -98,7 +98,7 @@ def test_what_the_graph_cant_express_is_refused_by_name(name: str, tmp_path: Pat
 
 
 def test_a_window_that_no_layer_uses_is_no_window(tmp_path: Path) -> None:
-    from medusa_deploy.export.backbone import check_architecture
+    from medusa_deploy.export.backbone.backbone import check_architecture
 
     unused: list[dict[str, Any]] = [{"use_sliding_window": False}, {"use_sliding_window": True, "max_window_layers": 2}]
     for fields in unused:

@@ -12,7 +12,7 @@ import pytest
 onnx: Any = pytest.importorskip("onnx")
 ort: Any = pytest.importorskip("onnxruntime")
 ir: Any = pytest.importorskip("onnx_ir")
-fuse: Any = pytest.importorskip("medusa_deploy.export.fuse")
+fuse: Any = pytest.importorskip("medusa_deploy.export.passes.fuse")
 
 NORM = """
 <ir_version: 10, opset_import: ["" : 24]>

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from medusa_deploy.export.head_layouts import ReadHeads, check_fit, read_heads
-from medusa_deploy.export.heads import HeadStack
-from medusa_deploy.export.plan import bundle_trees
+from medusa_deploy.export.estimate import bundle_trees
+from medusa_deploy.export.heads.layouts import ReadHeads, check_fit, read_heads
+from medusa_deploy.export.heads.module import HeadStack
 from medusa_deploy.runtime.errors import TreeError
 from medusa_deploy.runtime.files.heads import HeadConfig, HeadSet
 from medusa_deploy.runtime.files.heads_file import write_heads

@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from medusa_deploy.export import checkpoint, linked_check
-from medusa_deploy.export.checkpoint import find_stored
+from medusa_deploy.export.backbone import checkpoint
+from medusa_deploy.export.backbone.checkpoint import find_stored
+from medusa_deploy.export.backbone.linked import stored_parameters
+from medusa_deploy.export.backbone.safetensors_header import read_header
+from medusa_deploy.export.estimate import plan_export
 from medusa_deploy.export.exporter import export_bundle
-from medusa_deploy.export.linked import stored_parameters
-from medusa_deploy.export.linked_check import check_places
-from medusa_deploy.export.plan import plan_export
-from medusa_deploy.export.safetensors_header import read_header
+from medusa_deploy.export.proof import linked_check
+from medusa_deploy.export.proof.linked_check import check_places
 from medusa_deploy.runtime import load
 from medusa_deploy.runtime.errors import CheckpointError, ExportMismatchError
 from medusa_deploy.runtime.files.bundle import open_bundle
@@ -80,7 +81,7 @@ def test_the_rules_that_are_left_out_would_change_nothing(
 ) -> None:
     from onnxscript import optimizer
 
-    from medusa_deploy.export import linked
+    from medusa_deploy.export.backbone import linked
 
     monkeypatch.setattr(linked, "optimise", lambda model, keeps: optimizer.optimize_ir(model, should_fold=keeps))
     export_bundle(sharded, tiny_heads, tmp_path / "bundle", weights="linked", **OPTIONS)

@@ -13,7 +13,7 @@ import pytest
 onnx: Any = pytest.importorskip("onnx")
 ort: Any = pytest.importorskip("onnxruntime")
 ir: Any = pytest.importorskip("onnx_ir")
-merge: Any = pytest.importorskip("medusa_deploy.export.merge")
+merge: Any = pytest.importorskip("medusa_deploy.export.passes.merge")
 
 LAYERS = 2
 HEAD, VISIBLE = 16, 20

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
 
-from medusa_deploy.export.quantise import LARGEST, channel_scales, quantised
+from medusa_deploy.export.quantise.engine_weights import LARGEST, channel_scales, quantised
 from medusa_deploy.runtime.errors import QuantisationError
 from medusa_deploy.runtime.executors.executor import CacheLayout, Wanted
 from medusa_deploy.runtime.executors.ort import OrtModel
@@ -79,7 +79,7 @@ def test_every_layout_of_a_product_is_quantised_along_its_outputs(kind: str, tmp
     import onnx
     import onnxruntime
 
-    from medusa_deploy.export.quantise import write_quantised
+    from medusa_deploy.export.quantise.engine_weights import write_quantised
     from medusa_deploy.export.weights import WeightsFile
 
     rng = np.random.default_rng(0)
@@ -106,7 +106,7 @@ def last_logits(bundle: Bundle, graph: Path, prompts: np.ndarray) -> np.ndarray:
     """Logits float32 [prompts, V] after each prompt, by the device graph ``graph``."""
     import onnxruntime
 
-    from medusa_deploy.export.device_executor import DeviceGraphExecutor
+    from medusa_deploy.export.proof.device_executor import DeviceGraphExecutor
 
     manifest = bundle.manifest
     shape, heads = manifest.backbone, manifest.heads
@@ -140,7 +140,7 @@ def half_precision_bundle(folder: Path) -> Bundle:
 def test_the_step_graph_in_int8_is_the_fp16_graph_with_rounded_weights(tmp_path: Path) -> None:
     import onnx_ir as ir
 
-    from medusa_deploy.export.network import network_source
+    from medusa_deploy.export.engines.network import network_source
 
     bundle = half_precision_bundle(tmp_path)
     graph = bundle.path(bundle.manifest.variants["device"])

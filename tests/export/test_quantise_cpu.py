@@ -17,10 +17,10 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from medusa_deploy.export import quantise_cpu as quantise_cpu_module
-from medusa_deploy.export.cpu_products import find_products
-from medusa_deploy.export.quantise_cpu import CpuPrecision, quantise_cpu, take_in
-from medusa_deploy.export.smooth_cpu import smooth
+from medusa_deploy.export.passes.matmuls import find_products
+from medusa_deploy.export.quantise import cpu as quantise_cpu_module
+from medusa_deploy.export.quantise.cpu import CpuPrecision, quantise_cpu, take_in
+from medusa_deploy.export.quantise.smooth_cpu import smooth
 from medusa_deploy.export.variant import add_variant, check_variant
 from medusa_deploy.runtime.errors import BundleExistsError, QuantisationError, UsageError
 from medusa_deploy.runtime.executors.executor import Wanted

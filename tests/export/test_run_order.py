@@ -11,8 +11,8 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
-from medusa_deploy.export.linked_check import frugal_options
-from medusa_deploy.export.run_order import run_products_in_turn
+from medusa_deploy.export.proof.linked_check import frugal_options
+from medusa_deploy.export.proof.run_order import run_products_in_turn
 
 PRODUCTS = 5
 WIDTH = 32

@@ -14,7 +14,7 @@ from medusa_deploy.runtime.tree import Tree, chain
 from support.trees import prefix_closed
 
 torch: Any = pytest.importorskip("torch")
-step: Any = pytest.importorskip("medusa_deploy.export.step")
+step: Any = pytest.importorskip("medusa_deploy.export.trace.step")
 
 _DTYPES = ["float32", "float16"]
 _TOKENS = 3  # few token ids, so that rows often match by chance, and id 0 (what padding holds) is a real one

@@ -12,10 +12,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+from medusa_deploy.export.engines.einsum import merged_name
+from medusa_deploy.export.engines.network import check_source
+from medusa_deploy.export.engines.streamed import WeightStreamer, weight_arrays
 from medusa_deploy.export.exporter import export_bundle
-from medusa_deploy.export.network import check_source
-from medusa_deploy.export.products import merged_name
-from medusa_deploy.export.streamed import WeightStreamer, weight_arrays
 from medusa_deploy.runtime.errors import BundleIntegrityError, UsageError
 from medusa_deploy.runtime.files.bundle import Bundle, open_bundle
 from medusa_deploy.runtime.files.weight_inputs import WeightInput, WeightPiece, parse_weight_inputs

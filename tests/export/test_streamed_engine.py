@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from medusa_deploy.export.engine import build_engines
-from medusa_deploy.export.engine_plan import EngineOptions
+from medusa_deploy.export.engines.build import build_engines
+from medusa_deploy.export.engines.options import EngineOptions
 from medusa_deploy.export.exporter import export_bundle
 from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.runtime.files.engine_record import parse_engine_record

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medusa_deploy.export.builder_process import BuildRequest, BuiltPlan, build_plan
-from medusa_deploy.export.engine import build_engines
-from medusa_deploy.export.engine_plan import EngineOptions, profiles_for, step_axes, step_sizes
+from medusa_deploy.export.engines.build import build_engines
+from medusa_deploy.export.engines.builder_process import BuildRequest, BuiltPlan, build_plan
+from medusa_deploy.export.engines.network import network_source, weights_bytes
+from medusa_deploy.export.engines.options import EngineOptions, profiles_for, step_axes, step_sizes
+from medusa_deploy.export.engines.tensorrt import TensorRT
 from medusa_deploy.export.exporter import export_bundle
-from medusa_deploy.export.network import network_source, weights_bytes
-from medusa_deploy.export.tensorrt import TensorRT
 from medusa_deploy.runtime.errors import EngineError, UsageError
 from medusa_deploy.runtime.executors import step_io
 from medusa_deploy.runtime.files.bundle import Bundle, open_bundle

@@ -16,10 +16,10 @@ ir = pytest.importorskip("onnx_ir")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from medusa_deploy.export import quantise  # noqa: E402
-from medusa_deploy.export.quantise import quantise_weights  # noqa: E402
-from medusa_deploy.export.smooth_standard import attention_of, fold_smoothing  # noqa: E402
-from medusa_deploy.export.w8a8 import (  # noqa: E402
+from medusa_deploy.export.quantise import engine_weights as quantise  # noqa: E402
+from medusa_deploy.export.quantise.engine_weights import quantise_weights  # noqa: E402
+from medusa_deploy.export.quantise.smooth_standard import attention_of, fold_smoothing  # noqa: E402
+from medusa_deploy.export.quantise.w8a8 import (  # noqa: E402
     LARGEST_ERROR,
     OF_ATTENTION,
     Int8Options,
@@ -27,7 +27,7 @@ from medusa_deploy.export.w8a8 import (  # noqa: E402
     quantise_activations,
     quantise_network,
 )
-from medusa_deploy.export.w8a8_variant import write_w8a8_variant  # noqa: E402
+from medusa_deploy.export.quantise.w8a8_variant import write_w8a8_variant  # noqa: E402
 from medusa_deploy.runtime.errors import BundleExistsError, UsageError  # noqa: E402
 from medusa_deploy.runtime.files.bundle import open_bundle  # noqa: E402
 from medusa_deploy.runtime.files.scales_file import ActivationScale, Layer, Scales, Smoothing, model_digest, read_scales  # noqa: E402

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from medusa_deploy.export.builder_process import BuildRequest, build_plan
-from medusa_deploy.export.engine import build_engines
-from medusa_deploy.export.engine_plan import EngineOptions, profiles_for, step_axes, step_sizes
+from medusa_deploy.export.engines.build import build_engines
+from medusa_deploy.export.engines.builder_process import BuildRequest, build_plan
+from medusa_deploy.export.engines.network import network_source
+from medusa_deploy.export.engines.options import EngineOptions, profiles_for, step_axes, step_sizes
 from medusa_deploy.export.exporter import export_bundle
-from medusa_deploy.export.network import network_source
-from medusa_deploy.export.w8a8 import Int8Options
+from medusa_deploy.export.quantise.w8a8 import Int8Options
 from medusa_deploy.runtime.errors import ScalesMismatchError, UsageError
 from medusa_deploy.runtime.files.bundle import Bundle, open_bundle, sha256
 from medusa_deploy.tools.calibrate import calibrate

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medusa_deploy.export.plan_packing import pack_plan
+from medusa_deploy.export.engines.plan_packing import pack_plan
 from medusa_deploy.runtime import Session
 from medusa_deploy.runtime.errors import BundleIntegrityError, BundleSchemaError, MissingDependencyError
 from medusa_deploy.runtime.files import plan_file

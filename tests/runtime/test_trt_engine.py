@@ -261,7 +261,7 @@ def test_an_unknown_backend(engine_bundle: Path) -> None:
 
 def test_the_exporter_takes_what_both_sides_need_to_know_from_the_runtime() -> None:
     """A plan's tensors are held against the record by the names that the exporter wrote."""
-    tensorrt = pytest.importorskip("medusa_deploy.export.tensorrt")
+    tensorrt = pytest.importorskip("medusa_deploy.export.engines.tensorrt")
     for name in ("MODULES", "HERE", "numpy_name", "import_backend"):
         assert getattr(tensorrt, name) is getattr(trt_engine, name)
     names = ("HALF", "FLOAT", "INT64", "BF16", "INT8", "FP8")

@@ -11,7 +11,7 @@ from typing import Any
 import onnxruntime
 import pytest
 
-from medusa_deploy.export.plan_packing import pack_plan
+from medusa_deploy.export.engines.plan_packing import pack_plan
 from medusa_deploy.runtime.executors.tensorrt import cuda, load as trt_load
 from medusa_deploy.runtime.files.bundle import open_bundle, record_files, write_manifest
 from medusa_deploy.runtime.files.engine_record import RECORD_VERSION, Profile

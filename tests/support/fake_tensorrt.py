@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medusa_deploy.export import engine
-from medusa_deploy.export.builder_process import BuildRequest, BuiltPlan
-from medusa_deploy.export.engine_features import is_compatible_target
+from medusa_deploy.export.engines import build as engine
+from medusa_deploy.export.engines.builder_process import BuildRequest, BuiltPlan
+from medusa_deploy.export.engines.features import is_compatible_target
 from medusa_deploy.runtime.errors import UsageError
 from medusa_deploy.runtime.files.bundle import record_files, write_manifest
 from medusa_deploy.runtime.files.engine_record import BuildLog, TensorRecord

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from medusa_deploy.export import exporter
-from medusa_deploy.export.engine import plan_engines
+from medusa_deploy.export.engines.build import plan_engines
 from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.tools import build, cli
 from medusa_deploy.tools.console import Progress

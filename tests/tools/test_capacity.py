@@ -43,7 +43,7 @@ def test_a_model_is_the_size_that_its_shape_says(tiny_model: Path) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_of_any_family_has_all_its_parameters_in_the_plan(name: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    from medusa_deploy.export.plan import empty_module
+    from medusa_deploy.export.estimate import empty_module
 
     config = make_config(FAMILIES[name])
     config.save_pretrained(tmp_path)

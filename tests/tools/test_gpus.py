@@ -55,7 +55,7 @@ def test_an_unknown_gpu_gets_the_nearest(asked: str) -> None:
 @pytest.mark.tensorrt
 def test_targets_ahead_of_time_are_those_of_tensorrt_rtx() -> None:
     pytest.importorskip("tensorrt_rtx")
-    from medusa_deploy.export.tensorrt import TensorRT
+    from medusa_deploy.export.engines.tensorrt import TensorRT
     from medusa_deploy.runtime.executors.tensorrt.engine import HERE
 
     assert {*AHEAD_OF_TIME, HERE} == set(TensorRT("tensorrt-rtx").targets)

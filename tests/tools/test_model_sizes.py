@@ -22,8 +22,8 @@ def test_a_shape_has_the_published_number_of_parameters(preset: Preset) -> None:
 @every_preset
 def test_transformers_makes_the_same_model_of_a_shape(preset: Preset) -> None:
     transformers = pytest.importorskip("transformers")
-    from medusa_deploy.export.backbone import check_architecture
-    from medusa_deploy.export.plan import empty_module
+    from medusa_deploy.export.backbone.backbone import check_architecture
+    from medusa_deploy.export.estimate import empty_module
 
     shape = preset.shape
     window = {"sliding_window": shape.window} if shape.window else {}
@@ -51,7 +51,7 @@ def test_transformers_makes_the_same_model_of_a_shape(preset: Preset) -> None:
 
 @every_preset
 def test_suggestions_obey_the_rules_of_bundles_and_engines(preset: Preset) -> None:
-    from medusa_deploy.export.engine_plan import profiles_for
+    from medusa_deploy.export.engines.options import profiles_for
 
     rows = preset.rows
     assert rows == tuple(sorted(set(rows)))

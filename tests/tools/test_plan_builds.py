@@ -49,8 +49,8 @@ def check_weights(bundle: Bundle, planned: int) -> None:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_an_engine_is_as_large_as_planned(tied: bool, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    from medusa_deploy.export.engine import build_engines
-    from medusa_deploy.export.engine_plan import EngineOptions
+    from medusa_deploy.export.engines.build import build_engines
+    from medusa_deploy.export.engines.options import EngineOptions
 
     bundle = make_bundle(tmp_path, tied=tied)
     from_model = plan_deployment(

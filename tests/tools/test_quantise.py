@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")
 
-from medusa_deploy.export.quantise_cpu import BLOCKS, PRECISIONS
+from medusa_deploy.export.quantise.cpu import BLOCKS, PRECISIONS
 from medusa_deploy.runtime.files.bundle import locked, open_bundle
 from medusa_deploy.runtime.session import load
 from medusa_deploy.tools import quantise as verb

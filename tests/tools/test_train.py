@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medusa_deploy.export.head_layouts import check_fit, read_heads
+from medusa_deploy.export.heads.layouts import check_fit, read_heads
 from medusa_deploy.runtime.errors import BundleExistsError, TrainingError
 from medusa_deploy.tools import train as verb
 from medusa_deploy.tools.answering import AnswerPlan

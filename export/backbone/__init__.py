@@ -1,0 +1,1 @@
+"""Reads a backbone: through transformers, or as linked safetensors."""

@@ -1,0 +1,250 @@
+"""Load a backbone through transformers and say what the step graph needs to know about it."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...runtime.errors import CheckpointError, DeployError, UnsupportedArchitectureError
+from ..trace import attention
+from .adapter import merge_adapter
+
+if TYPE_CHECKING:
+    from ...runtime.files.adapter_file import Adapter
+    from .linked import LinkedWeights
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+# Position encodings whose frequencies don't depend on the sequence, and those that don't while it is short.
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# What a causal LM may do between the vocabulary projection and its logits, and the value that does nothing.
+_LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneShape:
+    """Sizes of a decoder: what buffers, profiles and heads depend on."""
+
+    architecture: str
+    layers: int
+    hidden_size: int
+    attention_heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int
+    tied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """A transformers causal LM and its sizes.
+
+    ``linked``: where the weights are, when ``module`` has none.
+    """
+
+    module: Any
+    shape: BackboneShape
+    dtype: torch.dtype
+    linked: LinkedWeights | None = None
+
+
+def load_backbone(source: Path, dtype: str, capacity: int, adapter: Adapter | None = None) -> Backbone:
+    """Load a folder of safetensors (or a GGUF file, or a folder with one) in ``dtype`` for tracing.
+
+    ``adapter``: low-rank changes that are merged into the weights in float32, before they become ``dtype``.
+
+    Raises:
+        CheckpointError: no such model, or non-finite weights.
+        HeadsError, HeadsMismatchError: the adapter is damaged, or belongs to another model.
+        UnsupportedArchitectureError: sliding windows shorter than ``capacity``, length-dependent positions within it, …
+    """
+    load_config(source, capacity)
+    module = load_module(source, dtype if adapter is None else "fp32")
+    if adapter is not None:
+        module = merge_adapter(module, adapter)
+        for parameter in module.parameters():  # buffers such as position frequencies stay float32
+            parameter.data = parameter.data.to(DTYPES[dtype])
+    _check_finite(module)
+    freeze_rope(module)
+    shape = backbone_shape(module)
+    attention.install(module)
+    return Backbone(module, shape, DTYPES[dtype])
+
+
+def load_module(source: Path, dtype: str) -> Any:
+    """The transformers module of a model as transformers runs it, for evaluation.
+
+    Raises:
+        CheckpointError: no such model, or tensors are missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder, options = locate(source)
+    with transformers_errors(source):
+        module, info = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], output_loading_info=True, **options)
+    module.eval()
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} tensors of {type(module).__name__}, such as {missing[0]}",
+            hint="check that config.json belongs to these weights and that the download is complete",
+        )
+    return module
+
+
+def load_config(source: Path, capacity: int) -> Any:
+    """The transformers config of a model, found expressible; its weights stay on disk.
+
+    Raises:
+        CheckpointError: no such model.
+        UnsupportedArchitectureError: see :func:`check_architecture`.
+    """
+    from transformers import AutoConfig
+
+    folder, options = locate(source)
+    with transformers_errors(source):
+        config = AutoConfig.from_pretrained(folder, **options)
+        check_architecture(config, capacity)
+    return config
+
+
+@contextlib.contextmanager
+def transformers_errors(source: Path) -> Iterator[None]:
+    """Call into transformers: without its progress bars and notes, and with what it raises as CheckpointError."""
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except DeployError:
+        raise
+    except Exception as error:  # transformers raises whatever its readers raise
+        raise CheckpointError(
+            f"transformers can't load {source}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            hint="check that the folder has config.json and *.safetensors (or a .gguf file) and that the download is complete",
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def locate(source: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder and the options that select a GGUF file in it."""
+    if not source.exists():
+        raise CheckpointError(
+            f"no such model: {source}", hint="give a folder with config.json and *.safetensors, or a .gguf file"
+        )
+    if source.is_file():
+        if source.suffix != ".gguf":
+            raise CheckpointError(f"{source} is a file of unknown kind", hint="give the folder that holds it, or a .gguf file")
+        return source.parent, {"gguf_file": source.name}
+    ggufs = sorted(source.glob("*.gguf"))
+    if not (source / "config.json").exists() and len(ggufs) == 1:
+        return source, {"gguf_file": ggufs[0].name}
+    return source, {}
+
+
+def check_architecture(config: Any, capacity: int) -> None:
+    """Refuse by name what the step graph would get wrong.
+
+    Raises:
+        UnsupportedArchitectureError: with the setting, its value and the capacity.
+    """
+    windows = _sliding_windows(config)
+    if windows and min(windows) < capacity:
+        raise UnsupportedArchitectureError(
+            f"{config.model_type} attends to a sliding window of {min(windows)} tokens, fewer than the capacity {capacity}",
+            hint=f"export with --capacity {min(windows)} or less",
+        )
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise UnsupportedArchitectureError(
+            f"{config.model_type} caps its attention logits at {config.attn_logit_softcapping}",
+            hint="the step graph has no soft cap; choose another backbone",
+        )
+    for name, neutral in _LOGIT_CHANGES.items():
+        value = getattr(config, name, None)
+        if value not in (None, neutral):
+            raise UnsupportedArchitectureError(
+                f"{config.model_type} changes its logits after the projection: {name} is {value}",
+                hint="the step graph ends with the projection; choose another backbone",
+            )
+    foreign = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if foreign or getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedArchitectureError(
+            f"{config.model_type} has {', '.join(sorted(foreign)) or 'an encoder'}",
+            hint="the step graph expresses decoders with full attention",
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default") if "rope_type" in rope or not rope else _nested_rope(config, rope)
+    if kind in _LENGTH_DEPENDENT_ROPE:
+        limit = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        limit = int(limit or config.max_position_embeddings)
+        if capacity > limit:
+            raise UnsupportedArchitectureError(
+                f"{config.model_type} changes its {kind} position frequencies beyond {limit} tokens, the capacity is {capacity}",
+                hint=f"export with --capacity {limit} or less",
+            )
+    elif kind not in _STATIC_ROPE:
+        raise UnsupportedArchitectureError(
+            f"{config.model_type} uses the position encoding {kind!r}", hint=f"supported: {', '.join(_STATIC_ROPE)}"
+        )
+
+
+def _nested_rope(config: Any, rope: dict[str, Any]) -> str:
+    kinds = {value.get("rope_type", "default") for value in rope.values() if isinstance(value, dict)}
+    return kinds.pop() if len(kinds) == 1 else "/".join(sorted(kinds)) or "default"
+
+
+def _sliding_windows(config: Any) -> list[int]:
+    """Windows that some layer really uses."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or not getattr(config, "use_sliding_window", True):
+        return []
+    kinds = getattr(config, "layer_types", None)
+    return [int(window)] if kinds is None or "sliding_attention" in kinds else []
+
+
+def backbone_shape(module: Any) -> BackboneShape:
+    """Sizes from the config, checked against the module's own weights."""
+    config = module.config
+    attention_heads = config.num_attention_heads
+    embedding = module.get_input_embeddings().weight
+    output = module.get_output_embeddings().weight
+    return BackboneShape(
+        architecture=type(module).__name__,
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        attention_heads=attention_heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or attention_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // attention_heads,
+        vocab_size=int(output.shape[0]),
+        max_position=int(config.max_position_embeddings),
+        tied=embedding is output,
+    )
+
+
+def _check_finite(module: torch.nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise CheckpointError(
+                f"{name} holds NaN or infinite values", hint="the checkpoint is damaged, or overflows in this --dtype"
+            )
+
+
+def freeze_rope(module: torch.nn.Module) -> None:
+    """Within the checked capacity, length-dependent frequencies are their initial ones; keep the update out of the trace."""
+    for child in module.modules():
+        if getattr(child, "rope_type", None) in _LENGTH_DEPENDENT_ROPE:
+            child.rope_type = "static"  # type: ignore[assignment]

@@ -1,0 +1,147 @@
+"""A folder of safetensors as files: which shard holds which tensor, and the shards brought into a bundle."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ...runtime.errors import CheckpointError
+from ...runtime.files.json_file import read_json_file
+from .safetensors_header import StoredTensor, header_bytes, read_header
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_MAX_INDEX_BYTES = 64 << 20
+_TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED_DTYPES = {torch.float32: "F32", torch.float16: "F16"}
+_CHUNK = 1 << 19  # numbers that are looked at or converted at a time: they stay in the processor's cache
+# By type: its bits as an integer, all but the sign, and the smallest of those that are infinite or NaN.
+_BITS = {"F16": (np.uint16, 0x7FFF, 0x7C00), "BF16": (np.uint16, 0x7FFF, 0x7F80), "F32": (np.uint32, 0x7FFFFFFF, 0x7F800000),
+         "F64": (np.uint64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000)}  # fmt: skip
+_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Shards in a bundle: ``tensors`` by name, and how each file came there (``hard link``, ``copy``, ``converted``)."""
+
+    tensors: Mapping[str, StoredTensor]
+    files: Mapping[str, str]
+
+
+def find_stored(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a model folder, from ``model.safetensors.index.json`` or ``model.safetensors``; headers alone are read.
+
+    Raises:
+        CheckpointError: no safetensors, an index that leads out of the folder, a shard that is missing or damaged, or one
+            that doesn't hold what the index says.
+    """
+    index = folder / _INDEX
+    if not index.is_file():
+        if not os.path.lexists(folder / _SINGLE):
+            raise CheckpointError(
+                f"{folder} has neither {_INDEX} nor {_SINGLE}", hint="linked weights need a folder of safetensors"
+            )
+        return read_header(folder / _SINGLE)
+    raw = read_json_file(index, limit=_MAX_INDEX_BYTES, error=CheckpointError, hint="download the index again")
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map of names to files", hint="download the index again")
+    files = sorted(set(weight_map.values()))
+    outside = [file for file in files if Path(file).name != file or "\\" in file or file in ("", "..")]
+    if outside:
+        raise CheckpointError(f"{index} names {outside[0]!r}, which isn't a file of its folder", hint="don't use this checkpoint")
+    shards = {file: read_header(folder / file) for file in files}
+    absent = [(name, file) for name, file in weight_map.items() if name not in shards[file]]
+    if absent:
+        name, file = absent[0]
+        raise CheckpointError(f"{index.name} says that {file} holds {name}, and it doesn't", hint="copy the whole folder again")
+    return {name: shards[file][name] for name, file in weight_map.items()}
+
+
+def place(needed: Mapping[str, StoredTensor], dtype: torch.dtype, folder: Path, report: Report) -> Placed:
+    """Bring the files that hold ``needed`` into ``folder`` and say where the tensors are there.
+
+    A file whose tensors are ``dtype`` already becomes a hard link, or a copy where the file system has none; of another
+    file, the needed tensors are converted. Values are looked at a chunk at a time.
+
+    Raises:
+        CheckpointError: a tensor that isn't floating point, NaN or infinite values, or values that overflow in ``dtype``.
+        OSError: the file system refused.
+    """
+    wanted = STORED_DTYPES[dtype]
+    shards: dict[Path, list[StoredTensor]] = {}
+    for tensor in needed.values():
+        if tensor.dtype not in _TORCH:
+            raise CheckpointError(f"{tensor.name} is {tensor.dtype}, not floating point", hint="export with --weights copied")
+        shards.setdefault(tensor.file, []).append(tensor)
+    placed: dict[str, StoredTensor] = {}
+    files = {}
+    for number, (source, tensors) in enumerate(sorted(shards.items()), 1):
+        target = folder / source.name
+        step = f"{source.name} ({number} of {len(shards)})"
+        aligned = all(tensor.offset % np.dtype(np.float32).itemsize == 0 for tensor in tensors)
+        if aligned and all(tensor.dtype == wanted for tensor in tensors):
+            report(f"checking {step}")
+            for tensor in tensors:
+                _check_finite(tensor)
+            files[source.name] = _link(source, target, lambda step=step: report(f"copying {step}"))  # type: ignore[misc]
+        else:
+            report(f"converting {step}")
+            _convert(tensors, wanted, target)
+            files[source.name] = f"converted to {wanted}"
+        names = {tensor.name for tensor in tensors}
+        placed.update((name, tensor) for name, tensor in read_header(target).items() if name in names)
+    return Placed(placed, files)
+
+
+def _link(source: Path, target: Path, copying: Callable[[], None]) -> str:
+    source = source.resolve()  # a hub's cache holds links to the files
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        copying()
+        shutil.copyfile(source, target)
+        return "copy"
+    return "hard link"
+
+
+def _check_finite(tensor: StoredTensor) -> None:
+    _, magnitude, infinite = _BITS[tensor.dtype]
+    for bits in _chunks(tensor):
+        if (bits & magnitude).max() >= infinite:
+            raise CheckpointError(f"{tensor.name} holds NaN or infinite values", hint="the checkpoint is damaged")
+
+
+def _convert(tensors: list[StoredTensor], wanted: str, target: Path) -> None:
+    with target.open("xb") as file:
+        file.write(header_bytes({tensor.name: (wanted, tensor.shape) for tensor in tensors}))
+        for tensor in tensors:
+            for bits in _chunks(tensor):
+                converted = torch.from_numpy(bits).view(_TORCH[tensor.dtype]).to(_TORCH[wanted])
+                if not torch.isfinite(converted).all():
+                    raise CheckpointError(
+                        f"{tensor.name} holds NaN or infinite values as {wanted}",
+                        hint="the checkpoint is damaged, or overflows in this --dtype",
+                    )
+                file.write(converted.numpy().data)
+
+
+def _chunks(tensor: StoredTensor) -> Iterator[np.ndarray]:
+    """The bits in pieces, as unsigned integers; read, so that nothing of the file stays mapped."""
+    dtype = np.dtype(_BITS[tensor.dtype][0])
+    count = tensor.nbytes // dtype.itemsize
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.offset)
+        for first in range(0, count, _CHUNK):
+            yield np.fromfile(file, dtype, min(_CHUNK, count - first))

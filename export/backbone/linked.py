@@ -1,0 +1,202 @@
+"""A backbone whose weights stay where they are: traced without them, its graphs refer to the checkpoint's own shards.
+
+Parameters are fake tensors (shapes and no storage). In a traced graph each is replaced by ONNX external data that points into
+a safetensors file of the bundle.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from ...runtime.errors import CheckpointError, UnsupportedArchitectureError
+from ...runtime.files.heads import HeadSet
+from ..trace import attention
+from ..trace.optimise import optimise
+from ..trace.trace import quiet
+from .backbone import DTYPES, Backbone, backbone_shape, freeze_rope, load_config, locate, transformers_errors
+from .checkpoint import Report, find_stored, place
+from .safetensors_header import StoredTensor
+
+CHECKED_LAYERS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class LinkedWeights:
+    """Where the weights of a backbone without storage are. ``stored``: by parameter name of the causal LM, in ``folder``.
+
+    ``files``: how each file came into the bundle.
+    """
+
+    mode: FakeTensorMode
+    folder: Path
+    stored: Mapping[str, StoredTensor]
+    files: Mapping[str, str]
+
+    def attach(self, model: ir.Model, module: nn.Module) -> None:
+        """Optimise a model that was traced from ``module``'s parameters, and point its initializers into the files."""
+        places = {id(parameter): self.stored[name] for name, parameter in module.named_parameters()}
+        linked = {}
+        for value in model.graph.initializers.values():
+            raw = getattr(value.const_value, "raw", None)
+            if isinstance(raw, FakeTensor):
+                linked[value] = places[id(raw)]
+                value.const_value = None  # nothing that depends on it may be folded
+        with quiet():
+            optimise(model, _keeps_weights)
+        for value, stored in linked.items():
+            value.const_value = _external(stored, self.folder, value)
+
+
+def _keeps_weights(node: ir.Node) -> bool | None:
+    """Heads' weights stay as the backbone's are, output by output, so that products with them can be merged."""
+    weight = node.op_type == "Transpose" and node.inputs[0] is not None and node.inputs[0].is_initializer()
+    return False if weight else None
+
+
+def _external(stored: StoredTensor, folder: Path, value: ir.Value) -> ir.ExternalTensor:
+    assert value.dtype is not None
+    return ir.ExternalTensor(
+        stored.file.relative_to(folder).as_posix(),
+        stored.offset,
+        stored.nbytes,
+        value.dtype,
+        shape=ir.Shape(stored.shape),
+        name=value.name or "",
+        base_dir=folder,
+    )
+
+
+def load_linked_backbone(source: Path, dtype: str, capacity: int, folder: Path, report: Report) -> Backbone:
+    """A backbone without weights; the files that hold them are brought into ``folder``.
+
+    Raises:
+        CheckpointError: no folder of safetensors, a missing tensor, a damaged shard, or values that aren't finite.
+        UnsupportedArchitectureError: see :func:`.backbone.check_architecture`.
+        OSError: ``folder`` can't be written.
+    """
+    config, needed = stored_parameters(source, dtype, capacity)
+    placed = place(needed, DTYPES[dtype], folder, report)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    module = empty_module(config, DTYPES[dtype], mode)
+    stored = {name: placed.tensors[tensor.name] for name, tensor in needed.items()}
+    weights = LinkedWeights(mode, folder, stored, placed.files)
+    return Backbone(module, backbone_shape(module), DTYPES[dtype], weights)
+
+
+def stored_parameters(source: Path, dtype: str, capacity: int) -> tuple[Any, dict[str, StoredTensor]]:
+    """The config of a model folder, and where each parameter of its causal LM is stored. No weights are read.
+
+    Raises:
+        CheckpointError, UnsupportedArchitectureError: as :func:`load_linked_backbone`.
+    """
+    folder, options = locate(source)
+    if options:
+        raise CheckpointError(f"{source} is a GGUF file", hint="its weights can't be linked: export with --weights copied")
+    config = load_config(source, capacity)
+    available = find_stored(folder)
+    module = empty_module(config, DTYPES[dtype], None)
+    kept = sorted(set(module.state_dict()) - {name for name, _ in module.named_parameters(remove_duplicate=False)})
+    if kept:
+        raise UnsupportedArchitectureError(
+            f"{type(module).__name__} keeps {kept[0]} in its checkpoint beside weights", hint="export with --weights copied"
+        )
+    parameters = dict(module.named_parameters())
+    missing = sorted(set(parameters) - set(available))
+    if missing:
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} tensors of {type(module).__name__}, such as {missing[0]}",
+            hint="check that config.json belongs to these weights and that the download is complete; or export with "
+            "--weights copied, which also reads checkpoints with older names",
+        )
+    for name, parameter in parameters.items():
+        if available[name].shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{name} has the shape {list(available[name].shape)}, config.json says {list(parameter.shape)}",
+                hint="check that config.json belongs to these weights",
+            )
+    _check_tied(module, available)
+    return config, {name: available[name] for name in parameters}
+
+
+def _check_tied(module: nn.Module, available: Mapping[str, StoredTensor]) -> None:
+    """A checkpoint may hold a tied weight under both names; then both must be the same numbers."""
+    first: dict[int, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name and name in available:
+            one, two = (available[each].mapped().reshape(-1).view("u1") for each in (other, name))
+            step = 1 << 24
+            if len(one) != len(two) or any((one[at : at + step] != two[at : at + step]).any() for at in range(0, len(one), step)):
+                raise CheckpointError(
+                    f"config.json says that {name} is {other}, and the checkpoint holds other numbers for it",
+                    hint="set tie_word_embeddings to false in config.json if the checkpoint is right",
+                )
+
+
+def empty_module(config: Any, dtype: torch.dtype, mode: FakeTensorMode | None) -> Any:
+    """The causal LM of ``config`` without weights: fake parameters, or meta ones without a ``mode``. Buffers are real."""
+    from transformers import AutoModelForCausalLM
+
+    def without_storage(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:  # a tied one stays the same object
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    hook = register_module_parameter_registration_hook(without_storage)  # type: ignore[arg-type]
+    try:
+        with transformers_errors(Path(config.name_or_path)):
+            module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    finally:
+        hook.remove()
+    module.eval()
+    freeze_rope(module)
+    if mode is not None:
+        with mode:
+            replace_parameters(module, {name: torch.empty(p.shape, dtype=dtype) for name, p in module.named_parameters()})
+        attention.install(module)
+    return module
+
+
+def replace_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give every parameter its tensor; those that are shared stay shared."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    new = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+    for child in module.modules():
+        for name, parameter in list(child.named_parameters(recurse=False, remove_duplicate=False)):
+            setattr(child, name, new[names[id(parameter)]])
+
+
+def first_layers(backbone: Backbone, layers: int = CHECKED_LAYERS) -> tuple[Backbone, Any]:
+    """The backbone cut to its first ``layers``, twice: as it is traced, and as a torch module over the mapped weights."""
+    weights = backbone.linked
+    assert weights is not None
+    config = copy.deepcopy(backbone.module.config)
+    config.num_hidden_layers = min(layers, backbone.shape.layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    module = empty_module(config, backbone.dtype, weights.mode)
+    real = empty_module(config, backbone.dtype, None)
+    attention.install(real)
+    mapped = {name: torch.from_numpy(weights.stored[name].mapped()) for name, _ in real.named_parameters()}
+    replace_parameters(real, mapped)
+    return replace(backbone, module=module, shape=backbone_shape(module)), real
+
+
+def prune_projection(backbone: Backbone, heads: HeadSet) -> HeadSet:
+    """Heads over a pruned vocabulary take rows of the backbone's projection: read them where the module can't give them."""
+    if backbone.linked is None or heads.config.projection != "pruned" or "projection.weight" in heads.tensors:
+        return heads
+    projection = backbone.module.get_output_embeddings().weight
+    name = next(name for name, parameter in backbone.module.named_parameters() if parameter is projection)
+    rows = backbone.linked.stored[name].mapped()[heads.tensors["token_map"]]
+    return replace(heads, tensors={**heads.tensors, "projection.weight": rows})

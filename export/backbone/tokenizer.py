@@ -1,0 +1,60 @@
+"""Take the tokenizer, chat template and special ids out of a checkpoint, into files that the runtime reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...runtime.files.manifest import TextFacts
+from .backbone import locate, transformers_errors
+
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+_SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def write_text_files(source: Path, config: Any, output: Path) -> TextFacts:
+    """Write ``tokenizer.json`` and ``chat_template.jinja`` of a model into ``output`` if it has them.
+
+    ``config``: the model's, as transformers read it.
+
+    Raises:
+        CheckpointError: it has a tokenizer that transformers can't load.
+    """
+    folder, options = locate(source)
+    eos = eos_token_ids(folder, config)
+    if not options and not any((folder / name).exists() for name in _SOURCES):
+        return TextFacts(eos_token_ids=eos)
+    from transformers import AutoTokenizer
+
+    with transformers_errors(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    (output / TOKENIZER).write_text(tokenizer.backend_tokenizer.to_str(), "utf-8")
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template:
+        (output / CHAT_TEMPLATE).write_text(template, "utf-8")
+    if tokenizer.eos_token_id is not None:
+        eos = tuple(sorted({*eos, int(tokenizer.eos_token_id)}))
+    return TextFacts(
+        tokenizer=TOKENIZER,
+        chat_template=CHAT_TEMPLATE if template else None,
+        eos_token_ids=eos,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+    )
+
+
+def eos_token_ids(folder: Path, config: Any) -> tuple[int, ...]:
+    """End-of-sequence ids of the model's config and generation config."""
+    found: set[int] = set()
+    settings = [config.to_dict()]
+    path = folder / "generation_config.json"
+    if path.exists():
+        settings.append(json.loads(path.read_text("utf-8")))
+    for entry in settings:
+        value = entry.get("eos_token_id")
+        found.update([value] if isinstance(value, int) else value or [])
+    return tuple(sorted(found))

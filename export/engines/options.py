@@ -1,0 +1,161 @@
+"""What an engine will be, before it is built: targets, profiles, precision, features, and whether all of it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...runtime.errors import UsageError
+from ...runtime.executors import step_io
+from ...runtime.files.bundle import Bundle, sha256
+from ...runtime.files.engine_record import Profile, Range
+from ...runtime.files.manifest import Manifest
+from ..quantise.w8a8 import WEIGHTS_ONLY, Int8Options
+from .features import TIMING_CACHE, check_features, features_of
+from .network import check_source, weights_bytes
+from .tensorrt import TensorRT
+
+_TREE_ROWS = (8, 16, 32, 64)
+_BEST_COLUMNS = 512
+
+_AXES = {
+    step_io.TOKENS: "BN",
+    step_io.POSITIONS: "BN",
+    step_io.ANCESTORS: "BNN",
+    step_io.FORCED: "B",
+    step_io.WRITE_INDEX: "B",
+    step_io.COLUMNS: "T",
+    step_io.LOGIT_ROWS: "BR",
+    step_io.DRAFT_SLOTS: "BN",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How engines are built. ``int8``: what is, where that is the precision.
+
+    ``rows``: step sizes with a profile of their own (None: :func:`default_rows`).
+
+    ``prefill``: prompt rows of a step at most (None: the bundle's). ``features``: by name, see :mod:`.features`.
+    """
+
+    backend: str = "tensorrt-rtx"
+    precision: str = "fp16"
+    int8: Int8Options = WEIGHTS_ONLY
+    weights: str = "inside"
+    rows: Sequence[int] | None = None
+    prefill: int | None = None
+    features: tuple[str, ...] = ()
+    timing_cache: Path | None = None
+
+    @property
+    def all_features(self) -> tuple[str, ...]:
+        """``features``, and what the other options ask for."""
+        return tuple(sorted({*self.features, *([TIMING_CACHE] if self.timing_cache is not None else [])}))
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """What a build would make: the bytes of weights are those of one target's plans. ``available``: features of the backend.
+
+    ``int8``: what is in 8 bits beside the weights of all products, and what isn't; empty where that is what there is.
+    """
+
+    backend: str
+    backend_version: str
+    targets: tuple[str, ...]
+    precision: str
+    int8: Mapping[str, object]
+    weights: str
+    features: tuple[str, ...]
+    available: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    weights_bytes: int
+
+
+def default_rows(manifest: Manifest) -> tuple[int, ...]:
+    """Step sizes that get a profile: plain decoding, the bundle's own tree, and the usual sizes that the bundle allows."""
+    return tuple(sorted({1, manifest.tree().rows, *(rows for rows in _TREE_ROWS if rows <= manifest.limits.max_rows)}))
+
+
+def profiles_for(
+    manifest: Manifest, rows: Sequence[int], prefill: int | None = None, precision: str = "fp16"
+) -> tuple[Profile, ...]:
+    """One profile for prefill (slot by slot, logits of the last row), one for each number of rows.
+
+    A step carries the rows of the one before, which may have had any of the sizes; a prefill carries none.
+
+    Raises:
+        UsageError: a number of rows that the bundle doesn't allow.
+    """
+    limits = manifest.limits
+    sizes = sorted(set(rows))
+    if not sizes or sizes[0] < 1 or sizes[-1] > limits.max_rows:
+        raise UsageError(f"rows {list(rows)}, the bundle allows 1 to {limits.max_rows}", hint="export with a larger --max-rows")
+    chunk = limits.prefill_chunk if prefill is None else prefill
+    if not limits.prefill_chunk <= chunk <= limits.capacity:
+        raise UsageError(
+            f"prefill of {chunk} rows, the bundle's sessions ask for {limits.prefill_chunk}",
+            hint=f"from {limits.prefill_chunk} to the capacity of {limits.capacity}",
+        )
+    columns = (1, min(_BEST_COLUMNS, limits.cache_rows), limits.cache_rows)
+    slots = (1, 1, limits.batch)
+    # Prefill has one slot. In int8 a profile with a fixed number would get a layout, and so a copy, of the weights of its own.
+    alone = slots if precision == "int8" else (1, 1, 1)
+    first = Profile("prefill", (1, chunk, chunk), (1, 1, 1), alone, columns, (1, 1, 1))
+    return (first, *(Profile(f"rows-{n}", (n, n, n), (n, n, n), slots, columns, (1, n, sizes[-1])) for n in sizes))
+
+
+def check_targets(tensorrt: TensorRT, targets: Sequence[str], options: EngineOptions) -> None:
+    """Refuse what the package can't build for, or hasn't got.
+
+    Raises:
+        UsageError: a target or a feature won't do.
+    """
+    for target in targets:
+        tensorrt.check_target(target, options.features)
+        check_features(options.backend, options.all_features, target)
+
+
+def plan_for(bundle: Bundle, tensorrt: TensorRT, targets: Sequence[str], options: EngineOptions) -> EnginePlan:
+    """Check everything that can be known before a build, and say what it would make.
+
+    Raises:
+        UsageError: the bundle, a target, a size, a precision or a feature won't do.
+    """
+    check_source(bundle, options.precision, options.weights, options.int8)
+    check_targets(tensorrt, targets, options)
+    manifest = bundle.manifest
+    return EnginePlan(
+        tensorrt.backend,
+        tensorrt.version,
+        tuple(dict.fromkeys(targets)),
+        options.precision,
+        _int8_facts(options.int8),
+        options.weights,
+        options.all_features,
+        features_of(tensorrt.backend),
+        profiles_for(
+            manifest, default_rows(manifest) if options.rows is None else options.rows, options.prefill, options.precision
+        ),
+        0 if options.weights == "streamed" else weights_bytes(bundle, options.precision, options.int8),
+    )
+
+
+def _int8_facts(options: Int8Options) -> dict[str, object]:
+    """As records hold them, by what differs from weights in 8 bits and no more."""
+    facts: dict[str, object] = {name: "fp16" for name in ("projection", "heads") if getattr(options, name) == "fp16"}
+    if options.scales is not None:
+        facts |= {"scales_sha256": sha256(options.scales), "keep": "auto" if options.keep is None else sorted(options.keep)}
+    return facts
+
+
+def step_axes(layers: int) -> dict[str, str]:
+    """By input of the step graph: a letter for each axis that varies, a dot for one that doesn't. Caches: B alone."""
+    return _AXES | dict.fromkeys(step_io.carried_names(layers), "B.P")
+
+
+def step_sizes(profile: Profile) -> dict[str, Range]:
+    """Ranges of the step graph's axes."""
+    return {"B": profile.slots, "N": profile.rows, "R": profile.logit_rows, "T": profile.columns, "P": profile.carried}

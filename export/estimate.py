@@ -1,0 +1,166 @@
+"""What an export would write and what running it would take, from configs and heads alone: no backbone weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..runtime.errors import UsageError
+from ..runtime.executors import step_io
+from ..runtime.files.adapter_file import Adapter
+from ..runtime.files.heads import HeadConfig, HeadSet
+from ..runtime.tree import ROOT_ONLY, Tree, chain
+from .backbone.backbone import DTYPES, backbone_shape, load_config
+from .backbone.linked import stored_parameters
+from .heads.layouts import ReadHeads, check_fit, read_heads
+from .passes.cpu_heads import narrow_size
+from .passes.screen import screen_size
+from .weights import ALIGNMENT
+
+DEFAULT_TREE = "default"
+_TEXT_FILES = ("tokenizer.json", "chat_template.jinja")
+# Measured on Llama graphs: all variants of the step graph together.
+_GRAPH_BYTES_PER_LAYER = 27_000
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """Sizes in bytes. ``weights_bytes`` and ``bundle_bytes`` are estimates: constant folding adds and drops small tensors.
+
+    ``linked_bytes``: of the checkpoint's files that would become the bundle's, beside ``weights_bytes``.
+    """
+
+    architecture: str
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    parameters: int
+    num_heads: int
+    head_parameters: int
+    tree_rows: int
+    tree_depth: int
+    weights_bytes: int
+    linked_bytes: int
+    bundle_bytes: int
+    cache_rows: int
+    cache_bytes_per_slot: int
+    cache_bytes: int
+    warnings: tuple[str, ...]
+
+
+def plan_export(
+    model: Path | str,
+    heads: Path | str | None,
+    *,
+    dtype: str = "fp32",
+    weights: str = "copied",
+    capacity: int = 2048,
+    batch: int = 1,
+    tree: Tree | None = None,
+    top_k: int = 10,
+    max_rows: int = 64,
+) -> ExportPlan:
+    """Check what :func:`.exporter.export_bundle` would check before it loads weights, and size what it would write.
+
+    Raises:
+        CheckpointError, UnsupportedArchitectureError: the backbone's config can't be read or expressed.
+        HeadsError, HeadsMismatchError, TreeError: heads or tree don't fit.
+    """
+    config = load_config(Path(model), capacity)
+    module = empty_module(config)
+    shape = backbone_shape(module)
+    read = None if heads is None else read_heads(heads)
+    if read is not None:
+        refuse_linked_adapter(weights, read.adapter)
+        check_fit(read.heads, hidden_size=shape.hidden_size, vocab_size=shape.vocab_size, top_k=top_k)
+    identity = HeadConfig("medusa", 1, 1, shape.hidden_size, shape.vocab_size, "shared")
+    head_config = identity if read is None else read.heads.config
+    trees = bundle_trees(tree, read, head_config.num_heads, top_k)
+    default = trees[DEFAULT_TREE]
+    rows = step_io.cache_rows(capacity, head_config.num_heads, tree_rows(max_rows, trees, head_config.num_heads))
+    item = DTYPES[dtype].itemsize
+    sizes = [parameter.numel() for parameter in module.parameters()]
+    head_sizes = [shape.hidden_size**2] if read is None else _head_sizes(read.heads)
+    linked = 0
+    if weights == "linked":
+        files = {tensor.file for tensor in stored_parameters(Path(model), dtype, capacity)[1].values()}
+        linked = sum(file.stat().st_size for file in files)
+    written = head_sizes if linked else [*sizes, *head_sizes]
+    written_bytes = sum(-(-size * item // ALIGNMENT) * ALIGNMENT for size in written)
+    if dtype == "fp32":  # what the CPU graph has of its own
+        written_bytes += narrow_size(head_config) + screen_size((shape.vocab_size, shape.hidden_size))
+    text = sum((Path(model) / name).stat().st_size for name in _TEXT_FILES if (Path(model) / name).is_file())
+    slot = 2 * shape.layers * shape.kv_heads * rows * shape.head_dim * item
+    return ExportPlan(
+        architecture=shape.architecture,
+        layers=shape.layers,
+        hidden_size=shape.hidden_size,
+        vocab_size=shape.vocab_size,
+        parameters=sum(sizes),
+        num_heads=head_config.num_heads if read is not None else 0,
+        head_parameters=0 if read is None else sum(tensor.size for tensor in read.heads.tensors.values()),
+        tree_rows=default.rows,
+        tree_depth=default.depth,
+        weights_bytes=written_bytes,
+        linked_bytes=linked,
+        bundle_bytes=linked + written_bytes + shape.layers * _GRAPH_BYTES_PER_LAYER + text,
+        cache_rows=rows,
+        cache_bytes_per_slot=slot,
+        cache_bytes=slot * batch,
+        warnings=read.warnings if read is not None else (),
+    )
+
+
+def _head_sizes(heads: HeadSet) -> list[int]:
+    """Numbers of what a graph has of these heads; rows that they take from the backbone's projection are copied."""
+    sizes = [tensor.size for tensor in heads.tensors.values()]
+    config = heads.config
+    if config.projection == "pruned" and "projection.weight" not in heads.tensors:
+        sizes.append(config.draft_vocab_size * config.hidden_size)
+    return sizes
+
+
+def refuse_linked_adapter(weights: str, adapter: Adapter | None) -> None:
+    """Linked weights stay as the checkpoint has them, so nothing can be merged into them.
+
+    Raises:
+        UsageError: there is something to merge.
+    """
+    if weights == "linked" and adapter is not None:
+        raise UsageError(
+            "these heads need an adapter merged into the backbone, and linked weights stay as the checkpoint has them",
+            hint="export with --weights copied, or take heads that were trained on the frozen backbone",
+        )
+
+
+def empty_module(config: Any) -> Any:
+    """The transformers module without weights: parameters have shapes and no storage."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def bundle_trees(tree: Tree | None, read: ReadHeads | None, num_heads: int, top_k: int) -> dict[str, Tree]:
+    """A bundle's trees by name. ``default`` is ``tree``, else the one that came with the heads, else a chain; ``chain`` is one.
+
+    Raises:
+        TreeError: a tree that the heads can't fill.
+    """
+    trees = {} if read is None else {name: Tree.from_choices(choices) for name, choices in read.trees.items()}
+    if tree is not None:
+        trees[DEFAULT_TREE] = tree
+    if read is not None:
+        trees.setdefault("chain", chain(num_heads))
+    trees.setdefault(DEFAULT_TREE, ROOT_ONLY if read is None else chain(min(num_heads, 4)))
+    for each in trees.values():
+        each.check_fits(num_heads, top_k)
+    return trees
+
+
+def tree_rows(max_rows: int, trees: dict[str, Tree], num_heads: int) -> int:
+    """Rows that a bundle must allow: what was asked for, its own trees, and the tree that checks the export."""
+    return max(max_rows, 2 * num_heads + 1, *(tree.rows for tree in trees.values()))

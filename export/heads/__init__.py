@@ -1,0 +1,1 @@
+"""Reads Medusa heads in every published layout."""

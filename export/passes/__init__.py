@@ -1,0 +1,1 @@
+"""Lowers the traced graph to standard, CPU and device operators."""

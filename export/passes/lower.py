@@ -1,0 +1,203 @@
+"""Turn the abstract attention nodes of a traced step graph into operators that engines have.
+
+``lower_standard``: opset-24 operators only (TensorScatter, Attention).
+``lower_device``: the same operators, closed over itself, accepted rows carried outside the caches: the file that TensorRT parses.
+``lower_cpu``: ONNX Runtime's GroupQueryAttention, whose cost on a CPU follows the valid length instead of the capacity. It
+writes the new rows itself, so rows accepted in the previous step are moved by the executor and ``commit`` disappears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from ...runtime.executors import step_io
+from ..trace.attention import DOMAIN, OP
+from .cpu_graph import drop_replaced, heads_if_wanted, take_from_host
+from .fuse import fuse
+from .merge import ATTENTION, merge
+from .patterns import MICROSOFT, Nodes
+
+_Lowering = Callable[[ir.Graph, ir.Node, "dict[str, ir.Value]"], "list[ir.Node]"]
+
+
+def _each_attention(model: ir.Model, lowering: _Lowering, shared: dict[str, ir.Value]) -> None:
+    graph = model.graph
+    for node in list(graph):
+        if node.domain == DOMAIN and node.op_type == OP:
+            outputs = list(node.outputs)
+            nodes = lowering(graph, node, shared)
+            graph.insert_before(node, nodes)
+            replacements = [next(v for n in nodes for v in n.outputs if v.name == f"{o.name}/lowered") for o in outputs]
+            for old, new in zip(outputs, replacements, strict=True):
+                new.shape, new.type = old.shape, old.type
+                name = old.name
+                ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+                old.name, new.name = f"{name}/abstract", name
+            graph.remove(node, safe=True)
+    model.opset_imports.pop(DOMAIN, None)
+
+
+def _output(value: ir.Value) -> ir.Value:
+    return ir.Value(name=f"{value.name}/lowered")
+
+
+def lower_standard(model: ir.Model) -> None:
+    """Replace each attention, in place, by a commit gather, one TensorScatter a cache, slices to T and Attention."""
+    graph = model.graph
+    inputs = {value.name: value for value in graph.inputs}
+    kv_heads, head_dim = (int(inputs[step_io.past_names(1)[0]].shape[axis]) for axis in (1, 3))  # type: ignore[index, arg-type]
+    margin = int(inputs[step_io.COMMIT].shape[1])  # type: ignore[index, arg-type]
+    head = Nodes(graph, "commit")
+    # GatherElements wants an index per element: [B, H_kv, K, D_h], the same for every cache.
+    index = head.add("Unsqueeze", [inputs[step_io.COMMIT], head.constant("axes", [1, 3])])
+    tile = head.constant("repeats", [1, kv_heads, 1, head_dim])
+    shared = {
+        "index": head.add("Tile", [index, tile]),
+        "write_index": head.add("Sub", [inputs[step_io.WRITE_INDEX], head.constant("margin", margin)]),
+        "length": head.add("Shape", [inputs[step_io.COLUMNS]]),
+    }
+    graph.insert_before(graph[0], head.nodes)
+    _each_attention(model, _standard_attention, shared)
+
+
+def lower_device(model: ir.Model) -> None:
+    """Replace each attention, in place, like :func:`lower_standard`, but take the rows to move from ``carried`` inputs.
+
+    An engine may write a cache in place before another node of it reads the old rows; here no node does.
+    """
+    graph = model.graph
+    inputs = {value.name: value for value in graph.inputs}
+    past = [value for value in graph.inputs if str(value.name).startswith("past_")]
+    batch, kv_heads, _, head_dim = past[0].shape  # type: ignore[misc]
+    heads = int(inputs[step_io.COMMIT].shape[1])  # type: ignore[index, arg-type]
+    carried = [
+        ir.Value(name=name, type=value.type, shape=ir.Shape([batch, kv_heads, "P", head_dim]))
+        for name, value in zip(step_io.carried_names(len(past) // 2), past, strict=True)
+    ]
+    int64 = ir.TensorType(ir.DataType.INT64)
+    kept = ir.Value(name=step_io.KEPT, type=int64, shape=ir.Shape([batch, heads]))
+    kept_count = ir.Value(name=step_io.KEPT_COUNT, type=int64, shape=ir.Shape([batch]))
+    head = Nodes(graph, "carry")
+    zero, one, first = head.constant("zero", 0), head.constant("one", 1), head.constant("first", [1])
+    count = head.add("Unsqueeze", [kept_count, first])  # [B, 1]
+    before = head.add("Shape", [carried[0]], {"start": 2, "end": 3})
+    rows = head.add("Shape", [inputs[step_io.TOKENS]], {"start": 1, "end": 2})
+    written = head.add("Add", [rows, head.constant("heads", [heads])])
+    order = head.add("Range", [zero, head.add("Squeeze", [written]), one])  # [K + N]
+    # Of carried and new rows one after another: the kept ones, then the new ones, the last of them again to the end.
+    own = head.add("Min", [head.add("Sub", [order, count]), head.add("Sub", [rows, first])])
+    padding = head.add("Expand", [head.constant("padding", [[0]]), head.add("Shape", [inputs[step_io.TOKENS]])])
+    index = head.add(
+        "Where",
+        [head.add("Less", [order, count]), head.add("Concat", [kept, padding], {"axis": 1}), head.add("Add", [own, before])],
+    )
+    index = head.add("Unsqueeze", [index, head.constant("axes", [1, 3])])
+    shared = {
+        "index": head.add("Tile", [index, head.constant("repeats", [1, kv_heads, 1, head_dim])]),
+        "write_index": head.add("Sub", [inputs[step_io.WRITE_INDEX], kept_count]),
+        "length": head.add("Shape", [inputs[step_io.COLUMNS]]),
+    }
+    shared |= {f"carried of {cache.name}": value for cache, value in zip(past, carried, strict=True)}
+    graph.insert_before(graph[0], head.nodes)
+    news = [node.inputs[which] for node in graph if node.domain == DOMAIN and node.op_type == OP for which in (1, 2)]
+    _each_attention(model, _device_attention, shared)
+    at = graph.inputs.index(inputs[step_io.COMMIT])
+    graph.inputs[at : at + 1] = [kept, kept_count]
+    graph.inputs.extend(carried)
+    for name, value in zip(step_io.new_names(len(past) // 2), news, strict=True):
+        assert value is not None
+        value.name = name
+        graph.outputs.append(value)
+
+
+def drop_closing(model: ir.Model) -> None:
+    """Take the device graph's part out of a traced step graph, in place."""
+    graph = model.graph
+    closing = [value for value in graph.outputs if value.name in step_io.CLOSING]
+    for value in closing:
+        graph.outputs.remove(value)
+    passes.RemoveUnusedNodesPass()(model)
+    inputs = {value.name: value for value in graph.inputs}
+    slots, tokens = inputs[step_io.DRAFT_SLOTS], inputs[step_io.TOKENS]
+    assert all(node.op_type == "Shape" for node in slots.consumers()), "only its shape, that of tokens, is used elsewhere"
+    ir.convenience.replace_all_uses_with(slots, tokens)
+    graph.inputs.remove(slots)
+
+
+def _standard_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value]) -> list[ir.Node]:
+    def update(build: Nodes, past: ir.Value, new: ir.Value) -> ir.Value:
+        moved = build.add("GatherElements", [past, shared["index"]], {"axis": 2})
+        return build.add("Concat", [moved, new], {"axis": 2})
+
+    return _attention_over_caches(graph, node, shared, update)
+
+
+def _device_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value]) -> list[ir.Node]:
+    def update(build: Nodes, past: ir.Value, new: ir.Value) -> ir.Value:
+        both = build.add("Concat", [shared[f"carried of {past.name}"], new], {"axis": 2})
+        return build.add("GatherElements", [both, shared["index"]], {"axis": 2})
+
+    return _attention_over_caches(graph, node, shared, update)
+
+
+def _attention_over_caches(
+    graph: ir.Graph,
+    node: ir.Node,
+    shared: dict[str, ir.Value],
+    update_of: Callable[[Nodes, ir.Value, ir.Value], ir.Value],
+) -> list[ir.Node]:
+    """One TensorScatter a cache, of the rows that ``update_of`` (past, new) makes; slices to T; Attention."""
+    query, key, value, past_key, past_value, mask = node.inputs[:6]
+    build = Nodes(graph, str(node.name))
+    sliced = []
+    for past, new, present in ((past_key, key, node.outputs[1]), (past_value, value, node.outputs[2])):
+        assert past is not None and new is not None
+        update = update_of(build, past, new)
+        scattered = build.add("TensorScatter", [past, update, shared["write_index"]], {"axis": -2}, outputs=[_output(present)])
+        zero, axis = build.constant("zero", [0]), build.constant("axis", [2])
+        sliced.append(build.add("Slice", [scattered, zero, shared["length"], axis]))
+    scale = node.attributes["scale"].as_float()
+    build.add("Attention", [query, *sliced, mask], {"scale": scale}, outputs=[_output(node.outputs[0])])
+    return build.nodes
+
+
+def lower_cpu(model: ir.Model) -> None:
+    """Replace each attention, in place, by com.microsoft GroupQueryAttention over the shared buffer; fuse, then merge.
+
+    What the host works out is an input, and heads run only where they are wanted (:mod:`.cpu_graph`).
+    """
+    _each_attention(model, _cpu_attention, take_from_host(model.graph))
+    model.opset_imports[MICROSOFT] = 1
+    fuse(model)
+    merge(model)
+    heads_if_wanted(model)
+    drop_replaced(model)
+
+
+def _cpu_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value]) -> list[ir.Node]:
+    query, key, value, past_key, past_value = node.inputs[:5]
+    assert query is not None and query.shape is not None and past_key is not None and past_key.shape is not None
+    heads, kv_heads, head_dim = int(query.shape[1]), int(past_key.shape[1]), int(past_key.shape[3])  # type: ignore[arg-type]
+    build = Nodes(graph, str(node.name))
+
+    def rows_first(tensor: ir.Value | None, count: int, name: str) -> ir.Value:
+        transposed = build.add("Transpose", [tensor], {"perm": [0, 2, 1, 3]})
+        return build.add("Reshape", [transposed, build.constant(name, [0, 0, count * head_dim])])
+
+    packed = [rows_first(query, heads, "query_shape"), *(rows_first(t, kv_heads, "kv_shape") for t in (key, value))]
+    shape = ir.Shape([query.shape[0], query.shape[2], heads * head_dim])
+    attended = ir.Value(name=f"{node.name}/attended", shape=shape, type=query.type)
+    last_rows, visible, mask = (shared[name] for name in (step_io.LAST_ROWS, step_io.VISIBLE, step_io.MASK))
+    build.add(
+        ATTENTION,
+        [*packed, past_key, past_value, last_rows, visible, None, None, None, mask],
+        {"num_heads": heads, "kv_num_heads": kv_heads, "scale": node.attributes["scale"].as_float(), "do_rotary": 0},
+        outputs=[attended, _output(node.outputs[1]), _output(node.outputs[2])],
+        domain=MICROSOFT,
+    )
+    split = build.add("Reshape", [attended, build.constant("split_shape", [0, 0, heads, head_dim])])
+    build.add("Transpose", [split], {"perm": [0, 2, 1, 3]}, outputs=[_output(node.outputs[0])])
+    return build.nodes

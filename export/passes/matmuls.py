@@ -1,0 +1,144 @@
+"""The products of a CPU graph whose weights are constant: what they multiply with, and where their inputs come from."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from ...runtime.executors import step_io
+from .patterns import made_by
+
+_MULTIPLY = ("MatMul", "MatMulNBits")
+_CACHE = re.compile(step_io.past_names(1)[0].replace("0", r"(\d+)"))
+
+
+@dataclass(slots=True, eq=False)
+class CpuProduct:
+    """A MatMul with a constant matrix W [N, K] of N outputs.
+
+    ``weights``: initializers that W is made of, side by side along its outputs; ``transposed``: whether they are stored [N, K].
+    ``multipliers`` [K] of its inputs and ``divisors`` [N] of its outputs are to be taken into W. ``layer``: of the backbone, None
+    for the vocabulary projection and the heads.
+    """
+
+    node: ir.Node
+    weights: tuple[ir.Value, ...]
+    transposed: bool
+    layer: int | None
+    is_projection: bool
+    multipliers: np.ndarray = field(default_factory=lambda: np.ones(1, np.float32))
+    divisors: np.ndarray = field(default_factory=lambda: np.ones(1, np.float32))
+
+    @property
+    def name(self) -> str:
+        """As reports call it: with its layer, since nodes are only numbered."""
+        return str(self.node.name) if self.layer is None else f"layers.{self.layer}/{self.node.name}"
+
+    @property
+    def of_heads(self) -> bool:
+        """Whether only the heads' results need it."""
+        return self.layer is None and not self.is_projection
+
+    @property
+    def widths(self) -> list[int]:
+        """Outputs of each of the weights."""
+        return [int(_shape(weight)[0 if self.transposed else 1]) for weight in self.weights]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        return sum(self.widths), int(_shape(self.weights[0])[1 if self.transposed else 0])
+
+    @property
+    def activation(self) -> ir.Value:
+        """What it reads, [.., K]."""
+        value = self.node.inputs[0]
+        assert value is not None
+        return value
+
+    def matrix(self) -> np.ndarray:
+        """W as float32 [N, K], multipliers and divisors taken in."""
+        parts = [weight.const_value.numpy() for weight in self.weights if weight.const_value is not None]
+        whole = np.concatenate([part if self.transposed else part.T for part in parts])
+        matrix: np.ndarray = np.ascontiguousarray(whole, np.float32) * self.multipliers / self.divisors[:, None]
+        return matrix
+
+
+def find_products(model: ir.Model) -> list[CpuProduct]:
+    """All products of the graph and of its branches with constant matrices of at least two rows and columns."""
+    found: list[CpuProduct] = []
+    last: int | None = None  # layer of the last attention that was passed
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        last = last if (layer := _attention_layer(node)) is None else layer
+        weights, transposed = _constant_matrix(node)
+        if weights:
+            is_projection = node.outputs[0].name == step_io.LOGITS
+            in_layers = node.graph is model.graph and not is_projection
+            found.append(CpuProduct(node, weights, transposed, _layer_of(node, last) if in_layers else None, is_projection))
+    return found
+
+
+def plain_step_bytes(model: ir.Model) -> int:
+    """Bytes of the matrices that a CPU graph multiplies with in every step; its branches are taken now and then."""
+    matrices: dict[str, int] = {}
+    waiting = [node.inputs[index] for node in model.graph if node.op_type in _MULTIPLY for index in range(1, len(node.inputs))]
+    while waiting:
+        value = waiting.pop()
+        node = None if value is None else value.producer()
+        if node is not None and node.op_type in ("Transpose", "Concat"):
+            waiting += node.inputs
+        elif value is not None and value.is_initializer() and value.const_value is not None:
+            matrices[str(value.name)] = value.const_value.nbytes
+    return sum(matrices.values())
+
+
+def _layer_of(product: ir.Node, last: int | None) -> int | None:
+    """Of queries, keys and values: the layer of the attention that reads them; of others, that of the last one before them."""
+    seen, waiting = {product}, [product]
+    while waiting:
+        for user in waiting.pop().successors():
+            layer = _attention_layer(user)
+            if layer is not None:
+                return layer
+            if user not in seen and user.op_type != "MatMul":
+                seen.add(user)
+                waiting.append(user)
+    return last
+
+
+def _attention_layer(node: ir.Node) -> int | None:
+    for value in node.inputs if node.op_type == "GroupQueryAttention" else ():
+        named = _CACHE.fullmatch(str(value.name)) if value is not None else None
+        if named:
+            return int(named[1])
+    return None
+
+
+def _constant_matrix(node: ir.Node) -> tuple[tuple[ir.Value, ...], bool]:
+    """The initializers that a MatMul multiplies with, perhaps through a Transpose or a Concat, and whether they stand [N, K]."""
+    if node.op_type != "MatMul" or node.domain:
+        return (), False
+    value = node.inputs[1]
+    transpose = made_by(value, "Transpose")
+    if transpose is not None:
+        value = transpose.inputs[0]
+    concat = made_by(value, "Concat")
+    parts = [value] if concat is None else list(concat.inputs)
+    if concat is not None and concat.attributes["axis"].as_int() != (1 if transpose is None else 0):
+        return (), False
+    if not all(part is not None and part.is_initializer() and _is_matrix(part) for part in parts):
+        return (), False
+    return tuple(part for part in parts if part is not None), transpose is not None
+
+
+def _is_matrix(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return tensor is not None and tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 2 and min(tensor.shape.numpy()) > 1
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.const_value is not None
+    return tuple(value.const_value.shape.numpy())

@@ -1,0 +1,65 @@
+"""Exact logits for the few tokens that matter, behind a vocabulary projection in few bits.
+
+The quantised projection says which tokens are the likely ones; the weights of those, which are there anyway where they are the
+embedding, are multiplied again in float32. What is greedily chosen, and what is worth sampling, is then as exact as the hidden
+state, for the reading of a few rows instead of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from .matmuls import CpuProduct
+from .patterns import Nodes, stand_for
+
+
+def rescore(graph: ir.Graph, projection: CpuProduct, approximate: ir.Value, count: int) -> ir.Value:
+    """Nodes behind ``approximate`` [B, R, V] that compute the ``count`` largest logits again; returns the logits.
+
+    The greedy choice is the largest of those that were computed again.
+    The projection's weight stays in the graph: [V, H], or [H, V] where it isn't shared with the embedding.
+    """
+    build = Nodes(graph, f"{projection.node.name}/rescore")
+    _, likely = largest(build, approximate, min(count, projection.shape[0]))
+    exact = exact_logits(build, projection, likely)
+    logits = build.add("ScatterElements", [approximate, likely, exact], {"axis": -1})
+    for choice in greedy_choices(projection):
+        # Looking through all logits once more takes as long as finding the likely ones did.
+        stand_for(likeliest(build, likely, exact, choice), choice)
+    graph.insert_after(approximate.producer(), build.nodes)  # type: ignore[arg-type]
+    return logits
+
+
+def largest(build: Nodes, values: ir.Value, count: int) -> tuple[ir.Value, ir.Value]:
+    """The ``count`` largest of ``values`` [B, R, V], largest first, and which tokens they are of: both [B, R, count]."""
+    found, tokens = (ir.Value(name=f"{build.prefix}/{name}") for name in ("largest", "likely"))
+    build.add("TopK", [values, build.constant("count", [count])], outputs=[found, tokens])
+    return found, tokens
+
+
+def exact_logits(build: Nodes, projection: CpuProduct, tokens: ir.Value) -> ir.Value:
+    """Logits of ``tokens`` [B, R, n], of the projection's own weights, in that shape."""
+    (weight,) = projection.weights
+    last = build.constant("last", [-1])
+    rows = build.add("Gather", [weight, tokens], {"axis": 0 if projection.transposed else 1})
+    if not projection.transposed:
+        rows = build.add("Transpose", [rows], {"perm": [1, 2, 3, 0]})  # [B, R, n, H]
+    hidden = build.add("Unsqueeze", [projection.activation, last])
+    return build.add("Squeeze", [build.add("MatMul", [rows, hidden]), last])
+
+
+def likeliest(build: Nodes, tokens: ir.Value, logits: ir.Value, like: ir.Value) -> ir.Value:
+    """Of ``tokens`` [B, R, n] that of the largest of their ``logits``; of the shape of ``like`` [B, R]."""
+    first = build.add("ArgMax", [logits], {"axis": -1, "keepdims": 1})
+    token = build.add("Squeeze", [build.add("GatherElements", [tokens, first], {"axis": -1}), build.constant("last", [-1])])
+    token.type, token.shape = ir.TensorType(ir.DataType.INT64), like.shape
+    return token
+
+
+def greedy_choices(projection: CpuProduct) -> Iterator[ir.Value]:
+    """What is greedily chosen of the projection's logits: values [B, R]."""
+    for node in projection.node.outputs[0].consumers():
+        if node.op_type == "ArgMax" and [node.attributes[name].as_int() for name in ("axis", "keepdims")] == [-1, 0]:
+            yield node.outputs[0]

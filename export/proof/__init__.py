@@ -1,0 +1,1 @@
+"""Compares an exported graph with the torch module that it came from."""

@@ -1,0 +1,170 @@
+"""Compare an exported bundle with the torch module it came from, before the bundle is committed.
+
+The reference is transformers' own attention over whole sequences, not the traced module: it shares no code with the step
+graph, so a wrong mask, position, cache row or commit shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ...runtime.errors import ExportMismatchError, NumericsError
+from ...runtime.executors.executor import Executor, StepBuffers, Wanted
+from ...runtime.tree import Tree
+from ..backbone.backbone import Backbone
+from ..heads.module import HeadStack
+from ..trace import attention
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2}
+_PROMPT = 24
+_WANTED = Wanted(heads=True, logits=True, hidden=True)
+Reference = Callable[[np.ndarray], np.ndarray]
+"""Tokens int64 [n] to float32 logits [n, V] after each of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """``max_logit_error``: largest absolute difference, ``logit_scale``: largest absolute reference logit; ``rows`` compared."""
+
+    max_logit_error: float
+    logit_scale: float
+    argmax_agreement: float
+    head_agreement: float
+    rows: int
+
+
+def probe_tree(heads: int) -> Tree:
+    """Two branches at every depth; the deepest last path is not made of adjacent rows, so committing it moves rows."""
+    return Tree.from_choices([(branch, *(0,) * depth) for branch in (0, 1) for depth in range(heads)])
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What an executor returned. ``rows``: a context and the logits [V] after it. ``heads``: context, root, candidates [K, k].
+
+    ``greedy``: the token chosen after the context of the first row where no logits are wanted.
+    """
+
+    rows: list[tuple[np.ndarray, np.ndarray]]
+    heads: list[tuple[np.ndarray, int, np.ndarray]]
+    greedy: int
+
+
+def check_executor(executor: Executor, backbone: Backbone, heads: HeadStack, seed: int = 0) -> CheckReport:
+    """Compare what :func:`observe` sees with the torch module.
+
+    Raises:
+        NumericsError: logits that aren't finite.
+        ExportMismatchError: the difference is beyond rounding in the graph's dtype.
+    """
+    observed = observe(executor, heads.config.num_heads, backbone.shape.vocab_size, seed=seed)
+    report = compare(observed, eager_reference(backbone), backbone, heads)
+    attention.install(backbone.module)
+    return report
+
+
+def observe(executor: Executor, num_heads: int, vocab_size: int, *, prompt_rows: int = _PROMPT, seed: int = 0) -> Observed:
+    """Prefill, verify a tree of random tokens, commit its longest path, verify again."""
+    tree = probe_tree(num_heads)
+    rng = np.random.default_rng(seed)
+    prompt = rng.integers(0, vocab_size, prompt_rows)
+    greedy = int(executor.prefill(0, prompt, 0, Wanted()).next_token[0])
+    prefill = executor.prefill(0, prompt, 0, _WANTED)
+    rows = [(prompt, prefill.logits[0, 0].astype(np.float32))]
+    head_pairs = [(prompt, int(prefill.next_token[0]), prefill.candidates[0].copy())]
+    context, length, moved = prompt, prompt_rows, list[int]()
+    for _ in range(2):
+        buffers = executor.buffers(tree.rows, _WANTED)
+        _fill(buffers, tree, rng.integers(0, vocab_size, tree.rows), length, moved, executor.layout.slots)
+        executor.step(buffers, _WANTED)
+        tokens = buffers.tokens[0].copy()
+        for row in range(tree.rows):
+            path = [0, *tree.row_paths[row]]
+            rows.append((np.concatenate([context, tokens[path]]), buffers.logits[0, row].astype(np.float32)))
+        # Take the last (deepest) path as accepted, whatever the logits say: the next step must see exactly its rows.
+        path = list(tree.row_paths[-1])
+        moved = [buffers.margin + length + row for row in path]
+        context, length = np.concatenate([context, tokens[[0, *path]]]), length + 1 + len(path)
+    return Observed(rows, head_pairs, greedy)
+
+
+def _fill(buffers: StepBuffers, tree: Tree, tokens: np.ndarray, length: int, moved: list[int], slots: int) -> None:
+    for slot in range(slots):
+        buffers.idle(slot, length if slot == 0 else 0)
+    buffers.tokens[0] = tokens
+    buffers.positions[0] = length + tree.depths
+    buffers.ancestors[0] = tree.ancestors
+    buffers.forced[0] = 1
+    buffers.move(0, length, moved)
+
+
+def compare(observed: Observed, reference: Reference, backbone: Backbone, heads: HeadStack) -> CheckReport:
+    """Every row's logits and every head's candidates against the torch module's.
+
+    Raises:
+        NumericsError, ExportMismatchError: as :func:`check_executor`.
+    """
+    rows = observed.rows
+    error = scale = 0.0
+    agreed = 0
+    known: list[tuple[np.ndarray, np.ndarray]] = []
+    # Longest first: one run of the reference gives the logits after every row of a path.
+    for tokens, logits in sorted(rows, key=lambda row: -len(row[0])):
+        expected = _after(tokens, reference, known)
+        if not np.isfinite(logits).all():
+            raise NumericsError("the exported graph returned NaN or infinite logits", hint="try --dtype fp32")
+        error = max(error, float(np.abs(logits - expected).max()))
+        scale = max(scale, float(np.abs(expected).max()))
+        agreed += int(logits.argmax() == expected.argmax())
+    head_agreed = []
+    for tokens, root, candidates in observed.heads:
+        ids = torch.from_numpy(tokens)[None]
+        with torch.no_grad():
+            state = backbone.module.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, -1:]
+            embedding = backbone.module.get_input_embeddings()(torch.tensor([[root]]))
+            expected_candidates, _ = heads(state, embedding)
+        head_agreed.append(float((expected_candidates[0, :, 0].numpy() == candidates[:, 0]).mean()))
+    report = CheckReport(error, scale, agreed / len(rows), float(np.mean(head_agreed)), len(rows))
+    limit = _TOLERANCE[backbone.dtype] * max(scale, 1.0)
+    if not error <= limit:
+        raise ExportMismatchError(
+            f"logits of the exported graph differ by {error:.3g} from the torch module's (limit {limit:.3g}, {len(rows)} rows, "
+            f"argmax equal in {report.argmax_agreement:.0%})",
+            hint="this architecture isn't expressed rightly: please report it with the model's config.json",
+        )
+    _, first = rows[0]
+    behind = float(first.max() - first[observed.greedy])
+    if not behind <= limit:
+        raise ExportMismatchError(
+            f"the exported graph chooses token {observed.greedy}, whose logit is {behind:.3g} below the largest one",
+            hint="please report it with the model's config.json",
+        )
+    return report
+
+
+def _after(tokens: np.ndarray, reference: Reference, known: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Logits [V] after ``tokens``, out of what is known of a sequence that begins with them, or else by the reference."""
+    for sequence, logits in known:
+        if np.array_equal(sequence[: len(tokens)], tokens):
+            return np.asarray(logits[len(tokens) - 1])
+    logits = reference(tokens)
+    known.append((tokens, logits))
+    return np.asarray(logits[-1])
+
+
+def eager_reference(backbone: Backbone) -> Reference:
+    """Logits in float32, by transformers' own eager attention, which the module has from now on."""
+    module = backbone.module
+    module.set_attn_implementation("eager")
+
+    def run(tokens: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            # The whole causal LM: whatever it does to its logits after the projection shows here.
+            logits: np.ndarray = module(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0].float().numpy()
+            return logits
+
+    return run

@@ -1,0 +1,171 @@
+"""What can be proven about a linked export without its weights in memory.
+
+Its first layers, with the real weights and through the same code, run against the torch module; and every place that the whole
+graphs point to holds the tensor that its initializer is named after.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from ...runtime.errors import ExportMismatchError
+from ...runtime.executors.executor import CacheLayout
+from ...runtime.executors.ort import OrtExecutor, OrtModel
+from ..backbone.backbone import Backbone
+from ..backbone.checkpoint import Report
+from ..backbone.linked import first_layers
+from ..backbone.safetensors_header import StoredTensor, read_header
+from ..graphs import HEADS_GRAPH, write_graphs
+from ..heads.module import HeadStack
+from .check import CheckReport, Observed, Reference, compare, eager_reference, observe
+from .device_executor import DeviceGraphExecutor
+from .run_order import run_products_in_turn
+
+# Rows of the prompt: each takes part in matrix products as wide as the backbone, on a CPU and in fp16.
+_PROMPT_ROWS = 8
+_PREFIX = "check."
+_DTYPES = {"F16": onnx.TensorProto.FLOAT16, "F32": onnx.TensorProto.FLOAT}
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
+_TOP = {"embedding": "embed", "heads.shared": "lm_head|embed", "projection": "lm_head|embed", "decoder.norm": "norm"}
+
+
+@dataclass(frozen=True, slots=True)
+class PlacesReport:
+    """``tensors``: linked initializers of one graph; ``layers`` that they belong to."""
+
+    tensors: int
+    layers: int
+
+
+def check_linked(
+    folder: Path, variants: dict[str, str], layout: CacheLayout, backbone: Backbone, stack: HeadStack, report: Report
+) -> tuple[dict[str, CheckReport], dict[str, Any]]:
+    """Run every variant of the first layers against the torch module, and look up every place in the whole graphs.
+
+    ``folder`` holds the graphs and the linked files, and for a while those of the first layers. ``variants``: file names in it.
+    ``layout``: of the whole backbone. ``stack`` is used up: it reads the real weights from now on. Returns what was compared,
+    by variant, and what a bundle's provenance says of its weights.
+
+    Raises:
+        NumericsError, ExportMismatchError: the first layers don't reproduce the torch module, or a place is wrong.
+    """
+    assert backbone.linked is not None
+    cut, real = first_layers(backbone)
+    stack.project_through(cut.module.get_output_embeddings())
+    report(f"tracing {cut.shape.layers} layers for the check")
+    graphs = write_graphs(cut, stack, layout.rows, folder, lambda _phase: None, _PREFIX)
+    sizes = (stack.config.num_heads, stack.top_k, cut.shape.hidden_size, cut.shape.vocab_size)
+    few = replace(layout, layers=cut.shape.layers)
+    observed = {}
+    for name, path in graphs.items():
+        report(f"checking {few.layers} layers of the {name} graph")
+        run_products_in_turn(folder / path)
+        model = OrtModel(folder / path, folder / f"{_PREFIX}{HEADS_GRAPH}", few, *sizes)
+        executor = DeviceGraphExecutor(model, frugal_options()) if name == "device" else _FrugalExecutor(model)
+        observed[name] = observe(executor, stack.config.num_heads, cut.shape.vocab_size, prompt_rows=_PROMPT_ROWS)
+        del executor  # its weights leave memory before the next one's enter it
+    report(f"checking {few.layers} layers of the torch module")
+    stack.project_through(real.get_output_embeddings())
+    checks = _compare_all(observed, replace(cut, module=real), stack)
+    for written in folder.glob(f"{_PREFIX}*"):
+        written.unlink()
+    report("checking where all weights lie")
+    needed = {tensor.name: tensor for tensor in backbone.linked.stored.values()}
+    places = {name: asdict(check_places(folder / path, needed, layout.layers)) for name, path in variants.items()}
+    files = dict(backbone.linked.files)
+    return checks, {"files": files, "checked_layers": few.layers, "layers": layout.layers, "places": places}
+
+
+def frugal_options() -> Any:
+    """Options of a session that runs a graph as it is: weights stay mapped, none is prepacked, folded or kept in another type."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False  # it would hold what one step needs in all, from its second run on
+    return options
+
+
+class _FrugalExecutor(OrtExecutor):
+    def _open(self, path: Path) -> Any:
+        return self._ort.InferenceSession(str(path), frugal_options(), providers=["CPUExecutionProvider"])
+
+
+def _compare_all(observed: dict[str, Observed], backbone: Backbone, heads: HeadStack) -> dict[str, CheckReport]:
+    """Compare every variant with one run of the torch module: all saw the same tokens.
+
+    Raises:
+        NumericsError, ExportMismatchError: as :func:`.check.compare`.
+    """
+    known: dict[bytes, np.ndarray] = {}
+    run = eager_reference(backbone)
+
+    def remembered(tokens: np.ndarray) -> np.ndarray:
+        key = tokens.tobytes()
+        if key not in known:
+            known[key] = run(tokens)
+        return known[key]
+
+    reference: Reference = remembered
+    return {name: compare(each, reference, backbone, heads) for name, each in observed.items()}
+
+
+def check_places(graph: Path, needed: dict[str, StoredTensor], layers: int) -> PlacesReport:
+    """Read the graph and the headers of the files it points to, and compare names, types, shapes and places.
+
+    ``needed``: where the parameters of the backbone lie, by name. Each must be used, those of a layer by the initializer of
+    the same layer and name.
+
+    Raises:
+        ExportMismatchError: an initializer points to nothing, or to another tensor than its own.
+    """
+    headers: dict[str, dict[tuple[int, int], StoredTensor]] = {}
+    used: set[str] = set()
+    for initializer in onnx.load(graph, load_external_data=False).graph.initializer:
+        place = {entry.key: entry.value for entry in initializer.external_data}
+        location = place.get("location", "")
+        if not location.endswith(".safetensors"):
+            continue
+        if location not in headers:
+            tensors = read_header(graph.parent / location).values()
+            headers[location] = {(tensor.offset, tensor.nbytes): tensor for tensor in tensors}
+        found = headers[location].get((int(place["offset"]), int(place["length"])))
+        shape = tuple(initializer.dims)
+        if found is None or found.shape != shape or _DTYPES.get(found.dtype) != initializer.data_type:
+            raise _mismatch(graph, initializer.name, f"{list(shape)} at {place}", found)
+        if not _is_named(initializer.name, found.name) or found.name not in needed:
+            raise _mismatch(graph, initializer.name, "its own tensor", found)
+        used.add(found.name)
+    unused = sorted(set(needed) - used)
+    if unused:
+        raise ExportMismatchError(f"{graph.name} doesn't use {len(unused)} tensors, such as {unused[0]}", hint=_REPORT)
+    numbers = {int(match[1]) for name in used if (match := _LAYER.search(name))}
+    if numbers != set(range(layers)):
+        raise ExportMismatchError(f"{graph.name} uses weights of the layers {sorted(numbers)}, expected {layers}", hint=_REPORT)
+    return PlacesReport(len(used), len(numbers))
+
+
+_REPORT = "this architecture isn't linked rightly: export with --weights copied, and report it with the model's config.json"
+
+
+def _is_named(initializer: str, stored: str) -> bool:
+    """Whether an initializer (named by the step module) and a tensor of the checkpoint are the same part of the model."""
+    one, two = _LAYER.search(initializer), _LAYER.search(stored)
+    if one or two:
+        return bool(one and two and one.groups() == two.groups())
+    expected = [pattern for prefix, pattern in _TOP.items() if initializer.startswith(prefix)]
+    return bool(expected) and re.search(expected[0], stored) is not None
+
+
+def _mismatch(graph: Path, name: str, expected: str, found: StoredTensor | None) -> ExportMismatchError:
+    there = "no tensor" if found is None else f"{found.name} {found.dtype} {list(found.shape)}"
+    return ExportMismatchError(f"{name} in {graph.name} should be {expected}, and {there} is there", hint=_REPORT)

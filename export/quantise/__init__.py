@@ -1,0 +1,1 @@
+"""Rewrites graphs with weights, or weights and activations, in few bits."""

@@ -1,0 +1,1 @@
+"""Traces the backbone with its heads into one abstract step graph."""

@@ -1,0 +1,109 @@
+"""What replaces transformers' attention and cache while a backbone is traced.
+
+Each layer becomes one node of our own domain: ``medusa_deploy::TreeAttention(query, key, value, past_key, past_value, mask,
+write_index, commit) -> (output, present_key, present_value)``. :mod:`.lower` turns it into standard operators or into the CPU's
+fused one, so that both graphs come from a single trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.onnx import ops
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+from ...runtime.errors import UnsupportedArchitectureError
+
+DOMAIN = "medusa_deploy"
+OP = "TreeAttention"
+IMPLEMENTATION = "medusa_deploy_tree"
+
+# Keyword arguments of an attention call that change its arithmetic in a way the step graph doesn't express.
+_UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "head_mask")
+
+
+class TraceCache(Cache):
+    """A cache that hands rows through and remembers what each layer's attention wrote.
+
+    ``past``: key and value of layer 0, then of layer 1 …, each [B, H_kv, S, D_h]; ``present`` collects the updated ones.
+    """
+
+    def __init__(self, past: list[torch.Tensor], write_index: torch.Tensor, commit: torch.Tensor) -> None:
+        super().__init__(layers=[])
+        self.past = past
+        self.write_index = write_index
+        self.commit = commit
+        self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Emit the node of one layer; query [B, H, N, D_h], key and value [B, H_kv, N, D_h], mask [B, 1, N, T]."""
+        past_key, past_value = self.past[2 * layer], self.past[2 * layer + 1]
+        output, present_key, present_value = ops.symbolic_multi_out(
+            f"{DOMAIN}::{OP}",
+            (query, key, value, past_key, past_value, mask, self.write_index, self.commit),
+            attrs={"scale": float(scale)},
+            dtypes=(query.dtype, past_key.dtype, past_value.dtype),
+            shapes=(query.shape, past_key.shape, past_value.shape),
+            version=1,
+        )
+        self.present[layer] = (present_key, present_value)
+        return output
+
+    def present_in_order(self) -> list[torch.Tensor]:
+        """Updated caches: key and value of layer 0, then of layer 1 …"""
+        return [tensor for layer in sorted(self.present) for tensor in self.present[layer]]
+
+
+_active: list[TraceCache] = []
+
+
+@contextmanager
+def tracing(cache: TraceCache) -> Iterator[TraceCache]:
+    """Make ``cache`` the one that attention calls write to."""
+    _active.append(cache)
+    try:
+        yield cache
+    finally:
+        _active.pop()
+
+
+def _tree_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    refused = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    if refused:
+        raise UnsupportedArchitectureError(
+            f"{type(module).__name__} uses {', '.join(refused)}, which the step graph can't express",
+            hint="export a backbone with plain scaled dot-product attention",
+        )
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = _active[-1].attend(layer, query, key, value, attention_mask, scale)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def install(backbone: Any) -> None:
+    """Let ``backbone`` (a transformers causal LM) call the tracing attention."""
+    AttentionInterface.register(IMPLEMENTATION, _tree_attention)
+    backbone.set_attn_implementation(IMPLEMENTATION)

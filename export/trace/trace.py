@@ -1,0 +1,114 @@
+"""Trace the step module into an ONNX graph whose attention nodes are still abstract (see :mod:`.lower`)."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ...runtime.executors import step_io
+from ..backbone.backbone import Backbone
+from ..heads.module import HeadStack
+from .step import HeadsModule, StepModule
+
+OPSET = 24
+# Example sizes of the trace. All differ, and none is 1, so that no dimension is taken for a constant or for another.
+_B, _N, _R, _T = 2, 5, 3, 24
+
+
+def trace_step(backbone: Backbone, heads: HeadStack, rows: int) -> ir.Model:
+    """The step graph over caches of ``rows`` rows: abstract attention, dynamic B, N, R and T, constant S.
+
+    Raises:
+        UnsupportedArchitectureError: the backbone's attention has terms that the step graph can't express.
+    """
+    shape = backbone.shape
+    margin = heads.config.num_heads
+    dtype = backbone.dtype
+    past = [torch.zeros(_B, shape.kv_heads, rows, shape.head_dim, dtype=dtype) for _ in range(2 * shape.layers)]
+    arguments = (
+        torch.ones(_B, _N, dtype=torch.int64),
+        torch.arange(_N)[None].repeat(_B, 1),
+        torch.ones(_B, _N, _N, dtype=torch.bool).tril(),
+        torch.ones(_B, dtype=torch.int64),
+        torch.full((_B,), margin),
+        torch.arange(_T),
+        torch.arange(_R)[None].repeat(_B, 1),
+        torch.zeros(_B, margin, dtype=torch.int64),
+        torch.zeros(_B, _N, dtype=torch.int64),
+        past,
+    )
+    b, n, t, r = (torch.export.Dim(name) for name in ("B", "N", "T", "R"))
+    rows_of = {0: b, 1: n}
+    dynamic = (rows_of, rows_of, {0: b, 1: n, 2: n}, {0: b}, {0: b}, {0: t}, {0: b, 1: r}, {0: b}, rows_of, [{0: b}] * len(past))
+    inputs = [step_io.TOKENS, step_io.POSITIONS, step_io.ANCESTORS, step_io.FORCED, step_io.WRITE_INDEX]
+    inputs += [step_io.COLUMNS, step_io.LOGIT_ROWS, step_io.COMMIT, step_io.DRAFT_SLOTS, *step_io.past_names(shape.layers)]
+    outputs = [step_io.LAST_ROW, step_io.NEXT_TOKEN, step_io.CANDIDATES, step_io.LOG_PROBS, step_io.LOGITS, step_io.HIDDEN]
+    outputs += [*step_io.CLOSING, *step_io.present_names(shape.layers)]
+    return _export(StepModule(backbone.module, heads, margin), arguments, dynamic, inputs, outputs)
+
+
+def trace_heads(backbone: Backbone, heads: HeadStack) -> ir.Model:
+    """The heads alone: ``hidden`` [B, H] and ``root`` int64 [B] to ``candidates`` and ``log_probs``."""
+    module = HeadsModule(heads, backbone.module.get_input_embeddings())
+    arguments = (torch.zeros(_B, backbone.shape.hidden_size, dtype=backbone.dtype), torch.ones(_B, dtype=torch.int64))
+    b = torch.export.Dim("B")
+    names = [step_io.ROOT_HIDDEN, step_io.ROOT_TOKEN], [step_io.CANDIDATES, step_io.LOG_PROBS]
+    return _export(module, arguments, ({0: b}, {0: b}), *names)
+
+
+def _export(module: nn.Module, arguments: tuple[object, ...], dynamic: object, inputs: list[str], outputs: list[str]) -> ir.Model:
+    module.eval()
+    fake = any(isinstance(parameter, FakeTensor) for parameter in module.parameters())
+    with torch.no_grad(), quiet(), _without_collection():
+        program = torch.onnx.export(
+            module,
+            arguments,
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=dynamic,  # type: ignore[arg-type]
+            input_names=inputs,
+            output_names=outputs,
+            optimize=not fake,  # folding wants numbers
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model
+    # The exporter notes for every node in which file of this machine it was written.
+    passes.ClearMetadataAndDocStringPass()(model)
+    return model
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """A trace's objects live as long as it does: looking for cycles among them took an eighth of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+            gc.collect()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The exporter prints and warns about itself; none of it is about the user's model."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
