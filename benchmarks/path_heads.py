@@ -22,9 +22,9 @@ import numpy as np
 from path_replay import Proposer, Recorded, halves, path_hits, tokens_per_step
 from path_training import FrozenHeads, PathHeads, Schedule, train_inputs
 
-from medusa_deploy.calibration.examples import Examples, load_examples
+from medusa_deploy.calibration.answers.sequences import load_sequences
 from medusa_deploy.calibration.hit_rates import Hits, platt_scaling
-from medusa_deploy.calibration.sequences import load_sequences
+from medusa_deploy.calibration.training.examples import Examples, load_examples
 from medusa_deploy.export.backbone.backbone import load_module
 from medusa_deploy.runtime.drafting.hits import NO_LABEL
 from medusa_deploy.runtime.files.bundle import open_bundle

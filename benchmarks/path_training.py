@@ -73,11 +73,11 @@ def train_inputs(
     import torch
     from torch.nn import functional
 
-    from medusa_deploy.calibration.examples import draft_indices, draft_labels, root_mean_square
+    from medusa_deploy.calibration.training.examples import draft_indices, draft_labels, root_mean_square
 
     labels = draft_labels(examples.labels[:, head], draft_indices(heads.token_map, len(heads.embedding)))
     usable = ((labels >= 0) & (examples.labels[:, list(seen)] >= 0).all(1)).nonzero()[:, 0]
-    # Inputs of unit size, as in calibration/trainable.py.
+    # Inputs of unit size, as in calibration/training/trainable.py.
     size = root_mean_square(heads.embedding[torch.unique(examples.roots)])
     unit = heads.embedding / size
     weight = torch.zeros(unit.shape[1], len(seen) * unit.shape[1], requires_grad=True)

@@ -21,7 +21,7 @@ import numpy as np
 from quantiser_judge import REFERENCE, Judge, Logits
 from quantiser_onnx import METHODS, Graph, quantise
 
-from medusa_deploy.calibration.samples import read_samples
+from medusa_deploy.calibration.int8.samples import read_samples
 from medusa_deploy.runtime import load
 from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.runtime.files.scales_file import read_scales

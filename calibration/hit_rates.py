@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ..runtime.drafting.hits import MISS, NO_LABEL
 from ..runtime.files.heads import HeadSet
-from .examples import Examples
+from .training.examples import Examples
 
 _PRIOR = 1.0
 

@@ -26,7 +26,7 @@ def _loaded_by(module: str, candidates: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["medusa_deploy", "medusa_deploy.runtime", "medusa_deploy.tools.cli", "medusa_deploy.calibration.scales"]
+    "module", ["medusa_deploy", "medusa_deploy.runtime", "medusa_deploy.tools.cli", "medusa_deploy.calibration.int8.scales"]
 )
 def test_an_import_is_light(module: str) -> None:
     assert _loaded_by(module, HEAVY) == []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from ..calibration.answers import Answerer
+    from ..calibration.answers.answers import Answerer
     from ..runtime.text.encoder import PromptEncoder
     from ..runtime.text.prompts import PromptLine
 
@@ -73,7 +73,7 @@ def open_backbone(plan: AnswerPlan, heads: Path | None = None) -> Backbone:
 
 def answer_prompts(backbone: Backbone, plan: AnswerPlan) -> Answered:
     """Let the backbone answer training and held-out prompts into the folders ``train`` and ``heldout``."""
-    from ..calibration.distill import GREEDY
+    from ..calibration.answers.distill import GREEDY
 
     lines = [*_lines(plan, "train"), *_self_written(backbone, plan)]
     prompts, tokens = {}, {}
@@ -88,7 +88,7 @@ def answer_heldout(backbone: Backbone, plan: AnswerPlan, folder: str) -> None:
     """Greedy answers to the held-out prompts in another folder of the work folder, made anew."""
     import shutil
 
-    from ..calibration.distill import GREEDY
+    from ..calibration.answers.distill import GREEDY
 
     shutil.rmtree(plan.work / folder, ignore_errors=True)
     _answer(backbone, plan, _lines(plan, "heldout"), folder, GREEDY, 0)
@@ -97,7 +97,7 @@ def answer_heldout(backbone: Backbone, plan: AnswerPlan, folder: str) -> None:
 def _answer(
     backbone: Backbone, plan: AnswerPlan, lines: list[PromptLine], folder: str, temperatures: tuple[float, ...], seed: int
 ) -> tuple[list[list[int]], int]:
-    from ..calibration.distill import distill
+    from ..calibration.answers.distill import distill
     from .console import Progress
 
     prompts = [backbone.encoder.encode(line.request()) for line in lines]
@@ -123,7 +123,7 @@ def _lines(plan: AnswerPlan, part: str) -> list[PromptLine]:
 
 def _self_written(backbone: Backbone, plan: AnswerPlan) -> list[PromptLine]:
     """Prompts that the backbone wrote, none of them a held-out one."""
-    from ..calibration.self_prompts import write_self_prompts
+    from ..calibration.answers.self_prompts import write_self_prompts
     from ..runtime.text.prompts import read_prompts
     from .console import Progress
 
@@ -142,7 +142,7 @@ def _self_written(backbone: Backbone, plan: AnswerPlan) -> list[PromptLine]:
 
 def _in_runtime(plan: AnswerPlan, heads: Path | None) -> Backbone:
     """A bundle in the work folder. One with ``heads`` is exported anew: they may be other ones than before."""
-    from ..calibration.distill import RuntimeAnswerer
+    from ..calibration.answers.distill import RuntimeAnswerer
     from ..export.exporter import export_bundle
     from ..runtime.session import load
     from .console import Progress
@@ -158,7 +158,7 @@ def _in_runtime(plan: AnswerPlan, heads: Path | None) -> Backbone:
 
 
 def _in_torch(plan: AnswerPlan, heads: Path | None) -> Backbone:
-    from ..calibration.torch_answerer import TorchAnswerer
+    from ..calibration.answers.torch_answerer import TorchAnswerer
     from ..export.backbone.adapter import backbone_digest, merge_adapter
     from ..export.backbone.backbone import load_module
     from ..export.backbone.tokenizer import write_text_files

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from ..calibration.ranges import Method
+    from ..calibration.int8.ranges import Method
     from ..runtime.files.bundle import Bundle
     from ..runtime.files.scales_file import Scales
     from .console import Progress
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     from .extras import require
 
     require("calibrate")
-    from ..calibration.ranges import Method
+    from ..calibration.int8.ranges import Method
     from .calibrate_report import describe, smoothed, worst
     from .console import emit
 
@@ -141,8 +141,8 @@ def calibrate(
         RangeError, QuantisationError: values that no scale fits.
         OutputError: the file system refused.
     """
-    from ..calibration.ranges import Method
-    from ..calibration.smoothing import ALPHAS
+    from ..calibration.int8.ranges import Method
+    from ..calibration.int8.smoothing import ALPHAS
     from ..runtime.files.bundle import open_bundle, refuse_existing, write_whole
     from .console import Progress
     from .prompt_source import packaged_prompts
@@ -183,10 +183,10 @@ class _Way:
 
 def _with_answers(bundle: Bundle, way: _Way, max_new_tokens: int, progress_file: Path, bar: Progress) -> Scales:
     """The whole graph in memory, and answers."""
-    from ..calibration.collect import Calibrator
-    from ..calibration.row_sample import find_smoothing
-    from ..calibration.samples import read_samples
-    from ..calibration.scales import check_enough, make_scales
+    from ..calibration.int8.collect import Calibrator
+    from ..calibration.int8.row_sample import find_smoothing
+    from ..calibration.int8.samples import read_samples
+    from ..calibration.int8.scales import check_enough, make_scales
     from .prompt_source import check_room
 
     calibrator = Calibrator(bundle, way.threads)
@@ -204,9 +204,9 @@ def _with_answers(bundle: Bundle, way: _Way, max_new_tokens: int, progress_file:
 
 def _in_layers(bundle: Bundle, way: _Way, reason: str, progress_file: Path, bar: Progress) -> Scales:
     """One layer in memory at a time, no answers."""
-    from ..calibration.layer_by_layer import LayerCalibrator
-    from ..calibration.samples import read_samples
-    from ..calibration.scales import check_rows, make_scales
+    from ..calibration.int8.layer_by_layer import LayerCalibrator
+    from ..calibration.int8.samples import read_samples
+    from ..calibration.int8.scales import check_rows, make_scales
 
     calibrator = LayerCalibrator(bundle, way.threads)
     prompts = read_samples(calibrator, way.path, way.count, 0)
@@ -222,7 +222,7 @@ def _in_layers(bundle: Bundle, way: _Way, reason: str, progress_file: Path, bar:
 
 def _why_layer_by_layer(bundle: Bundle, asked: bool | None) -> str | None:
     """Why one layer is loaded at a time; None where all are."""
-    from ..calibration.products import StepGraph
+    from ..calibration.int8.products import StepGraph
     from .console import human_bytes
     from .machine import memory_bytes
 

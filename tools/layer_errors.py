@@ -54,7 +54,7 @@ def layer_errors(
 
 def _states(session: Session, texts: Sequence[list[int]], threads: int | None) -> States:
     """Of each layer, over all texts, float32 [n, H]."""
-    from ..calibration.layer_states import LayerStates
+    from ..calibration.int8.layer_states import LayerStates
 
     name = variant(session)
     assert name is not None, "only the CPU's sessions are compared"

@@ -109,9 +109,9 @@ def _check(bundle: Bundle, name: str, precision: CpuPrecision, *, force: bool) -
 
 
 def _moments(bundle: Bundle, data: Path | None, samples: int, threads: int | None, bar: Progress) -> dict[str, np.ndarray]:
-    from ..calibration.collect import Calibrator
-    from ..calibration.moments import collect_moments
-    from ..calibration.samples import read_samples
+    from ..calibration.int8.collect import Calibrator
+    from ..calibration.int8.moments import collect_moments
+    from ..calibration.int8.samples import read_samples
     from ..runtime.session import load
     from .prompt_source import check_room, packaged_prompts
 
@@ -130,7 +130,7 @@ def _moments(bundle: Bundle, data: Path | None, samples: int, threads: int | Non
 
 def _divergence(bundle: Bundle, data: Path | None, threads: int | None, bar: Progress) -> Divergence:
     """Of the last prompt of every category in the data: GPTQ sees the first ones."""
-    from ..calibration.samples import categories_in_turn
+    from ..calibration.int8.samples import categories_in_turn
     from ..runtime.session import load
     from ..runtime.text.prompts import read_prompts
     from .divergence import Divergence

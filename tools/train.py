@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..calibration.train import TrainConfig
+    from ..calibration.training.train import TrainConfig
     from ..runtime.files.heads import HeadSet
     from .answering import AnswerPlan
 
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
     require("export" if args.stage == 1 else "train")
     quiet_libraries()
-    from ..calibration.finetune import FinetuneConfig
+    from ..calibration.training.finetune import FinetuneConfig
     from ..runtime.errors import UsageError
     from .answering import AnswerPlan
     from .console import emit
@@ -144,8 +144,8 @@ def train(
         BundleExistsError: the output exists and ``force`` is false.
         CheckpointError, UnsupportedArchitectureError: the backbone can't be exported.
     """
-    from ..calibration.examples import load_examples
-    from ..calibration.train import train_heads
+    from ..calibration.training.examples import load_examples
+    from ..calibration.training.train import train_heads
     from ..export.backbone.backbone import load_module
     from ..runtime.files.bundle import refuse_existing
     from ..runtime.files.heads_file import write_heads
@@ -181,7 +181,7 @@ def train(
 
 def _start(heads: Path | None, chosen: Mapping[str, Any]) -> tuple[HeadSet | None, TrainConfig]:
     """Heads to go on from, and the config: their form, if there are any, and what was chosen."""
-    from ..calibration.train import TrainConfig
+    from ..calibration.training.train import TrainConfig
     from ..export.heads.layouts import read_heads
     from ..runtime.errors import TrainingError
 
@@ -212,8 +212,8 @@ def measure_heads(
 
     ``backbone``: the module whose embeddings the heads use.
     """
-    from ..calibration.examples import load_examples
     from ..calibration.hit_rates import find_hits, platt_scaling
+    from ..calibration.training.examples import load_examples
     from ..runtime.drafting.hits import path_rates, rank_rates, replayed_acceptance_length
     from ..runtime.tree import tree_of_paths
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .train import TREE_ROWS, measure_heads
 
 if TYPE_CHECKING:
-    from ..calibration.finetune import FinetuneConfig, StepReport, Tuned
+    from ..calibration.training.finetune import FinetuneConfig, StepReport, Tuned
     from ..runtime.files.heads import HeadSet
     from ..runtime.text.encoder import PromptEncoder
     from .answering import AnswerPlan
@@ -43,9 +43,9 @@ def train_backbone(
         HeadsError, HeadsMismatchError: the heads can't be read, or belong to another backbone.
         BundleExistsError: the output exists and ``force`` is false.
     """
-    from ..calibration.answers import answers_in_order
-    from ..calibration.finetune import finetune
-    from ..calibration.sequences import load_sequences
+    from ..calibration.answers.answers import answers_in_order
+    from ..calibration.answers.sequences import load_sequences
+    from ..calibration.training.finetune import finetune
     from ..export.backbone.adapter import backbone_digest
     from ..export.backbone.backbone import load_module
     from ..export.heads.layouts import read_heads
@@ -130,9 +130,9 @@ def _within_budget(
     Raises:
         TrainingError: that is nearly nothing.
     """
-    from ..calibration.adapter import keep_share
-    from ..calibration.interpolate import interpolate, share_within
-    from ..calibration.quality import perplexity
+    from ..calibration.training.adapter import keep_share
+    from ..calibration.training.interpolate import interpolate, share_within
+    from ..calibration.training.quality import perplexity
     from ..runtime.errors import TrainingError
 
     def level(share: float) -> float:
@@ -157,7 +157,7 @@ def _judged(plan: AnswerPlan, prompts: list[list[int]]) -> list[tuple[list[int],
 
     ``prompts``: one for each question; a temperature's questions follow those of the one before.
     """
-    from ..calibration.answers import iter_shards
+    from ..calibration.answers.answers import iter_shards
 
     each = len(prompts) // len(plan.temperatures)
     lowest = plan.temperatures.index(min(plan.temperatures))
@@ -172,7 +172,7 @@ def _judged(plan: AnswerPlan, prompts: list[list[int]]) -> list[tuple[list[int],
 
 def _perplexities(module: Any, texts: Mapping[str, list[tuple[list[int], int]]], device: str) -> dict[str, float]:
     """Perplexity of each kind of text that there is; ``module`` comes back to the CPU."""
-    from ..calibration.quality import perplexity
+    from ..calibration.training.quality import perplexity
 
     module.to(device)
     found = {name: perplexity(module, part, device) for name, part in texts.items() if part}

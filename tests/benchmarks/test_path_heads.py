@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from path_replay import Recorded, likeliest, path_hits, replay
 from path_training import FrozenHeads, PathHeads, Schedule, train_inputs
 
-from medusa_deploy.calibration.examples import Examples
+from medusa_deploy.calibration.training.examples import Examples
 from medusa_deploy.runtime.drafting.draft import TokenPath, ranked_paths
 from medusa_deploy.runtime.files.heads import HeadConfig, HeadSet
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medusa_deploy.calibration import answers as module
-from medusa_deploy.calibration.answers import DESCRIPTION, Answer, iter_shards
-from medusa_deploy.calibration.distill import RuntimeAnswerer, distill
+from medusa_deploy.calibration.answers import answers as module
+from medusa_deploy.calibration.answers.answers import DESCRIPTION, Answer, iter_shards
+from medusa_deploy.calibration.answers.distill import RuntimeAnswerer, distill
 from medusa_deploy.runtime import SamplingParams, chain
 from medusa_deploy.runtime.errors import TrainingError
 from support.fake_executor import FakeSession, fake_session

@@ -15,11 +15,11 @@ pytest.importorskip("peft")
 
 from safetensors.torch import load  # noqa: E402
 
-from medusa_deploy.calibration.divergence import mean_divergence  # noqa: E402
-from medusa_deploy.calibration.examples import IGNORE  # noqa: E402
-from medusa_deploy.calibration.finetune import FinetuneConfig, Tuned, finetune  # noqa: E402
-from medusa_deploy.calibration.quality import perplexity  # noqa: E402
-from medusa_deploy.calibration.sequences import AnsweredPrompt, make_batch, plan_batches  # noqa: E402
+from medusa_deploy.calibration.answers.sequences import AnsweredPrompt, make_batch, plan_batches  # noqa: E402
+from medusa_deploy.calibration.training.divergence import mean_divergence  # noqa: E402
+from medusa_deploy.calibration.training.examples import IGNORE  # noqa: E402
+from medusa_deploy.calibration.training.finetune import FinetuneConfig, Tuned, finetune  # noqa: E402
+from medusa_deploy.calibration.training.quality import perplexity  # noqa: E402
 from medusa_deploy.export.backbone.adapter import backbone_digest, merge_adapter  # noqa: E402
 from medusa_deploy.export.backbone.backbone import load_module  # noqa: E402
 from medusa_deploy.runtime.errors import HeadsError, HeadsMismatchError, TrainingError  # noqa: E402

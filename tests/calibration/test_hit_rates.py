@@ -20,7 +20,6 @@ from support.tiny import HEADS, HIDDEN, VOCAB, tiny_head_set
 
 torch: Any = pytest.importorskip("torch")
 
-from medusa_deploy.calibration.examples import IGNORE, Examples, following_tokens  # noqa: E402
 from medusa_deploy.calibration.hit_rates import (  # noqa: E402
     Hits,
     draft_projection,
@@ -28,7 +27,8 @@ from medusa_deploy.calibration.hit_rates import (  # noqa: E402
     head_logits,
     platt_scaling,
 )
-from medusa_deploy.calibration.trainable import TrainableHeads  # noqa: E402
+from medusa_deploy.calibration.training.examples import IGNORE, Examples, following_tokens  # noqa: E402
+from medusa_deploy.calibration.training.trainable import TrainableHeads  # noqa: E402
 from medusa_deploy.export.heads.module import HeadStack  # noqa: E402
 from support.learnable import hit_rates  # noqa: E402
 
@@ -222,7 +222,7 @@ def test_the_engine_counts_the_ranks_that_torch_computes(pair: tuple[Session, He
 
 
 def test_rates_fall_with_the_rank_of_a_trained_head() -> None:
-    from medusa_deploy.calibration.train import train_heads
+    from medusa_deploy.calibration.training.train import train_heads
     from support.learnable import CONFIG, backbone, examples
 
     data = examples(640)

@@ -12,8 +12,8 @@ from hypothesis import given, strategies as st
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from medusa_deploy.calibration.finetune import Tuned  # noqa: E402
-from medusa_deploy.calibration.interpolate import interpolate, share_within  # noqa: E402
+from medusa_deploy.calibration.training.finetune import Tuned  # noqa: E402
+from medusa_deploy.calibration.training.interpolate import interpolate, share_within  # noqa: E402
 from medusa_deploy.runtime.files.adapter_file import AdapterFiles, LoraShape, lora_config  # noqa: E402
 from medusa_deploy.runtime.files.heads import HeadConfig, HeadSet  # noqa: E402
 

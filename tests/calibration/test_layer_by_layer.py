@@ -11,15 +11,15 @@ import pytest
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from medusa_deploy.calibration import layer_by_layer as module  # noqa: E402
-from medusa_deploy.calibration.collect import Calibrator  # noqa: E402
-from medusa_deploy.calibration.layer_by_layer import LayerCalibrator, Measured  # noqa: E402
-from medusa_deploy.calibration.layer_cut import cut_layers  # noqa: E402
-from medusa_deploy.calibration.observations import Observations  # noqa: E402
-from medusa_deploy.calibration.products import Product, StepGraph  # noqa: E402
-from medusa_deploy.calibration.ranges import Method  # noqa: E402
-from medusa_deploy.calibration.row_sample import find_smoothing  # noqa: E402
-from medusa_deploy.calibration.scales import make_scales  # noqa: E402
+from medusa_deploy.calibration.int8 import layer_by_layer as module  # noqa: E402
+from medusa_deploy.calibration.int8.collect import Calibrator  # noqa: E402
+from medusa_deploy.calibration.int8.layer_by_layer import LayerCalibrator, Measured  # noqa: E402
+from medusa_deploy.calibration.int8.layer_cut import cut_layers  # noqa: E402
+from medusa_deploy.calibration.int8.observations import Observations  # noqa: E402
+from medusa_deploy.calibration.int8.products import Product, StepGraph  # noqa: E402
+from medusa_deploy.calibration.int8.ranges import Method  # noqa: E402
+from medusa_deploy.calibration.int8.row_sample import find_smoothing  # noqa: E402
+from medusa_deploy.calibration.int8.scales import make_scales  # noqa: E402
 from medusa_deploy.runtime.errors import CalibrationError  # noqa: E402
 from medusa_deploy.runtime.files.bundle import open_bundle  # noqa: E402
 from medusa_deploy.tools.prompt_source import random_prompts  # noqa: E402

@@ -12,7 +12,7 @@ pytest.importorskip("onnxruntime")
 
 from onnx import helper  # noqa: E402
 
-from medusa_deploy.calibration.layer_states import LayerStates, layer_outputs  # noqa: E402
+from medusa_deploy.calibration.int8.layer_states import LayerStates, layer_outputs  # noqa: E402
 from medusa_deploy.runtime.files.bundle import open_bundle  # noqa: E402
 
 TOKENS = np.random.default_rng(1).integers(3, 128, 40).tolist()

@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from medusa_deploy.calibration import moments as module
-from medusa_deploy.calibration.collect import Calibrator
-from medusa_deploy.calibration.moments import Moments, collect_moments
+from medusa_deploy.calibration.int8 import moments as module
+from medusa_deploy.calibration.int8.collect import Calibrator
+from medusa_deploy.calibration.int8.moments import Moments, collect_moments
 from medusa_deploy.runtime.errors import CalibrationError
 from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.tools.prompt_source import random_prompts

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as arrays
 
-from medusa_deploy.calibration.observers import BINS, RangeObserver, coarser
-from medusa_deploy.calibration.ranges import (
+from medusa_deploy.calibration.int8.observers import BINS, RangeObserver, coarser
+from medusa_deploy.calibration.int8.ranges import (
     METHODS,
     Method,
     choose_range,

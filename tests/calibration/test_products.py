@@ -13,7 +13,7 @@ onnx = pytest.importorskip("onnx")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from medusa_deploy.calibration.products import Product, StepGraph  # noqa: E402
+from medusa_deploy.calibration.int8.products import Product, StepGraph  # noqa: E402
 from medusa_deploy.runtime.errors import BundleIntegrityError  # noqa: E402
 from medusa_deploy.runtime.files.bundle import Bundle, open_bundle, record_files  # noqa: E402
 from support.records import write_stub_bundle  # noqa: E402

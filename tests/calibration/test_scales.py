@@ -14,11 +14,11 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 torch = pytest.importorskip("torch")
 
-from medusa_deploy.calibration import collect as module  # noqa: E402
-from medusa_deploy.calibration.collect import Calibrator  # noqa: E402
-from medusa_deploy.calibration.observations import Observations  # noqa: E402
-from medusa_deploy.calibration.ranges import Method  # noqa: E402
-from medusa_deploy.calibration.scales import make_scales  # noqa: E402
+from medusa_deploy.calibration.int8 import collect as module  # noqa: E402
+from medusa_deploy.calibration.int8.collect import Calibrator  # noqa: E402
+from medusa_deploy.calibration.int8.observations import Observations  # noqa: E402
+from medusa_deploy.calibration.int8.ranges import Method  # noqa: E402
+from medusa_deploy.calibration.int8.scales import make_scales  # noqa: E402
 from medusa_deploy.runtime.errors import CalibrationError, QuantisationError, RangeError  # noqa: E402
 from medusa_deploy.runtime.files.bundle import open_bundle  # noqa: E402
 from medusa_deploy.runtime.files.scales_file import read_scales  # noqa: E402

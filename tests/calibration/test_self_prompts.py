@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("tokenizers")
 pytest.importorskip("minijinja")
 
-from medusa_deploy.calibration.answers import Answer, Question
-from medusa_deploy.calibration.self_prompts import CATEGORY, write_self_prompts
+from medusa_deploy.calibration.answers.answers import Answer, Question
+from medusa_deploy.calibration.answers.self_prompts import CATEGORY, write_self_prompts
 from medusa_deploy.runtime.errors import TrainingError
 from medusa_deploy.runtime.text.encoder import PromptEncoder
 from medusa_deploy.runtime.text.prompts import read_prompts

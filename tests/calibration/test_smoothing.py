@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from medusa_deploy.calibration.collect import Calibrator
-from medusa_deploy.calibration.row_sample import find_smoothing, sample_rows
-from medusa_deploy.calibration.smoothing import choose_smoothing, smoothing_factors
+from medusa_deploy.calibration.int8.collect import Calibrator
+from medusa_deploy.calibration.int8.row_sample import find_smoothing, sample_rows
+from medusa_deploy.calibration.int8.smoothing import choose_smoothing, smoothing_factors
 from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.runtime.files.scales_file import BLOCK
 from medusa_deploy.tools.prompt_source import random_prompts

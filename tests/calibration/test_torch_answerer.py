@@ -11,8 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from medusa_deploy.calibration.answers import Question  # noqa: E402
-from medusa_deploy.calibration.torch_answerer import TorchAnswerer  # noqa: E402
+from medusa_deploy.calibration.answers.answers import Question  # noqa: E402
+from medusa_deploy.calibration.answers.torch_answerer import TorchAnswerer  # noqa: E402
 from medusa_deploy.export.backbone.backbone import load_module  # noqa: E402
 from support.tiny import VOCAB, make_tiny_model  # noqa: E402
 

@@ -10,10 +10,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from medusa_deploy.calibration import answers as answers_module  # noqa: E402
-from medusa_deploy.calibration.answers import Answer  # noqa: E402
-from medusa_deploy.calibration.examples import IGNORE, Examples, draft_vocabulary, load_examples  # noqa: E402
-from medusa_deploy.calibration.train import train_heads  # noqa: E402
+from medusa_deploy.calibration.answers import answers as answers_module  # noqa: E402
+from medusa_deploy.calibration.answers.answers import Answer  # noqa: E402
+from medusa_deploy.calibration.training.examples import IGNORE, Examples, draft_vocabulary, load_examples  # noqa: E402
+from medusa_deploy.calibration.training.train import train_heads  # noqa: E402
 from medusa_deploy.runtime.errors import TrainingError  # noqa: E402
 from medusa_deploy.runtime.files.heads import HeadSet  # noqa: E402
 from support.learnable import CONFIG, HEADS, HIDDEN, VOCAB, backbone, examples, hit_rates, same_tensors  # noqa: E402

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 
-from medusa_deploy.calibration.layer_states import layer_outputs
+from medusa_deploy.calibration.int8.layer_states import layer_outputs
 from medusa_deploy.export.exporter import export_bundle
 from medusa_deploy.runtime import load
 from medusa_deploy.runtime.errors import UnsupportedArchitectureError

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from medusa_deploy.calibration.examples import Examples
 from medusa_deploy.calibration.hit_rates import find_hits
-from medusa_deploy.calibration.train import TrainConfig
+from medusa_deploy.calibration.training.examples import Examples
+from medusa_deploy.calibration.training.train import TrainConfig
 from medusa_deploy.runtime.drafting.hits import rank_rates
 
 VOCAB, HIDDEN, HEADS = 16, 32, 2

@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from medusa_deploy.calibration import collect, samples
-from medusa_deploy.calibration.products import StepGraph
-from medusa_deploy.calibration.ranges import METHODS
+from medusa_deploy.calibration.int8 import collect, samples
+from medusa_deploy.calibration.int8.products import StepGraph
+from medusa_deploy.calibration.int8.ranges import METHODS
 from medusa_deploy.runtime.errors import CalibrationError
 from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.runtime.files.scales_file import read_scales

@@ -183,7 +183,7 @@ def test_layers_differ_by_what_transformers_says(sessions: tuple[Session, Sessio
 def test_layers_that_one_graph_hides_are_not_comparable(
     sessions: tuple[Session, Session], report: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
-    from medusa_deploy.calibration import layer_states
+    from medusa_deploy.calibration.int8 import layer_states
 
     find = layer_states.layer_outputs
     monkeypatch.setattr(layer_states, "layer_outputs", lambda nodes, count: [None, find(nodes, count)[1]])

@@ -103,7 +103,7 @@ def test_the_second_stage_makes_heads_that_are_exported_with_their_adapter(
     assert "--heads" in capsys.readouterr().err
     sizes = ["--rank", "2", "--batch-tokens", "64"]
     with monkeypatch.context() as patch:
-        patch.setattr("medusa_deploy.calibration.interpolate.share_within", lambda budget, rise: 0.0)
+        patch.setattr("medusa_deploy.calibration.training.interpolate.share_within", lambda budget, rise: 0.0)
         assert main([*common, "--heads", stage_1, *sizes]) == 1
     assert "hardly any of what was learnt stays within" in capsys.readouterr().err
     assert not output.exists()

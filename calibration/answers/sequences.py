@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..runtime.errors import TrainingError
+from ...runtime.errors import TrainingError
+from ..training.examples import following_tokens
 from .answers import iter_shards
-from .examples import following_tokens
 
 _BUCKET = 64  # sequences that are sorted by length together: enough for little padding, too few to always meet the same ones
 

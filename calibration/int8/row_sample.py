@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from ..runtime.executors.executor import StepBuffers
-from ..runtime.files.scales_file import Smoothing
+from ...runtime.executors.executor import StepBuffers
+from ...runtime.files.scales_file import Smoothing
 from .collect import Calibrator, Progress
 from .observations import Observations
 from .products import StepGraph

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ..runtime.errors import TrainingError
+from ...runtime.errors import TrainingError
 
 
 def perplexity(module: Any, sequences: Iterable[tuple[Sequence[int], int]], device: str = "cpu") -> float:

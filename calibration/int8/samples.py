@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..runtime.errors import CalibrationError
-from ..runtime.files.manifest import Manifest
-from ..runtime.request import Request
-from ..runtime.text.prompts import MAX_FILE_BYTES, PromptLine, read_prompts
+from ...runtime.errors import CalibrationError
+from ...runtime.files.manifest import Manifest
+from ...runtime.request import Request
+from ...runtime.text.prompts import MAX_FILE_BYTES, PromptLine, read_prompts
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 _LONGEST_PIECE = 512

@@ -11,9 +11,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..runtime.errors import CalibrationError
-from ..runtime.executors.executor import StepBuffers
-from ..runtime.files.bundle import write_whole
+from ...runtime.errors import CalibrationError
+from ...runtime.executors.executor import StepBuffers
+from ...runtime.files.bundle import write_whole
 from .observers import BINS, RangeObserver
 from .products import Product
 

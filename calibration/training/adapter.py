@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..runtime.errors import TrainingError
-from ..runtime.files.adapter_file import AdapterFiles, LoraShape, lora_config
+from ...runtime.errors import TrainingError
+from ...runtime.files.adapter_file import AdapterFiles, LoraShape, lora_config
 
 
 def add_adapter(module: Any, rank: int, alpha: float) -> LoraShape:

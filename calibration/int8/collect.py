@@ -10,15 +10,15 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .. import __version__
-from ..runtime.backends import ort_model
-from ..runtime.errors import CalibrationError
-from ..runtime.executors.executor import StepBuffers, Wanted
-from ..runtime.executors.ort import Bound, OrtExecutor, OrtModel
-from ..runtime.files.bundle import Bundle
-from ..runtime.files.scales_file import model_digest
-from ..runtime.session import Session
-from ..runtime.text.prompts import prompts_digest
+from ... import __version__
+from ...runtime.backends import ort_model
+from ...runtime.errors import CalibrationError
+from ...runtime.executors.executor import StepBuffers, Wanted
+from ...runtime.executors.ort import Bound, OrtExecutor, OrtModel
+from ...runtime.files.bundle import Bundle
+from ...runtime.files.scales_file import model_digest
+from ...runtime.session import Session
+from ...runtime.text.prompts import prompts_digest
 from .observations import Observations
 from .products import Product, StepGraph
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..runtime.files.adapter_file import lora_config
-from ..runtime.files.heads import HeadSet
+from ...runtime.files.adapter_file import lora_config
+from ...runtime.files.heads import HeadSet
 from .finetune import Tuned
 
 _TRIALS = 6

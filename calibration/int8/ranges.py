@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..runtime.errors import RangeError, UsageError
-from ..runtime.files.scales_file import LEVELS, SMALLEST_SCALE
+from ...runtime.errors import RangeError, UsageError
+from ...runtime.files.scales_file import LEVELS, SMALLEST_SCALE
 from .observers import RangeObserver, coarser
 
 _FEWEST_BINS = LEVELS + 1  # below, a step is finer than a bin, and the histogram knows nothing of it

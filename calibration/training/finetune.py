@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.errors import TrainingError
-from ..runtime.files.adapter_file import AdapterFiles, LoraShape
-from ..runtime.files.heads import HeadSet
+from ...runtime.errors import TrainingError
+from ...runtime.files.adapter_file import AdapterFiles, LoraShape
+from ...runtime.files.heads import HeadSet
+from ..answers.sequences import AnsweredPrompt, Batch, make_batch, plan_batches
 from .adapter import adapter_files, adapter_parameters, add_adapter
+from .checkpoint import resume_checkpoint, save_checkpoint
 from .divergence import mean_divergence
 from .examples import draft_indices, draft_labels
-from .sequences import AnsweredPrompt, Batch, make_batch, plan_batches
 from .trainable import TrainableHeads, check_trainable, loss_weights
-from .training_checkpoint import resume_checkpoint, save_checkpoint
 
 _REPORTED = 20  # steps that a point of the curve is the mean of
 

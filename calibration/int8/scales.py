@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ..runtime.errors import CalibrationError
-from ..runtime.files.scales_file import LEVELS, ActivationScale, Layer, Scales, Smoothing
+from ...runtime.errors import CalibrationError
+from ...runtime.files.scales_file import LEVELS, ActivationScale, Layer, Scales, Smoothing
 from .observations import Observations
 from .observers import RangeObserver
 from .products import Product, StepGraph

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..runtime.errors import CalibrationError
-from ..runtime.executors import step_io
+from ...runtime.errors import CalibrationError
+from ...runtime.executors import step_io
 from .layer_states import layer_outputs
 from .products import Product, StepGraph
 

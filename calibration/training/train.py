@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..runtime.errors import TrainingError
-from ..runtime.files.heads import HeadConfig, HeadKind, HeadSet
+from ...runtime.errors import TrainingError
+from ...runtime.files.heads import HeadConfig, HeadKind, HeadSet
+from .checkpoint import resume_checkpoint, save_checkpoint
 from .examples import Examples, draft_indices, draft_labels, draft_vocabulary
 from .trainable import TrainableHeads, check_trainable, loss_weights
-from .training_checkpoint import resume_checkpoint, save_checkpoint
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from ..runtime.errors import CalibrationError
-from ..runtime.executors.executor import StepBuffers
+from ...runtime.errors import CalibrationError
+from ...runtime.executors.executor import StepBuffers
 from .collect import Calibrator, Progress
 
 MOST_BYTES = 6 << 30

@@ -7,7 +7,7 @@ from typing import Self
 
 import numpy as np
 
-from ..runtime.errors import RangeError
+from ...runtime.errors import RangeError
 
 BINS = 8192
 _DOUBLINGS = BINS.bit_length() - 1

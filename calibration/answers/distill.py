@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..runtime.sampling import SamplingParams
-from ..runtime.session import Request, Session
-from ..runtime.text.prompts import prompts_digest
+from ...runtime.sampling import SamplingParams
+from ...runtime.session import Request, Session
+from ...runtime.text.prompts import prompts_digest
 from .answers import Answer, Answerer, AnswerFolder, DataDescription, Question
 
 GREEDY = (0.0,)

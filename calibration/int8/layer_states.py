@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.backends import ort_model
-from ..runtime.executors import step_io
-from ..runtime.executors.executor import StepBuffers, Wanted
-from ..runtime.files.bundle import Bundle
+from ...runtime.backends import ort_model
+from ...runtime.executors import step_io
+from ...runtime.executors.executor import StepBuffers, Wanted
+from ...runtime.files.bundle import Bundle
 from .collect import ObservingExecutor
 from .products import StepGraph
 

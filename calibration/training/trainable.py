@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..runtime.errors import TrainingError
-from ..runtime.files.heads import HeadConfig, HeadSet
+from ...runtime.errors import TrainingError
+from ...runtime.files.heads import HeadConfig, HeadSet
 from .examples import IGNORE, root_mean_square
 
 LOSS_DECAY = 0.8

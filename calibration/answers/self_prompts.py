@@ -10,9 +10,9 @@ import json
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from ..runtime.errors import TrainingError
-from ..runtime.files.bundle import write_whole
-from ..runtime.text.encoder import PromptEncoder
+from ...runtime.errors import TrainingError
+from ...runtime.files.bundle import write_whole
+from ...runtime.text.encoder import PromptEncoder
 from .answers import Answerer, Question
 
 CATEGORY = "self"

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.errors import CalibrationError
-from ..runtime.executors import step_io
-from ..runtime.executors.executor import StepBuffers, Wanted, chain_ancestors, visible_rows
-from ..runtime.executors.ort_base import CPU_PROVIDER, import_onnxruntime
-from ..runtime.files.bundle import Bundle
-from ..runtime.files.scales_file import Smoothing
-from ..runtime.request import Request
-from ..runtime.text.encoder import PromptEncoder
+from ...runtime.errors import CalibrationError
+from ...runtime.executors import step_io
+from ...runtime.executors.executor import StepBuffers, Wanted, chain_ancestors, visible_rows
+from ...runtime.executors.ort_base import CPU_PROVIDER, import_onnxruntime
+from ...runtime.files.bundle import Bundle
+from ...runtime.files.scales_file import Smoothing
+from ...runtime.request import Request
+from ...runtime.text.encoder import PromptEncoder
 from .collect import SAVE_EVERY, Progress, run_facts, watched_products
 from .layer_cut import Stage, cut_layers
 from .layer_progress import LayerProgress

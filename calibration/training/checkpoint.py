@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..runtime.errors import TrainingError
-from ..runtime.files.bundle import write_whole
+from ...runtime.errors import TrainingError
+from ...runtime.files.bundle import write_whole
 
 _AGAIN = "remove it, or train with the same settings"
 

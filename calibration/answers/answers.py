@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..runtime.errors import TrainingError
-from ..runtime.files.bundle import write_whole
-from ..runtime.files.json_file import read_json_file
+from ...runtime.errors import TrainingError
+from ...runtime.files.bundle import write_whole
+from ...runtime.files.json_file import read_json_file
 
 DESCRIPTION = "data.json"
 _SHARD = 128

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.errors import CalibrationError
-from ..runtime.files.scales_file import GRIDS, Smoothing
+from ...runtime.errors import CalibrationError
+from ...runtime.files.scales_file import GRIDS, Smoothing
 from .observations import Observations
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.errors import BundleIntegrityError, QuantisationError, RangeError
-from ..runtime.executors import step_io
-from ..runtime.files.bundle import Bundle
-from ..runtime.files.scales_file import LEVELS, SMALLEST_SCALE
+from ...runtime.errors import BundleIntegrityError, QuantisationError, RangeError
+from ...runtime.executors import step_io
+from ...runtime.files.bundle import Bundle
+from ...runtime.files.scales_file import LEVELS, SMALLEST_SCALE
 
 _BLOCK = 1 << 22  # elements that are worked on at a time
 _PRODUCTS = ("MatMul", "Gemm")

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..runtime.errors import TrainingError
-from .answers import iter_shards
+from ...runtime.errors import TrainingError
+from ..answers.answers import iter_shards
 
 IGNORE = -100
 

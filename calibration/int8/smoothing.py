@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from ..runtime.files.scales_file import BLOCK, GRIDS, LEVELS, Smoothing
+from ...runtime.files.scales_file import BLOCK, GRIDS, LEVELS, Smoothing
 
 ALPHAS = (None, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """What is searched: None leaves the activation as it is."""

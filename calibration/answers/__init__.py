@@ -1,0 +1,1 @@
+"""Lets a backbone answer prompts, and keeps the answers."""

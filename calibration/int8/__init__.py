@@ -1,0 +1,1 @@
+"""Observes a bundle's activations and finds scales and smoothing factors."""

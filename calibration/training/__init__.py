@@ -1,0 +1,1 @@
+"""Trains heads, and a LoRA adapter together with them."""
