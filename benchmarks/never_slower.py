@@ -21,8 +21,8 @@ from medusa_deploy.runtime.files.heads_file import read_heads_folder, write_head
 from medusa_deploy.runtime.tree import ROOT_ONLY
 from medusa_deploy.tools.console import write_json
 from medusa_deploy.tools.environment import environment
+from medusa_deploy.tools.measure.timed_run import TimedRun, Way, timed_run
 from medusa_deploy.tools.prompt_source import heldout_prompts
-from medusa_deploy.tools.timed_run import TimedRun, Way, timed_run
 
 FIXED = (3, 4, 5, 6, 8, 16)
 _DEVIATION = {"sure": 2.0, "flat": 1e-4}

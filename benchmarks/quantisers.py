@@ -28,7 +28,7 @@ from medusa_deploy.runtime.files.scales_file import read_scales
 from medusa_deploy.runtime.session import Session
 from medusa_deploy.tools.console import Progress, names_among, positive_int, say, write_json
 from medusa_deploy.tools.machine import measured_on
-from medusa_deploy.tools.probe import Probe
+from medusa_deploy.tools.measure.probe import Probe
 from medusa_deploy.tools.prompt_source import packaged_prompts
 
 HERE = Path(__file__).resolve().parent
@@ -141,7 +141,7 @@ def _w8a8(args: argparse.Namespace, _judge: Judge, _name: str, keep: list[str] |
 
 def _quantise(args: argparse.Namespace, _judge: Judge, name: str, bits: int, rounding: str) -> tuple[Logits, dict[str, Any]]:
     from medusa_deploy.export.quantise.cpu import CpuPrecision
-    from medusa_deploy.tools.quantise import quantise as put
+    from medusa_deploy.tools.verbs.quantise import quantise as put
 
     precision = CpuPrecision(layers=bits, projection=32, heads=32, block=args.block)
     variant = f"cpu-{name.removeprefix('ours-').removeprefix('cpu-')}"

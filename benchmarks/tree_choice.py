@@ -16,9 +16,9 @@ from medusa_deploy.runtime import load
 from medusa_deploy.runtime.tree import tree_of_paths
 from medusa_deploy.tools.console import Progress, write_json
 from medusa_deploy.tools.environment import environment
-from medusa_deploy.tools.hit_table import count_hits
+from medusa_deploy.tools.measure.hit_table import count_hits
+from medusa_deploy.tools.measure.timed_run import Way, timed_run
 from medusa_deploy.tools.prompt_source import prompts_for
-from medusa_deploy.tools.timed_run import Way, timed_run
 
 SIZES = (5, 8, 16)
 

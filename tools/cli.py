@@ -17,31 +17,30 @@ OK, USER_ERROR, USAGE, BUG, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
 
 
 class Verb(NamedTuple):
-    """One subcommand: its module below :mod:`medusa_deploy.tools` and its line in the program's help."""
+    """One subcommand: its module in :mod:`medusa_deploy.tools.verbs` and its line in the program's help."""
 
     name: str
-    module: str
     help: str
 
 
 # Static, so that the program's help imports no verb.
 VERBS = (
-    Verb("prepare", "prepare", "fetch a known model and convert it to a folder that export reads"),
-    Verb("export", "export", "trace a checkpoint with its Medusa heads into a bundle"),
-    Verb("train", "train", "train Medusa heads for a backbone by self-distillation"),
-    Verb("calibrate", "calibrate", "measure ranges of activations and weights, and write int8 scales"),
-    Verb("quantise", "quantise", "add a variant of 8-bit or 4-bit weights for the CPU to a bundle"),
-    Verb("tree", "tree", "count the heads' hits and find the best candidate tree"),
-    Verb("plan", "plan", "say which size fits on which GPU, and what to run next"),
-    Verb("build", "build", "build TensorRT engines into a bundle"),
-    Verb("inspect", "inspect", "say what a bundle holds and check its files"),
-    Verb("verify", "verify", "compare speculative with plain decoding, token for token"),
-    Verb("compare", "compare", "quality and speed of one bundle or variant against a reference"),
-    Verb("generate", "generate", "generate text from a bundle"),
-    Verb("bench", "bench", "measure plain against Medusa decoding"),
-    Verb("figure", "figure", "draw reports of bench: speed-ups, and where the time goes"),
-    Verb("doctor", "doctor", "say what this machine can run and what is missing"),
-    Verb("demo", "demo", "the whole path on a real model: prepare, export, generate, verify, bench"),
+    Verb("prepare", "fetch a known model and convert it to a folder that export reads"),
+    Verb("export", "trace a checkpoint with its Medusa heads into a bundle"),
+    Verb("train", "train Medusa heads for a backbone by self-distillation"),
+    Verb("calibrate", "measure ranges of activations and weights, and write int8 scales"),
+    Verb("quantise", "add a variant of 8-bit or 4-bit weights for the CPU to a bundle"),
+    Verb("tree", "count the heads' hits and find the best candidate tree"),
+    Verb("plan", "say which size fits on which GPU, and what to run next"),
+    Verb("build", "build TensorRT engines into a bundle"),
+    Verb("inspect", "say what a bundle holds and check its files"),
+    Verb("verify", "compare speculative with plain decoding, token for token"),
+    Verb("compare", "quality and speed of one bundle or variant against a reference"),
+    Verb("generate", "generate text from a bundle"),
+    Verb("bench", "measure plain against Medusa decoding"),
+    Verb("figure", "draw reports of bench: speed-ups, and where the time goes"),
+    Verb("doctor", "say what this machine can run and what is missing"),
+    Verb("demo", "the whole path on a real model: prepare, export, generate, verify, bench"),
 )
 
 
@@ -71,7 +70,7 @@ def _dispatch(arguments: list[str]) -> int:
     verb = next((verb for verb in VERBS if verb.name == name), None)
     if verb is None:
         _top_level(arguments)
-    module = importlib.import_module(f"{__package__}.{verb.module}")
+    module = importlib.import_module(f"{__package__}.verbs.{verb.name}")
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} {verb.name}", description=module.HELP, allow_abbrev=False)
     module.add_arguments(parser)
     return int(module.run(parser.parse_args(arguments[1:])))

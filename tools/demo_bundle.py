@@ -35,7 +35,7 @@ def ensure_bundle(build: Path, heads: Path, report: Callable[[str], None] = lamb
     if _made_by(bundle, stamp) == recipe:
         return bundle
     from ..export.exporter import export_bundle
-    from .prepare import prepare_smollm2
+    from .verbs.prepare import prepare_smollm2
 
     if not (model / "config.json").is_file():
         prepare_smollm2(model, report=report)
@@ -52,9 +52,9 @@ def ensure_int8(build: Path, bundle: Path) -> None:
         CalibrationError, QuantisationError, OutputError: see :func:`.calibrate.calibrate` and :func:`.engine_weights.quantise`.
     """
     from ..runtime.files.bundle import open_bundle
-    from .calibrate import calibrate
     from .console import write_json
-    from .quantise import quantise
+    from .verbs.calibrate import calibrate
+    from .verbs.quantise import quantise
 
     if INT8 in open_bundle(bundle, check_hashes=False).manifest.variants:
         return
@@ -80,7 +80,8 @@ def _recipe(heads: Path) -> str:
 
     digest = hashlib.sha256(f"{__version__} {BATCH}".encode())
     export_folder, runtime_folder = (Path(str(package.__file__)).parent for package in (export, runtime))
-    sources = [*sorted(export_folder.glob("*.py")), runtime_folder / "manifest.py", runtime_folder / "step_io.py"]
+    formats = [runtime_folder / "files" / "manifest.py", runtime_folder / "executors" / "step_io.py"]
+    sources = [*sorted(export_folder.rglob("*.py")), *formats]
     for path in [*sorted(path for path in heads.iterdir() if path.is_file()), *sources]:
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()

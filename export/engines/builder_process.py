@@ -68,7 +68,7 @@ def build_plan(request: BuildRequest, advance: Advance) -> BuiltPlan:
         EngineMemoryError: it ran out of memory, or was killed for it.
         MissingDependencyError, OSError: the package or the file system won't do.
     """
-    package_root = str(Path(__file__).absolute().parents[2])
+    package_root = str(Path(__file__).absolute().parents[3])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package_root, *filter(None, [os.environ.get("PYTHONPATH")])])}
     with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(

@@ -1,8 +1,8 @@
 """Activations in 8 bits, too: what products read goes through QuantizeLinear and DequantizeLinear, of standard operators only.
 
-Symmetric, with one scale an activation, as TensorRT takes it: with int8 weights beside it (:mod:`.engine_weights`), the product is one
-of integers. Smoothing (:mod:`.smooth_standard`) comes first. Where one scale can't serve an activation, the product keeps it as
-it is; its weight is in int8 all the same, so that costs no bytes.
+Symmetric, with one scale an activation, as TensorRT takes it: with int8 weights beside it (:mod:`.engine_weights`), the product
+is one of integers. Smoothing (:mod:`.smooth_standard`) comes first. Where one scale can't serve an activation, the product keeps
+it as it is; its weight is in int8 all the same, so that costs no bytes.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from medusa_deploy.runtime.drafting.hits import MISS, NO_LABEL, path_rates
 from medusa_deploy.runtime.files.heads import HeadConfig, HeadSet
 from medusa_deploy.runtime.files.heads_file import read_heads_folder
 from medusa_deploy.runtime.tree import tree_of_paths
-from medusa_deploy.tools.hit_table import count_hits
+from medusa_deploy.tools.measure.hit_table import count_hits
 from medusa_deploy.tools.prompt_source import random_prompts
 from support.tiny import HEADS, HIDDEN, VOCAB, tiny_head_set
 

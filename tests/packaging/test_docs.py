@@ -83,7 +83,7 @@ def check_verb(words: list[str]) -> None:
         return
     verb = {verb.name: verb for verb in VERBS}[words[0]]
     parser = argparse.ArgumentParser(prog=verb.name, allow_abbrev=False, exit_on_error=False)
-    importlib.import_module(f"medusa_deploy.tools.{verb.module}").add_arguments(parser)
+    importlib.import_module(f"medusa_deploy.tools.verbs.{verb.name}").add_arguments(parser)
     words = words[1 : next((index for index, word in enumerate(words) if word in ("|", ">", "2>")), None)]
     if words != ["--help"]:
         parser.parse_args(words)

@@ -13,13 +13,14 @@ from medusa_deploy.runtime.errors import OutputError, UsageError
 from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.runtime.session import Session
 from medusa_deploy.runtime.tree import ROOT_ONLY, chain
-from medusa_deploy.tools import bench as module, cli
-from medusa_deploy.tools.bench import bench, describe, summarise
+from medusa_deploy.tools import cli
 from medusa_deploy.tools.console import write_json
 from medusa_deploy.tools.environment import plain_step_bytes
+from medusa_deploy.tools.measure.row_sweep import describe_sweep, row_sweep, suggest
+from medusa_deploy.tools.measure.timed_run import TimedRun, Way, timed_run
 from medusa_deploy.tools.prompt_source import random_prompts
-from medusa_deploy.tools.row_sweep import describe_sweep, row_sweep, suggest
-from medusa_deploy.tools.timed_run import TimedRun, Way, timed_run
+from medusa_deploy.tools.verbs import bench as module
+from medusa_deploy.tools.verbs.bench import bench, describe, summarise
 from support.tiny import HIDDEN, VOCAB
 
 PROMPTS = random_prompts(128, 256, 2, seed=5)
@@ -107,7 +108,7 @@ def test_the_ways_take_turns_in_going_first(tiny_session: Session, monkeypatch: 
         order.append((prompt[0], "plain" if way.tree is ROOT_ONLY else "medusa" if way.lookup else "heads"))
         return timed(4, [0.1, 0.1], {1: 2})
 
-    monkeypatch.setattr("medusa_deploy.tools.timed_run.timed_run", spy)
+    monkeypatch.setattr("medusa_deploy.tools.measure.timed_run.timed_run", spy)
     bench(tiny_session, [[1], [2]], max_new_tokens=8, repeats=2, warmup=0)
     plain, medusa, heads = "plain", "medusa", "heads"
     turns = [(1, plain), (1, medusa), (1, heads), (2, medusa), (2, heads), (2, plain)]

@@ -12,8 +12,9 @@ import pytest
 from medusa_deploy.export import exporter
 from medusa_deploy.export.engines.build import plan_engines
 from medusa_deploy.runtime.files.bundle import open_bundle
-from medusa_deploy.tools import build, cli
+from medusa_deploy.tools import cli
 from medusa_deploy.tools.console import Progress
+from medusa_deploy.tools.verbs import build
 from support.fake_tensorrt import FakeTensorRT, fake_tensorrt, half_precision_bundle, state
 
 

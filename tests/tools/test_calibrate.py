@@ -18,10 +18,11 @@ from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.runtime.files.scales_file import read_scales
 from medusa_deploy.runtime.session import load
 from medusa_deploy.runtime.text.prompts import prompts_digest, read_prompts
-from medusa_deploy.tools import calibrate as verb, machine
+from medusa_deploy.tools import machine
 from medusa_deploy.tools.calibrate_report import describe
 from medusa_deploy.tools.cli import main
 from medusa_deploy.tools.prompt_source import packaged_prompts, random_prompts
+from medusa_deploy.tools.verbs import calibrate as verb
 from support.text import encode, text_bundle
 from support.tiny import VOCAB
 

@@ -10,9 +10,18 @@ import pytest
 from medusa_deploy.runtime import Session
 from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.runtime.files.heads import HeadConfig
-from medusa_deploy.tools.capacity import Backbone, Limits, backbone_of, cache_bytes, footprint, heads_of, matrix, workspace_bytes
-from medusa_deploy.tools.model_sizes import ModelShape, find_preset
-from medusa_deploy.tools.plan_source import source_of_bundle, source_of_model
+from medusa_deploy.tools.sizing.capacity import (
+    Backbone,
+    Limits,
+    backbone_of,
+    cache_bytes,
+    footprint,
+    heads_of,
+    matrix,
+    workspace_bytes,
+)
+from medusa_deploy.tools.sizing.model_sizes import ModelShape, find_preset
+from medusa_deploy.tools.sizing.source import source_of_bundle, source_of_model
 from support.families import FAMILIES, make_config
 from support.tiny import HEADS, HIDDEN, VOCAB
 

@@ -60,14 +60,14 @@ def raiser(error: BaseException) -> Callable[[], int]:
 def test_help_lists_every_verb_and_imports_none() -> None:
     modules = modules_after("--help")
     assert not modules.intersection(HEAVY)
-    assert not {f"medusa_deploy.tools.{verb.module}" for verb in cli.VERBS} & modules
+    assert not {f"medusa_deploy.tools.verbs.{verb.name}" for verb in cli.VERBS} & modules
 
 
 @pytest.mark.parametrize("name", ["export", "generate", "prepare", "inspect", "doctor"])
 def test_help_of_a_verb_imports_that_verb_only(name: str) -> None:
     modules = modules_after(name, "--help")
-    verbs = {f"medusa_deploy.tools.{verb.module}" for verb in cli.VERBS}
-    assert verbs & modules == {f"medusa_deploy.tools.{name}"}
+    verbs = {f"medusa_deploy.tools.verbs.{verb.name}" for verb in cli.VERBS}
+    assert verbs & modules == {f"medusa_deploy.tools.verbs.{name}"}
     assert not modules.intersection(HEAVY)
 
 

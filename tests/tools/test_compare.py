@@ -20,14 +20,15 @@ from medusa_deploy.runtime.errors import CapacityError, NumericsError, UsageErro
 from medusa_deploy.runtime.files.bundle import record_files
 from medusa_deploy.runtime.loop.decode import Decoder
 from medusa_deploy.runtime.session import Session, load
-from medusa_deploy.tools import cli, layer_errors as layers_module
-from medusa_deploy.tools.agreement import Agreement
-from medusa_deploy.tools.compare import QualityBudget, compare, judge
-from medusa_deploy.tools.compare_page import page
-from medusa_deploy.tools.compare_table import describe
-from medusa_deploy.tools.hit_table import count_hits
-from medusa_deploy.tools.paired_hits import paired_hits
+from medusa_deploy.tools import cli
+from medusa_deploy.tools.compare.page import page
+from medusa_deploy.tools.compare.paired_hits import paired_hits
+from medusa_deploy.tools.compare.table import describe
+from medusa_deploy.tools.measure import layer_errors as layers_module
+from medusa_deploy.tools.measure.agreement import Agreement
+from medusa_deploy.tools.measure.hit_table import count_hits
 from medusa_deploy.tools.prompt_source import random_prompts
+from medusa_deploy.tools.verbs.compare import QualityBudget, compare, judge
 from support.text import text_bundle
 from support.tiny import VOCAB
 
@@ -157,7 +158,8 @@ def test_nothing_to_read_and_broken_logits_are_refused(sessions: tuple[Session, 
     agreement.read(PROMPTS[0], len(PROMPTS[0]))
     with pytest.raises(UsageError, match="no token to predict"):
         agreement.report()
-    monkeypatch.setattr("medusa_deploy.tools.probe.Probe.chain_logits", lambda self, tokens: np.full((len(tokens), 4), np.nan))
+    broken = lambda self, tokens: np.full((len(tokens), 4), np.nan)  # noqa: E731
+    monkeypatch.setattr("medusa_deploy.tools.measure.probe.Probe.chain_logits", broken)
     with pytest.raises(NumericsError, match="NaN"):
         agreement.read([1, 2, 3], 1)
 

@@ -16,9 +16,9 @@ from medusa_deploy.runtime.errors import HeadsError
 from medusa_deploy.runtime.files.bundle import record_files
 from medusa_deploy.runtime.files.manifest import MANIFEST_NAME, parse_manifest
 from medusa_deploy.runtime.text.prompts import PromptLine
-from medusa_deploy.tools import demo as module
-from medusa_deploy.tools.demo import pick_prompts, show
 from medusa_deploy.tools.demo_bundle import HEADS, ensure_bundle, ensure_int8
+from medusa_deploy.tools.verbs import demo as module
+from medusa_deploy.tools.verbs.demo import pick_prompts, show
 from support.text import write_text_files
 
 
@@ -44,7 +44,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         output.mkdir(exist_ok=True)
         (output / MANIFEST_NAME).write_text(f"{heads} {len(done)}")
 
-    monkeypatch.setattr("medusa_deploy.tools.prepare.prepare_smollm2", prepare)
+    monkeypatch.setattr("medusa_deploy.tools.verbs.prepare.prepare_smollm2", prepare)
     monkeypatch.setattr("medusa_deploy.export.exporter.export_bundle", export)
     return done
 
@@ -141,14 +141,14 @@ def test_a_variant_more_is_no_reason_to_export_again(
     variants: dict[str, str] = {}
     opened = SimpleNamespace(manifest=SimpleNamespace(variants=variants))
     monkeypatch.setattr("medusa_deploy.runtime.files.bundle.open_bundle", lambda *_given, **_options: opened)
-    monkeypatch.setattr("medusa_deploy.tools.calibrate.calibrate", lambda *_given, **_options: made.append("calibrate"))
+    monkeypatch.setattr("medusa_deploy.tools.verbs.calibrate.calibrate", lambda *_given, **_options: made.append("calibrate"))
 
     def quantise(where: Path, _scales: Path, *, name: str) -> None:
         made.append("quantise")
         variants[name] = "graph"
         (where / MANIFEST_NAME).write_text("with a variant more")
 
-    monkeypatch.setattr("medusa_deploy.tools.quantise.quantise", quantise)
+    monkeypatch.setattr("medusa_deploy.tools.verbs.quantise.quantise", quantise)
     for _ in range(2):
         ensure_int8(build, bundle)
         ensure_bundle(build, heads)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from medusa_deploy.runtime.errors import MissingDependencyError
-from medusa_deploy.tools import doctor, extras, machine
+from medusa_deploy.tools import extras, machine
 from medusa_deploy.tools.cli import USER_ERROR, main
+from medusa_deploy.tools.verbs import doctor
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from medusa_deploy.runtime.session import Session
-from medusa_deploy.tools import bench
 from medusa_deploy.tools.cli import main
-from medusa_deploy.tools.hit_table import count_hits
+from medusa_deploy.tools.measure.hit_table import count_hits
 from medusa_deploy.tools.prompt_source import random_prompts
+from medusa_deploy.tools.verbs import bench
 from support.fake_cuda import FakeRuntime
 from support.fake_trt import FakeTrt
 
@@ -77,7 +77,7 @@ def test_where_steps_run_ahead_the_bundles_tree_is_what_is_measured(folder: Path
 
 
 def test_a_sweep_measures_every_size_on_the_profile_that_holds_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from medusa_deploy.tools.row_sweep import row_sweep
+    from medusa_deploy.tools.measure.row_sweep import row_sweep
     from support.fake_engine import load_fake
 
     module = FakeTrt(FakeRuntime())

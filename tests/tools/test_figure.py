@@ -17,9 +17,9 @@ import pytest
 from medusa_deploy.runtime.errors import BundleExistsError, MissingDependencyError, OutputError, UsageError
 from medusa_deploy.tools import extras
 from medusa_deploy.tools.cli import OK, USER_ERROR, main
-from medusa_deploy.tools.figure import draw_figure
-from medusa_deploy.tools.figure_data import figure_data
-from medusa_deploy.tools.figure_draw import describe, draw
+from medusa_deploy.tools.figure.data import figure_data
+from medusa_deploy.tools.figure.draw import describe, draw
+from medusa_deploy.tools.verbs.figure import draw_figure
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "smollm2-grounded.json"

@@ -12,8 +12,8 @@ import pytest
 from medusa_deploy import runtime
 from medusa_deploy.runtime import Session
 from medusa_deploy.runtime.errors import PromptError
-from medusa_deploy.tools import generate as verb
 from medusa_deploy.tools.cli import USAGE, USER_ERROR, main
+from medusa_deploy.tools.verbs import generate as verb
 from support.fake_executor import fake_session
 from support.tiny import EOS
 

@@ -17,7 +17,7 @@ from medusa_deploy.tools.gpu_check.options import STAGES, Options, command_line,
 from medusa_deploy.tools.gpu_check.report import OutOfTimeError, Report
 from medusa_deploy.tools.gpu_check.shapes import SIZES
 from medusa_deploy.tools.gpu_check.table import describe_check
-from medusa_deploy.tools.model_sizes import find_preset
+from medusa_deploy.tools.sizing.model_sizes import find_preset
 
 BASIC = ["--device", "cpu", "--sizes", "tiny", "--repeats", "2", "--rows", "1,16,64"]
 

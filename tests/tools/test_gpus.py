@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from medusa_deploy.runtime.errors import UsageError
-from medusa_deploy.tools.gpus import AHEAD_OF_TIME, GPUS, Gpu, find_gpu
+from medusa_deploy.tools.sizing.gpus import AHEAD_OF_TIME, GPUS, Gpu, find_gpu
 
 every_gpu = pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 

@@ -9,7 +9,7 @@ import pytest
 
 from medusa_deploy.runtime import Session
 from medusa_deploy.tools.cli import USER_ERROR, main
-from medusa_deploy.tools.inspect import inspect_bundle
+from medusa_deploy.tools.verbs.inspect import inspect_bundle
 from support.records import write_stub_bundle
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from medusa_deploy.runtime.errors import UsageError
-from medusa_deploy.tools.capacity import backbone_of
-from medusa_deploy.tools.model_sizes import PRESETS, Preset, find_preset
+from medusa_deploy.tools.sizing.capacity import backbone_of
+from medusa_deploy.tools.sizing.model_sizes import PRESETS, Preset, find_preset
 from support.records import manifest
 
 every_preset = pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)

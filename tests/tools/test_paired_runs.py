@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from medusa_deploy.runtime.session import Session
-from medusa_deploy.tools.paired_runs import Decoded, acceptance, greedy_agreement
-from medusa_deploy.tools.timed_run import TimedRun
+from medusa_deploy.tools.compare.paired_runs import Decoded, acceptance, greedy_agreement
+from medusa_deploy.tools.measure.timed_run import TimedRun
 
 
 def test_greedy_agreement_and_acceptance_are_counted_by_hand(tiny_session: Session):

@@ -14,9 +14,9 @@ import pytest
 
 from medusa_deploy.runtime.errors import UsageError
 from medusa_deploy.tools.cli import OK, USAGE, USER_ERROR, VERBS, main
-from medusa_deploy.tools.deployment import plan_deployment
-from medusa_deploy.tools.gpus import GPUS, find_gpu
-from medusa_deploy.tools.model_sizes import PRESETS
+from medusa_deploy.tools.sizing.deployment import plan_deployment
+from medusa_deploy.tools.sizing.gpus import GPUS, find_gpu
+from medusa_deploy.tools.sizing.model_sizes import PRESETS
 from support.documents import ROOT, blocks
 
 
@@ -130,7 +130,7 @@ def parses(command: str) -> None:
     assert words[0] == "medusa-deploy"
     verb = {verb.name: verb for verb in VERBS}[words[1]]
     parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    importlib.import_module(f"medusa_deploy.tools.{verb.module}").add_arguments(parser)
+    importlib.import_module(f"medusa_deploy.tools.verbs.{verb.name}").add_arguments(parser)
     parser.parse_args(words[2:])
 
 

@@ -10,8 +10,8 @@ import pytest
 from medusa_deploy.runtime.files.bundle import Bundle, open_bundle
 from medusa_deploy.runtime.files.heads import HeadConfig, HeadSet
 from medusa_deploy.runtime.files.heads_file import write_heads
-from medusa_deploy.tools.deployment import plan_deployment
-from medusa_deploy.tools.plan_source import source_of_bundle, source_of_model
+from medusa_deploy.tools.sizing.deployment import plan_deployment
+from medusa_deploy.tools.sizing.source import source_of_bundle, source_of_model
 from support.families import Family, make_family
 
 HIDDEN, VOCAB, DRAFT, ROWS = 512, 8192, 1024, (1, 8, 16)

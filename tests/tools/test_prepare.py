@@ -18,8 +18,9 @@ import pytest
 import medusa_deploy
 from medusa_deploy.runtime.errors import BundleExistsError, CheckpointError, DownloadError, MissingDependencyError, OutputError
 from medusa_deploy.runtime.files.bundle import sha256
-from medusa_deploy.tools import extras, prepare
+from medusa_deploy.tools import extras
 from medusa_deploy.tools.cli import USER_ERROR, main
+from medusa_deploy.tools.verbs import prepare
 from support.tiny_gguf import TEMPLATE, write_tiny_gguf
 
 Pip = Callable[[list[str]], "subprocess.CompletedProcess[str]"]
@@ -207,7 +208,8 @@ def test_a_missing_package_is_said_before_anything_is_fetched(
 _KILLED = """
 import sys, time
 from pathlib import Path
-from medusa_deploy.tools import extras, prepare
+from medusa_deploy.tools import extras
+from medusa_deploy.tools.verbs import prepare
 extras.version = lambda name: "1.0"
 prepare.check_gguf = lambda path: None
 def convert(gguf, output, report):

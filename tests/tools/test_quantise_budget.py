@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from medusa_deploy.runtime.errors import QuantisationError
-from medusa_deploy.tools.quantise_budget import Sensitivity, fit_budget
+from medusa_deploy.tools.measure.quantise_budget import Sensitivity, fit_budget
 
 PRODUCTS = {"a": Sensitivity(0.4, 100), "b": Sensitivity(0.1, 100), "c": Sensitivity(0.3, 10), "d": Sensitivity(0.0, 1000)}
 

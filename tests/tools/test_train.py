@@ -11,9 +11,9 @@ import pytest
 
 from medusa_deploy.export.heads.layouts import check_fit, read_heads
 from medusa_deploy.runtime.errors import BundleExistsError, TrainingError
-from medusa_deploy.tools import train as verb
-from medusa_deploy.tools.answering import AnswerPlan
 from medusa_deploy.tools.cli import main
+from medusa_deploy.tools.training.answering import AnswerPlan
+from medusa_deploy.tools.verbs import train as verb
 
 
 def write_prompts(path: Path, count: int, seed: int) -> Path:

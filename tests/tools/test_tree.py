@@ -17,11 +17,11 @@ from medusa_deploy.runtime.files.bundle import sha256
 from medusa_deploy.runtime.session import Session
 from medusa_deploy.runtime.tree import Tree, chain, expected_acceptance_length
 from medusa_deploy.tools.cli import main
-from medusa_deploy.tools.hit_table import HitTable, Recorder, count_hits, read_hit_table
+from medusa_deploy.tools.measure.hit_table import HitTable, Recorder, count_hits, read_hit_table
+from medusa_deploy.tools.measure.tree_search import best_trees
 from medusa_deploy.tools.prompt_source import random_prompts
-from medusa_deploy.tools.tree import search
-from medusa_deploy.tools.tree_search import best_trees
 from medusa_deploy.tools.tree_set import published_trees, read_tree_file, trees_for
+from medusa_deploy.tools.verbs.tree import search
 from support.records import manifest
 
 
@@ -265,7 +265,7 @@ def test_a_tree_that_the_bundle_can_not_run_is_refused(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rates: Any, paths: Any, more: list[str], said: str,
     monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
-    monkeypatch.setattr("medusa_deploy.tools.row_sweep.row_sweep", lambda *_, **__: {"ms_by_rows": {1: 1.0, 5: 1.0}})
+    monkeypatch.setattr("medusa_deploy.tools.measure.row_sweep.row_sweep", lambda *_, **__: {"ms_by_rows": {1: 1.0, 5: 1.0}})
     path, out = tmp_path / "table.json", tmp_path / "out.json"
     path.write_text(json.dumps({"table": {"positions": 2, "rank_rates": rates, "path_rates": paths}}))
     assert main(["tree", str(tiny_bundle), "--table", str(path), "-o", str(out), "--threads", "1", *more]) == 1
@@ -277,7 +277,7 @@ def test_a_tree_that_the_bundle_can_not_run_is_refused(
 def test_too_many_rows_are_refused_before_anything_is_counted(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("medusa_deploy.tools.hit_table.count_hits", lambda *_: pytest.fail("counted"))
+    monkeypatch.setattr("medusa_deploy.tools.measure.hit_table.count_hits", lambda *_: pytest.fail("counted"))
     assert main(["tree", str(tiny_bundle), "--rows", "17", "-o", str(tmp_path / "out.json")]) == 1
     assert "17 rows, the bundle allows 16" in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("onnx")
 
 from medusa_deploy.runtime.files.bundle import open_bundle
-from medusa_deploy.tools.variant_size import variant_size
+from medusa_deploy.tools.measure.variant_size import variant_size
 from support.tiny import HEADS, HIDDEN, VOCAB
 
 PARAMETERS = VOCAB * HIDDEN + 2 * HIDDEN * (3 * HIDDEN + 3 * 128) + HEADS * HIDDEN * HIDDEN

@@ -35,7 +35,7 @@ def _curve(rig: Rig, report: Report) -> None:
 
 
 def _executors(options: Options, report: Report) -> None:
-    from ..row_sweep import row_sweep
+    from ..measure.row_sweep import row_sweep
     from .executors import loaded_sessions
 
     found: dict[str, Any] = {}

@@ -52,10 +52,10 @@ def run(options: Options, report: Report) -> None:
 def _executor(session: Session, cpu: Session | None, expected: dict[str, Any]) -> dict[str, Any]:
     """Greedy plain decoding against the expected tokens, and trees against plain decoding, on one executor."""
     from ...runtime.tree import ROOT_ONLY
-    from ..comparison import Comparison, Tally
-    from ..near_tie import tolerance_of
+    from ..measure.comparison import Comparison, Tally
+    from ..measure.near_tie import tolerance_of
     from ..tree_set import trees_for
-    from ..verify import verify
+    from ..verbs.verify import verify
 
     prompts, count = expected["prompts"], expected["max_new_tokens"]
     comparison, tally = Comparison(session, tolerance_of(session)), Tally()
@@ -91,7 +91,7 @@ class _CpuLogits:
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         """Of the token after ``tokens``, float32 [V]."""
-        from ..probe import Probe
+        from ..measure.probe import Probe
 
         with Probe(self.session) as probe:
             return probe.prefill(tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..model_sizes import find_preset
+from ..sizing.model_sizes import find_preset
 
 
 @dataclass(frozen=True, slots=True)

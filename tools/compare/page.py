@@ -1,0 +1,237 @@
+"""The report of ``compare`` as one HTML page: no script, no other file, light or dark as the reader's system is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from ..console import human_bytes
+from .svg_chart import Series, bars, lines, percent, short
+from .table import check_words, rows, side_name, unexplained
+
+_LONGEST_PROMPT = 400
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c2430; --quiet: #5b6675; --page: #f5f6f8; --card: #ffffff; --edge: #dde1e7;
+  --good: #18794e; --bad: #c2321f; --blue: #2f6fde; --orange: #d9690f; --teal: #0f8a8a; --violet: #8a4fd0; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --quiet: #a0a9b6; --page: #14181e; --card: #1d232b; --edge: #343d49;
+  --good: #4cc38a; --bad: #ff7a66; --blue: #6ea5ff; --orange: #ff9f4a; --teal: #3fc6c6; --violet: #bd93f9; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 16px; max-width: 1180px; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
+h1 { font-size: 1.35rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 1.6rem 0 .5rem; } h3 { font-size: 1rem; margin: 0; }
+p { margin: .3rem 0; } .quiet { color: var(--quiet); font-size: .87rem; }
+.card { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; padding: 14px; min-width: 0; }
+.grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 350px), 1fr)); }
+.verdict { border-left: 6px solid var(--bad); } .verdict.pass { border-left-color: var(--good); }
+.verdict strong { color: var(--bad); } .verdict.pass strong, li.pass b { color: var(--good); } li b { color: var(--bad); }
+ul { margin: .4rem 0; padding-left: 0; list-style: none; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: 4px 10px 4px 0; text-align: right; border-bottom: 1px solid var(--edge); }
+th:first-child, td:first-child { text-align: left; } td:last-child, th:last-child { padding-right: 0; }
+tbody tr:last-child td { border-bottom: 0; }
+svg { display: block; width: 100%; height: auto; max-width: 560px; } svg text { fill: var(--quiet); font-size: 11.5px; }
+.grid line, line.grid { stroke: var(--edge); stroke-width: 1; } .fill { fill: var(--c); }
+.line { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: .84rem; color: var(--quiet); }
+.legend i { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .4em; background: var(--c); }
+.a { --c: var(--blue); } .b { --c: var(--orange); } .c { --c: var(--teal); } .d { --c: var(--violet); } .soft { opacity: .5; }
+blockquote { margin: .4rem 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .9rem; }
+blockquote .same { color: var(--quiet); } blockquote mark { background: none; color: inherit; }
+details { margin-top: 12px; } pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; }
+@media (max-width: 560px) { body { padding: 10px; } th, td { padding-right: 7px; font-size: .84rem; } }
+"""
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """The whole page. Everything that comes from a model, a prompt or a bundle is escaped."""
+    names = {side: side_name(report, side) for side in ("a", "b")}
+    title = f"{names['b']} against {names['a']}"
+    body = [
+        _verdict(report, names),
+        f'<h2>In numbers</h2>\n<div class="card wide">{_table(["", "A", "B", "B against A"], rows(report))}</div>',
+        _divergences(report),
+        f'<h2>In pictures</h2>\n<div class="grid">{"".join(_charts(report))}</div>',
+        f"<h2>Greedy answers side by side</h2>\n{_examples(report['greedy'])}",
+        _details(report),
+    ]
+    # The policy keeps a browser from fetching anything, whatever text the page shows.
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+    )
+
+
+def _verdict(report: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    verdict = report["verdict"]
+    checks = []
+    for check in verdict["checks"]:
+        found, limit = check_words(check)
+        mark, kind = ("✓", "pass") if check["passed"] else ("✗", "fail")
+        checks.append(f'<li class="{kind}"><b>{mark}</b> {escape(found)} <span class="quiet">{escape(limit)}</span></li>')
+    passed = verdict["passed"]
+    sides = "".join(f"<p>{side.upper()}: {escape(name)}</p>" for side, name in names.items())
+    measured = f"{report['prompts']} prompts, up to {report['max_new_tokens']} tokens each; {report['environment']['date']}"
+    return (
+        f'<div class="card verdict{" pass" if passed else ""}">\n'
+        f"<h1><strong>{'Pass' if passed else 'Fail'}</strong>: B is {'within' if passed else 'over'} its budget</h1>\n"
+        f'<ul>{"".join(checks)}</ul>\n{sides}<p class="quiet">{escape(measured)}</p>\n</div>'
+    )
+
+
+def _divergences(report: Mapping[str, Any]) -> str:
+    told = "".join(f"<p>{escape(line)}</p>" for line in unexplained(report))
+    return f'<h2>Divergences from its own plain decoding</h2>\n<div class="card">{told}</div>' if told else ""
+
+
+def _table(headers: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(header)}</th>" for header in headers)
+    body = "".join(f"<tr>{_cells(line)}</tr>" for line in cells)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cells(line: Sequence[str]) -> str:
+    """Cells of a line; the last one spans empty ones before it, which gives it the room that a phone lacks."""
+    first, *rest = line
+    empty = next((index for index, cell in enumerate(rest) if cell), 0)
+    spanned = f'<td colspan="{empty + 1}">{escape(rest[empty])}</td>'
+    return f"<td>{escape(first)}</td>{spanned}" + "".join(f"<td>{escape(cell)}</td>" for cell in rest[empty + 1 :])
+
+
+def _charts(report: Mapping[str, Any]) -> list[str]:
+    """One card a chart."""
+    texts = {name: report[name] for name in ("answers", "prose") if report[name] is not None}
+    answers, heads, acceptance, layers = (report[name] for name in ("answers", "heads", "acceptance", "layers"))
+    kl = answers["kl_nats"]
+    found = [
+        _card(
+            "How far B's predictions are from A's",
+            bars(
+                _between(kl["histogram"]["edges"]),
+                [
+                    Series(name, style, _shares(texts[name]["kl_nats"]["histogram"]["counts"]))
+                    for name, style in (("answers", "c"), ("prose", "d"))
+                    if name in texts
+                ],
+                "KL(A‖B) of a position, nats",
+                percent,
+            ),
+            f"Share of positions. On A's answers: mean {kl['mean']:.2g}, 99th percentile {kl['p99']:.2g} nats.",
+        ),
+        _card("Same token, by position in the answer", *_agreement(report)),
+        _card("Are disagreements near ties?", *_margins(answers)),
+    ]
+    shown = [str(layer) for layer in range(len(layers["median"]))]
+    missing = layers["not_comparable"]
+    if len(missing) < len(shown):
+        series = [Series("median position", "c", layers["median"]), Series("all, root mean square", "d", layers["relative_rms"])]
+        note = f" Not comparable: {', '.join(map(str, missing))}." if missing else ""
+        drawn = lines(shown, series, "layer", short)
+    else:
+        drawn, note = "<p>No layer is comparable: the graphs don't share their layers.</p>", ""
+    told = "Error of a layer's output relative to its size, on the same tokens; a few huge positions decide the root mean square."
+    found.append(_card("Where the error comes from", drawn, told + note))
+    series = [
+        Series(f"{side.upper()}, {words}", f"{side}{soft}", heads[side][rank])
+        for rank, words, soft in (("top1", "first candidate", ""), ("top5", "first five", " soft"))
+        for side in ("a", "b")
+    ]
+    told = f"At the same {heads['positions']} positions of A's answers, {heads['left_out']} left out: a side chose another token."
+    numbers = [str(1 + head) for head in range(max(len(heads[side]["top1"]) for side in ("a", "b")))]
+    padded = [each._replace(values=[*each.values, *[None] * (len(numbers) - len(each.values))]) for each in series]
+    found.append(_card("How often heads are right", bars(numbers, padded, "head", percent), told))
+    accepted = {side: _shares(acceptance[side]["histogram"]) for side in ("a", "b")}
+    numbers = [str(count) for count in range(max(map(len, accepted.values())))]
+    series = [
+        Series(f"{side.upper()}, {acceptance[side]['mean_acceptance_length']:.2f} tokens a step", side, _padded(shares, numbers))
+        for side, shares in accepted.items()
+    ]
+    told = f"Share of steps. {report['rows']} rows in every step, of the heads alone."
+    found.append(_card("What a step accepts", bars(numbers, series, "drafted tokens accepted", percent), told))
+    return found
+
+
+def _padded(values: Sequence[float], labels: Sequence[str]) -> list[float]:
+    return [*values, *[0.0] * (len(labels) - len(values))]
+
+
+def _agreement(report: Mapping[str, Any]) -> tuple[str, str]:
+    """Teacher-forced and free-running agreement, in the same bins."""
+    bins, greedy = report["answers"]["by_position"], report["greedy"]
+    free: list[float | None] = [greedy["same_after"][each["to"] - 1] for each in bins]
+    series = [Series("argmax, both reading A's answer", "c", [each["share"] for each in bins])]
+    series.append(Series("answers the same so far, each side its own", "d", free))
+    prefix = greedy["common_prefix"]
+    told = (
+        f"{greedy['identical']} of {greedy['answers']} answers are identical; the common prefix is {prefix['median']:g} tokens "
+        f"in the median, {prefix['mean']:.1f} on average."
+    )
+    return lines([str(each["to"]) for each in bins], series, "tokens", percent, most=1.0), told
+
+
+def _margins(answers: Mapping[str, Any]) -> tuple[str, str]:
+    margins, count = answers["margin_nats"], answers["argmax_agreement"]["disagreeing"]
+    if not count:
+        return "<p>The argmax is the same at every position.</p>", f"{answers['positions']} positions of A's answers."
+    histogram = margins["histogram"]
+    series = [
+        Series(f"where they {words}", style, _shares(histogram[kind]))
+        for kind, words, style in (("disagreeing", "disagree", "b"), ("agreeing", "agree", "a soft"))
+    ]
+    told = f"{count} of {answers['positions']} positions disagree; there A's margin is {margins['disagreeing']['median']:.2g} "
+    drawn = bars(_between(histogram["edges"]), series, "A's best token ahead of its second, nats", percent)
+    return drawn, f"{told}nats in the median, and at most {margins['disagreeing']['largest']:.2g}."
+
+
+def _card(title: str, drawn: str, told: str) -> str:
+    return f'<section class="card"><h3>{escape(title)}</h3>\n{drawn}\n<p class="quiet">{escape(told)}</p></section>\n'
+
+
+def _between(edges: Sequence[float]) -> list[str]:
+    """Labels of a histogram's bins: what is below the first edge, and from each edge on."""
+    return [f"<{_edge(edges[0])}", *(_edge(edge) for edge in edges)]
+
+
+def _edge(edge: float) -> str:
+    return f"{edge:g}" if edge >= 1e-3 else f"{edge:.0e}".replace("e-0", "e-")
+
+
+def _shares(counts: Sequence[int]) -> list[float]:
+    return [count / max(1, sum(counts)) for count in counts]
+
+
+def _examples(greedy: Mapping[str, Any]) -> str:
+    cards = []
+    for example in greedy["examples"]:
+        prompt = example["prompt"]
+        prompt = f"…{prompt[-_LONGEST_PROMPT:]}" if len(prompt) > _LONGEST_PROMPT else prompt
+        pairs = enumerate(zip(example["a"], example["b"], strict=False))
+        same = next((index for index, (one, other) in pairs if one != other), min(len(example["a"]), len(example["b"])))
+        answers = [example["a"]] if example["a"] == example["b"] else [example["a"], example["b"]]
+        sides = ["A and B"] if len(answers) == 1 else ["A", "B"]
+        quotes = [
+            f'<div><h3>{side}</h3><blockquote><span class="same">{escape(answer[:same])}</span>'
+            f"<mark>{escape(answer[same:])}</mark></blockquote></div>"
+            for side, answer in zip(sides, answers, strict=True)
+        ]
+        cards.append(
+            f'<section class="card"><blockquote class="quiet">{escape(prompt)}</blockquote>'
+            f'<div class="grid">{"".join(quotes)}</div>'
+            f'<p class="quiet">tokens in common: {example["common_tokens"]}</p></section>'
+        )
+    return '<div style="display:grid;gap:12px">' + "\n".join(cards) + "</div>"
+
+
+def _details(report: Mapping[str, Any]) -> str:
+    files = [
+        [side.upper(), name, human_bytes(size)] for side in ("a", "b") for name, size in report["size"][side]["files"].items()
+    ]
+    facts = json.dumps(report["environment"], indent=1, ensure_ascii=False)
+    told = "Files of weights are shared by the graphs of a bundle; the table above counts what each graph reads of them."
+    return (
+        f'<details class="card"><summary>Files and environment</summary>\n<div class="wide">{_table(["", "file", "size"], files)}'
+        f'</div>\n<p class="quiet">{told}</p>\n<pre>{escape(facts)}</pre></details>'
+    )

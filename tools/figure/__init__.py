@@ -1,0 +1,1 @@
+"""Turns reports of bench into pictures."""

@@ -1,0 +1,1 @@
+"""Measures a bundle: step times, divergence, agreement, hits."""

@@ -1,0 +1,1 @@
+"""Estimates bytes and step times of a model on a GPU."""

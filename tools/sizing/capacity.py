@@ -1,0 +1,246 @@
+"""Arithmetic of a deployment: bytes of weights, heads and caches, and what a step reads and computes. Pure numbers in and out.
+
+Precisions are those of ``build``: ``fp16``, and ``int8``, where the matrices that products read are int8 with one fp16 scale an
+output channel, and everything else (the embedding's rows, norms, biases, caches, activations) stays fp16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ...runtime.executors import step_io
+from ...runtime.files.heads import HeadConfig, expected_shapes
+from .model_sizes import ModelShape
+
+PRECISIONS = ("fp16", "int8")
+_HALF = 2  # bytes
+# An engine with its weights inside is at most this much larger: kernels, and the projection again in other layouts.
+# Kernels of each layer are stored again for each profile: 136 MB for 7 profiles of 32 layers, measured.
+_BYTES_PER_PROFILE = 8 * 10**6
+_BYTES_PER_PROFILE_AND_LAYER = 500_000
+_PROJECTION_COPIES = 2
+# Above, fp16 weights are bound from the bundle's files instead: building an engine takes twice its size in memory.
+_LARGEST_INSIDE = 4 * 10**9
+# Matrices with fewer elements stay fp16 in an int8 engine.
+_SMALLEST_MATRIX = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Elements of some tensors: those of ``matrices`` that products read, their output ``channels``, and ``others``.
+
+    ``bytes_apart``: of what isn't a weight and keeps its type (token maps).
+    """
+
+    matrices: int = 0
+    channels: int = 0
+    others: int = 0
+    bytes_apart: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """All elements."""
+        return self.matrices + self.others
+
+    def __add__(self, other: Weights) -> Weights:
+        return Weights(
+            self.matrices + other.matrices,
+            self.channels + other.channels,
+            self.others + other.others,
+            self.bytes_apart + other.bytes_apart,
+        )
+
+    def __mul__(self, times: int) -> Weights:
+        return Weights(self.matrices * times, self.channels * times, self.others * times, self.bytes_apart * times)
+
+    def nbytes(self, precision: str) -> int:
+        """Bytes in one of :data:`PRECISIONS`."""
+        matrices = self.matrices * _HALF if precision == "fp16" else self.matrices + self.channels * _HALF
+        return matrices + self.others * _HALF + self.bytes_apart
+
+
+def matrix(outputs: int, inputs: int) -> Weights:
+    """A matrix [outputs, inputs] that a product reads."""
+    if outputs * inputs < _SMALLEST_MATRIX:
+        return Weights(others=outputs * inputs)
+    return Weights(outputs * inputs, outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """Weights of a backbone by part. ``projection`` is the vocabulary projection; the embedding's memory where they are tied."""
+
+    shape: ModelShape
+    layers: Weights
+    norm: Weights
+
+    @property
+    def embedding(self) -> Weights:
+        """The table whose rows are gathered: fp16 in every precision."""
+        return Weights(others=self.shape.vocab * self.shape.hidden)
+
+    @property
+    def projection(self) -> Weights:
+        """What the logits' product reads."""
+        return matrix(self.shape.vocab, self.shape.hidden)
+
+    @property
+    def parameters(self) -> int:
+        """As published: a tied projection counts once."""
+        projection = 0 if self.shape.tied else self.projection.parameters
+        return self.embedding.parameters + self.layers.parameters + self.norm.parameters + projection
+
+    def parts(self, precision: str) -> dict[str, int]:
+        """Bytes in memory by part. A tied projection in fp16 is the embedding and takes nothing more."""
+        shared = self.shape.tied and precision == "fp16"
+        return {
+            "embedding": self.embedding.nbytes(precision),
+            "layers": self.layers.nbytes(precision),
+            "norm": self.norm.nbytes(precision),
+            "vocabulary projection": 0 if shared else self.projection.nbytes(precision),
+        }
+
+    def read(self, precision: str) -> int:
+        """Bytes that every step reads: all but the embedding, of which it takes a few rows."""
+        return (self.layers + self.norm + self.projection).nbytes(precision)
+
+
+def backbone_of(shape: ModelShape) -> Backbone:
+    """The weights that a model of this shape has."""
+    hidden, queries, keys = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention = matrix(queries, hidden) + matrix(keys, hidden) * 2 + matrix(hidden, queries)
+    mlp = matrix(shape.intermediate, hidden) * 2 + matrix(hidden, shape.intermediate)
+    vectors = Weights(others=2 * hidden + (queries + 2 * keys if shape.qkv_bias else 0))
+    return Backbone(shape, (attention + mlp + vectors) * shape.layers, Weights(others=hidden))
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Medusa heads: blocks, and projections of their own (none where they use the backbone's)."""
+
+    config: HeadConfig
+    blocks: Weights
+    projections: Weights
+
+    def nbytes(self, precision: str) -> int:
+        """Bytes that they add to the backbone's."""
+        return (self.blocks + self.projections).nbytes(precision)
+
+    def read(self, backbone: Backbone, precision: str) -> int:
+        """Bytes that they read in a step. A shared projection is read once more: their input exists only after the first time."""
+        shared = backbone.projection.nbytes(precision) if self.config.projection == "shared" else 0
+        return self.nbytes(precision) + shared
+
+    def products(self) -> int:
+        """Multiplications for one accepted row."""
+        draft = self.config.draft_vocab_size * self.config.hidden_size * self.config.num_heads
+        return self.blocks.matrices + draft
+
+
+def heads_of(config: HeadConfig) -> Heads:
+    """The weights that heads of this form have."""
+    blocks, projections = Weights(), Weights()
+    for name, shape in expected_shapes(config, has_token_map=False).items():
+        if name == "token_map":
+            projections += Weights(bytes_apart=8 * shape[0])
+        elif name.endswith("projection.weight"):
+            projections += matrix(*shape)
+        else:
+            blocks += matrix(*shape) if len(shape) == 2 else Weights(others=shape[0])
+    if config.projection == "pruned":
+        projections += matrix(config.draft_vocab_size, config.hidden_size)
+    return Heads(config, blocks, projections)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a bundle is exported for: ``batch`` slots of ``capacity`` tokens, steps of up to ``max_rows`` rows."""
+
+    capacity: int
+    batch: int
+    max_rows: int
+    prefill_chunk: int
+
+    def at(self, capacity: int | None = None, batch: int | None = None) -> Limits:
+        """The same with another capacity or batch."""
+        capacity = self.capacity if capacity is None else capacity
+        chunk = min(self.prefill_chunk, capacity)
+        return replace(self, capacity=capacity, batch=self.batch if batch is None else batch, prefill_chunk=chunk)
+
+
+def cache_bytes_per_token(shape: ModelShape) -> int:
+    """Keys and values of one token in all layers; fp16 in every precision."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * _HALF
+
+
+def cache_bytes(shape: ModelShape, num_heads: int, limits: Limits) -> int:
+    """Caches of all slots."""
+    rows = step_io.cache_rows(limits.capacity, num_heads, limits.max_rows)
+    return rows * cache_bytes_per_token(shape) * limits.batch
+
+
+def workspace_bytes(backbone: Backbone, heads: Heads, limits: Limits, precision: str) -> int:
+    """Memory for everything that isn't weights or caches, from above: :data:`WORKSPACE` says how it is counted."""
+    shape, config = backbone.shape, heads.config
+    rows = limits.batch * limits.max_rows
+    total = step_io.cache_rows(limits.capacity, config.num_heads, limits.max_rows)
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    widest = max(rows, limits.prefill_chunk)
+    activations = widest * (3 * shape.hidden + 2 * queries + 2 * keys + 3 * shape.intermediate) * _HALF
+    scores = widest * (2 * shape.heads + 1) * total * _HALF
+    logits = rows * shape.vocab * _HALF + limits.batch * config.num_heads * config.draft_vocab_size * 10
+    carried = 2 * rows * cache_bytes_per_token(shape)
+    dequantised = 0
+    if precision == "int8":
+        dequantised = max(queries, keys, shape.intermediate, shape.vocab) * shape.hidden * _HALF
+    return activations + scores + logits + carried + dequantised
+
+
+WORKSPACE = (
+    "an upper estimate, nothing of it was measured: activations of M = max(batch · rows, prefill chunk) rows, "
+    "M · (3·hidden + 2·queries + 2·keys + 3·intermediate) · 2 bytes; attention as if it were not fused, "
+    "M · (2·heads + 1) · cache rows · 2; logits of all rows and of the heads; the new keys and values of two steps; "
+    "in int8 the largest matrix once in fp16"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes on the GPU. ``parts``: the backbone's weights; ``engine``: what an engine holds beyond all weights, at most.
+
+    ``weights``: ``inside`` the engine or ``streamed`` to it from the bundle's files.
+    """
+
+    parts: dict[str, int]
+    heads: int
+    cache: int
+    workspace: int
+    engine: int
+    reserve: int
+    weights: str
+
+    @property
+    def backbone(self) -> int:
+        """All of the backbone's weights."""
+        return sum(self.parts.values())
+
+    @property
+    def total(self) -> int:
+        """Everything."""
+        return self.backbone + self.heads + self.cache + self.workspace + self.engine + self.reserve
+
+
+def footprint(backbone: Backbone, heads: Heads, precision: str, limits: Limits, profiles: int, reserve: int) -> Footprint:
+    """What an engine with ``profiles`` profiles takes, and ``reserve`` bytes that are left to others."""
+    parts, head_bytes = backbone.parts(precision), heads.nbytes(precision)
+    inside = precision == "int8" or sum(parts.values()) + head_bytes <= _LARGEST_INSIDE  # int8 weights are made by the build
+    copies = _PROJECTION_COPIES * backbone.projection.nbytes("fp16") if inside else 0
+    return Footprint(
+        parts,
+        head_bytes,
+        cache_bytes(backbone.shape, heads.config.num_heads, limits),
+        workspace_bytes(backbone, heads, limits, precision),
+        copies + profiles * (_BYTES_PER_PROFILE + backbone.shape.layers * _BYTES_PER_PROFILE_AND_LAYER),
+        reserve,
+        "inside" if inside else "streamed",
+    )

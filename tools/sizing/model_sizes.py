@@ -1,0 +1,133 @@
+"""Known model sizes as data: shapes from the models' public configs, and where to start with limits and rows for each.
+
+Limits and rows are starting points, chosen by size and not measured; ``bench`` on the target machine is what decides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ...runtime.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of a decoder with gated MLPs and RMS norms. ``window``: tokens of a sliding attention window, 0 for none.
+
+    ``tied``: the vocabulary projection is the embedding. ``qkv_bias``: queries, keys and values have biases.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    max_position: int
+    tied: bool = False
+    qkv_bias: bool = False
+    window: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A size that ``plan --size`` knows. ``config``: its class in transformers; ``parameters``: the published count.
+
+    ``capacity``, ``rows`` (sizes of a step, each a profile of its engine) and ``prefill_chunk`` are where to start.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    config: str
+    checkpoint: str
+    parameters: int
+    shape: ModelShape
+    capacity: int
+    rows: tuple[int, ...]
+    prefill_chunk: int
+
+
+_LLAMA, _QWEN2, _MISTRAL = "LlamaConfig", "Qwen2Config", "MistralConfig"
+# Rows of the steps, and the prefill chunk, of models below and above 5·10⁹ parameters.
+EDGE = ((1, 4, 8, 16), 256)
+LARGE = ((1, 8, 16, 32, 64), 512)
+
+
+#                 L   H     I      heads kv  D   V       positions
+_SMOL_135M = ModelShape(30, 576, 1536, 9, 3, 64, 49152, 8192, tied=True)
+_SMOL_360M = ModelShape(32, 960, 2560, 15, 5, 64, 49152, 8192, tied=True)
+_SMOL_1700M = ModelShape(24, 2048, 8192, 32, 32, 64, 49152, 8192, tied=True)
+_QWEN_500M = ModelShape(24, 896, 4864, 14, 2, 64, 151936, 32768, tied=True, qkv_bias=True)
+_QWEN_1500M = ModelShape(28, 1536, 8960, 12, 2, 128, 151936, 32768, tied=True, qkv_bias=True)
+_QWEN_3B = ModelShape(36, 2048, 11008, 16, 2, 128, 151936, 32768, tied=True, qkv_bias=True)
+_LLAMA_1B = ModelShape(16, 2048, 8192, 32, 8, 64, 128256, 131072, tied=True)
+_LLAMA_3B = ModelShape(28, 3072, 8192, 24, 8, 128, 128256, 131072, tied=True)
+_VICUNA_7B = ModelShape(32, 4096, 11008, 32, 32, 128, 32000, 4096)
+_ZEPHYR_7B = ModelShape(32, 4096, 14336, 32, 8, 128, 32000, 32768, window=4096)
+_LLAMA_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, 131072)
+_VICUNA_13B = ModelShape(40, 5120, 13824, 40, 40, 128, 32000, 4096)
+_VICUNA_33B = ModelShape(60, 6656, 17920, 52, 52, 128, 32000, 2048)
+
+PRESETS = (
+    Preset(
+        "smollm2-135m", ("135m", "0.1b"), _LLAMA, "HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008, _SMOL_135M, 2048, *EDGE
+    ),
+    Preset("smollm2-360m", ("360m",), _LLAMA, "HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120, _SMOL_360M, 2048, *EDGE),
+    Preset("qwen2.5-0.5b", ("0.5b",), _QWEN2, "Qwen/Qwen2.5-0.5B-Instruct", 494_032_768, _QWEN_500M, 2048, *EDGE),
+    Preset("llama-3.2-1b", ("1b",), _LLAMA, "meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400, _LLAMA_1B, 4096, *EDGE),
+    Preset("qwen2.5-1.5b", ("1.5b",), _QWEN2, "Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304, _QWEN_1500M, 4096, *EDGE),
+    Preset("smollm2-1.7b", ("1.7b",), _LLAMA, "HuggingFaceTB/SmolLM2-1.7B-Instruct", 1_711_376_384, _SMOL_1700M, 2048, *EDGE),
+    Preset("qwen2.5-3b", (), _QWEN2, "Qwen/Qwen2.5-3B-Instruct", 3_085_938_688, _QWEN_3B, 4096, *EDGE),
+    Preset("llama-3.2-3b", (), _LLAMA, "meta-llama/Llama-3.2-3B-Instruct", 3_212_749_824, _LLAMA_3B, 4096, *EDGE),
+    Preset("vicuna-7b", ("7b",), _LLAMA, "lmsys/vicuna-7b-v1.5", 6_738_415_616, _VICUNA_7B, 4096, *LARGE),
+    Preset("zephyr-7b", ("mistral-7b",), _MISTRAL, "HuggingFaceH4/zephyr-7b-beta", 7_241_732_096, _ZEPHYR_7B, 4096, *LARGE),
+    Preset("llama-3.1-8b", ("8b",), _LLAMA, "meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, _LLAMA_8B, 4096, *LARGE),
+    Preset("vicuna-13b", ("13b",), _LLAMA, "lmsys/vicuna-13b-v1.5", 13_015_864_320, _VICUNA_13B, 4096, *LARGE),
+    Preset("vicuna-33b", ("33b",), _LLAMA, "lmsys/vicuna-33b-v1.3", 32_528_943_616, _VICUNA_33B, 2048, *LARGE),
+)
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of a name or a part of it: ``13b``, ``Vicuna-13B``, ``llama-3.2-1b``.
+
+    Raises:
+        UsageError: none, or more than one; with the nearest names.
+    """
+    names = {alias: preset.name for preset in PRESETS for alias in (preset.name, *preset.aliases)}
+    found = look_up(name, names, "model size")
+    return next(preset for preset in PRESETS if preset.name == found)
+
+
+def look_up(name: str, names: Mapping[str, str], what: str, prefixes: tuple[str, ...] = ()) -> str:
+    """The value of the key that ``name`` means: itself, itself after one of ``prefixes``, or the only one that contains it.
+
+    Case, spaces and signs between words don't count.
+
+    Raises:
+        UsageError: none, or more than one; with the nearest values.
+    """
+    import difflib
+
+    plain = {_plain(key): value for key, value in names.items()}
+    asked = _plain(name)
+    for prefix in ("", *prefixes):
+        if prefix + asked in plain:
+            return plain[prefix + asked]
+    ending = [value for key, value in names.items() if name.lower() in re.split(r"[-\s]", key.lower())]
+    containing = [value for short, value in plain.items() if asked and asked in short]
+    found = list(dict.fromkeys(ending or containing))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(f"{what} {name!r} may be {', '.join(found)}", hint="give one of these names in full")
+    near = dict.fromkeys(plain[key] for key in difflib.get_close_matches(asked, plain, n=3, cutoff=0.5))
+    raise UsageError(f"unknown {what} {name!r}", hint=f"the nearest: {', '.join(near) or 'none'}; all: medusa-deploy plan --list")
+
+
+def _plain(name: str) -> str:
+    """Without case, spaces and signs; a point between digits counts: 3.2 isn't 32."""
+    words = name.lower().replace("nvidia", "").replace("geforce", "")
+    return "".join(sign for sign in words if sign.isalnum() or sign == ".")

@@ -1,0 +1,185 @@
+"""What ``plan`` plans for: a known size, a model's folder or a bundle, as weights by part and limits to start with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...runtime.files.heads import HeadConfig
+from .capacity import Backbone, Limits, Weights, backbone_of, heads_of, matrix
+from .model_sizes import EDGE, LARGE, ModelShape, find_preset
+
+if TYPE_CHECKING:
+    from ...runtime.files.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """``kind``: ``size``, ``model`` or ``bundle``. ``heads``: a bundle's own, else None. ``argument``: as commands name it."""
+
+    kind: str
+    name: str
+    argument: str
+    backbone: Backbone
+    limits: Limits
+    rows: tuple[int, ...]
+    heads: HeadConfig | None = None
+
+
+def source_of_size(name: str) -> Source:
+    """A preset.
+
+    Raises:
+        UsageError: no such size.
+    """
+    preset = find_preset(name)
+    limits = Limits(preset.capacity, 1, preset.rows[-1], preset.prefill_chunk)
+    return Source("size", f"{preset.name} ({preset.checkpoint})", "MODEL", backbone_of(preset.shape), limits, preset.rows)
+
+
+def source_of_model(folder: Path) -> Source:
+    """A folder or GGUF file that export reads: its config decides, its weights stay on disk.
+
+    Raises:
+        CheckpointError, UnsupportedArchitectureError: no such model, or one that can't be exported.
+        MissingDependencyError: export's packages aren't installed.
+    """
+    from ..extras import quiet_libraries, require
+
+    require("export")
+    quiet_libraries()
+    from ...export.backbone.backbone import backbone_shape, load_config
+    from ...export.estimate import empty_module
+
+    config = load_config(folder, 1)
+    module = empty_module(config)
+    facts = backbone_shape(module)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    shape = ModelShape(
+        facts.layers,
+        facts.hidden_size,
+        int(getattr(config, "intermediate_size", 4 * facts.hidden_size)),
+        facts.attention_heads,
+        facts.kv_heads,
+        facts.head_dim,
+        facts.vocab_size,
+        facts.max_position,
+        module.get_input_embeddings().weight is module.get_output_embeddings().weight,
+        window=int(window or 0),
+    )
+    tables = {id(module.get_input_embeddings().weight), id(module.get_output_embeddings().weight)}
+    layers = norm = Weights()
+    for name, parameter in module.named_parameters():
+        if id(parameter) in tables:
+            continue
+        if re.search(r"\.\d+\.", name):
+            layers += _weights(tuple(parameter.shape))
+        else:
+            norm += _weights(tuple(parameter.shape))
+    backbone = Backbone(shape, layers, norm)
+    large = backbone.parameters > 5 * 10**9
+    rows, chunk = LARGE if large else EDGE
+    limits = Limits(min(4096 if large else 2048, positions(shape)), 1, rows[-1], chunk)
+    return Source("model", f"{folder} ({facts.architecture})", str(folder), backbone, limits.at(), rows)
+
+
+def source_of_bundle(folder: Path) -> Source:
+    """A bundle: what its standard graph holds, with its own heads and limits.
+
+    Raises:
+        BundleError: no bundle.
+        MissingDependencyError: export's packages aren't installed.
+    """
+    from ..extras import require
+
+    require("export")
+    from ...runtime.files.bundle import open_bundle
+
+    bundle = open_bundle(folder, check_hashes=False)
+    manifest = bundle.manifest
+    step = _tensors(bundle.path(manifest.variants["standard"]))
+    blocks = [re.fullmatch(r"heads\.blocks\.0\.(\d+)\.bias", name) for name in _tensors(bundle.path(manifest.heads_graph))]
+    facts, limits = manifest.heads, manifest.limits
+    config = HeadConfig(
+        facts.kind,  # type: ignore[arg-type] # a manifest's kinds and projections were checked when it was written
+        facts.num_heads,
+        sum(1 for found in blocks if found) or 1,
+        manifest.backbone.hidden_size,
+        facts.draft_vocab_size,
+        facts.projection,  # type: ignore[arg-type]
+    )
+    backbone = _bundle_backbone(manifest, step, config)
+    rows = tuple(sorted({1, manifest.tree().rows, *(rows for rows in (8, 16, 32, 64) if rows <= limits.max_rows)}))
+    name = f"{folder} ({manifest.backbone.architecture})"
+    chosen = Limits(limits.capacity, limits.batch, limits.max_rows, limits.prefill_chunk)
+    return Source("bundle", name, str(folder), backbone, chosen, rows, config)
+
+
+def _bundle_backbone(manifest: Manifest, step: Mapping[str, tuple[int, ...]], config: HeadConfig) -> Backbone:
+    """The graph's tensors less those of the heads. Tensors lose their names when constants are folded, not their sizes.
+
+    A tied projection that was folded into a matrix of its own is one: the plan is for what the graph holds.
+    """
+    facts = manifest.backbone
+    hidden, vocab = facts.hidden_size, facts.vocab_size
+    tables = [dims for dims in step.values() if sorted(dims) == sorted((vocab, hidden))]
+    own = config.num_heads if config.projection == "own" and config.draft_vocab_size == vocab else 0
+    tied = len(tables) - own == 1
+    total = Weights()
+    for dims in step.values():
+        total += _weights(dims)
+    heads = heads_of(config)
+    head_weights = heads.blocks + heads.projections
+    other = (max(dims) for dims in step.values() if len(dims) == 2 and not {vocab, config.draft_vocab_size} & set(dims))
+    intermediate = max(other, default=0)
+    shape = ModelShape(
+        facts.layers,
+        hidden,
+        intermediate,
+        facts.attention_heads,
+        facts.kv_heads,
+        facts.head_dim,
+        vocab,
+        manifest.limits.capacity,
+        tied,
+    )
+    norm, table = Weights(others=hidden), matrix(vocab, hidden)
+    tables_in_graph = 1 if tied else 2
+    layers = Weights(
+        total.matrices - head_weights.matrices - tables_in_graph * table.matrices,
+        max(0, total.channels - head_weights.channels - tables_in_graph * table.channels),
+        max(0, total.others - head_weights.others - norm.others - tables_in_graph * table.others),
+    )
+    return Backbone(shape, layers, norm)
+
+
+def positions(shape: ModelShape) -> int:
+    """The largest capacity: trained positions, within the attention window if there is one."""
+    return min(shape.max_position, shape.window or shape.max_position)
+
+
+def _weights(dims: tuple[int, ...]) -> Weights:
+    """Elements of one tensor; the output channels of a matrix are taken to be its first axis."""
+    if len(dims) == 2:
+        return matrix(*dims)
+    size = 1
+    for dim in dims:
+        size *= dim
+    return Weights(others=size)
+
+
+def _tensors(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a graph's floating-point tensors, one name for each place in the weights; no data are read."""
+    import onnx
+
+    graph: Any = onnx.load(path, load_external_data=False).graph
+    floating = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+    places = {}
+    for tensor in graph.initializer:
+        if tensor.data_type in floating:
+            where = {entry.key: entry.value for entry in tensor.external_data}
+            places[where.get("location"), where.get("offset", tensor.name)] = (tensor.name, tuple(tensor.dims))
+    return dict(places.values())

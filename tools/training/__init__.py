@@ -1,0 +1,1 @@
+"""Work that both stages of training share."""

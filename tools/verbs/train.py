@@ -1,0 +1,247 @@
+"""``medusa-deploy train``: heads for a backbone by self-distillation, from prompts to a heads folder.
+
+``--stage 1`` trains heads on the frozen backbone (Medusa-1), ``--stage 2`` the backbone with them (Medusa-2,
+:mod:`.backbone`).
+Three steps, each kept in the work folder and taken up again by the next run: let the backbone answer the prompts
+(:mod:`.answering`), train on the cached hidden states, count hit rates on prompts that training never saw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ...calibration.training.train import TrainConfig
+    from ...runtime.files.heads import HeadSet
+    from ..training.answering import AnswerPlan
+
+HELP = "train Medusa heads on the backbone's own answers"
+RANKS = 10
+_FORM = ("kind", "num_heads", "num_layers", "draft_vocab_size")
+_CHOICES = {
+    1: (*_FORM, "batch_size"),
+    2: ("rank", "alpha", "heads_weight", "batch_tokens", "time_limit", "quality_budget"),
+}
+"""Options of one stage alone: fields of its config, and arguments of its function."""
+_SHARED_CHOICES = ("epochs", "learning_rate", "weight_decay", "dropout", "seed")
+TREE_ROWS = 5
+_RATED_PATHS = 128
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    from ..console import add_json_argument, non_negative
+
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of safetensors, or a .gguf file")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="HEADS", help="folder for the trained heads")
+    parser.add_argument("--work", type=Path, help="folder for answers and checkpoints (default: HEADS.work)")
+    parser.add_argument("--prompts", type=Path, help="JSONL of training prompts (default: those of the package)")
+    parser.add_argument("--heldout", type=Path, help="JSONL of prompts that hit rates are measured on (default: the package's)")
+    parser.add_argument(
+        "--stage", type=int, choices=(1, 2), default=1, help="1: heads on the frozen backbone; 2: a LoRA adapter on it as well"
+    )
+    parser.add_argument("--heads", type=Path, help="heads to go on from (stage 2 needs them)")
+    parser.add_argument("--epochs", type=int, help="default: 8 in stage 1, 1 in stage 2")
+    parser.add_argument("--learning-rate", type=float, help="default: 2e-3 in stage 1; in stage 2 the adapter's, 5e-4")
+    parser.add_argument("--weight-decay", type=float, help="default: 0.01 in stage 1, 0 in stage 2")
+    parser.add_argument("--dropout", type=float, help="of the heads' inputs (default: 0.1)")
+    parser.add_argument("--seed", type=int, help="of training and of sampled answers (default: 0)")
+    parser.add_argument("--autocast", action="store_true", help="train in bfloat16, for processors that have it")
+    first = parser.add_argument_group("stage 1")
+    first.add_argument("--kind", choices=("grounded", "medusa"), help="form of the heads (default: grounded)")
+    first.add_argument("--num-heads", type=int, help="default: 4")
+    first.add_argument("--num-layers", type=int, help="residual blocks a head (default: 1)")
+    first.add_argument("--draft-vocab-size", type=int, help="tokens that heads can propose (default: 4096)")
+    first.add_argument("--batch-size", type=int, help="positions of a step (default: 512)")
+    second = parser.add_argument_group("stage 2")
+    second.add_argument("--rank", type=int, help="of the adapter (default: 16)")
+    second.add_argument("--alpha", type=float, help="the adapter's changes are scaled by alpha / rank (default: twice the rank)")
+    second.add_argument("--heads-weight", type=float, help="λ0, of the heads' losses against the divergence (default: 0.2)")
+    second.add_argument("--batch-tokens", type=int, help="tokens of a step (default: 1024)")
+    second.add_argument("--time-limit", type=float, metavar="MINUTES", help="training ends, its schedule complete, after so long")
+    second.add_argument(
+        "--quality-budget",
+        type=non_negative,
+        metavar="SHARE",
+        help="keep as much of the adapter as raises the perplexity of the backbone's own answers by no more (default: 0.02)",
+    )
+    answers = parser.add_argument_group("answers")
+    answers.add_argument("--self-prompts", type=int, default=0, metavar="N", help="let a chat model try to write N more prompts")
+    answers.add_argument("--max-new-tokens", type=int, default=400, help="length of an answer at most (default: %(default)s)")
+    answers.add_argument(
+        "--temperatures",
+        type=_temperatures,
+        default=(0.0,),
+        metavar="T,T",
+        help="one answer to each training prompt at each; 0, the default, is greedy, as held-out answers always are",
+    )
+    answers.add_argument("--slots", type=int, default=48, help="answers generated at a time (default: %(default)s)")
+    parser.add_argument("--tree-rows", type=int, default=TREE_ROWS, help="rows of the tree that is stored with the heads")
+    parser.add_argument("--device", default="cpu", help="torch device that trains; any but cpu answers, too")
+    parser.add_argument("--force", action="store_true", help="replace HEADS")
+    add_json_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and print the hit rates."""
+    from ..extras import quiet_libraries, require
+
+    require("export" if args.stage == 1 else "train")
+    quiet_libraries()
+    from ...calibration.training.finetune import FinetuneConfig
+    from ...runtime.errors import UsageError
+    from ..console import emit
+    from ..training.answering import AnswerPlan
+    from ..training.backbone import quality_table, train_backbone
+
+    fields = [name for name in AnswerPlan.__dataclass_fields__ if name not in ("work", "seed")]
+    work = args.work or args.output.with_name(args.output.name + ".work")
+    plan = AnswerPlan(work=work, seed=args.seed or 0, **{name: getattr(args, name) for name in fields})
+    given = _given(args, (*_CHOICES[args.stage], *_SHARED_CHOICES)) | {"autocast": args.autocast}
+    if foreign := _given(args, _CHOICES[3 - args.stage]):
+        raise UsageError(
+            f"--{next(iter(foreign)).replace('_', '-')} belongs to the other stage, this is stage {args.stage}",
+            hint="see the groups of: medusa-deploy train --help",
+        )
+    keep = {"tree_rows": args.tree_rows, "force": args.force}
+    if args.stage == 1:
+        report = train(plan, args.output, given, args.heads, **keep)
+        text = hit_rate_table(report["hit_rates"])
+    else:
+        if args.heads is None:
+            raise UsageError("the second stage needs heads to begin with", hint="give --heads: what the first stage made")
+        if "rank" in given:
+            given = {"alpha": 2.0 * given["rank"]} | given
+        if "quality_budget" in given:
+            keep["quality_budget"] = given.pop("quality_budget")
+        report = train_backbone(plan, args.output, FinetuneConfig(**given), args.heads, **keep)
+        text = f"{hit_rate_table(report['hit_rates'])}\n\n{quality_table(report)}"
+    emit(text, report, args.json)
+    return 0
+
+
+def train(
+    plan: AnswerPlan,
+    output: Path,
+    chosen: Mapping[str, Any],
+    start: Path | None = None,
+    *,
+    tree_rows: int = TREE_ROWS,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Train heads into ``output`` and return the report that is stored with them.
+
+    ``chosen``: fields of :class:`..calibration.train.TrainConfig` that aren't as usual. ``start``: heads to go on from, whose
+    form isn't chosen again.
+
+    Raises:
+        TrainingError: no data, a work folder of another run, or ``start`` has another form than what was chosen, or an adapter.
+        BundleExistsError: the output exists and ``force`` is false.
+        CheckpointError, UnsupportedArchitectureError: the backbone can't be exported.
+    """
+    from ...calibration.training.examples import load_examples
+    from ...calibration.training.train import train_heads
+    from ...export.backbone.backbone import load_module
+    from ...runtime.files.bundle import refuse_existing
+    from ...runtime.files.heads_file import write_heads
+    from ..console import Progress
+    from ..training.answering import answer_prompts, claim, open_backbone
+
+    refuse_existing(output, force=force)
+    before, config = _start(start, chosen)
+    claim(plan)
+    tokens = answer_prompts(open_backbone(plan), plan).tokens
+    backbone = load_module(plan.model, "fp32")
+    with Progress("training") as progress:
+        heads = train_heads(
+            load_examples(plan.work / "train", config.num_heads),
+            backbone.get_input_embeddings().weight.detach(),
+            backbone.get_output_embeddings().weight.detach(),
+            config,
+            start=before,
+            checkpoint=plan.work / f"checkpoint-{config.kind}-{config.num_layers}.pt",
+            device=plan.device,
+            progress=lambda step, total, loss: progress.update(step, note=f"loss {loss:.3f}", total=total),
+        )
+    answers = {part: plan.work / part for part in ("train", "heldout")}
+    report = {
+        "tokens": tokens,
+        "training": asdict(config),
+        "data": {part: json.loads((folder / "data.json").read_text("utf-8")) for part, folder in answers.items()},
+        **measure_heads(heads, answers, backbone, tree_rows, plan.device),
+    }
+    write_heads(heads, output, report, force=force)
+    return report
+
+
+def _start(heads: Path | None, chosen: Mapping[str, Any]) -> tuple[HeadSet | None, TrainConfig]:
+    """Heads to go on from, and the config: their form, if there are any, and what was chosen."""
+    from ...calibration.training.train import TrainConfig
+    from ...export.heads.layouts import read_heads
+    from ...runtime.errors import TrainingError
+
+    if heads is None:
+        return None, TrainConfig(**chosen)
+    read = read_heads(heads)
+    if read.adapter is not None:
+        raise TrainingError(f"{heads} come with an adapter, and belong to the backbone with it", hint="leave --heads out")
+    form = {name: getattr(read.heads.config, name) for name in _FORM}
+    return read.heads, TrainConfig(**{**form, **chosen})
+
+
+def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def _temperatures(text: str) -> tuple[float, ...]:
+    """An argparse type: numbers from 0, with commas between them."""
+    from ..console import non_negative
+
+    return tuple(non_negative(part) for part in text.split(","))
+
+
+def measure_heads(
+    heads: HeadSet, answers: Mapping[str, Path], backbone: Any, tree_rows: int, device: str = "cpu"
+) -> dict[str, Any]:
+    """Hit rates on each folder of answers; paths, scaling and tree from those called ``heldout``.
+
+    ``backbone``: the module whose embeddings the heads use.
+    """
+    from ...calibration.hit_rates import find_hits, platt_scaling
+    from ...calibration.training.examples import load_examples
+    from ...runtime.drafting.hits import path_rates, rank_rates, replayed_acceptance_length
+    from ...runtime.tree import tree_of_paths
+
+    embedding, output_weight = backbone.get_input_embeddings().weight.detach(), backbone.get_output_embeddings().weight.detach()
+    ranks = min(RANKS, heads.config.draft_vocab_size)
+    found = {
+        part: find_hits(heads, load_examples(folder, heads.config.num_heads), embedding, output_weight, ranks, device=device)
+        for part, folder in answers.items()
+    }
+    rates = path_rates(found["heldout"].ranks)
+    tree = tree_of_paths(rates, tree_rows)
+    return {
+        "hit_rates": {part: rank_rates(hits.ranks, ranks).round(4).tolist() for part, hits in found.items()},
+        "path_rates": [[list(path), round(rates[path], 5)] for path in tree_of_paths(rates, _RATED_PATHS).paths[1:]],
+        "platt_scaling": platt_scaling(found["heldout"]),
+        "tree": tree.choices(),
+        "expected_acceptance_length": round(replayed_acceptance_length(tree, found["heldout"].ranks), 3),
+    }
+
+
+def hit_rate_table(rates: dict[str, list[list[float]]]) -> str:
+    """Top-1 and top-5 hit rate of each head, on held-out answers and, where they were counted, on training answers."""
+    from ..console import table
+
+    parts = [part for part in ("train", "heldout") if part in rates]
+    rows = [
+        [str(head + 1), *(f"{value:.3f}" for part in parts for value in (rates[part][head][0], sum(rates[part][head][:5])))]
+        for head in range(len(rates["heldout"]))
+    ]
+    titles = {"train": "train", "heldout": "held-out"}
+    return table(rows, ["head", *(f"{titles[part]} {top}" for part in parts for top in ("top-1", "top-5"))])
