@@ -129,7 +129,7 @@ def test_the_process_ends_with_a_caller_that_is_killed(tmp_path: Path) -> None:
     request = request_for(tmp_path, "take long")
     program = (
         "import sys; sys.path[:] = sys.argv[2:]\nimport json\n"
-        "from medusa_deploy.export.builder_process import BuildRequest, build_plan\n"
+        "from medusa_deploy.export.engines.builder_process import BuildRequest, build_plan\n"
         "build_plan(BuildRequest(**json.loads(sys.argv[1])), lambda *_: True)"
     )
     raw = json.dumps({name: getattr(request, name) for name in request.__slots__})

@@ -191,7 +191,7 @@ def test_weights_are_quantised_one_at_a_time(tmp_path: Path) -> None:
     program = (
         "import sys; sys.path[:] = sys.argv[3:]\n"
         "from pathlib import Path\n"
-        "from medusa_deploy.export.quantise import write_quantised\n"
+        "from medusa_deploy.export.quantise.engine_weights import write_quantised\n"
         "from medusa_deploy.export.weights import WeightsFile\n"
         "def peak(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM'))\n"
         "import onnx_ir; before = peak(); folder = Path(sys.argv[2])\n"

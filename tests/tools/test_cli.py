@@ -41,11 +41,11 @@ def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], int]], None]
     """Makes ``medusa-deploy stub`` run a function."""
 
     def make(action: Callable[[], int]) -> None:
-        module = types.ModuleType("medusa_deploy.tools.stub")
+        module = types.ModuleType("medusa_deploy.tools.verbs.stub")
         module.HELP, module.add_arguments = "a stub", lambda parser: parser.add_argument("--flag")  # type: ignore[attr-defined]
         module.run = lambda args: action()  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "medusa_deploy.tools.stub", module)
-        monkeypatch.setattr(cli, "VERBS", (*cli.VERBS, cli.Verb("stub", "stub", "a stub")))
+        monkeypatch.setitem(sys.modules, "medusa_deploy.tools.verbs.stub", module)
+        monkeypatch.setattr(cli, "VERBS", (*cli.VERBS, cli.Verb("stub", "a stub")))
 
     return make
 
