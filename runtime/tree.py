@@ -43,6 +43,13 @@ class Shape:
     ancestors: np.ndarray = field(repr=False, compare=False)
 
     @staticmethod
+    @lru_cache(maxsize=32)
+    def chain(rows: int) -> Shape:
+        """``rows`` rows below each other, as in a prefill; the same object for equal numbers."""
+        order = np.arange(rows)
+        return Shape(order - 1, order, np.tri(rows, dtype=bool))
+
+    @staticmethod
     @lru_cache(maxsize=4096)
     def of(parents: tuple[int, ...]) -> Shape:
         """The shape in which row i hangs below ``parents[i]``; equal parents give the same object."""
@@ -62,6 +69,18 @@ class Shape:
     def depth(self) -> int:
         """The most drafted tokens that one step can accept."""
         return int(self.depths[-1])
+
+    @cached_property
+    def unrelated(self) -> np.ndarray:
+        """float32 [N, N]: 1 where row j is neither row i nor an ancestor of it."""
+        return (~self.ancestors).astype(np.float32)
+
+    @cached_property
+    def on_path(self) -> np.ndarray:
+        """float32 [N, N]: 1 where row i, the root excepted, is on the path to row j."""
+        found = self.ancestors.T.astype(np.float32)
+        found[0] = 0
+        return found
 
     @cached_property
     def row_paths(self) -> tuple[tuple[int, ...], ...]:

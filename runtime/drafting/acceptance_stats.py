@@ -1,17 +1,20 @@
-"""What a session and each of its requests hold true of drafts: how far promises were kept, and what drafting is worth."""
+"""Statistics of acceptance: how well each source of candidates is calibrated, and what drafting gains.
+
+A *source* is a head, or lookup. A source's *calibration* is accepted ÷ expected over its recent candidates.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-MOST_TRUST = 2.0
-"""A source that promises too little is believed up to this much more."""
+HIGHEST_CALIBRATION = 2.0
+"""A source that promises too little is corrected up to this factor."""
 
 _SESSION_MEMORY, _REQUEST_MEMORY = 256.0, 64.0
-_WORTH = 0.3
-"""What heads are taken to add to a step, in tokens, before they were ever asked."""
+_HEADS_GAIN = 0.3
+"""Assumed tokens that heads add to a step, before they were ever asked."""
 
-_TESTED = 2.0
+_PRIOR_WEIGHT = 2.0
 
 
 class Ratio:
@@ -35,54 +38,54 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What one step of one sequence showed.
+    """One step of one sequence.
 
-    ``trust``: (source, came, expected) where a promise was put to the test; sources are the heads by number, then lookup.
-    ``tokens`` were emitted in the time of ``cost`` plain steps.
+    It emitted ``tokens`` in the time of ``cost`` plain steps. ``tested``: (source, accepted, expected) where candidates were put to
+    the test; sources are the heads by number, then lookup.
     """
 
     tokens: int
     cost: float
-    trust: list[tuple[int, float, float]] = field(default_factory=list)
+    tested: list[tuple[int, float, float]] = field(default_factory=list)
 
 
-class Beliefs:
-    """Of a session, or of a request that starts from what its session holds true (``prior``)."""
+class AcceptanceStats:
+    """Statistics of a session, or of a request that starts from those of its session (``prior``)."""
 
-    def __init__(self, sources: int, prior: Beliefs | None = None, weight: float = _TESTED) -> None:
-        """``sources``: heads and lookup. ``weight``: of the belief that promises are kept, before they were put to the test."""
+    def __init__(self, sources: int, prior: AcceptanceStats | None = None, weight: float = _PRIOR_WEIGHT) -> None:
+        """``sources``: heads and lookup. ``weight``: of the assumption that sources are calibrated, in observations."""
         memory = _SESSION_MEMORY if prior is None else _REQUEST_MEMORY
         self._prior, self._weight = prior, weight
-        self._trust = [Ratio(memory) for _ in range(sources)]
-        self._pace, self._worth = Ratio(memory), Ratio(memory / 4)
+        self._calibration = [Ratio(memory) for _ in range(sources)]
+        self._throughput, self._heads_gain = Ratio(memory), Ratio(memory / 4)
 
     def learn(self, evidence: Evidence) -> None:
-        """Take in what a step showed."""
-        for source, came, expected in evidence.trust:
-            self._trust[source].add(came, expected)
-        self._pace.add(evidence.tokens, evidence.cost)
+        """Add one step."""
+        for source, accepted, expected in evidence.tested:
+            self._calibration[source].add(accepted, expected)
+        self._throughput.add(evidence.tokens, evidence.cost)
 
-    def expect(self, worth: float) -> None:
-        """Heads' candidates promise to add so many tokens to a step, beyond the cost of their rows."""
-        self._worth.add(worth, 1.0)
+    def expect(self, gain: float) -> None:
+        """Add one step's expected tokens by the heads' candidates, the cost of their rows subtracted."""
+        self._heads_gain.add(gain, 1.0)
 
-    def trust(self) -> list[float]:
-        """What each source's chances are to be multiplied by.
+    def calibration(self) -> list[float]:
+        """Return the factor of each source's probabilities.
 
-        A head that was never put to the test is believed as much as the one before it: it guesses behind that one's guesses.
+        A head that was never put to the test gets the factor of the one before it: it guesses behind that one's guesses.
         """
         values: list[float] = []
-        inherited = None if self._prior is None else self._prior.trust()
-        for source, ratio in enumerate(self._trust):
-            of_its_own = source in (0, len(self._trust) - 1)
+        inherited = None if self._prior is None else self._prior.calibration()
+        for source, ratio in enumerate(self._calibration):
+            of_its_own = source in (0, len(self._calibration) - 1)
             start = inherited[source] if inherited else 1.0 if of_its_own else min(values[-1], 1.0)
-            values.append(min(ratio.value(start, self._weight), MOST_TRUST))
+            values.append(min(ratio.value(start, self._weight), HIGHEST_CALIBRATION))
         return values
 
-    def pace(self) -> float:
-        """Tokens in the time of a plain step; at least the one that plain decoding emits."""
-        return max(1.0, self._pace.value(1.0 if self._prior is None else self._prior.pace(), 16))
+    def throughput(self) -> float:
+        """Return the tokens emitted in the time of a plain step; at least the one that plain decoding emits."""
+        return max(1.0, self._throughput.value(1.0 if self._prior is None else self._prior.throughput(), 16))
 
-    def worth(self) -> float:
-        """Tokens that heads' candidates lately promised to add to a step, beyond the cost of their rows."""
-        return self._worth.value(_WORTH if self._prior is None else self._prior.worth(), 4)
+    def heads_gain(self) -> float:
+        """Return the tokens that heads' candidates lately promised to add to a step, the cost of their rows subtracted."""
+        return self._heads_gain.value(_HEADS_GAIN if self._prior is None else self._prior.heads_gain(), 4)

@@ -1,35 +1,45 @@
-"""What steps of different sizes cost on the engine at hand, learnt from the steps themselves."""
+"""Learns the cost of a step by its number of rows, on the engine at hand, from the steps themselves."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 from itertools import pairwise
 
 PLAIN = (1, False)
 """One row without heads: its cost is the unit."""
 
 _SLOPE, _HEADS = 0.05, 0.05
-"""What a row and the heads are taken to cost before any step has been seen."""
+"""Assumed costs of a row and of the heads before any step has been seen."""
 
 _LEAST = 0.01
 _STEADY = 0.05
-"""Uncertainty of a cost that was seen often, as a share of that of one observation: costs drift."""
+"""Least uncertainty of a cost, as a share of the uncertainty of one observation: costs drift."""
 
 _ALONE, _LONGEST = 3, 32
-"""Steps of one size in a row after which it is compared: at first, and when it was compared often."""
+"""Steps of one size in a row after which it is compared with one row: at first, and when it was compared often."""
 
 StepKind = tuple[int, bool]
 """Rows of a step, and whether the heads ran in it."""
 
 
-class StepCost:
-    """Costs of steps in plain steps. A step of n rows costs ``of(n, heads)`` times what a plain one does.
+@dataclass(slots=True)
+class Track:
+    """The newest steps of the same sequences: ``newest`` with its seconds, and how many of its kind there were in a row."""
 
-    Times are only compared between two steps that followed each other: they ran under the same load and behind the same context,
-    so the ratio of their times is that of their costs, however busy the machine is. Each observation moves the two costs by as
-    much as they are uncertain; a surprise is cut off, so that an interrupted step can't move them far. Nothing is assumed about
-    the curve's form: kernels work in tiles, and a size may well cost less than a smaller one.
+    newest: tuple[StepKind, float] | None = None
+    in_a_row: int = 0
+
+
+class StepCost:
+    """Costs of steps, in plain steps: ``of(n, heads)`` = time of a step of n rows ÷ time of a plain one.
+
+    Only two steps of the same sequences that followed each other are compared. They ran under the same load and behind the same
+    context, so the ratio of their times is the ratio of their costs, however busy the machine is. Prefill chunks in between don't
+    count in these times. Each observation moves both costs by as much as they are uncertain. A surprise is cut off, so that an
+    interrupted step can't move them far. The curve may have any form: kernels work in tiles, and a size may cost less than a
+    smaller one.
     """
 
     def __init__(self, sizes: tuple[int, ...]) -> None:
@@ -40,8 +50,6 @@ class StepCost:
         self._known = {1: 1.0}
         self._seen: Counter[StepKind] = Counter()
         self._compared: Counter[StepKind] = Counter()
-        self._newest: tuple[StepKind, float] | None = None
-        self._in_a_row = 0
         small, large = (next((size for size in sizes if size >= wish), sizes[-1]) for wish in (4, 8))
         self._first = {PLAIN: 4, (1, True): 4, **{(size, True): 2 for size in (small, large)}}
         self._draw()
@@ -50,31 +58,31 @@ class StepCost:
         self.curve = tuple(self._between(size) for size in self.sizes)
         slopes = [(self.curve[i + 1] - self.curve[i]) / (b - a) for i, (a, b) in enumerate(pairwise(self.sizes))]
         self.least_slope = max(min(slopes, default=0.0), 0.0)
-        """What one more row costs where it costs least."""
+        """Smallest cost of one more row."""
 
     def of(self, rows: int, heads: bool) -> float:
         """The cost of one step, in plain steps."""
         return self._between(rows) + heads * self.heads
 
-    def to_measure(self) -> StepKind | None:
-        """What the next step should be to learn costs that are guesses yet; None when enough is known to choose.
+    def to_measure(self, track: Track) -> StepKind | None:
+        """The kind of step that teaches most where costs are guesses yet; None when enough is known to choose.
 
         A size that is taken again and again is compared with one row now and then: alone, it would never be found out.
         """
-        if self._newest is not None:
-            (rows, heads), _ = self._newest
-            if rows > 1 and self._in_a_row >= min(_ALONE + 2 * self._compared[rows, heads], _LONGEST):
+        if track.newest is not None:
+            (rows, heads), _ = track.newest
+            if rows > 1 and track.in_a_row >= min(_ALONE + 2 * self._compared[rows, heads], _LONGEST):
                 return 1, heads
         wanting = [kind for kind, times in self._first.items() if self._seen[kind] < times]
         return min(wanting, key=lambda kind: self._seen[kind], default=None)
 
-    def observe(self, rows: int, heads: bool, seconds: float) -> None:
-        """A step took so long. The first one of a kind isn't counted: engines allocate what it needs."""
-        kind, previous = (rows, heads), self._newest
+    def observe(self, rows: int, heads: bool, seconds: float, track: Track) -> None:
+        """Learn from a step and the one before it in ``track``. The first one of a kind only warms up: engines allocate then."""
+        kind, previous = (rows, heads), track.newest
         self._seen[kind] += 1
-        self._in_a_row = self._in_a_row + 1 if previous is not None and previous[0] == kind else 1
-        self._newest = (kind, seconds) if seconds > 0 and self._seen[kind] > 1 else None
-        if self._newest is None or previous is None or previous[0] == kind:
+        track.in_a_row = track.in_a_row + 1 if previous is not None and previous[0] == kind else 1
+        track.newest = (kind, seconds) if seconds > 0 and self._seen[kind] > 1 else None
+        if track.newest is None or previous is None or previous[0] == kind:
             return
         surprise = math.log(seconds / previous[1]) - math.log(self.of(*kind) / self.of(*previous[0]))
         new, old = self._uncertainty(kind), self._uncertainty(previous[0])
@@ -84,17 +92,13 @@ class StepCost:
         self._compared.update((kind, previous[0]))
         self._draw()
 
-    def pause(self) -> None:
-        """Something else comes between the newest step and the next: they aren't comparable."""
-        self._newest = None
-
     def shown(self) -> dict[str, float]:
-        """The curve for people: cost by number of rows, and of the heads."""
+        """Return the curve for people: costs by number of rows, and of the heads."""
         costs = {str(size): round(cost, 3) for size, cost in zip(self.sizes, self.curve, strict=True)}
         return {**costs, "heads": round(self.heads, 3)}
 
     def _between(self, rows: int) -> float:
-        """The cost of the rows: as observed, or on a line between, or beyond, sizes that were."""
+        """Return the cost of the rows: as observed, or on a line between or beyond the observed sizes."""
         if rows in self._known:
             return self._known[rows]
         below = max(size for size in self._known if size < rows)

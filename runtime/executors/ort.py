@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: I/O binding over caches that are bound once and updated in place."""
+"""ONNX Runtime on the CPU: one call a slot, over caches that are bound once and updated in place."""
 
 from __future__ import annotations
 
@@ -8,26 +8,39 @@ from typing import Any
 
 import numpy as np
 
-from ..drafting.lookup import DEEPEST
 from . import step_io
 from .cpu_inputs import CpuInputs
-from .executor import StepBuffers, Wanted, visible_rows
-from .ort_base import CPU_PROVIDER, OrtBase, OrtModel, import_onnxruntime, small_outputs
+from .executor import Abilities
+from .ort_base import CPU_PROVIDER, OrtBase, OrtModel, fetched, import_onnxruntime
+from .step_arrays import Recent, StepInputs, StepOutputs, visible_rows
+from .step_plan import SlotResult, SlotRows, StepPlan, StepResult
 
 __all__ = ["Bound", "OrtExecutor", "OrtModel"]
+
+DEEPEST = 16
+"""Drafted tokens that a step can accept where the host moves accepted rows: any number would do; lookup drafts up to 16."""
 
 
 @dataclass(slots=True)
 class Bound:
-    """A binding, what the host works out for it (None: the graph does), and how many cache rows it shows."""
+    """Inputs and outputs of one kind of call, their binding, and how many cache rows it shows."""
 
     io: Any
-    cpu: CpuInputs | None
+    inputs: CpuInputs | StepInputs
+    outputs: StepOutputs
     visible: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        return self.inputs.nbytes + self.outputs.nbytes
 
 
 class OrtExecutor(OrtBase):
-    """Runs a step graph with ONNX Runtime's CPU provider.
+    """Runs a step graph with ONNX Runtime's CPU provider, slot after slot: a step pays for its active slots alone.
+
+    A slot's tokens are therefore the same bit for bit whoever else decodes. One step of the standard graph over four slots costs
+    more than four steps over one.
 
     Caches live in one array [2·layers, slots, H_kv, S, D_h]; the past input and the present output of a layer are the same
     bytes of it, which is what makes the graph's cache writes happen in place. Graphs without the ``commit`` input
@@ -45,66 +58,77 @@ class OrtExecutor(OrtBase):
         layout = model.layout
         shape = (2 * layout.layers, layout.slots, layout.kv_heads, layout.rows, layout.head_dim)
         self.caches = np.zeros(shape, layout.dtype)
-        self._cache_values = [self._value(cache) for cache in self.caches]
-        if step_io.COMMIT not in self._inputs:  # rows are moved here, as many as there are
-            self.deepest = max(DEEPEST, model.num_heads)
+        self._cache_values = [[self._value(cache[slot : slot + 1]) for cache in self.caches] for slot in range(layout.slots)]
+        self._graph_moves = step_io.COMMIT in self._inputs
+        self.abilities = Abilities(layout.slots, model.num_heads if self._graph_moves else max(DEEPEST, model.num_heads))
+        self._margin = model.num_heads
+        self._bound: Recent[Bound] = Recent()
         self._columns = np.arange(layout.rows, dtype=np.int64)
-        self._column_values: dict[int, Any] = {}
         self._truth = np.array([False, True])
         self._answers = [self._value(self._truth[answer : answer + 1].reshape(())) for answer in range(2)]
 
-    def _run(self, buffers: StepBuffers, binding: Any, slot: int | None) -> None:
-        if step_io.COMMIT not in self._inputs:
-            self._move_committed(buffers, slot or 0)
-        visible = visible_rows(buffers, self.layout.rows)
-        if visible != binding.visible:
-            self._show(binding, visible)
-        if binding.cpu is not None:
-            binding.cpu.fill(buffers)
-        started = time.perf_counter()
-        self._session.run_with_iobinding(binding.io, self._run_options)
-        self.engine_seconds += time.perf_counter() - started
+    def run(self, plan: StepPlan) -> StepResult:
+        """Run the plan, one call for each active slot; see :class:`.executor.Executor`."""
+        in_graph = {rows.slot for rows in plan.active} if self._graph_moves else ()
+        for slot, moves in enumerate(plan.moves):
+            if moves and slot not in in_graph:
+                self._move(slot, plan.lengths[slot], moves)
+        return StepResult(tuple([self._slot(rows, plan.lengths[rows.slot], plan.moves[rows.slot]) for rows in plan.active]))
 
-    def _show(self, binding: Bound, visible: int) -> None:
-        """Bind what depends on the number of cache rows that a step may look at."""
-        binding.visible = visible
-        if binding.cpu is None:
-            binding.io.bind_ortvalue_input(step_io.COLUMNS, self._columns_value(visible))
+    def _slot(self, rows: SlotRows, length: int, moves: tuple[int, ...]) -> SlotResult | Exception:
+        try:
+            bound = self._bound.get((rows.slot, rows.count, rows.prefills, rows.wanted), lambda: self._bind(rows))
+            visible = visible_rows(self._margin + length + rows.count, self.layout.rows)
+            if visible != bound.visible:
+                self._show(bound, visible)
+            bound.inputs.fill(rows, length, moves)
+            started = time.perf_counter()
+            self._call(bound, rows, length)
+            seconds = time.perf_counter() - started
+            self.engine_seconds += seconds
+            return bound.outputs.result(0, rows, seconds)
+        except AssertionError:
+            raise
+        except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no base of their own; the loop names them
+            return error
+
+    def _call(self, bound: Bound, rows: SlotRows, length: int) -> None:  # noqa: ARG002 - observers say what they saw
+        """Run the graph over one slot's rows behind ``length`` kept ones."""
+        self._session.run_with_iobinding(bound.io, self._run_options)
+
+    def _show(self, bound: Bound, visible: int) -> None:
+        """Bind what depends on the number of cache rows that a call may look at."""
+        bound.visible = visible
+        if isinstance(bound.inputs, CpuInputs):
+            bound.inputs.show(visible)
+            bound.io.bind_ortvalue_input(step_io.MASK, self._value(bound.inputs.mask))
         else:
-            binding.cpu.show(visible)
-            binding.io.bind_ortvalue_input(step_io.MASK, self._value(binding.cpu.mask))
+            bound.io.bind_ortvalue_input(step_io.COLUMNS, self._value(self._columns[:visible]))
 
-    def _move_committed(self, buffers: StepBuffers, first_slot: int) -> None:
-        for index, (sources, end) in enumerate(zip(buffers.commit.tolist(), buffers.write_index.tolist(), strict=True)):
-            targets = range(end - len(sources), end)
-            moves = [(source, target) for source, target in zip(sources, targets, strict=True) if source != target]
-            if moves:
-                source, target = np.array(moves).T
-                slot = self.caches[:, first_slot + index]
-                slot[:, :, target] = slot[:, :, source]
+    def _move(self, slot: int, length: int, moves: tuple[int, ...]) -> None:
+        """Copy accepted rows to the end of the ``length`` kept ones, all at once: sources and targets may overlap."""
+        cache, end = self.caches[:, slot], self._margin + length
+        cache[:, :, end - len(moves) : end] = cache[:, :, [self._margin + row for row in moves]]
 
-    def _columns_value(self, visible: int) -> Any:
-        if visible not in self._column_values:
-            self._column_values[visible] = self._value(self._columns[:visible])
-        return self._column_values[visible]
-
-    def _bind(self, buffers: StepBuffers, wanted: Wanted, slot: int | None) -> Any:
-        binding = self._session.io_binding()
-        cpu = CpuInputs(buffers, self.layout) if step_io.MASK in self._inputs else None
-        for name in step_io.CPU_INPUTS if cpu is not None else ():
-            if name != step_io.MASK:
-                binding.bind_ortvalue_input(name, self._value(getattr(cpu, name)))
-        for name in self._small_inputs():
-            binding.bind_ortvalue_input(name, self._value(getattr(buffers, name)))
-        if step_io.HEADS_WANTED in self._inputs:
-            binding.bind_ortvalue_input(step_io.HEADS_WANTED, self._answers[wanted.heads])
-        if step_io.LOGITS_WANTED in self._inputs:
-            binding.bind_ortvalue_input(step_io.LOGITS_WANTED, self._answers[wanted.logits])
-        for name in small_outputs(wanted):
-            binding.bind_ortvalue_output(name, self._value(getattr(buffers, name)))
-        layers = self.layout.layers
-        caches = self._cache_values if slot is None else [self._value(cache[slot : slot + 1]) for cache in self.caches]
+    def _bind(self, rows: SlotRows) -> Bound:
+        count, wanted = rows.count, rows.wanted
+        logit_rows = 1 if rows.prefills else count
+        inputs: CpuInputs | StepInputs
+        if step_io.MASK in self._inputs:
+            inputs = CpuInputs(count, logit_rows, self._margin, self.layout.dtype)
+        else:
+            inputs = StepInputs.allocate(1, count, logit_rows, self._margin)
+        outputs, binding = self._outputs(1, logit_rows, wanted), self._session.io_binding()
+        for name in (*step_io.STEP_INPUTS, *step_io.CPU_INPUTS):
+            if name in self._inputs and name not in (step_io.MASK, step_io.COLUMNS):
+                binding.bind_ortvalue_input(name, self._value(getattr(inputs, name)))
+        for name, answer in ((step_io.HEADS_WANTED, wanted.heads), (step_io.LOGITS_WANTED, wanted.logits)):
+            if name in self._inputs:
+                binding.bind_ortvalue_input(name, self._answers[answer])
+        for name in fetched(wanted):
+            binding.bind_ortvalue_output(name, self._value(getattr(outputs, name)))
+        layers, caches = self.layout.layers, self._cache_values[rows.slot]
         for past, present, value in zip(step_io.past_names(layers), step_io.present_names(layers), caches, strict=True):
             binding.bind_ortvalue_input(past, value)
             binding.bind_ortvalue_output(present, value)
-        return Bound(binding, cpu)
+        return Bound(binding, inputs, outputs)

@@ -1,9 +1,8 @@
-"""What the ONNX Runtime executors share: sessions, buffers, and the calls of the executor protocol."""
+"""The part that the ONNX Runtime executors share: sessions, heads, and values over host arrays."""
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ import numpy as np
 
 from ..errors import MissingDependencyError, ProviderError
 from . import step_io
-from .executor import CacheLayout, StepBuffers, Wanted, chain_ancestors
+from .executor import CacheLayout
+from .step_arrays import StepOutputs
+from .step_plan import Wanted
 
 CPU_PROVIDER = "CPUExecutionProvider"
 
@@ -30,8 +31,8 @@ class OrtModel:
     vocab_size: int
 
 
-class OrtBase(ABC):
-    """Runs a step graph through I/O bindings, one a kind of call. Subclasses own the caches and say how things are bound.
+class OrtBase:
+    """Opens a step graph and its heads. Subclasses own the caches and run plans over them.
 
     ``provider``: name and options of the execution provider that must answer.
     """
@@ -46,9 +47,6 @@ class OrtBase(ABC):
         self._session = self._open(model.step)
         self._heads_session: Any = None
         self._inputs = {value.name for value in self._session.get_inputs()}
-        self.deepest = model.num_heads
-        """Drafted tokens that a step can accept: as many rows as the next one can move into place."""
-        self._bindings: dict[tuple[int, Wanted], tuple[StepBuffers, Any]] = {}
         self._run_options = ort.RunOptions()
         # ONNX Runtime asks in each run whether a graph is captured, and takes 0.1 ms to find that nothing was said.
         self._run_options.add_run_config_entry("gpu_graph_id", "-1")
@@ -78,42 +76,6 @@ class OrtBase(ABC):
         """What to do when ONNX Runtime took another provider."""
         return "reinstall onnxruntime"
 
-    @abstractmethod
-    def _bind(self, buffers: StepBuffers, wanted: Wanted, slot: int | None) -> Any:
-        """A binding of ``buffers`` and of the caches of all slots (None) or of one."""
-
-    @abstractmethod
-    def _run(self, buffers: StepBuffers, binding: Any, slot: int | None) -> None:
-        """Run the step graph; the results are in ``buffers`` afterwards."""
-
-    # -- calls -----------------------------------------------------------------------------------------------------
-
-    def buffers(self, rows: int, wanted: Wanted) -> StepBuffers:
-        """Buffers of a step of ``rows`` rows over all slots; the same object every time."""
-        key = (rows, wanted)
-        if key not in self._bindings:
-            buffers = self._allocate(self.layout.slots, rows, rows, wanted)
-            self._bindings[key] = buffers, self._bind(buffers, wanted, None)
-        return self._bindings[key][0]
-
-    def step(self, buffers: StepBuffers, wanted: Wanted) -> None:
-        """Commit, write and verify the rows of ``buffers``."""
-        _, binding = self._bindings[buffers.rows, wanted]
-        self._run(buffers, binding, None)
-
-    def prefill(self, slot: int, tokens: np.ndarray, start: int, wanted: Wanted) -> StepBuffers:
-        """Write a chunk int64 [n] at positions ``start`` … of one slot; the returned buffers are [1, …]."""
-        rows = len(tokens)
-        buffers = self._allocate(1, rows, 1, wanted)
-        binding = self._bind(buffers, wanted, slot)
-        buffers.idle(0, start)
-        buffers.tokens[0] = tokens
-        buffers.positions[0] = np.arange(start, start + rows)
-        buffers.ancestors[0] = chain_ancestors(rows)
-        buffers.forced[0] = rows
-        self._run(buffers, binding, slot)
-        return buffers
-
     def propose(self, hidden: np.ndarray, root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Heads at rows chosen by the host: hidden [b, H], root int64 [b] to candidates and log_probs [b, K, k]."""
         if self._heads_session is None:
@@ -124,12 +86,10 @@ class OrtBase(ABC):
         self.engine_seconds += time.perf_counter() - started
         return candidates, log_probs
 
-    def _allocate(self, slots: int, rows: int, logit_rows: int, wanted: Wanted) -> StepBuffers:
+    def _outputs(self, slots: int, logit_rows: int, wanted: Wanted) -> StepOutputs:
         model = self.model
-        return StepBuffers.allocate(
-            slots, rows, logit_rows, model.num_heads, model.top_k, model.hidden_size, model.vocab_size, self.layout.dtype, wanted,
-            moves=self.deepest,
-        )  # fmt: skip
+        sizes = (model.num_heads, model.top_k, model.hidden_size, model.vocab_size)
+        return StepOutputs.allocate(slots, logit_rows, *sizes, self.layout.dtype, wanted)
 
     def _value(self, array: np.ndarray) -> Any:
         """An OrtValue over the memory of a host array."""
@@ -138,18 +98,13 @@ class OrtBase(ABC):
             raise ProviderError("ONNX Runtime copied a buffer that must be shared", hint="use onnxruntime 1.20 or newer")
         return value
 
-    def _small_inputs(self) -> list[str]:
-        """Inputs that a step's buffers hold, as far as the graph has them."""
-        names = (step_io.TOKENS, step_io.POSITIONS, step_io.ANCESTORS, step_io.FORCED, step_io.WRITE_INDEX)
-        return [name for name in (*names, step_io.LOGIT_ROWS, step_io.COMMIT) if name in self._inputs]
 
-
-def small_outputs(wanted: Wanted) -> list[str]:
-    """Outputs that a call delivers."""
+def fetched(wanted: Wanted) -> list[str]:
+    """Names of the outputs that a call delivers; without heads the hidden states are among them, to tell NaN by."""
     names = [step_io.LAST_ROW, step_io.NEXT_TOKEN]
     names += [step_io.CANDIDATES, step_io.LOG_PROBS] if wanted.heads else []
     names += [step_io.LOGITS] if wanted.logits else []
-    names += [step_io.HIDDEN] if wanted.hidden else []
+    names += [step_io.HIDDEN] if wanted.hidden or not wanted.heads else []
     return names
 
 

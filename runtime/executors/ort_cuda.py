@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,41 @@ import numpy as np
 
 from ..errors import CapacityError, ProviderError
 from . import step_io
-from .executor import StepBuffers, Wanted, visible_rows
-from .ort_base import CPU_PROVIDER, OrtBase, OrtModel, import_onnxruntime, small_outputs
+from .executor import Abilities
+from .ort_base import CPU_PROVIDER, OrtBase, OrtModel, fetched, import_onnxruntime
+from .step_arrays import Recent, StepInputs, StepOutputs, visible_rows
+from .step_plan import SlotResult, SlotRows, StepPlan, StepResult, Wanted
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 # Without TF32 an fp32 bundle is decoded in fp32; without growth by powers of two the arena takes what it needs.
 _CUDA_OPTIONS = {"device_id": "0", "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
 
 
+@dataclass(slots=True)
+class _Bound:
+    """Inputs and outputs of one kind of call over ``slots`` slots from ``first`` on, and their binding."""
+
+    io: Any
+    inputs: StepInputs
+    outputs: StepOutputs
+    first: int
+    slots: int
+    checked: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        return self.inputs.nbytes + self.outputs.nbytes
+
+
 class OrtDeviceExecutor(OrtBase):
     """Runs the standard step graph over caches that live on a device.
 
+    A plan becomes one call for all decoding slots, padded to one number of rows, and one for each prefill chunk. The call covers
+    the slots from the first to the last decoding one; those between that rest get padding behind the rows that they keep.
+
     Each cache is one device tensor [slots, H_kv, S, D_h], allocated once. It is bound by its address as the past input and as the
-    present output of its layer; a prefill binds the part of one slot. Logits and hidden states leave the device only when a
+    present output of its layer; a call binds the part of its slots. Logits and hidden states leave the device only when a
     call wants them.
 
     ONNX Runtime copies a host input to the device when it is *bound*, not when the graph runs: an input that is bound once would
@@ -48,7 +71,9 @@ class OrtDeviceExecutor(OrtBase):
         # Zeros, not whatever the memory held: a hidden NaN would still reach the output through the softmax.
         self.caches = [self._device_zeros() for _ in range(2 * layout.layers)]
         self._columns = np.arange(layout.rows, dtype=np.int64)
-        self._checked: set[int] = set()  # step bindings, which are kept for good
+        self._bound: Recent[_Bound] = Recent()
+        self._margin = model.num_heads
+        self.abilities = Abilities(layout.slots, model.num_heads, padded=layout.slots > 1)
 
     def _device_zeros(self) -> Any:
         zeros = np.zeros(self._shape, self.layout.dtype)
@@ -78,52 +103,90 @@ class OrtDeviceExecutor(OrtBase):
             f"onnxruntime-gpu wants can be loaded{said}"
         )
 
-    def _bind(self, buffers: StepBuffers, wanted: Wanted, slot: int | None) -> Any:
-        binding = self._session.io_binding()
-        for name in small_outputs(wanted):
-            binding.bind_ortvalue_output(name, self._value(getattr(buffers, name)))
+    def run(self, plan: StepPlan) -> StepResult:
+        """Run the plan: the decoding slots in one call, then each prefill chunk; see :class:`.executor.Executor`."""
+        found: dict[int, SlotResult | Exception] = {}
+        decoding = [rows for rows in plan.active if not rows.prefills]
+        moving = [slot for slot, moves in enumerate(plan.moves) if moves]
+        if decoding or moving:
+            slots = [*(rows.slot for rows in decoding), *moving]
+            found |= self._batch(plan, decoding, min(slots), max(slots) + 1)
+        for rows in plan.active:
+            if rows.prefills:
+                found |= self._batch(plan, [rows], rows.slot, rows.slot + 1)
+        return StepResult(tuple([found[rows.slot] for rows in plan.active]))
+
+    def _batch(self, plan: StepPlan, active: list[SlotRows], first: int, end: int) -> dict[int, SlotResult | Exception]:
+        """One call over the slots [first, end); results of ``active`` by slot."""
+        count = max((rows.count for rows in active), default=1)
+        wanted = Wanted(*(any(flags) for flags in zip(*(rows.wanted for rows in active), strict=True))) if active else Wanted()
+        prefills = any(rows.prefills for rows in active)
+        try:
+            key = (first, end, count, prefills, wanted)
+            bound = self._bound.get(key, lambda: self._bind(first, end - first, count, 1 if prefills else count, wanted))
+            by_slot = {rows.slot: rows for rows in active}
+            for slot in range(first, end):
+                # A chunk's call follows the one that moved rows; no slot has both.
+                if slot in by_slot:
+                    bound.inputs.fill(by_slot[slot], plan.lengths[slot], plan.moves[slot], slot - first)
+                else:
+                    bound.inputs.rest(plan.lengths[slot], plan.moves[slot], slot - first)
+            seconds = self._call(bound)
+            return {rows.slot: bound.outputs.result(rows.slot - first, rows, seconds) for rows in active}
+        except AssertionError:
+            raise
+        except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no base of their own; the loop names them
+            return dict.fromkeys([rows.slot for rows in active], error)
+
+    def _bind(self, first: int, slots: int, rows: int, logit_rows: int, wanted: Wanted) -> _Bound:
+        binding, outputs = self._session.io_binding(), self._outputs(slots, logit_rows, wanted)
+        for name in fetched(wanted):
+            binding.bind_ortvalue_output(name, self._value(getattr(outputs, name)))
         dtype = np.dtype(self.layout.dtype).type
-        shape = self._shape if slot is None else (1, *self._shape[1:])
-        layers = self.layout.layers
+        shape, layers = (slots, *self._shape[1:]), self.layout.layers
         for past, present, cache in zip(step_io.past_names(layers), step_io.present_names(layers), self.caches, strict=True):
-            address = cache.data_ptr() + self._offset(slot)
+            address = cache.data_ptr() + self._offset(first)
             binding.bind_input(past, self.device, 0, dtype, shape, address)
             binding.bind_output(present, self.device, 0, dtype, shape, address)
-        return binding
+        return _Bound(binding, StepInputs.allocate(slots, rows, logit_rows, self._margin), outputs, first, slots)
 
-    def _run(self, buffers: StepBuffers, binding: Any, slot: int | None) -> None:
-        self._check_rows(buffers)
-        visible = visible_rows(buffers, self.layout.rows)
+    def _call(self, bound: _Bound) -> float:
+        """Run the graph; the results are in ``bound.outputs`` afterwards. Returns the seconds that it took."""
+        inputs = bound.inputs
+        self._check_rows(inputs)
+        visible = visible_rows(int(inputs.write_index.max()) + inputs.rows, self.layout.rows)
         started = time.perf_counter()
-        for name in self._small_inputs():
-            binding.bind_ortvalue_input(name, self._value(getattr(buffers, name)))
-        binding.bind_ortvalue_input(step_io.COLUMNS, self._value(self._columns[:visible]))
-        binding.synchronize_inputs()
-        self._session.run_with_iobinding(binding, self._run_options)
-        binding.synchronize_outputs()
-        self.engine_seconds += time.perf_counter() - started
-        if slot is not None or id(binding) not in self._checked:
-            self._check_in_place(binding, slot)
+        for name in step_io.STEP_INPUTS:
+            if name != step_io.COLUMNS and name in self._inputs:
+                bound.io.bind_ortvalue_input(name, self._value(getattr(inputs, name)))
+        bound.io.bind_ortvalue_input(step_io.COLUMNS, self._value(self._columns[:visible]))
+        bound.io.synchronize_inputs()
+        self._session.run_with_iobinding(bound.io, self._run_options)
+        bound.io.synchronize_outputs()
+        seconds = time.perf_counter() - started
+        self.engine_seconds += seconds
+        if not bound.checked:
+            self._check_in_place(bound)
+        return seconds
 
-    def _check_in_place(self, binding: Any, slot: int | None) -> None:
+    def _check_in_place(self, bound: _Bound) -> None:
         """A run must leave every present output at its cache's address."""
-        outputs = binding.get_outputs()[-len(self.caches) :]
-        addresses = [cache.data_ptr() + self._offset(slot) for cache in self.caches]
+        outputs = bound.io.get_outputs()[-len(self.caches) :]
+        addresses = [cache.data_ptr() + self._offset(bound.first) for cache in self.caches]
         assert [value.data_ptr() for value in outputs] == addresses, "the caches were copied, not updated in place"
-        if slot is None:
-            self._checked.add(id(binding))
+        bound.checked = True
 
-    def _offset(self, slot: int | None) -> int:
+    def _offset(self, slot: int) -> int:
         """Bytes from the beginning of a cache to a slot's part of it."""
-        return (slot or 0) * int(np.prod(self._shape[1:])) * np.dtype(self.layout.dtype).itemsize
+        return slot * int(np.prod(self._shape[1:])) * np.dtype(self.layout.dtype).itemsize
 
-    def _check_rows(self, buffers: StepBuffers) -> None:
+    def _check_rows(self, inputs: StepInputs) -> None:
         """CUDA's scatter clamps rows past the end, which would overwrite valid ones in silence."""
-        margin, rows = buffers.margin, self.layout.rows
-        first, end = int(buffers.write_index.min()) - margin, int(buffers.write_index.max()) + buffers.rows
-        if first < 0 or end > rows or buffers.commit.min() < 0 or buffers.commit.max() >= rows:
+        margin, rows, commit = inputs.margin, self.layout.rows, inputs.commit
+        first, end = int(inputs.write_index.min()) - margin, int(inputs.write_index.max()) + inputs.rows
+        if first < 0 or end > rows or commit.min() < 0 or commit.max() >= rows:
             raise CapacityError(
-                f"a step writes cache rows {first} to {end - 1} and moves rows {buffers.commit.min()} to {buffers.commit.max()}; "
+                f"a step writes cache rows {first} to {end - 1} and moves rows {commit.min()} to {commit.max()}; "
                 f"a cache has rows 0 to {rows - 1}",
                 hint="shorten the sequence or export with a larger --capacity",
             )

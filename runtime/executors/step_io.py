@@ -114,6 +114,9 @@ NEXT_KEPT_COUNT = "next_kept_count"
 CLOSING = (EMITTED, NEXT_TOKENS, NEXT_POSITIONS, NEXT_WRITE_INDEX, NEXT_KEPT, NEXT_KEPT_COUNT)
 """What the device graph adds to the outputs, caches and carried rows apart."""
 
+STEP_INPUTS = (TOKENS, POSITIONS, ANCESTORS, FORCED, WRITE_INDEX, COLUMNS, LOGIT_ROWS, COMMIT)
+"""Small inputs of the standard graph."""
+
 CPU_INPUTS = (MASK, LAST_ROWS, VISIBLE, PARENTS, PATHS)
 """What the host works out for CPU graphs."""
 
