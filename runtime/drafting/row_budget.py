@@ -8,11 +8,11 @@ This is Dinkelbach's way to the largest ratio of two sums: where ``pace`` is the
 
 from __future__ import annotations
 
+from ..files.heads import PlattScaling
 from ..loop.acceptance import Acceptance
 from ..loop.sequence import Sequence
 from .acceptance_stats import Beliefs
 from .adaptive import AutoRows
-from .draft import PlattScaling
 from .lookup import PromptLookup
 from .step_cost import StepCost
 
