@@ -9,9 +9,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from medusa_deploy.calibration.hit_rates import Hits
-from medusa_deploy.runtime.drafting.draft import PlattScaling, Scale, TokenPath
+from medusa_deploy.runtime.drafting.draft import Scale, TokenPath
 from medusa_deploy.runtime.drafting.hits import MISS, NO_LABEL
 from medusa_deploy.runtime.drafting.lookup import PromptLookup
+from medusa_deploy.runtime.files.heads import PlattScaling
 
 _NEVER = -30.0
 Row = tuple[list[int], list[float]]

@@ -14,13 +14,12 @@ import numpy as np
 import onnx_ir as ir
 
 from .. import __version__
-from ..runtime.drafting.draft import PlattScaling
 from ..runtime.errors import UsageError
 from ..runtime.executors import step_io
 from ..runtime.executors.executor import CacheLayout
 from ..runtime.executors.ort import OrtExecutor, OrtModel
 from ..runtime.files.bundle import record_files, sha256, staged_folder
-from ..runtime.files.heads import HeadConfig, HeadSet
+from ..runtime.files.heads import HeadConfig, HeadSet, PlattScaling
 from ..runtime.files.manifest import MANIFEST_NAME, BackboneFacts, HeadFacts, Limits, Manifest, TextFacts
 from ..runtime.tree import Tree
 from .backbone.backbone import DTYPES, Backbone, load_backbone

@@ -26,10 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.drafting.draft import PlattScaling
 from ...runtime.errors import HeadsError, HeadsMismatchError
 from ...runtime.files.adapter_file import Adapter
-from ...runtime.files.heads import HeadConfig, HeadSet, Projection
+from ...runtime.files.heads import HeadConfig, HeadSet, PlattScaling, Projection
 from ...runtime.files.heads_file import (
     CONFIG_NAME,
     FORMAT,

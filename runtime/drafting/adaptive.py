@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from itertools import accumulate
 
+from ..files.heads import PlattScaling
 from .acceptance_stats import AcceptanceStats, Evidence
-from .draft import NOTHING, Candidates, Draft, PlattScaling, Scale, TokenPath, compiled, ranked_paths
+from .draft import NOTHING, Candidates, Draft, Scale, TokenPath, compiled, ranked_paths
 from .lookup import PromptLookup
 from .step_cost import Track
 

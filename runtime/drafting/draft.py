@@ -5,18 +5,13 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from ..files.heads import PlattScaling
 from ..tree import ROOT_ONLY, Shape, Tree
 from .lookup import PromptLookup
-
-PlattScaling = tuple[tuple[float, float], ...]
-"""For each head (slope, offset): log-odds that a candidate is right = slope · log-odds of its probability + offset.
-
-Empty where nobody measured the heads.
-"""
 
 UNKNOWN_SCALING = ((0.7, -1.0),)
 """Of all heads that nobody measured: surer than right, as both sets of heads in the repository were found to be."""
@@ -29,24 +24,6 @@ _HOPELESS = 700.0
 """Logarithm of odds against, beyond which nothing changes: its exponential is still a float."""
 
 TokenPath = tuple[int, ...]
-
-
-def parse_platt_scaling(pairs: Any, heads: int) -> PlattScaling:
-    """The scaling of ``heads`` heads as JSON holds it: a list of [slope, offset].
-
-    Raises:
-        ValueError: it isn't one, a number is not finite, a slope is negative, or there are more or fewer pairs than heads.
-    """
-    scaling = []
-    for pair in pairs if isinstance(pairs, list) else [pairs]:
-        match pair:
-            case [float(slope), float(offset)] if slope >= 0 and math.isfinite(slope + offset):
-                scaling.append((slope, offset))
-            case _:
-                raise ValueError(f"platt_scaling holds {pair!r:.40}")
-    if len(scaling) not in (0, heads):
-        raise ValueError(f"platt_scaling has {len(scaling)} pairs for {heads} heads")
-    return tuple(scaling)
 
 
 @dataclass(frozen=True, slots=True)

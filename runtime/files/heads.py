@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,11 @@ from ..errors import HeadsError
 
 HeadKind = Literal["medusa", "grounded"]
 Projection = Literal["own", "shared", "pruned"]
+PlattScaling = tuple[tuple[float, float], ...]
+"""(slope, offset) of each head: log-odds that a candidate is right = slope · log-odds of its probability + offset.
+
+Empty if nobody measured the heads.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,3 +125,21 @@ def config_from_json(raw: Mapping[str, Any]) -> HeadConfig:
     if not all(isinstance(value, int) and value > 0 for value in numbers):
         raise HeadsError(f"head counts and sizes must be positive integers, got {numbers}")
     return config
+
+
+def parse_platt_scaling(pairs: Any, heads: int) -> PlattScaling:
+    """Reads the scaling of ``heads`` heads from JSON: a list of [slope, offset], or an empty list.
+
+    Raises:
+        ValueError: ``pairs`` is no such list, a number is not finite, a slope is negative, or their number isn't ``heads``.
+    """
+    scaling = []
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
+        match pair:
+            case [float(slope), float(offset)] if slope >= 0 and math.isfinite(slope + offset):
+                scaling.append((slope, offset))
+            case _:
+                raise ValueError(f"platt_scaling holds {pair!r:.40}")
+    if len(scaling) not in (0, heads):
+        raise ValueError(f"platt_scaling has {len(scaling)} pairs for {heads} heads")
+    return tuple(scaling)

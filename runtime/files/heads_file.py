@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from ..drafting.draft import PlattScaling, parse_platt_scaling
 from ..errors import HeadsError, MissingDependencyError, TreeError
 from ..tree import Tree
 from .adapter_file import FIELD, FOLDER, Adapter, AdapterFiles, read_adapter
 from .bundle import staged_folder
-from .heads import HeadSet, config_from_json, expected_shapes
+from .heads import HeadSet, PlattScaling, config_from_json, expected_shapes, parse_platt_scaling
 from .json_file import read_json_file
 
 FORMAT = "medusa-deploy-heads"

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeGuard
 
-from ..drafting.draft import PlattScaling, parse_platt_scaling
 from ..errors import BundleSchemaError, TreeError
 from ..tree import Tree
+from .heads import PlattScaling, parse_platt_scaling
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"

@@ -79,13 +79,13 @@ def _right(found: Outcome, expected: Outcome) -> bool:
 
 
 def _bindings(change: Callable[[dict[str, int], DeviceState, int], None], method: str = "bindings") -> Patch:
-    """Addresses of a step on set ``now``, changed."""
+    """Changes addresses of a step on set ``current``."""
     right = getattr(DeviceState, method)
 
-    def wrong(self: DeviceState, layout: StepLayout, now: int, *rest: int) -> Bindings:
-        bindings = right(self, layout, now, *rest)
+    def wrong(self: DeviceState, layout: StepLayout, current: int, *rest: int) -> Bindings:
+        bindings = right(self, layout, current, *rest)
         addresses = dict(bindings.addresses)
-        change(addresses, self, now)
+        change(addresses, self, current)
         return Bindings(bindings.shapes, addresses)
 
     return lambda patch: patch.setattr(DeviceState, method, wrong)
@@ -115,7 +115,7 @@ def _rows_of_the_wrong_step(patch: pytest.MonkeyPatch) -> None:
     right = TrtExecutor._run
 
     def wrong(self: TrtExecutor, layout: StepLayout, end: int) -> int:
-        self._now = 1 - self._now
+        self._current_set = 1 - self._current_set
         return right(self, layout, end)
 
     patch.setattr(TrtExecutor, "_run", wrong)
@@ -127,7 +127,7 @@ def _nothing_moves_after_a_prompt(patch: pytest.MonkeyPatch) -> None:
 
     def wrong(self: TrtExecutor, *arguments: Any) -> StepBuffers:
         buffers = right(self, *arguments)
-        self._now = self._now if arguments[2] else 1 - self._now  # once a prompt, not once a chunk
+        self._current_set = self._current_set if arguments[2] else 1 - self._current_set  # once a prompt, not once a chunk
         return buffers
 
     patch.setattr(TrtExecutor, "prefill", wrong)
@@ -144,19 +144,23 @@ def _draft_slots_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 
 _FAULTS: dict[str, Patch] = {
-    "swapped double buffers": _bindings(lambda at, state, now: at.update(_carried(state, now, step_io.new_names))),
-    "carried rows of two steps ago": _bindings(lambda at, state, now: at.update(_carried(state, 1 - now, step_io.carried_names))),
+    "swapped double buffers": _bindings(lambda at, state, current: at.update(_carried(state, current, step_io.new_names))),
+    "carried rows of two steps ago": _bindings(
+        lambda at, state, current: at.update(_carried(state, 1 - current, step_io.carried_names))
+    ),
     "one layer's carried rows for another's": _bindings(
-        lambda at, _state, _now: at.update({"carried_key.1": at["carried_key.0"]})
+        lambda at, _state, _current: at.update({"carried_key.1": at["carried_key.0"]})
     ),
     "key and value swapped": _bindings(
-        lambda at, _state, _now: at.update({"carried_key.1": at["carried_value.1"], "carried_value.1": at["carried_key.1"]})
+        lambda at, _state, _current: at.update({"carried_key.1": at["carried_value.1"], "carried_value.1": at["carried_key.1"]})
     ),
     "a cache that isn't updated in place": _bindings(
-        lambda at, state, now: at.update({"present_key.0": state.prefill_new.memory.address})
+        lambda at, state, _current: at.update({"present_key.0": state.prefill_new.memory.address})
     ),
-    "the next tokens in this step's set": _bindings(lambda at, state, now: at.update({step_io.NEXT_TOKENS: at[step_io.TOKENS]})),
-    "an address in freed memory": _bindings(lambda at, _state, _now: at.update({step_io.FORCED: 1 << 20})),
+    "the next tokens in this step's set": _bindings(
+        lambda at, _state, _current: at.update({step_io.NEXT_TOKENS: at[step_io.TOKENS]})
+    ),
+    "an address in freed memory": _bindings(lambda at, _state, _current: at.update({step_io.FORCED: 1 << 20})),
     "a prefill into another slot": _bindings(
         lambda at, state, _slot: at.update(state.caches.addresses([*step_io.past_names(2)])), "prefill_bindings"
     ),
@@ -172,16 +176,16 @@ _FAULTS: dict[str, Patch] = {
     "a prompt turns the sets": _nothing_moves_after_a_prompt,
     "no draft slots": _draft_slots_forgotten,
     "results are read early": lambda patch: patch.setattr(Cuda, "wait", lambda self, event: None),
-    "a ring of one": lambda patch: patch.setattr(TrtExecutor, "_hand_over", _into_the_first_slot(TrtExecutor._hand_over)),
+    "a ring of one": lambda patch: patch.setattr(TrtExecutor, "_hand_over", _into_the_first_entry(TrtExecutor._hand_over)),
     "steps in flight are never discarded": lambda patch: patch.setattr(ahead.RunAhead, "leave", lambda self: None),
 }
 
 
-def _into_the_first_slot(right: Callable[[TrtExecutor, Any, int], None]) -> Callable[[TrtExecutor, Any, int], None]:
-    def wrong(self: TrtExecutor, slot: Any, moving: int) -> None:
-        slot.memory = self._ring[0].memory
-        slot._views.clear()
-        right(self, slot, moving)
+def _into_the_first_entry(right: Callable[[TrtExecutor, Any, int], None]) -> Callable[[TrtExecutor, Any, int], None]:
+    def wrong(self: TrtExecutor, entry: Any, per_step: int) -> None:
+        entry.memory = self._ring[0].memory
+        entry._views.clear()
+        right(self, entry, per_step)
 
     return wrong
 

@@ -1,7 +1,10 @@
-"""Where an engine's small tensors lie: the same layout in device memory and in pinned host memory, so that one copy moves all.
+"""Layouts of an engine's small tensors, the same in device memory and in pinned host memory: one copy moves a whole block.
 
-A step's tensors fall into two parts. The *fixed* part says what kind of step it is and is written by the host alone. The
-*moving* part is what changes from step to step: first the inputs that the device can compute for itself, then the results.
+The small tensors of a step lie in two blocks::
+
+    per shape   forced, logit_rows, draft_slots, ancestors                 the host alone writes them
+    per step    tokens, positions, write_index, kept, kept_count           inputs: the device computes those of the next step
+                last_row, next_token, emitted, candidates, log_probs       results
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from .. import step_io
 
 ALIGNMENT = 256
 
-_NEXT = {  # input of the moving part: the output that is its next value
+_NEXT = {  # input of the block per step: the output that holds its value for the next step
     step_io.TOKENS: step_io.NEXT_TOKENS,
     step_io.POSITIONS: step_io.NEXT_POSITIONS,
     step_io.WRITE_INDEX: step_io.NEXT_WRITE_INDEX,
@@ -28,20 +31,20 @@ _NEXT = {  # input of the moving part: the output that is its next value
 
 
 def aligned(nbytes: int) -> int:
-    """``nbytes`` rounded up to where the next tensor may begin."""
+    """Rounds ``nbytes`` up to a multiple of ``ALIGNMENT``, where the next tensor may begin."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Tensors in one block: name, numpy dtype, shape and offset of each, and the block's bytes."""
+    """A block of tensors: name, numpy dtype, shape and offset of each, and the bytes of the whole block."""
 
     fields: tuple[tuple[str, np.dtype[Any], tuple[int, ...], int], ...]
     nbytes: int
 
     @classmethod
     def of(cls, tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> Layout:
-        """One after another, each where TensorRT may read it."""
+        """Places the tensors one after another, each at an offset that is a multiple of ``ALIGNMENT``, as TensorRT wants it."""
         fields, offset = [], 0
         for name, dtype_name, shape in tensors:
             dtype = np.dtype(dtype_name)
@@ -50,37 +53,37 @@ class Layout:
         return cls(tuple(fields), offset)
 
     def views(self, block: np.ndarray) -> dict[str, np.ndarray]:
-        """Arrays over the bytes of ``block``, uint8 [≥ nbytes]."""
+        """Returns arrays over the bytes of ``block``, uint8 [≥ nbytes], by name."""
         return {
             name: block[offset : offset + prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
             for name, dtype, shape, offset in self.fields
         }
 
     def addresses(self, base: int) -> dict[str, int]:
-        """Address of each tensor of a block at ``base``."""
+        """Returns the address of each tensor of a block that lies at ``base``."""
         return {name: base + offset for name, _, _, offset in self.fields}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor."""
+        """Returns the shape of each tensor."""
         return {name: shape for name, _, shape, _ in self.fields}
 
 
 @dataclass(frozen=True, slots=True)
 class StepLayout:
-    """Layouts of a step of ``rows`` rows over ``slots`` slots. ``moving_inputs``: bytes of the moving part before its results."""
+    """Layouts of a step of ``rows`` rows over ``slots`` slots. ``input_bytes``: offset of the results in the block per step."""
 
     slots: int
     rows: int
     logit_rows: int
-    fixed: Layout
-    moving: Layout
-    moving_inputs: int
+    per_shape: Layout
+    per_step: Layout
+    input_bytes: int
 
     @staticmethod
     @lru_cache(maxsize=4096)
     def of(slots: int, rows: int, logit_rows: int, heads: int, top_k: int) -> StepLayout:
-        """For K ``heads`` with ``top_k`` candidates each; equal sizes give the same object."""
-        fixed = [
+        """Makes the layouts for K ``heads`` with ``top_k`` candidates each. Equal sizes give the same object."""
+        per_shape = [
             (step_io.FORCED, "int64", (slots,)),
             (step_io.LOGIT_ROWS, "int64", (slots, logit_rows)),
             (step_io.DRAFT_SLOTS, "int64", (slots, rows)),
@@ -101,15 +104,24 @@ class StepLayout:
             (step_io.LOG_PROBS, "float32", (slots, heads, top_k)),
         ]
         split = Layout.of(inputs).nbytes
-        return StepLayout(slots, rows, logit_rows, Layout.of(fixed), Layout.of([*inputs, *results]), split)
+        return StepLayout(slots, rows, logit_rows, Layout.of(per_shape), Layout.of([*inputs, *results]), split)
+
+    @property
+    def moving(self) -> Layout:
+        """The block per step, by its former name."""
+        return self.per_step
 
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the small inputs, ``columns`` excepted."""
-        moving = self.moving.shapes()
-        return {**self.fixed.shapes(), **{name: moving[name] for name in _NEXT}}
+        """Returns the shapes of the small inputs, without that of ``columns``."""
+        per_step = self.per_step.shapes()
+        return {**self.per_shape.shapes(), **{name: per_step[name] for name in _NEXT}}
 
-    def bindings(self, fixed: int, moving: int, following: int) -> dict[str, int]:
-        """Addresses of the small tensors; the next step's inputs are written to the block at ``following``."""
-        after = self.moving.addresses(following)
+    def bindings(self, per_shape: int, current: int, following: int) -> dict[str, int]:
+        """Returns the addresses of the small tensors.
+
+        ``per_shape``, ``current``: addresses of this step's two blocks. ``following``: address of the next step's block per step,
+        which takes the outputs ``next_…``.
+        """
+        after = self.per_step.addresses(following)
         nexts = {output: after[name] for name, output in _NEXT.items()}
-        return {**self.fixed.addresses(fixed), **self.moving.addresses(moving), **nexts}
+        return {**self.per_shape.addresses(per_shape), **self.per_step.addresses(current), **nexts}

@@ -1,4 +1,4 @@
-"""Execution contexts of an engine, and the CUDA graphs that were captured from them."""
+"""Execution contexts of an engine, and the CUDA graphs captured from them."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ PREFILL = "prefill"
 
 @dataclass(frozen=True, slots=True)
 class Bindings:
-    """Shapes of the inputs whose shape varies, and addresses of all tensors."""
+    """``shapes`` of the inputs whose shape varies, and ``addresses`` of all tensors, by name."""
 
     shapes: Mapping[str, tuple[int, ...]]
     addresses: Mapping[str, int]
 
 
 class Contexts:
-    """One context a profile. They share a block of scratch memory, which one stream lets them take turns in.
+    """One context for each profile. All share one block of scratch memory: on one stream they take turns.
 
-    A call that comes again is replayed: it is enqueued as it is where the context has just seen other shapes, because TensorRT
-    wants to enqueue new shapes once before they are captured, and captured and launched from then on.
+    TensorRT wants to enqueue new shapes once before they are captured. A call whose shapes differ from the context's last ones is
+    therefore enqueued as it is. A call with the same shapes is captured as a CUDA graph. Later calls with its key launch it.
     """
 
     def __init__(self, cuda: Cuda, stream: Any, engine: Engine, *, graphs: bool = True) -> None:
-        """Allocate scratch memory for the largest profile.
+        """Allocates scratch memory for the largest profile, and creates the contexts.
 
         Raises:
-            DeviceMemoryError: it doesn't fit.
+            DeviceMemoryError: the scratch memory doesn't fit on the device.
             EngineError: TensorRT made no context.
         """
         self._cuda, self._stream, self._engine = cuda, stream, engine
@@ -55,7 +55,7 @@ class Contexts:
         return context
 
     def enqueue(self, profile: int, key: Hashable | None, bindings: Callable[[], Bindings]) -> None:
-        """Put one call into the stream. ``key`` names everything that ``bindings`` depends on; None is never captured.
+        """Puts one call into the stream. ``key``: everything that ``bindings`` depends on; a call with None is never captured.
 
         Raises:
             EngineError: TensorRT refused the shapes or the call.
@@ -67,7 +67,7 @@ class Contexts:
             self._cuda.launch(graph, self._stream)
 
     def _first_time(self, profile: int, key: Hashable | None, bindings: Bindings) -> Any:
-        """Enqueue the call and return None, or return its graph, to be launched."""
+        """Enqueues the call and returns None, or captures it and returns the graph for the caller to launch."""
         context = self._contexts[profile]
         self._bind(context, bindings)
         if key is not None and self.captures and self._enqueued[profile] == bindings.shapes and self._is_capturable(context):
@@ -96,16 +96,16 @@ class Contexts:
             raise EngineError(f"TensorRT can't run the step: {_last(self._engine)}", hint=_REBUILD)
 
     def _is_capturable(self, context: Any) -> bool:
-        """TensorRT-RTX knows when kernels are still being compiled; the other package can always be captured."""
+        """Asks TensorRT-RTX, which may still be compiling kernels. The package tensorrt can always be captured."""
         ask = getattr(context, "is_stream_capturable", None)
         return ask is None or bool(ask(int(self._stream)))
 
 
 def profiles_by_rows(record: EngineRecord, slots: int) -> tuple[int, dict[int, int]]:
-    """The profile for prefills, and for each number of rows its profile, smallest first.
+    """Returns the index of the prefill profile, and the index of each step profile by its number of rows, in ascending order.
 
     Raises:
-        UsageError: the engine was built for fewer slots, or has no such profiles.
+        UsageError: the engine was built for fewer slots, or lacks such profiles.
     """
     prefill = [index for index, profile in enumerate(record.profiles) if profile.name == PREFILL]
     steps = {
@@ -129,7 +129,10 @@ def _last(engine: Engine) -> str:
 
 
 def _context_maker(engine: Engine) -> Callable[[], Any]:
-    """Makes contexts whose scratch memory is ours; in TensorRT-RTX they share compiled kernels, and graphs are ours as well."""
+    """Returns a function that creates contexts without scratch memory of their own.
+
+    In TensorRT-RTX these contexts share compiled kernels, and its own graph strategy is off: :class:`Contexts` captures.
+    """
     module, plan = engine.module, engine.plan
     strategy = module.ExecutionContextAllocationStrategy.USER_MANAGED
     if not hasattr(module, "CudaGraphStrategy"):
@@ -137,7 +140,7 @@ def _context_maker(engine: Engine) -> Callable[[], Any]:
     config = plan.create_runtime_config()
     config.set_execution_context_allocation_strategy(strategy)
     config.cuda_graph_strategy = module.CudaGraphStrategy.DISABLED
-    # A captured graph keeps the kernels that it was captured with, so they are compiled for its shapes before.
+    # A captured graph keeps the kernels that it was captured with: compile them for its shapes before.
     config.dynamic_shapes_kernel_specialization_strategy = module.DynamicShapesKernelSpecializationStrategy.EAGER
     config.set_runtime_cache(config.create_runtime_cache())
     return lambda: plan.create_execution_context(config)

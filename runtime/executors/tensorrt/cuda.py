@@ -1,6 +1,6 @@
-"""The CUDA runtime as executors need it: memory, one stream's copies, events and graphs; failures are exceptions with names.
+"""The part of the CUDA runtime that executors use: memory, copies, events and graphs. Every failure is a named exception.
 
-Nothing here copies in silence: an asynchronous copy takes pinned host memory or device memory, as addresses and bytes.
+No copy happens implicitly: an asynchronous copy takes addresses of pinned host memory or device memory, and a number of bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NOT_READY = "cudaErrorNotReady"
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What a GPU is: ``target`` as engines are named (``sm_89``), and its memory in bytes."""
+    """A GPU: its index, its architecture as engines name it (``target``, such as ``sm_89``), and its memory in bytes."""
 
     index: int
     target: str
@@ -39,7 +39,7 @@ class DeviceMemory:
 
 @dataclass(frozen=True, slots=True)
 class PinnedMemory:
-    """A block of page-locked host memory; ``bytes`` is uint8 [nbytes] over it."""
+    """A block of page-locked host memory. ``bytes``: view of it, uint8 [nbytes]."""
 
     address: int
     bytes: np.ndarray
@@ -52,11 +52,11 @@ class Cuda:
     """
 
     def __init__(self, device: int = 0, runtime: Any = None) -> None:
-        """Open ``device``. ``runtime``: what stands in for ``cuda.bindings.runtime``.
+        """Opens ``device``. ``runtime`` replaces ``cuda.bindings.runtime`` if given.
 
         Raises:
             MissingDependencyError: cuda-bindings isn't installed.
-            DeviceError: no driver, or no such device.
+            DeviceError: there is no driver, or no such device.
         """
         self._runtime = _import_runtime() if runtime is None else runtime
         self._release: dict[Any, Callable[[], object]] = {}
@@ -69,7 +69,7 @@ class Cuda:
     # -- the device ------------------------------------------------------------------------------------------------
 
     def device(self) -> Device:
-        """The device, and how much of its memory is free now."""
+        """Returns the device, with the memory that is free now."""
         attributes = self._runtime.cudaDeviceAttr
         major, minor = (
             int(self._call("cudaDeviceGetAttribute", getattr(attributes, f"cudaDevAttrComputeCapability{part}"), self.index))
@@ -79,29 +79,29 @@ class Cuda:
         return Device(self.index, f"sm_{major}{minor}", total, free)
 
     def memory(self) -> tuple[int, int]:
-        """Bytes of device memory: free, and in all."""
+        """Returns the device's memory in bytes: (free, total)."""
         free, total = self._call("cudaMemGetInfo")
         return int(free), int(total)
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
     def allocate(self, nbytes: int, purpose: str) -> DeviceMemory:
-        """A zeroed block of device memory.
+        """Allocates a zeroed block of device memory.
 
         Raises:
-            DeviceMemoryError: it isn't there; the message says how much was asked for, what for, and what is free.
+            DeviceMemoryError: too little memory is free. The message has the bytes asked for, their purpose, and the bytes free.
         """
         address = int(self._allocate("cudaMalloc", nbytes, purpose))
         self._release[address] = lambda: self._runtime.cudaFree(address)
         self._call("cudaMemset", address, 0, nbytes)
-        self._call("cudaDeviceSynchronize")  # streams that don't wait for the default one would overtake the zeros
+        self._call("cudaDeviceSynchronize")  # a stream that doesn't wait for the default one would overtake the zeros
         return DeviceMemory(address, nbytes)
 
     def pinned(self, nbytes: int, purpose: str) -> PinnedMemory:
-        """A zeroed block of page-locked host memory.
+        """Allocates a zeroed block of page-locked host memory.
 
         Raises:
-            DeviceMemoryError: the host refused.
+            DeviceMemoryError: the host refused the allocation.
         """
         address = int(self._allocate("cudaHostAlloc", nbytes, purpose, self._runtime.cudaHostAllocDefault))
         self._release[address] = lambda: self._runtime.cudaFreeHost(address)
@@ -123,27 +123,27 @@ class Cuda:
     # -- streams, events, copies -----------------------------------------------------------------------------------
 
     def stream(self) -> Any:
-        """A stream that doesn't wait for the default one."""
+        """Creates a stream that doesn't wait for the default one."""
         stream = self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
         self._release["stream", int(stream)] = lambda: self._runtime.cudaStreamDestroy(stream)
         return stream
 
     def event(self) -> Any:
-        """An event that remembers when it was reached."""
+        """Creates an event that records the time at which it is reached."""
         event = self._call("cudaEventCreateWithFlags", self._runtime.cudaEventDefault)
         self._release["event", int(event)] = lambda: self._runtime.cudaEventDestroy(event)
         return event
 
     def record(self, event: Any, stream: Any) -> None:
-        """``event`` is reached when everything enqueued so far is done."""
+        """Enqueues ``event``: it is reached when everything enqueued before it is done."""
         self._call("cudaEventRecord", event, stream)
 
     def wait(self, event: Any) -> None:
-        """Block until ``event`` is reached."""
+        """Blocks until ``event`` is reached."""
         self._call("cudaEventSynchronize", event)
 
     def is_reached(self, event: Any) -> bool:
-        """Whether ``event`` is reached, without waiting."""
+        """Tells if ``event`` is reached, without waiting for it."""
         (error, *_) = self._runtime.cudaEventQuery(event)
         if error.name == _NOT_READY:
             return False
@@ -151,19 +151,19 @@ class Cuda:
         return True
 
     def seconds_between(self, start: Any, end: Any) -> float:
-        """Device time between two events that were reached."""
+        """Returns the device time between two events that were reached, in seconds."""
         return float(self._call("cudaEventElapsedTime", start, end)) / 1e3
 
     def synchronize(self, stream: Any) -> None:
-        """Block until the stream is empty."""
+        """Blocks until the stream is empty."""
         self._call("cudaStreamSynchronize", stream)
 
     def upload(self, target: int, source: int, nbytes: int, stream: Any) -> None:
-        """Pinned host memory to device memory, when its turn in the stream comes: leave the source alone until then."""
+        """Enqueues a copy from pinned host memory to device memory. The source must stay unchanged until the copy is done."""
         self._copy(target, source, nbytes, "cudaMemcpyHostToDevice", stream)
 
     def download(self, target: int, source: int, nbytes: int, stream: Any) -> None:
-        """Device memory to pinned host memory; readable after an event recorded behind it is reached."""
+        """Enqueues a copy from device memory to pinned host memory. An event recorded after it tells when it is done."""
         self._copy(target, source, nbytes, "cudaMemcpyDeviceToHost", stream)
 
     def _copy(self, target: int, source: int, nbytes: int, kind: str, stream: Any) -> None:
@@ -172,10 +172,10 @@ class Cuda:
     # -- graphs ----------------------------------------------------------------------------------------------------
 
     def capture(self, stream: Any, enqueue: Callable[[], None]) -> Any:
-        """What ``enqueue`` puts into the stream, as a graph to launch: nothing runs now.
+        """Captures the calls that ``enqueue`` puts into the stream, and returns them as a graph. Nothing runs now.
 
         Raises:
-            DeviceError: something in it can't be captured; the stream is usable afterwards.
+            DeviceError: one of the calls can't be captured. The stream stays usable.
         """
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", stream, mode)
@@ -194,24 +194,24 @@ class Cuda:
         return launchable
 
     def launch(self, graph: Any, stream: Any) -> None:
-        """Enqueue a captured graph."""
+        """Enqueues a captured graph."""
         self._call("cudaGraphLaunch", graph, stream)
 
     # -- calls and ownership ---------------------------------------------------------------------------------------
 
     def free(self, memory: DeviceMemory | PinnedMemory) -> None:
-        """Give one block back early; nothing in a stream may use it any more."""
+        """Frees one block before :meth:`close`. No call in a stream may still use it."""
         self._release.pop(memory.address)()
 
     def close(self) -> None:
-        """Give back everything, newest first, after the device has come to rest. Handles and addresses are void then."""
+        """Waits for the device, then frees everything, newest first. All handles and addresses are invalid afterwards."""
         if self._release:
             self._runtime.cudaDeviceSynchronize()
         while self._release:
             self._release.popitem()[1]()
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """The call's results: none, one, or a tuple."""
+        """Calls the runtime's function ``name``. Returns its only result, or a tuple of its results."""
         error, *results = getattr(self._runtime, name)(*arguments)
         self._check(name, error)
         return results[0] if len(results) == 1 else tuple(results)
@@ -219,7 +219,7 @@ class Cuda:
     def _check(self, name: str, error: Any) -> None:
         if int(error) == 0:
             return
-        self._runtime.cudaGetLastError()  # an error that isn't sticky is reported once
+        self._runtime.cudaGetLastError()  # clears an error that isn't sticky, so that it is reported once
         if error.name == _OUT_OF_MEMORY:
             raise DeviceMemoryError(f"{name}: out of memory", hint="free the GPU, or use a smaller model or capacity")
         if error.name in _NO_DRIVER:

@@ -1,4 +1,4 @@
-"""A TensorRT engine of a bundle: every check that can be made before a plan is deserialised, then those that only it can answer.
+"""Opens a TensorRT engine of a bundle: first every check that needs no plan, then the plan, then the checks that need it.
 
 A plan is executable code: nothing deserialises bytes whose sha256 isn't the manifest's.
 """
@@ -21,16 +21,16 @@ from .. import step_io
 from .cuda import Device
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-"""Python package of each backend."""
+"""Backend to the Python package that it imports."""
 HERE = "here"
-"""The target that stands for the GPU of the machine that builds."""
+"""Name of the target that means the GPU of the building machine."""
 VARIANT = "device"
 _NUMPY_NAMES = {"HALF": "float16", "FLOAT": "float32", "INT64": "int64", "INT32": "int32", "BOOL": "bool", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A deserialised plan. ``log`` keeps what TensorRT says; ``runtime`` must live as long as the engine."""
+    """A deserialised plan. ``log`` keeps TensorRT's messages. ``runtime`` must live as long as the engine."""
 
     module: Any
     runtime: Any
@@ -39,10 +39,10 @@ class Engine:
 
 
 def import_backend(backend: str) -> Any:
-    """The Python package of ``tensorrt-rtx`` or ``tensorrt``.
+    """Imports the Python package of ``tensorrt-rtx`` or ``tensorrt``.
 
     Raises:
-        MissingDependencyError: it isn't installed, or its libraries can't be loaded.
+        MissingDependencyError: the package isn't installed, or its libraries can't be loaded.
     """
     try:
         return importlib.import_module(MODULES[backend])
@@ -53,13 +53,13 @@ def import_backend(backend: str) -> Any:
 
 
 def listed_targets(module: Any) -> tuple[str, ...]:
-    """The GPU architectures that ``tensorrt_rtx`` names, as ``sm_89``: it builds for these, and for no others."""
+    """Returns the GPU architectures that ``tensorrt_rtx`` names, such as ``sm_89``. It builds for these only."""
     names = [name for name in dir(getattr(module, "ComputeCapability", None)) if re.fullmatch(r"SM\d+", name)]
     return tuple(f"sm_{number}" for number in sorted(int(name[2:]) for name in names))
 
 
 def how_to_build(bundle: Bundle, backend: str, module: Any, device: Device) -> str:
-    """What makes an engine of the bundle for this GPU, as a hint: ``tensorrt`` builds for the machine's own GPU only."""
+    """Returns a hint: the command that builds an engine for this GPU. ``tensorrt`` builds for the machine's own GPU only."""
     command = f"medusa-deploy build {bundle.folder} --backend"
     full = f"{command} tensorrt --target {HERE}"
     if backend == "tensorrt":
@@ -74,13 +74,13 @@ def how_to_build(bundle: Bundle, backend: str, module: Any, device: Device) -> s
 
 
 def choose_target(bundle: Bundle, target: str | None, device: Device, build: str) -> str:
-    """The engine to run: the one asked for, else that of this GPU's architecture, else the one built ``here``.
+    """Returns the target of the engine to run: ``target`` if given, else this GPU's architecture, else ``here``.
 
     ``build``: the hint of :func:`how_to_build`.
 
     Raises:
         BundleError: the bundle has no such engine.
-        EngineMismatchError: it has engines, none of them for this GPU.
+        EngineMismatchError: the bundle has engines, and none is for this GPU.
     """
     engines = bundle.manifest.engines
     if not engines:
@@ -95,15 +95,15 @@ def choose_target(bundle: Bundle, target: str | None, device: Device, build: str
 
 
 def read_record(bundle: Bundle, target: str, backend: str, version: str, device: Device, build: str) -> EngineRecord:
-    """The record of ``target``'s engine, held against the package, the GPU and the bundle's graph. No plan is touched.
+    """Reads the record of ``target``'s engine and checks it against the package, the GPU and the bundle's graph. Opens no plan.
 
     ``build``: the hint of :func:`how_to_build`.
 
     Raises:
-        BundleIntegrityError: the record isn't the manifest's.
-        BundleSchemaError: it can't be read.
-        EngineMismatchError: the engine is another package's, version's, GPU's or graph's.
-        UsageError: ``backend`` isn't the one that built the engine.
+        BundleIntegrityError: the record's bytes aren't the manifest's.
+        BundleSchemaError: the record can't be read.
+        EngineMismatchError: the engine was built by another version, for another GPU, or from another graph.
+        UsageError: another backend built the engine.
     """
     name = bundle.manifest.engines[target]
     check_record_size(name, bundle.manifest.files[name].size)
@@ -130,10 +130,10 @@ def read_record(bundle: Bundle, target: str, backend: str, version: str, device:
 
 
 def checked_bytes(bundle: Bundle, name: str) -> bytes:
-    """The bytes of one of the bundle's files: those that were hashed, so that nothing can be swapped in between.
+    """Reads a file of the bundle and checks its hash. Returns the bytes that were hashed: the file can't be swapped in between.
 
     Raises:
-        BundleIntegrityError: missing, or the sha256 isn't the manifest's.
+        BundleIntegrityError: the file is missing, or its sha256 isn't the manifest's.
     """
     entry = bundle.manifest.files.get(name)
     if entry is None:
@@ -149,11 +149,11 @@ def checked_bytes(bundle: Bundle, name: str) -> bytes:
 
 
 def open_plan(module: Any, bundle: Bundle, target: str, plan: str, compression: Compression | None = None) -> Engine:
-    """Deserialise a plan of ``target``'s record, after the hash of its file was checked. ``compression``: of that file.
+    """Checks the hash of a plan's file, unpacks the file if it has a ``compression``, and deserialises the plan.
 
     Raises:
-        BundleIntegrityError: not the bytes that were built.
-        EngineError: TensorRT refused them.
+        BundleIntegrityError: the bytes aren't the ones that were built.
+        EngineError: TensorRT refused the plan.
     """
     folder = PurePosixPath(bundle.manifest.engines[target]).parent
     data = plan_bytes(plan, checked_bytes(bundle, str(folder / plan)), compression)
@@ -167,10 +167,10 @@ def open_plan(module: Any, bundle: Bundle, target: str, plan: str, compression: 
 
 
 def check_tensors(engine: Engine, inputs: Sequence[TensorRecord], outputs: Sequence[TensorRecord], profiles: int) -> None:
-    """The engine's inputs, outputs and number of profiles are the record's, and all of them lie on the device.
+    """Checks that the engine's inputs, outputs and number of profiles are the record's, and that all tensors lie on the device.
 
     Raises:
-        EngineMismatchError: they differ, and where; or the engine wants a value on the host.
+        EngineMismatchError: they differ (the message says where), or the engine wants a value on the host.
     """
     found: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {"INPUT": {}, "OUTPUT": {}}
     plan = engine.plan
@@ -199,10 +199,10 @@ def check_tensors(engine: Engine, inputs: Sequence[TensorRecord], outputs: Seque
 
 
 def check_aliases(engine: Engine, layers: int) -> None:
-    """Every updated cache is the memory of the cache that went in: the engine says so itself.
+    """Checks that the engine updates its caches in place: each output must be an alias of its input.
 
     Raises:
-        EngineMismatchError: a cache would be copied, and the copy lost.
+        EngineMismatchError: the engine would copy a cache, and the copy would be lost.
     """
     for past, present in zip(step_io.past_names(layers), step_io.present_names(layers), strict=True):
         alias = engine.plan.get_aliased_input_tensor(present)
@@ -214,17 +214,20 @@ def check_aliases(engine: Engine, layers: int) -> None:
 
 
 def numpy_name(dtype: Any) -> str:
-    """NumPy's name of a ``DataType`` of either package; its own, in small letters, where numpy has no such type."""
+    """Returns numpy's name of a ``DataType`` of either package. A type that numpy lacks keeps its own name in small letters."""
     name = str(dtype).rpartition(".")[2]
     return _NUMPY_NAMES.get(name, name.lower())
 
 
 def trt_log(module: Any) -> Any:
-    """A TensorRT logger, made here because its base class is the package's; TensorRT needs it as long as what was given it."""
+    """Creates a TensorRT logger. Its base class comes from the package, so its class is made here.
+
+    The logger must live as long as the objects that it was given to.
+    """
     severity = module.ILogger.Severity
 
     class Log(module.ILogger):  # type: ignore[misc]
-        """Keeps what goes wrong, so that a refusal says why."""
+        """Keeps errors and warnings: the message of a refusal quotes the last error."""
 
         def __init__(self) -> None:
             module.ILogger.__init__(self)

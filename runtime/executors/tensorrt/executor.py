@@ -1,7 +1,8 @@
-"""TensorRT executor: a step's inputs, state and results stay on the device; the host reads one step late from pinned memory.
+"""Runs steps on TensorRT. Inputs, state and results stay on the device; the host reads results one step late, from pinned memory.
 
-Two *sets* of buffers take turns. The set of a step holds its inputs, its results and the rows that it carries over from the
-step before; what the step hands on (next inputs, new rows) is written into the other set, so that the next step needs no host.
+Two *sets* of buffers take turns (:mod:`.memory` has a picture). The current set holds a step's inputs, its results, and the rows
+carried over from the step before. The step writes the next inputs and its new rows into the other set: the next step doesn't
+wait for the host.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from .cuda import Cuda
 from .engine import Engine
 from .heads import TrtHeads
 from .memory import DeviceState
-from .staging import HostSide, RingSlot, Staged
+from .staging import HostSide, RingEntry, Staged
 
 COLUMN_BUCKET = 256
-"""Visible cache rows grow in steps of this: each step is another CUDA graph, each row costs attention some bandwidth."""
+"""The number of visible cache rows is a multiple of this. Smaller: more CUDA graphs. Larger: attention reads more rows."""
 RING = 4
-"""Places for results: of two steps in flight, of the one that the host reads, and one to spare."""
+"""Entries of the ring of results: two for steps in flight, one that the host reads, one to spare."""
 
 
 class TrtExecutor:
-    """Runs the device graph's engine on one stream. In the steady state nothing is allocated and the host waits for results only.
+    """Runs the device graph's engine on one stream. A step allocates nothing, and the host waits for results only.
 
-    ``contexts.graphs`` holds a CUDA graph for each (rows, carried rows, visible rows, set) that came again.
+    ``contexts.graphs`` holds a CUDA graph for each repeated (rows, carried rows, visible rows, set).
     """
 
     def __init__(
@@ -50,13 +51,13 @@ class TrtExecutor:
         *,
         graphs: bool = True,
     ) -> None:
-        """Allocate everything that steps use.
+        """Allocates everything that steps use.
 
-        ``open_heads``: opens the plan of the heads, which only sampling needs. ``weights``: addresses of weights by input.
+        ``open_heads``: opens the plan of the heads, which only sampling needs. ``weights``: device addresses by input name.
 
         Raises:
-            DeviceMemoryError: it doesn't fit.
-            UsageError: no profile holds ``slots``.
+            DeviceMemoryError: the buffers don't fit on the device.
+            UsageError: no profile takes ``slots`` slots.
         """
         backbone, limits = manifest.backbone, manifest.limits
         self.layout = CacheLayout(backbone.layers, slots, backbone.kv_heads, limits.cache_rows, backbone.head_dim, manifest.dtype)
@@ -73,20 +74,20 @@ class TrtExecutor:
         self._heads: TrtHeads | None = None
         self._host = HostSide(cuda, manifest, slots, self._profiles, chunk)
         self._events = cuda.event(), cuda.event()
-        self._ring = [RingSlot.allocate(cuda, self._host.step_layout(self.max_rows).moving.nbytes) for _ in range(RING)]
-        self._flying: deque[RingSlot] = deque()
+        self._ring = [RingEntry.allocate(cuda, self._host.step_layout(self.max_rows).per_step.nbytes) for _ in range(RING)]
+        self._flying: deque[RingEntry] = deque()
         self._launched = 0
-        self._now = 0  # the set that holds the next step's inputs
-        self._carried = 1  # rows of the newest step, which the next one carries over
-        self._began = np.zeros(slots, np.int64)  # and its write index
+        self._current_set = 0  # holds the next step's inputs
+        self._carried_rows = 1  # rows of the newest step: the next step takes them over
+        self._last_write_index = np.zeros(slots, np.int64)  # write index of the newest step
 
     # -- steps that the host decides -------------------------------------------------------------------------------
 
     def buffers(self, rows: int, wanted: Wanted) -> StepBuffers:
-        """Buffers of a step over all slots, of ``rows`` rows or the next larger number that the engine has a profile for.
+        """Returns the buffers of a step over all slots. Its rows: the smallest number ≥ ``rows`` that has a profile.
 
         Raises:
-            UsageError: the engine has no profile for so many.
+            UsageError: no profile has that many rows.
         """
         fitting = [size for size in self._profiles if size >= rows]
         if not fitting:
@@ -97,7 +98,7 @@ class TrtExecutor:
         return self._host.step(min(fitting), wanted).buffers
 
     def step(self, buffers: StepBuffers, wanted: Wanted) -> None:
-        """Commit, write and verify the rows of ``buffers``; waits for the results.
+        """Commits accepted rows, writes and verifies the rows of ``buffers``, and waits for the results.
 
         Raises:
             CapacityError: rows would be written past the end of a cache.
@@ -108,9 +109,9 @@ class TrtExecutor:
         self._finish(staged, self._start(staged))
 
     def prefill(self, slot: int, tokens: np.ndarray, start: int, wanted: Wanted) -> StepBuffers:
-        """Write a chunk int64 [n] at positions ``start`` … of one slot; the returned buffers are [1, …].
+        """Writes a chunk int64 [n] at positions ``start`` … of one slot. Returns buffers [1, …].
 
-        It uses buffers of its own: what other slots still have to move stays.
+        A prefill has its own buffers, so the carried rows of other slots stay.
         """
         assert not self._flying, "collect or discard what is in flight first"
         rows, state = len(tokens), self._state
@@ -122,15 +123,15 @@ class TrtExecutor:
         buffers.ancestors[0] = chain_ancestors(rows)
         buffers.forced[0] = rows
         visible = self._visible(int(buffers.write_index[0]) + rows)
-        moving = state.prefill_moving[0].address
+        per_step = state.prefill_per_step[0].address
         self._begin()
-        self._upload(staged, state.prefill_fixed.address, moving)
+        self._upload(staged, state.prefill_per_shape.address, per_step)
         self.contexts.enqueue(self._prefill_profile, None, lambda: state.prefill_bindings(staged.layout, slot, visible))
-        self._finish(staged, moving)
+        self._finish(staged, per_step)
         return buffers
 
     def propose(self, hidden: np.ndarray, root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Heads at rows chosen by the host: hidden [b, H], root int64 [b] to candidates and log_probs [b, K, k]."""
+        """Runs the heads at rows chosen by the host: hidden [b, H], root int64 [b] → candidates, log_probs [b, K, k]."""
         self._heads = self._heads or self._open_heads()
         started = time.perf_counter()
         results = self._heads(hidden, root)
@@ -140,37 +141,37 @@ class TrtExecutor:
     # -- running ahead ---------------------------------------------------------------------------------------------
 
     def launch(self, buffers: StepBuffers) -> None:
-        """Start the step that ``buffers`` describes, ``draft_slots`` included; returns before it has run.
+        """Starts the step that ``buffers`` and their ``draft_slots`` describe. Returns before it has run.
 
         Raises:
             CapacityError: rows would be written past the end of a cache.
         """
         assert not self._flying, "only one step is started from the host at a time"
-        staged, slot = self._host.staged(buffers), self._next_slot()
-        self._hand_over(slot, self._start(staged))
+        staged, entry = self._host.staged(buffers), self._next_entry()
+        self._hand_over(entry, self._start(staged))
 
     def launch_next(self, end: int) -> None:
-        """Start the step that follows from the newest one's outcome, as the device knows it; it writes no row from ``end`` on.
+        """Starts the step after the newest one, with the inputs that the device computed. It writes only rows below ``end``.
 
         Raises:
             CapacityError: rows would be written past the end of a cache.
         """
         assert self._flying, "there is no step to follow"
         self._check_room(end)
-        slot = self._next_slot()
-        self._hand_over(slot, self._run(self._host.step_layout(self._carried), end))
+        entry = self._next_entry()
+        self._hand_over(entry, self._run(self._host.step_layout(self._carried_rows), end))
 
     def collect(self) -> StepBuffers:
-        """Wait for the oldest step in flight. Returns its tokens and outputs, valid until two more steps are launched."""
-        slot = self._flying.popleft()
-        self._cuda.wait(slot.end)
-        self.engine_seconds += self._cuda.seconds_between(slot.start, slot.end)
-        buffers = slot.read(self._host.step_layout(slot.rows), self._manifest)
-        self._began[:] = buffers.write_index
+        """Waits for the oldest step in flight. Returns its tokens and outputs, valid until two more steps are launched."""
+        entry = self._flying.popleft()
+        self._cuda.wait(entry.end)
+        self.engine_seconds += self._cuda.seconds_between(entry.start, entry.end)
+        buffers = entry.read(self._host.step_layout(entry.rows), self._manifest)
+        self._last_write_index[:] = buffers.write_index
         return buffers
 
     def discard(self) -> None:
-        """Forget the steps in flight, once they have run. What they had to move has been moved."""
+        """Waits for the steps in flight and drops their results. They have moved the rows that they had to move."""
         while self._flying:
             self.collect()
 
@@ -180,33 +181,33 @@ class TrtExecutor:
         self._cuda.record(self._events[0], self._stream)
 
     def _start(self, staged: Staged) -> int:
-        """Enqueue a step from the host's inputs. Returns the address of its moving part."""
+        """Enqueues a step with the host's inputs. Returns the address of its block per step."""
         buffers = staged.buffers
-        staged.kept[:], staged.kept_count[:] = kept_rows(buffers.commit, buffers.write_index, self._began)
+        staged.kept[:], staged.kept_count[:] = kept_rows(buffers.commit, buffers.write_index, self._last_write_index)
         end = int(buffers.write_index.max()) + buffers.rows
         self._check_room(int((buffers.write_index - staged.kept_count).max()) + buffers.rows)
-        self._upload(staged, self._state.fixed.address, self._state.moving[self._now].address)
-        moving = self._run(staged.layout, end)
-        self._began[:] = buffers.write_index
-        return moving
+        self._upload(staged, self._state.per_shape.address, self._state.per_step[self._current_set].address)
+        per_step = self._run(staged.layout, end)
+        self._last_write_index[:] = buffers.write_index
+        return per_step
 
     def _run(self, layout: StepLayout, end: int) -> int:
-        """Enqueue a step from set to set. Returns the address of its moving part."""
-        now, carried, visible = self._now, self._carried, self._visible(end)
-        key = (layout.rows, carried, visible, now)
-        self.contexts.enqueue(self._profiles[layout.rows], key, lambda: self._state.bindings(layout, now, carried, visible))
-        self._now, self._carried = 1 - now, layout.rows
-        return self._state.moving[now].address
+        """Enqueues a step on the current set and swaps the sets. Returns the address of its block per step."""
+        current, carried, visible = self._current_set, self._carried_rows, self._visible(end)
+        key = (layout.rows, carried, visible, current)
+        self.contexts.enqueue(self._profiles[layout.rows], key, lambda: self._state.bindings(layout, current, carried, visible))
+        self._current_set, self._carried_rows = 1 - current, layout.rows
+        return self._state.per_step[current].address
 
-    def _upload(self, staged: Staged, fixed: int, moving: int) -> None:
-        self._cuda.upload(fixed, staged.fixed.address, staged.layout.fixed.nbytes, self._stream)
-        self._cuda.upload(moving, staged.moving.address, staged.layout.moving_inputs, self._stream)
+    def _upload(self, staged: Staged, per_shape: int, per_step: int) -> None:
+        self._cuda.upload(per_shape, staged.per_shape.address, staged.layout.per_shape.nbytes, self._stream)
+        self._cuda.upload(per_step, staged.per_step.address, staged.layout.input_bytes, self._stream)
 
-    def _finish(self, staged: Staged, moving: int) -> None:
-        """Bring the results to the host's buffers and wait for them."""
+    def _finish(self, staged: Staged, per_step: int) -> None:
+        """Copies the results into the host's buffers and waits for them."""
         layout, (start, end), copy = staged.layout, self._events, self._cuda.download
-        split = layout.moving_inputs
-        copy(staged.moving.address + split, moving + split, layout.moving.nbytes - split, self._stream)
+        split = layout.input_bytes
+        copy(staged.per_step.address + split, per_step + split, layout.per_step.nbytes - split, self._stream)
         for name, memory in staged.optional.items():
             nbytes = getattr(staged.buffers, name).nbytes
             copy(memory.address, self._state.optional[name].address, nbytes, self._stream)
@@ -214,19 +215,19 @@ class TrtExecutor:
         self._cuda.wait(end)
         self.engine_seconds += self._cuda.seconds_between(start, end)
 
-    def _next_slot(self) -> RingSlot:
-        assert len(self._flying) < RING - 1, "the host may still read the slot that would be written"
+    def _next_entry(self) -> RingEntry:
+        assert len(self._flying) < RING - 1, "the host may still read the entry that would be written"
         self._launched += 1
-        slot = self._ring[self._launched % RING]
-        self._cuda.record(slot.start, self._stream)
-        return slot
+        entry = self._ring[self._launched % RING]
+        self._cuda.record(entry.start, self._stream)
+        return entry
 
-    def _hand_over(self, slot: RingSlot, moving: int) -> None:
-        """Let the step that was just enqueued leave its inputs and results in ``slot``."""
-        slot.rows = self._carried
-        self._cuda.download(slot.memory.address, moving, self._host.step_layout(slot.rows).moving.nbytes, self._stream)
-        self._cuda.record(slot.end, self._stream)
-        self._flying.append(slot)
+    def _hand_over(self, entry: RingEntry, per_step: int) -> None:
+        """Copies the inputs and results of the step that was just enqueued into ``entry``."""
+        entry.rows = self._carried_rows
+        self._cuda.download(entry.memory.address, per_step, self._host.step_layout(entry.rows).per_step.nbytes, self._stream)
+        self._cuda.record(entry.end, self._stream)
+        self._flying.append(entry)
 
     # -- sizes -----------------------------------------------------------------------------------------------------
 
@@ -234,7 +235,10 @@ class TrtExecutor:
         return min(-(-end // COLUMN_BUCKET) * COLUMN_BUCKET, self.layout.rows)
 
     def _check_room(self, end: int) -> None:
-        """The graph writes K more rows than the step has; a device would put rows past a cache's end over valid ones."""
+        """Refuses a step that would write past a cache's end. The graph writes K rows past the step's own.
+
+        A device would put rows past the end over valid ones.
+        """
         end += self._manifest.heads.num_heads
         if end > self.layout.rows:
             raise CapacityError(

@@ -1,4 +1,4 @@
-"""The heads alone on TensorRT, for rows that the host accepts."""
+"""Runs the heads alone on TensorRT, at rows that the host accepted."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .engine import Engine
 
 
 class TrtHeads:
-    """Hidden states and root tokens of up to ``slots`` rows to candidates."""
+    """Computes the candidates of up to ``slots`` rows from their hidden states and root tokens."""
 
     def __init__(
         self, cuda: Cuda, stream: Any, manifest: Manifest, engine: Engine, slots: int, weights: Mapping[str, int]
     ) -> None:
-        """Allocate its buffers.
+        """Allocates the buffers.
 
         Raises:
-            DeviceMemoryError: they don't fit.
+            DeviceMemoryError: the buffers don't fit on the device.
         """
         self._cuda, self._stream, self._weights = cuda, stream, weights
         self._contexts = Contexts(cuda, stream, engine, graphs=False)
@@ -35,7 +35,7 @@ class TrtHeads:
         self._end = cuda.event()
 
     def _layout(self, count: int) -> tuple[Layout, int]:
-        """Of ``count`` rows, and how many of its bytes are inputs."""
+        """Returns the layout for ``count`` rows, and the bytes of its inputs, which come first."""
         facts, backbone = self._manifest.heads, self._manifest.backbone
         inputs = [
             (step_io.ROOT_HIDDEN, self._manifest.dtype, (count, backbone.hidden_size)),
@@ -46,7 +46,7 @@ class TrtHeads:
         return Layout.of([*inputs, *results]), Layout.of(inputs).nbytes
 
     def __call__(self, hidden: np.ndarray, root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Hidden [b, H] and root int64 [b] to candidates int64 [b, K, k] and log_probs [b, K, k]; waits for them."""
+        """Takes hidden [b, H] and root int64 [b]. Waits; returns candidates int64 [b, K, k] and log_probs float32 [b, K, k]."""
         layout, split = self._layout(len(root))
         views = layout.views(self._host.bytes)
         views[step_io.ROOT_HIDDEN][:] = hidden

@@ -1,4 +1,4 @@
-"""From a bundle to a TensorRT executor: what can be known without the plan first, then the plan, then memory."""
+"""Loads a bundle's engine into a TensorRT executor: first the checks that need no plan, then the plan, then device memory."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from .weights import upload_weights
 def load_executor(
     bundle: Bundle, backend: str, target: str | None, slots: int, *, device: int = 0, graphs: bool = True
 ) -> TrtExecutor:
-    """Open the engine of ``target`` (None: this GPU's) and allocate its memory. It is given back with the executor.
+    """Opens the engine of ``target`` (None: this GPU's) and allocates its memory. The memory is freed with the executor.
 
     Raises:
         MissingDependencyError: TensorRT or cuda-bindings isn't installed.
-        DeviceError, DeviceMemoryError: no usable GPU, or not enough of its memory.
-        BundleError, BundleSchemaError, BundleIntegrityError, EngineMismatchError, UsageError: not this engine, here.
+        DeviceError, DeviceMemoryError: there is no usable GPU, or it has too little free memory.
+        BundleError, BundleSchemaError, BundleIntegrityError, EngineMismatchError, UsageError: the engine can't run here, or can't
+            be trusted (:mod:`.engine`).
         EngineError: TensorRT refused the plan.
     """
     module = import_backend(backend)

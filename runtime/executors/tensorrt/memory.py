@@ -1,4 +1,18 @@
-"""All device memory that steps use, allocated once, and the addresses that a step's tensors have in it."""
+"""Device memory of all steps, allocated once, and the address of each tensor of a step.
+
+Two sets take turns. Step t reads one set; it leaves its results there, and writes the inputs and the carried rows of step t+1
+into the other one. Nothing passes through the host::
+
+    set 0                                    set 1
+    ┌───────────────────────────┐            ┌───────────────────────────┐
+    │ inputs of step t          │ ─┐      ┌▶ │ inputs of step t+1        │ ─┐
+    │ carried rows of step t-1  │ ─┤      ├▶ │ carried rows of step t    │ ─┤
+    │ results of step t         │ ◀┤      │  │ results of step t+1       │ ◀┤
+    └───────────────────────────┘  │      │  └───────────────────────────┘  │
+                                 step t ──┘                             step t+1 ──▶ set 0
+
+The caches, the block per shape, and the optional outputs (logits, hidden) stand once: they don't take turns.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +32,24 @@ from .cuda import Cuda, DeviceMemory
 
 @dataclass(frozen=True, slots=True)
 class TensorBlock:
-    """Equal tensors one after another: key and value of layer 0, then of layer 1 …"""
+    """Tensors of ``each`` bytes one after another: key and value of layer 0, then of layer 1 …"""
 
     memory: DeviceMemory
     each: int
 
     def addresses(self, names: list[str], offset: int = 0) -> dict[str, int]:
-        """Address of each tensor, ``offset`` bytes into it."""
+        """Returns an address in each tensor, ``offset`` bytes behind its beginning."""
         return {name: self.memory.address + index * self.each + offset for index, name in enumerate(names)}
 
 
 class DeviceState:
-    """Caches, two sets of moving parts and carried rows, and what a prefill uses in their place.
-
-    ``moving[s]`` and ``carried[s]`` are set s. A step on set s reads both, and writes the next step's inputs and its own new rows
-    into the other set.
-    """
+    """Caches, the two sets (``per_step[s]`` and ``carried[s]`` are set s), and the buffers that a prefill uses in their place."""
 
     def __init__(self, cuda: Cuda, manifest: Manifest, slots: int, rows: int, chunk: int, weights: Mapping[str, int]) -> None:
-        """For steps of up to ``rows`` rows over ``slots`` slots and prompts in pieces of up to ``chunk`` tokens.
+        """Allocates memory for steps of up to ``rows`` rows over ``slots`` slots and prompt chunks of up to ``chunk`` tokens.
 
         Raises:
-            DeviceMemoryError: it doesn't fit.
+            DeviceMemoryError: the memory doesn't fit on the device.
         """
         backbone, heads = manifest.backbone, manifest.heads
         self._cuda, self._weights = cuda, weights
@@ -51,34 +61,37 @@ class DeviceState:
         prompt = StepLayout.of(1, chunk, 1, heads.num_heads, heads.top_k)
         self.caches = self._block(slots * self._cache_rows, "the caches")
         self.carried = [self._block(slots * rows, "carried rows") for _ in range(2)]
-        self.fixed = cuda.allocate(step.fixed.nbytes, "a step's inputs")
-        self.moving = [cuda.allocate(step.moving.nbytes, "a step's state") for _ in range(2)]
+        self.per_shape = cuda.allocate(step.per_shape.nbytes, "a step's inputs")
+        self.per_step = [cuda.allocate(step.per_step.nbytes, "a step's state") for _ in range(2)]
         self.prefill_carried = self._block(1, "a prefill's inputs")
         self.prefill_new = self._block(chunk, "a prefill's rows")
-        self.prefill_fixed = cuda.allocate(prompt.fixed.nbytes, "a prefill's inputs")
-        self.prefill_moving = [cuda.allocate(prompt.moving.nbytes, "a prefill's state") for _ in range(2)]
+        self.prefill_per_shape = cuda.allocate(prompt.per_shape.nbytes, "a prefill's inputs")
+        self.prefill_per_step = [cuda.allocate(prompt.per_step.nbytes, "a prefill's state") for _ in range(2)]
         sizes = {step_io.LOGITS: backbone.vocab_size, step_io.HIDDEN: backbone.hidden_size}
         self.optional = {name: cuda.allocate(slots * rows * size * self._item, name) for name, size in sizes.items()}
         self._columns = cuda.allocate(8 * self._cache_rows, "column numbers")
 
     def write_columns(self, stream: Any) -> None:
-        """Put 0 … S-1 into the input ``columns``, whose length alone varies."""
+        """Writes 0 … S-1 into the input ``columns``. Steps differ only in how many of them they read."""
         memory = self._cuda.pinned(self._columns.nbytes, "column numbers")
         memory.bytes.view(np.int64)[:] = np.arange(self._cache_rows)
         self._cuda.upload(self._columns.address, memory.address, self._columns.nbytes, stream)
         self._cuda.synchronize(stream)
         self._cuda.free(memory)
 
-    def bindings(self, layout: StepLayout, now: int, carried_rows: int, visible: int) -> Bindings:
-        """A step on set ``now``, after one of ``carried_rows`` rows, that looks at ``visible`` cache rows."""
-        then, layers = 1 - now, self._layers
+    def bindings(self, layout: StepLayout, current: int, carried_rows: int, visible: int) -> Bindings:
+        """Returns the bindings of a step on set ``current`` that reads ``visible`` cache rows.
+
+        ``carried_rows``: rows of the step before.
+        """
+        following, layers = 1 - current, self._layers
         caches = self.caches
         return Bindings(
             self._shapes(layout, carried_rows, visible),
             {
-                **layout.bindings(self.fixed.address, self.moving[now].address, self.moving[then].address),
-                **self.carried[now].addresses(step_io.carried_names(layers)),
-                **self.carried[then].addresses(step_io.new_names(layers)),
+                **layout.bindings(self.per_shape.address, self.per_step[current].address, self.per_step[following].address),
+                **self.carried[current].addresses(step_io.carried_names(layers)),
+                **self.carried[following].addresses(step_io.new_names(layers)),
                 **caches.addresses(step_io.past_names(layers)),
                 **caches.addresses(step_io.present_names(layers)),
                 **self._common(),
@@ -86,13 +99,13 @@ class DeviceState:
         )
 
     def prefill_bindings(self, layout: StepLayout, slot: int, visible: int) -> Bindings:
-        """A piece of a prompt for one slot. Nothing is carried into it or out of it."""
-        layers, (first, second) = self._layers, self.prefill_moving
+        """Returns the bindings of a prompt chunk for one slot. A prefill neither takes nor leaves carried rows."""
+        layers, (first, second) = self._layers, self.prefill_per_step
         offset = slot * self._cache_rows * prod(self._row) * self._item
         return Bindings(
             self._shapes(layout, 1, visible),
             {
-                **layout.bindings(self.prefill_fixed.address, first.address, second.address),
+                **layout.bindings(self.prefill_per_shape.address, first.address, second.address),
                 **self.prefill_carried.addresses(step_io.carried_names(layers)),
                 **self.prefill_new.addresses(step_io.new_names(layers)),
                 **self.caches.addresses(step_io.past_names(layers), offset),

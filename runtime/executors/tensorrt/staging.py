@@ -1,4 +1,4 @@
-"""Pinned host memory that steps are filled into and read from: by the host itself, and by steps that run ahead of it."""
+"""Pinned host memory: the host fills steps into it and reads results from it, also those of steps that run ahead of the host."""
 
 from __future__ import annotations
 
@@ -15,54 +15,55 @@ from .buffers import StepLayout
 from .cuda import Cuda, PinnedMemory
 
 _OPTIONAL = (step_io.LOGITS, step_io.HIDDEN)
-_Parts = tuple[PinnedMemory, PinnedMemory]
+_PURPOSE = "inputs and results"
+_Blocks = tuple[PinnedMemory, PinnedMemory]
 
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """Host side of one kind of call: ``buffers`` lie in pinned memory, ``kept`` and ``kept_count`` beside them.
+    """The host's side of one kind of call. ``buffers``, ``kept`` and ``kept_count`` are views of ``per_shape`` and ``per_step``.
 
-    ``optional``: where the outputs go that are wanted, by name.
+    ``optional`` [name]: memory that takes an optional output which this kind of call wants.
     """
 
     layout: StepLayout
     buffers: StepBuffers
-    fixed: PinnedMemory
-    moving: PinnedMemory
+    per_shape: PinnedMemory
+    per_step: PinnedMemory
     kept: np.ndarray
     kept_count: np.ndarray
     optional: Mapping[str, PinnedMemory]
 
 
 class HostSide:
-    """Buffers of every kind of call, made once: steps of each number of rows, and prompts of up to ``chunk`` tokens."""
+    """Buffers of every kind of call, made once: steps of each number of rows, and prompt chunks of up to ``chunk`` tokens."""
 
     def __init__(self, cuda: Cuda, manifest: Manifest, slots: int, rows: Iterable[int], chunk: int) -> None:
         self._cuda, self._manifest, self._slots = cuda, manifest, slots
-        self._parts = {count: self._pinned(self.step_layout(count)) for count in rows}
-        self._prompt_parts = self._pinned(self.prompt_layout(chunk))
+        self._blocks = {count: self._pinned(self.step_layout(count)) for count in rows}
+        self._prompt_blocks = self._pinned(self.prompt_layout(chunk))
         self._optional: dict[tuple[int, str], PinnedMemory] = {}
         self._steps: dict[tuple[int, Wanted], Staged] = {}
         self._prompts: dict[tuple[int, Wanted], Staged] = {}
 
     def step_layout(self, rows: int) -> StepLayout:
-        """Of a step over all slots."""
+        """Returns the layout of a step of ``rows`` rows over all slots."""
         return StepLayout.of(self._slots, rows, rows, self._manifest.heads.num_heads, self._manifest.heads.top_k)
 
     def prompt_layout(self, rows: int) -> StepLayout:
-        """Of a piece of a prompt: one slot, the last row's logits."""
+        """Returns the layout of a prompt chunk of ``rows`` tokens: one slot, logits of the last row."""
         return StepLayout.of(1, rows, 1, self._manifest.heads.num_heads, self._manifest.heads.top_k)
 
     def step(self, rows: int, wanted: Wanted) -> Staged:
-        """A step over all slots; the same object every time."""
+        """Returns the buffers of a step over all slots: the same object every time."""
         if (rows, wanted) not in self._steps:
-            self._steps[rows, wanted] = self._stage(self.step_layout(rows), self._parts[rows], wanted, rows)
+            self._steps[rows, wanted] = self._stage(self.step_layout(rows), self._blocks[rows], wanted, rows)
         return self._steps[rows, wanted]
 
     def prompt(self, rows: int, wanted: Wanted) -> Staged:
-        """A piece of a prompt. All lengths share one block: what was in it is gone."""
+        """Returns the buffers of a prompt chunk. Chunks of all lengths share one block, so this overwrites the chunk before."""
         if (rows, wanted) not in self._prompts:
-            self._prompts[rows, wanted] = self._stage(self.prompt_layout(rows), self._prompt_parts, wanted, 0)
+            self._prompts[rows, wanted] = self._stage(self.prompt_layout(rows), self._prompt_blocks, wanted, 0)
         staged = self._prompts[rows, wanted]
         staged.buffers.logit_rows[0] = rows - 1
         for array in (staged.buffers.draft_slots, staged.kept, staged.kept_count):
@@ -70,17 +71,17 @@ class HostSide:
         return staged
 
     def staged(self, buffers: StepBuffers) -> Staged:
-        """The step that has these buffers."""
+        """Finds the step that ``buffers`` belong to."""
         return next(staged for staged in self._steps.values() if staged.buffers is buffers)
 
-    def _pinned(self, layout: StepLayout) -> _Parts:
-        fixed, moving = (self._cuda.pinned(part.nbytes, "inputs and results") for part in (layout.fixed, layout.moving))
-        return fixed, moving
+    def _pinned(self, layout: StepLayout) -> _Blocks:
+        per_shape, per_step = (self._cuda.pinned(block.nbytes, _PURPOSE) for block in (layout.per_shape, layout.per_step))
+        return per_shape, per_step
 
-    def _stage(self, layout: StepLayout, parts: _Parts, wanted: Wanted, kind: int) -> Staged:
-        """``kind``: calls of one kind share memory for their optional outputs."""
-        fixed, moving = parts
-        views = {**layout.fixed.views(fixed.bytes), **layout.moving.views(moving.bytes)}
+    def _stage(self, layout: StepLayout, blocks: _Blocks, wanted: Wanted, kind: int) -> Staged:
+        """Makes the buffers of one kind of call. Calls of one ``kind`` share the memory of their optional outputs."""
+        per_shape, per_step = blocks
+        views = {**layout.per_shape.views(per_shape.bytes), **layout.per_step.views(per_step.bytes)}
         buffers = _buffers(self._manifest, layout, wanted, views)
         buffers.logit_rows[:] = np.arange(layout.rows - layout.logit_rows, layout.rows)
         optional = {}
@@ -91,12 +92,12 @@ class HostSide:
                     self._optional[kind, name] = self._cuda.pinned(array.nbytes, name)
                 optional[name] = memory = self._optional[kind, name]
                 setattr(buffers, name, memory.bytes.view(array.dtype).reshape(array.shape))
-        return Staged(layout, buffers, fixed, moving, views[step_io.KEPT], views[step_io.KEPT_COUNT], optional)
+        return Staged(layout, buffers, per_shape, per_step, views[step_io.KEPT], views[step_io.KEPT_COUNT], optional)
 
 
 @dataclass(slots=True)
-class RingSlot:
-    """Where a step in flight leaves its inputs and results for the host, and when it began and ended."""
+class RingEntry:
+    """One place of the ring: a step in flight leaves its inputs and results in ``memory``; two events time it."""
 
     memory: PinnedMemory
     start: Any
@@ -105,19 +106,19 @@ class RingSlot:
     _views: dict[int, StepBuffers] = field(default_factory=dict)
 
     @classmethod
-    def allocate(cls, cuda: Cuda, nbytes: int) -> RingSlot:
-        """For moving parts of up to ``nbytes`` bytes."""
+    def allocate(cls, cuda: Cuda, nbytes: int) -> RingEntry:
+        """Allocates an entry for blocks per step of up to ``nbytes`` bytes."""
         return cls(cuda.pinned(nbytes, "results of steps"), cuda.event(), cuda.event())
 
     def read(self, layout: StepLayout, manifest: Manifest) -> StepBuffers:
-        """The slot as a step of ``layout``; the same object for the same number of rows."""
+        """Reads the entry as a step of ``layout``. Equal numbers of rows give the same object."""
         if layout.rows not in self._views:
-            self._views[layout.rows] = _buffers(manifest, layout, Wanted(), layout.moving.views(self.memory.bytes))
+            self._views[layout.rows] = _buffers(manifest, layout, Wanted(), layout.per_step.views(self.memory.bytes))
         return self._views[layout.rows]
 
 
 def _buffers(manifest: Manifest, layout: StepLayout, wanted: Wanted, views: Mapping[str, np.ndarray]) -> StepBuffers:
-    """Buffers of one kind of call, those of ``views`` in the place of their own."""
+    """Makes the buffers of one kind of call, with the arrays of ``views`` in place of their own."""
     heads, backbone = manifest.heads, manifest.backbone
     sizes = (heads.num_heads, heads.top_k, backbone.hidden_size, backbone.vocab_size)
     buffers = StepBuffers.allocate(layout.slots, layout.rows, layout.logit_rows, *sizes, manifest.dtype, wanted)

@@ -1,4 +1,4 @@
-"""Weights that an engine takes as inputs: from the bundle's files into device memory, through one pinned buffer."""
+"""Uploads weights that an engine takes as inputs, from the bundle's files into device memory, through one pinned buffer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _ALIGNMENT = 256
 
 
 def upload_weights(cuda: Cuda, stream: Any, bundle: Bundle, weights: Sequence[WeightInput]) -> dict[str, int]:
-    """Device addresses by input name, after all bytes have arrived. One allocation holds them all.
+    """Uploads the weights, waits for them, and returns their device addresses by input name. One allocation holds them all.
 
-    The two halves of the staging buffer take turns: one is read from disk while the other is on its way.
+    The two halves of the staging buffer take turns: one is filled from disk while the other is copied to the device.
 
     Raises:
         BundleIntegrityError: a file is missing or ends before a piece does.
-        DeviceMemoryError: they don't fit.
+        DeviceMemoryError: the weights don't fit on the device.
     """
     offsets: dict[str, int] = {}
     total = 0
@@ -60,7 +60,7 @@ def upload_weights(cuda: Cuda, stream: Any, bundle: Bundle, weights: Sequence[We
 
 
 def _placed(memory: DeviceMemory, offset: int, weight: WeightInput) -> list[tuple[int, WeightPiece]]:
-    """Each piece with its device address."""
+    """Pairs each piece with its device address."""
     placed = []
     for piece in weight.pieces:
         placed.append((memory.address + offset, piece))
