@@ -40,8 +40,8 @@ class Ratio:
 class Evidence:
     """One step of one sequence.
 
-    It emitted ``tokens`` in the time of ``cost`` plain steps. ``tested``: (source, accepted, expected) where candidates were put to
-    the test; sources are the heads by number, then lookup.
+    It emitted ``tokens`` in the time of ``cost`` plain steps. ``tested``: (source, accepted, expected) where candidates were put
+    to the test; sources are the heads by number, then lookup.
     """
 
     tokens: int

@@ -66,7 +66,10 @@ class AdaptiveDrafter:
         return compiled(self._paths[: self.rows - 1], looked_up=bool(self._continuation))
 
     def tested(self, emitted: list[int], cost: float) -> Evidence:
-        """Return how candidates fared in a step that emitted these tokens: each is right behind those before it, drafted or not."""
+        """Return how candidates fared in a step that emitted these tokens.
+
+        Each token is right behind those before it, whether it was drafted or not.
+        """
         tested = []
         for head, ((tokens, chances), token) in enumerate(zip(self._candidates, emitted, strict=False)):
             # Weighted by the promise itself: the line through the origin that fits best.
