@@ -77,8 +77,15 @@ class Session:
             handle.cancel()
 
     def stream(self, prompt: str | None = None, *, speculative: bool = True, **options: Any) -> Iterator[Chunk]:
-        """Generate step by step. Closing the iterator cancels the generation and frees its slot."""
-        handle = self.submit(_request(prompt, speculative, options))
+        """Generate step by step. Closing the iterator cancels the generation and frees its slot.
+
+        Raises:
+            DeployError: when the first chunk is asked for: the request is refused; later: its generation failed.
+        """
+        return self._stream(_request(prompt, speculative, options))
+
+    def _stream(self, request: Request) -> Iterator[Chunk]:
+        handle = self.submit(request)
         try:
             yield from handle.chunks()
         finally:
