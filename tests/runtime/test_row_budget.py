@@ -12,8 +12,9 @@ from hypothesis import given, settings, strategies as st
 
 from medusa_deploy.runtime import Request, SamplingParams
 from medusa_deploy.runtime.drafting.row_budget import _best
-from medusa_deploy.runtime.drafting.step_cost import StepCost
-from support.fake_executor import FakeExecutor, FakeSession, fake_session
+from medusa_deploy.runtime.drafting.step_cost import StepCost, Track
+from medusa_deploy.runtime.executors.step_plan import SlotResult, StepPlan, StepResult
+from support.fake_executor import FakeSession, fake_session
 from support.simulated import Simulation, heads
 from support.tiny import VOCAB
 
@@ -26,10 +27,10 @@ def staircase(rows: int) -> float:
 
 
 def observed(steps: list[tuple[int, bool]], noise: float = 0.0, load: Any = lambda step: 1.0, seed: int = 0) -> StepCost:
-    cost, rng = StepCost(SIZES), np.random.default_rng(seed)
+    cost, track, rng = StepCost(SIZES), Track(), np.random.default_rng(seed)
     for step, (rows, with_heads) in enumerate(steps):
         seconds = (staircase(rows) + 0.08 * with_heads) * load(step) * math.exp(noise * rng.normal())
-        cost.observe(rows, with_heads, 0.03 * seconds)
+        cost.observe(rows, with_heads, 0.03 * seconds, track)
     return cost
 
 
@@ -64,10 +65,10 @@ def test_one_size_alone_says_nothing_about_its_cost() -> None:
 
 
 def test_few_steps_are_spent_on_measuring() -> None:
-    cost, spent = StepCost(SIZES), []
-    while (kind := cost.to_measure()) is not None:
+    cost, track, spent = StepCost(SIZES), Track(), []
+    while (kind := cost.to_measure(track)) is not None:
         spent.append(kind)
-        cost.observe(*kind, 0.01)
+        cost.observe(*kind, 0.01, track)
     assert len(spent) == 12
     assert max(rows for rows, _ in spent) == 8
 
@@ -134,13 +135,17 @@ def test_rows_that_cost_more_than_they_bring_are_not_taken() -> None:
 
 def simulated_times(session: FakeSession, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Step times at random: any size may look like the best one."""
-    rng, step = np.random.default_rng(seed), FakeExecutor.step
+    rng, run = np.random.default_rng(seed), session.executor.run
 
-    def timed(self: FakeExecutor, buffers: Any, wanted: Any) -> None:
-        step(self, buffers, wanted)
-        self.engine_seconds += float(rng.exponential())
+    def timed(plan: StepPlan) -> StepResult:
+        result = run(plan)
+        for found in result.slots:
+            assert isinstance(found, SlotResult)
+            found.seconds = float(rng.exponential())
+            session.executor.engine_seconds += found.seconds
+        return result
 
-    monkeypatch.setattr(FakeExecutor, "step", timed)
+    monkeypatch.setattr(session.executor, "run", timed)
 
 
 @settings(max_examples=40)
