@@ -34,11 +34,10 @@ class Caller:
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
         slots = executor.abilities.slots
-        self.lengths, self.moves = [0] * slots, [()] * slots
+        self.lengths = [0] * slots
+        self.moves: list[tuple[int, ...]] = [()] * slots
         self.roots = [0] * slots
         self.candidates: list[np.ndarray | None] = [None] * slots
-        self.lengths: list[int]
-        self.moves: list[tuple[int, ...]]
 
     def verifies(self, slot: int, tree: Tree, wanted: Wanted = HEADS_WANTED) -> SlotRows:
         """The root and the candidates on ``tree``."""
