@@ -1,4 +1,4 @@
-"""What can run a bundle: one function a backend. Engines are imported inside them."""
+"""Opens bundles on backends: one function for each. An engine's package is imported inside its function."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .files.manifest import cpu_twin
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """The arguments of :func:`.session.load` that backends look at."""
+    """The arguments of :func:`.session.load` that backends read."""
 
     backend: str
     target: str | None = None
@@ -23,10 +23,10 @@ class LoadOptions:
     variant: str | None = None
 
     def refuse(self, *names: str) -> None:
-        """Nothing is ignored in silence.
+        """Refuses options that the backend doesn't take: none is ignored without a word.
 
         Raises:
-            UsageError: one of the options ``names``, which the backend doesn't take, is given.
+            UsageError: one of the options ``names`` is given.
         """
         given = [name for name in names if getattr(self, name) is not None]
         if given:
@@ -35,9 +35,10 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """An executor; whether it can verify trees, and the numbers of rows that its steps have (None: any in the bundle's limit).
+    """An executor and its abilities.
 
-    ``deepest``: how many drafted tokens a step can accept (None: as many as there are heads).
+    ``drafts``: true if it verifies trees. ``step_rows``: the numbers of rows that its steps can have (None: any number within the
+    bundle's limit). ``deepest``: largest number of drafted tokens that a step can accept (None: the number of heads).
     """
 
     executor: Executor
@@ -60,7 +61,7 @@ def _cpu(bundle: Bundle, options: LoadOptions) -> Loaded:
 
 
 def is_cpu(variant: str) -> bool:
-    """Whether a variant is of the CPU provider's own operators: ``cpu``, and what was quantised from it, ``cpu-…``."""
+    """True for variants in the CPU provider's own operators: ``cpu``, and ``cpu-…``, which are quantised from it."""
     return variant == "cpu" or variant.startswith("cpu-")
 
 
@@ -74,7 +75,7 @@ def _cuda(bundle: Bundle, options: LoadOptions) -> Loaded:
 
 
 def ort_model(bundle: Bundle, slots: int, variant: str) -> OrtModel:
-    """What an executor of ONNX Runtime needs to know of one of the bundle's graphs."""
+    """Collects the paths and sizes that an executor of ONNX Runtime needs for one of the bundle's graphs."""
     manifest = bundle.manifest
     backbone, heads = manifest.backbone, manifest.heads
     rows = manifest.limits.cache_rows
@@ -104,4 +105,4 @@ BACKENDS: dict[str, Callable[[Bundle, LoadOptions], Loaded]] = {
     "tensorrt": _tensorrt,
     "tensorrt-rtx": _tensorrt,
 }
-"""By name, as ``load(..., backend=)`` and ``--backend`` take them."""
+"""Name of a backend, as ``load(..., backend=)`` and ``--backend`` take it, to the function that opens a bundle on it."""
