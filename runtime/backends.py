@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .errors import UsageError
-from .executors.executor import CacheLayout, Executor
-from .executors.ort_base import OrtModel
-from .files.bundle import Bundle
 from .files.manifest import cpu_twin
+
+if TYPE_CHECKING:
+    from .executors.executor import Executor
+    from .executors.ort_base import OrtModel
+    from .files.bundle import Bundle
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,9 @@ def _cuda(bundle: Bundle, options: LoadOptions) -> Loaded:
 
 def ort_model(bundle: Bundle, slots: int, variant: str) -> OrtModel:
     """Collects the paths and sizes that an executor of ONNX Runtime needs for one of the bundle's graphs."""
+    from .executors.executor import CacheLayout
+    from .executors.ort_base import OrtModel
+
     manifest = bundle.manifest
     backbone, heads = manifest.backbone, manifest.heads
     rows = manifest.limits.cache_rows

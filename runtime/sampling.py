@@ -10,9 +10,7 @@ Filters keep tokens that tie with the last one kept.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -85,7 +83,11 @@ class SamplingParams:
 
     def resolved(self) -> SamplingParams:
         """Returns the same parameters, with a random seed if mode ``sample`` has none. A request keeps them to its end."""
-        return self if self.seed is not None or self.mode != "sample" else replace(self, seed=secrets.randbits(63))
+        if self.seed is not None or self.mode != "sample":
+            return self
+        import secrets
+
+        return replace(self, seed=secrets.randbits(63))
 
     def validate(self, vocab_size: int) -> None:
         """Refuses values out of range, and values that the mode would ignore.
@@ -220,5 +222,7 @@ def uniform(seed: int, position: int) -> float:
 
     It has 53 bits of BLAKE2b. Rows of a draft need no generator state, and rejected rows consume nothing.
     """
+    import hashlib
+
     digest = hashlib.blake2b(position.to_bytes(8, "little"), key=seed.to_bytes(8, "little"), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53

@@ -1,24 +1,23 @@
 """Opens and writes bundles. A bundle is a folder that deploys by itself.
 
 It is written under a temporary name. Its manifest, written last, and one rename commit it.
+
+Functions import the modules that only they need: opening a bundle needs none of those that write one.
 """
 
 from __future__ import annotations
 
-import fcntl
-import glob
-import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from ..errors import BundleBusyError, BundleError, BundleExistsError, BundleIntegrityError, OutputError
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileRecord, Manifest, parse_manifest
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +33,8 @@ class Bundle:
         Raises:
             BundleIntegrityError: the file is missing, a link, or outside the bundle.
         """
+        from pathlib import PurePosixPath
+
         relative = PurePosixPath(name)
         if relative.is_absolute() or ".." in relative.parts or "\\" in name:
             raise BundleIntegrityError(
@@ -89,6 +90,8 @@ def open_bundle(folder: Path | str, *, check_hashes: bool = True) -> Bundle:
         BundleSchemaError: this program can't use the manifest.
         BundleIntegrityError: a file is missing, truncated or changed.
     """
+    from pathlib import Path
+
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -128,6 +131,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def sha256(path: Path) -> str:
     """Returns the sha256 of a file (hex)."""
+    import hashlib
+
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -161,6 +166,8 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         BundleBusyError: another process holds the lock.
     """
+    import fcntl
+
     if not folder.is_dir():  # open_bundle says what is wrong with it
         yield
         return
@@ -187,6 +194,11 @@ def staged_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
         BundleExistsError: ``output`` exists and ``force`` is false.
         OutputError: the file system refused (full, read-only, no permission).
     """
+    import glob
+    import shutil
+    import tempfile
+    from pathlib import Path
+
     refuse_existing(output, force=force)
     prefix = f".{output.name}.partial-"
     try:
@@ -214,6 +226,8 @@ def write_whole(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> N
     Raises:
         OutputError: the file system refused.
     """
+    import tempfile
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -250,6 +264,8 @@ def _flush(folder: Path) -> None:
 
 
 def _replace(staging: Path, output: Path) -> None:
+    import shutil
+
     staging.chmod(0o755)
     if output.exists():
         # A folder can't be renamed over a full one: move the old one aside, and back if the second rename fails.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,6 +69,8 @@ class HeadSet:
 
     def digest(self) -> str:
         """Identifies the heads: sha256 (hex) over names, types, shapes and bytes of all tensors."""
+        import hashlib
+
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
             tensor = np.ascontiguousarray(self.tensors[name])

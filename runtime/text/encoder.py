@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError
 from ..files.manifest import TextFacts
 from ..request import Message, Request
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class PromptEncoder:
