@@ -12,6 +12,7 @@ HEAVY = (
     "torch onnx onnx_ir onnxscript transformers tensorrt tensorrt_rtx onnxruntime tokenizers minijinja safetensors "
     "starlette uvicorn msgspec hypothesis pytest"
 )
+ON_USE = "_hashlib bz2 fcntl glob hashlib lzma random secrets shutil tempfile"
 _IMPORT = """
 import importlib, sys
 importlib.import_module(sys.argv[1])
@@ -30,6 +31,11 @@ def _loaded_by(module: str, candidates: str) -> list[str]:
 )
 def test_an_import_is_light(module: str) -> None:
     assert _loaded_by(module, HEAVY) == []
+
+
+def test_modules_that_few_calls_need_are_imported_by_those_calls() -> None:
+    """They took a quarter of the time of this import. Decoding needs none of them until it samples."""
+    assert set(_loaded_by("medusa_deploy.runtime", ON_USE)) <= set(_loaded_by("numpy", ON_USE))
 
 
 def test_the_command_line_does_not_import_numpy_either() -> None:
