@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from medusa_deploy.tools.gpu_check import doctor, overhead, runner, worker
+from medusa_deploy.tools.gpu_check.machine import machine_facts
 from medusa_deploy.tools.gpu_check.options import STAGES, Options, command_line, parse
 from medusa_deploy.tools.gpu_check.report import OutOfTimeError, Report
 from medusa_deploy.tools.gpu_check.shapes import SIZES
@@ -34,7 +35,7 @@ def measured(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     options = options_for(out, "--bundle", str(tiny_bundle))
     torch.set_num_threads(1)
     stages = {name: worker.run_stage(name, options).to_json() | {"device": "cpu"} for name in STAGES}
-    return {"machine": runner.machine_facts(), "stages": json.loads(json.dumps(stages))}
+    return {"machine": machine_facts(), "stages": json.loads(json.dumps(stages))}
 
 
 def test_sizes_are_those_that_plan_knows_and_need_no_torch() -> None:
@@ -226,7 +227,7 @@ def test_the_doctor_says_whether_tensorrt_rtx_knows_the_gpu(sm: str, listed: boo
     results: dict[str, Any] = {"torch": {"version": "2", "sm": sm}, "tensorrt_rtx": rtx, "executors": []}
     doctor._say_whether_listed(results)
     stage = {"device": "cuda", "status": "ok", "seconds": 1, "error": None, "skipped": {}, "wrong": {}, "results": results}
-    said = describe_check({"machine": runner.machine_facts(), "stages": {"doctor": stage}})
+    said = describe_check({"machine": machine_facts(), "stages": {"doctor": stage}})
     assert f"{sm} {'is listed' if listed else 'is not listed'}; plans that load here: SM89" in said
 
 

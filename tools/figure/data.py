@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.errors import UsageError
-from .projection import is_gpu_check
+from .reports import is_gpu_check
 
-MAX_REPORT_BYTES = 64 << 20
 _DTYPES = {"float32": "fp32", "float16": "fp16"}
 _SCHEMA = "give reports that medusa-deploy bench --json wrote"
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...runtime.errors import UsageError
+from .canvas import above, frame, picture
+from .reports import is_gpu_check
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,11 +51,6 @@ class ProjectionData:
 
     sizes: tuple[ProjectedSize, ...]
     notes: tuple[str, ...] = ()
-
-
-def is_gpu_check(report: Any) -> bool:
-    """Whether this is what ``gpu_check`` writes, rather than ``bench``."""
-    return isinstance(report, Mapping) and isinstance(report.get("stages"), Mapping)
 
 
 def projection_data(reports: Mapping[Path, Any], labels: Mapping[Path, str] | None = None) -> ProjectionData:
@@ -121,8 +118,6 @@ def describe_projection(data: ProjectionData) -> str:
 
 def draw_projection(data: ProjectionData, kind: str) -> bytes:
     """The figure as a file's bytes; ``kind``: ``svg`` or ``png``."""
-    from .draw import picture
-
     below = [f"{size.name}: {size.settings}" for size in data.sizes] + _below(data)
     width, foot, body, head = max(8.2, 1.1 + 0.95 * sum(len(size.bars) + 0.6 for size in data.sizes)), 0.55, 2.6, 0.82
     foot += 0.17 * len(below)
@@ -134,8 +129,6 @@ def draw_projection(data: ProjectionData, kind: str) -> bytes:
 
 
 def _bars(axes: Axes, data: ProjectionData) -> None:
-    from .draw import above, frame
-
     at, ticks = 0.0, []
     named: dict[str, tuple[Any, str]] = {}
     for size in data.sizes:

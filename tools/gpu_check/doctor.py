@@ -7,9 +7,9 @@ from typing import Any
 
 from ..extras import version
 from .executors import loaded_sessions
+from .machine import gpu_facts
 from .options import Options
 from .report import Report, describe
-from .runner import gpu_facts
 
 PACKAGES = (
     "numpy", "torch", "triton", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "tensorrt-rtx-cu13",

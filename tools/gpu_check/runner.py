@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 from ... import __version__
 from ...runtime.errors import DeployError
 from ..console import say, write_json
-from ..machine import measured_on, memory_bytes
+from .machine import machine_facts
 from .options import Options, command_line, parse
 from .table import describe_check
 
@@ -26,7 +25,6 @@ SCHEMA_VERSION = 1
 _STDERR = 2
 _COMPILED = ".compiled"
 _PROGRAM = ["-m", str(__package__)]
-_QUERY = "name,compute_cap,driver_version,memory.total,clocks.max.sm,clocks.max.memory,power.limit"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,30 +72,6 @@ def check(options: Options) -> dict[str, Any]:
         say(f"{stage}: {entry['status']} after {entry['seconds']:.0f} s")
     shutil.rmtree(options.out / _COMPILED, ignore_errors=True)
     return report
-
-
-def machine_facts() -> dict[str, Any]:
-    """Host and GPU, without any package."""
-    return {
-        **measured_on(),
-        "memory_bytes": memory_bytes()[0],
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "gpu": gpu_facts(),
-    }
-
-
-def gpu_facts() -> list[dict[str, str]]:
-    """What nvidia-smi says of each GPU; nothing where there is no nvidia-smi or it fails."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    command = [program, f"--query-gpu={_QUERY}", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [dict(zip(_QUERY.split(","), (cell.strip() for cell in line.split(",")), strict=False)) for line in said.splitlines()]
 
 
 def _run_apart(stage: str, options: Options) -> dict[str, Any]:

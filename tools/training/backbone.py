@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..verbs.train import TREE_ROWS, measure_heads
+from .hit_rates import TREE_ROWS, measure_heads
 
 if TYPE_CHECKING:
     from ...calibration.training.finetune import FinetuneConfig, StepReport, Tuned

@@ -135,7 +135,7 @@ def _kind(output: Path, *, force: bool) -> str:
 def _reports(results: Sequence[Path], hint: str) -> dict[Path, Any]:
     from ...runtime.errors import UsageError
     from ...runtime.files.json_file import read_json_file
-    from ..figure.data import MAX_REPORT_BYTES
+    from ..figure.reports import MAX_REPORT_BYTES
 
     return {path: read_json_file(path, limit=MAX_REPORT_BYTES, error=UsageError, hint=hint) for path in results}
 

@@ -42,18 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The verb. A plan that doesn't fit ends with 1."""
-    from ..cli import OK, USER_ERROR
     from ..console import emit
     from ..sizing.deployment import GIB, plan_deployment
 
     if args.list:
         emit(tables_text(), tables(), args.json)
-        return OK
+        return 0
     names = ("size", "model", "bundle", "gpu", "precision", "capacity", "batch", "rows", "heads", "num_heads", "head_kind")
     options = {name: getattr(args, name) for name in (*names, "context", "acceptance")}
     plan = plan_deployment(**options, reserve=int(args.reserve * GIB))
     emit(plan_text(plan), {**asdict(plan), "fits": plan.fits}, args.json)
-    return OK if plan.fits else USER_ERROR
+    return 0 if plan.fits else 1
 
 
 def tables() -> dict[str, object]:
