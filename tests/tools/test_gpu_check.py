@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from medusa_deploy.tools.gpu_check import doctor, overhead, runner, worker
+from medusa_deploy.tools.gpu_check import runner, worker
 from medusa_deploy.tools.gpu_check.machine import machine_facts
 from medusa_deploy.tools.gpu_check.options import STAGES, Options, command_line, parse
 from medusa_deploy.tools.gpu_check.report import OutOfTimeError, Report
 from medusa_deploy.tools.gpu_check.shapes import SIZES
+from medusa_deploy.tools.gpu_check.stages import doctor, overhead
 from medusa_deploy.tools.gpu_check.table import describe_check
 from medusa_deploy.tools.sizing.model_sizes import find_preset
 
@@ -189,7 +190,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest
 def test_a_stage_keeps_its_results_and_says_how_it_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any, status: str
 ) -> None:
-    from medusa_deploy.tools.gpu_check import memory
+    from medusa_deploy.tools.gpu_check.stages import memory
 
     def run(options: Options, report: Report) -> None:
         report.put("first", 1)
@@ -207,7 +208,7 @@ def test_a_stage_keeps_its_results_and_says_how_it_ended(
 
 
 def test_a_size_that_fails_does_not_keep_the_next_from_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch_rig = pytest.importorskip("medusa_deploy.tools.gpu_check.torch_rig")
+    rig_module = pytest.importorskip("medusa_deploy.tools.gpu_check.torch_reference.rig")
     done: list[str] = []
 
     def measure(rig: Any, report: Report) -> None:
@@ -215,9 +216,9 @@ def test_a_size_that_fails_does_not_keep_the_next_from_its_turn(tmp_path: Path, 
             raise RuntimeError("CUDA out of memory")
         done.append(rig)
 
-    monkeypatch.setattr(torch_rig, "Rig", lambda size, options: size)
+    monkeypatch.setattr(rig_module, "Rig", lambda size, options: size)
     report = Report(None, 60)
-    torch_rig.each_size(parse(["--out", str(tmp_path), "--device", "cpu", "--sizes", "7b,13b"]), report, measure)
+    rig_module.each_size(parse(["--out", str(tmp_path), "--device", "cpu", "--sizes", "7b,13b"]), report, measure)
     assert done == ["13b"] and report.skipped == {"7b": "RuntimeError: CUDA out of memory"}
 
 

@@ -24,7 +24,7 @@ def run_stage(name: str, options: Options, path: Path | None = None) -> Report:
     report = Report(path, max(options.limit - _RESERVE, options.limit / 2))
     report.save()
     try:
-        stage: Callable[[Options, Report], None] = importlib.import_module(f".{name}", __package__).run
+        stage: Callable[[Options, Report], None] = importlib.import_module(f".stages.{name}", __package__).run
         stage(options, report)
         report.status = "partial" if report.skipped else "ok"
     except OutOfTimeError as error:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .options import Options
-from .report import Report
+from ..options import Options
+from ..report import Report
 
 if TYPE_CHECKING:
-    from .torch_rig import Rig
+    from ..torch_reference.rig import Rig
 
 _ROWS = (1, 16, 64)
 _HOST_ROWS = (1, 64)
@@ -17,7 +17,7 @@ _HOST_ROWS = (1, 64)
 
 def run(options: Options, report: Report) -> None:
     """``results[size]["rows"][rows]``: ms of each part over all layers; ``["host"]``: closed loops with and without waiting."""
-    from .torch_rig import each_size
+    from ..torch_reference.rig import each_size
 
     each_size(options, report, _breakdown)
 
@@ -48,8 +48,8 @@ def _parts(rig: Rig, rows: int, length: int) -> dict[str, float]:
     import torch
     from torch.nn import functional
 
-    from .torch_step import mlp, propose, write
-    from .torch_weights import PROJECTIONS
+    from ..torch_reference.step import mlp, propose, write
+    from ..torch_reference.weights import PROJECTIONS
 
     weights, shapes, repeats = rig.weights, rig.shapes, rig.options.repeats
     step = rig.ways[rig.best_way(rows, length)]

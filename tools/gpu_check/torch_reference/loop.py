@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...runtime.executors.executor import chain_ancestors
-from ...runtime.tree import Tree
-from .torch_step import Inputs, Outputs, TorchStep
-from .torch_weights import Heads
+from ....runtime.executors.executor import chain_ancestors
+from ....runtime.tree import Tree
+from .step import Inputs, Outputs, TorchStep
+from .weights import Heads
 
 
 class Loop:

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime.tree import ROOT_ONLY, Tree
-from ..tree_set import published_choices
-from .options import Options
-from .report import OutOfTimeError, Report, describe
-from .shapes import SIZES
-from .torch_attention import fused_attention, product_attention
-from .torch_clock import Clock
-from .torch_loop import Loop
-from .torch_step import TorchStep, empty_caches
-from .torch_weights import Heads, Weights, random_heads, random_weights
+from ....runtime.tree import ROOT_ONLY, Tree
+from ...tree_set import published_choices
+from ..options import Options
+from ..report import OutOfTimeError, Report, describe
+from ..shapes import SIZES
+from .attention import fused_attention, product_attention
+from .clock import Clock
+from .loop import Loop
+from .step import TorchStep, empty_caches
+from .weights import Heads, Weights, random_heads, random_weights
 
 MARGIN = 4
 """K: heads, and the most drafted tokens that a step accepts."""

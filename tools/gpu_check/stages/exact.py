@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ..console import write_json
-from .executors import loaded_sessions
-from .options import Options
-from .report import Report, describe
+from ...console import write_json
+from ..executors import loaded_sessions
+from ..options import Options
+from ..report import Report, describe
 
 if TYPE_CHECKING:
-    from ...runtime.session import Session
+    from ....runtime.session import Session
 
 EXPECTED = "expected.json"
 _TOKENS = 32
@@ -51,11 +51,11 @@ def run(options: Options, report: Report) -> None:
 
 def _executor(session: Session, cpu: Session | None, expected: dict[str, Any]) -> dict[str, Any]:
     """Greedy plain decoding against the expected tokens, and trees against plain decoding, on one executor."""
-    from ...runtime.tree import ROOT_ONLY
-    from ..measure.comparison import Comparison, Tally
-    from ..measure.near_tie import tolerance_of
-    from ..tree_set import trees_for
-    from ..verbs.verify import verify
+    from ....runtime.tree import ROOT_ONLY
+    from ...measure.comparison import Comparison, Tally
+    from ...measure.near_tie import tolerance_of
+    from ...tree_set import trees_for
+    from ...verbs.verify import verify
 
     prompts, count = expected["prompts"], expected["max_new_tokens"]
     comparison, tally = Comparison(session, tolerance_of(session)), Tally()
@@ -91,7 +91,7 @@ class _CpuLogits:
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         """Of the token after ``tokens``, float32 [V]."""
-        from ..measure.probe import Probe
+        from ...measure.probe import Probe
 
         with Probe(self.session) as probe:
             return probe.prefill(tokens)
@@ -99,8 +99,8 @@ class _CpuLogits:
 
 def _brought(options: Options) -> dict[str, Any] | None:
     """Tokens that came with the bundle, made by the CPU executor where the bundle comes from."""
-    from ...runtime.errors import PromptFileError
-    from ...runtime.files.json_file import read_json_file
+    from ....runtime.errors import PromptFileError
+    from ....runtime.files.json_file import read_json_file
 
     path: Path | None = options.expected
     if path is None and options.bundle is not None and (options.bundle / EXPECTED).is_file():
@@ -140,12 +140,12 @@ def _torch(options: Options, report: Report) -> dict[str, Any]:
 def _torch_ways(options: Options, report: Report) -> dict[str, Any]:
     import torch
 
-    from .shapes import SIZES
-    from .torch_clock import Clock
-    from .torch_loop import Loop, generate
-    from .torch_rig import MARGIN, published_tree, ways_of
-    from .torch_step import TorchStep, empty_caches
-    from .torch_weights import PROJECTIONS, moved, random_heads, random_weights
+    from ..shapes import SIZES
+    from ..torch_reference.clock import Clock
+    from ..torch_reference.loop import Loop, generate
+    from ..torch_reference.rig import MARGIN, published_tree, ways_of
+    from ..torch_reference.step import TorchStep, empty_caches
+    from ..torch_reference.weights import PROJECTIONS, moved, random_heads, random_weights
 
     prompt, count, visible = list(range(1, 20)), 64, 192
     weights = random_weights(SIZES["tiny"], "cpu", torch.float32, std=0.15)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .options import Options
-from .report import Report
+from ..options import Options
+from ..report import Report
 
 if TYPE_CHECKING:
-    from .torch_rig import Rig
+    from ..torch_reference.rig import Rig
 
 
 def run(options: Options, report: Report) -> None:
     """``results[size]["lengths"][length][rows]`` and ``results["executors"][backend]``."""
     if options.bundle is not None:
         _executors(options, report)
-    from .torch_rig import each_size
+    from ..torch_reference.rig import each_size
 
     each_size(options, report, _curve)
 
@@ -35,8 +35,8 @@ def _curve(rig: Rig, report: Report) -> None:
 
 
 def _executors(options: Options, report: Report) -> None:
-    from ..measure.row_sweep import row_sweep
-    from .executors import loaded_sessions
+    from ...measure.row_sweep import row_sweep
+    from ..executors import loaded_sessions
 
     found: dict[str, Any] = {}
     for backend, session in loaded_sessions(options, report):

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .options import Options
-from .report import Report
+from ..options import Options
+from ..report import Report
 
 if TYPE_CHECKING:
-    from .torch_rig import Rig
+    from ..torch_reference.rig import Rig
 
 CAPACITY = 4096
 
 
 def run(options: Options, report: Report) -> None:
     """``results[size]``; sizes of tensors are exact, ``step_bytes`` is what the allocator's peak rose by, on a GPU."""
-    from .torch_rig import each_size
+    from ..torch_reference.rig import each_size
 
     each_size(options, report, _memory)
 
 
 def _memory(rig: Rig, report: Report) -> None:
-    from .torch_rig import MARGIN
-    from .torch_weights import PROJECTIONS, random_heads
+    from ..torch_reference.rig import MARGIN
+    from ..torch_reference.weights import PROJECTIONS, random_heads
 
     layers = [getattr(layer, name) for layer in rig.weights.layers for name in layer.__dataclass_fields__]
     tensors = [*layers, rig.weights.embedding, rig.weights.projection, rig.weights.norm]

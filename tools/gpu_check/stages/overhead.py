@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .options import Options
-from .report import Report
+from ..options import Options
+from ..report import Report
 
 if TYPE_CHECKING:
-    from .torch_rig import Rig
+    from ..torch_reference.rig import Rig
 
 SOURCE = "arXiv 2401.10774, Medusa-2 on Vicuna, tree of 64 rows, measured by its authors on an A100"
 PUBLISHED = {"7b": 3.47, "13b": 3.51}
@@ -19,13 +19,13 @@ _FEWEST_ROWS = 8
 
 def run(options: Options, report: Report) -> None:
     """``results[size]``: plain ms, and ms and ratio of each projection and number of rows; a labelled projection apart."""
-    from .torch_rig import each_size
+    from ..torch_reference.rig import each_size
 
     each_size(options, report, _overhead)
 
 
 def _overhead(rig: Rig, report: Report) -> None:
-    from .torch_weights import PROJECTIONS
+    from ..torch_reference.weights import PROJECTIONS
 
     length = rig.shapes.lengths[0]
     plain = rig.time_step(1, length)

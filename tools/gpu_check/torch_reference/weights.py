@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime.errors import UsageError
-from ...runtime.files.heads import HeadSet
-from .shapes import Shapes
+from ....runtime.errors import UsageError
+from ....runtime.files.heads import HeadSet
+from ..shapes import Shapes
 
 PROJECTIONS = ("shared", "own", "pruned")
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .torch_attention import Attend, fused_attention
-from .torch_weights import Heads, Weights
+from .attention import Attend, fused_attention
+from .weights import Heads, Weights
 
 HIDDEN_BIAS = -65504.0
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -49,7 +49,7 @@ class Outputs:
 class TorchStep:
     """A backbone and its caches (key and value of layer 0, then of layer 1 …), which :meth:`run` updates in place.
 
-    ``attend``: one of :mod:`.torch_attention`. ``wrap`` may compile the parts between attentions.
+    ``attend``: one of :mod:`.attention`. ``wrap`` may compile the parts between attentions.
     """
 
     def __init__(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ..extras import version
-from .executors import loaded_sessions
-from .machine import gpu_facts
-from .options import Options
-from .report import Report, describe
+from ...extras import version
+from ..executors import loaded_sessions
+from ..machine import gpu_facts
+from ..options import Options
+from ..report import Report, describe
 
 PACKAGES = (
     "numpy", "torch", "triton", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "tensorrt-rtx-cu13",

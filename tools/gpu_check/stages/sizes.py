@@ -5,20 +5,20 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from .options import Options
-from .report import Report
+from ..options import Options
+from ..report import Report
 
 if TYPE_CHECKING:
-    from .torch_loop import Loop
-    from .torch_rig import Rig
+    from ..torch_reference.loop import Loop
+    from ..torch_reference.rig import Rig
 
 STEPS = 32
 
 
 def run(options: Options, report: Report) -> None:
     """``results["bandwidth"]`` and ``results[size]["lengths"][length]``."""
-    from .torch_clock import Clock
-    from .torch_rig import each_size
+    from ..torch_reference.clock import Clock
+    from ..torch_reference.rig import each_size
 
     bandwidth = Clock(options.device).bandwidth()
     report.put("bandwidth", bandwidth)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...runtime.errors import DeviceError
+from ....runtime.errors import DeviceError
 
 _WARMUPS = 3
 Work = Callable[[], Any]
