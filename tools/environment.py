@@ -42,6 +42,11 @@ def variant(session: Session) -> str | None:
     return next((name for name, path in graphs if session.bundle.folder / path == step), None)
 
 
+def rounds_activations(session: Session) -> bool:
+    """Tell whether the session runs a quantised variant, whose products round what they read to 8 bits."""
+    return variant(session) in session.manifest.provenance.get("quantised", {})
+
+
 def plain_step_bytes(manifest: Manifest, variant: str | None = None) -> int | None:
     """Bytes of weights that a plain step of a variant for the CPU reads, as its export knew; None where none is on record.
 

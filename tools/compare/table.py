@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..console import human_bytes, table
-from ..measure.comparison import describe_divergence
+from ..exactness.first_divergence import describe_divergence
 
 _MOST_DIVERGENCES = 3
 _TEXTS = {"answers": "A's answers", "prose": "held-out prose"}

@@ -33,7 +33,7 @@ def demo(root: Path, *, heads: Path | None = None, output: Path | None = None, s
     """
     from ...runtime.session import load
     from ..console import Progress
-    from ..demo_bundle import HEADS, INT8, ensure_bundle, ensure_int8
+    from ..making.demo_bundle import HEADS, INT8, ensure_bundle, ensure_int8
 
     with Progress("setting up") as bar:
         bundle = ensure_bundle(root / "build", heads or root / HEADS, bar)
@@ -50,9 +50,10 @@ def show(session: Session, lines: Sequence[PromptLine], output: Path, screen: Te
     """Answer each prompt plainly and with Medusa, live; then bench and verify them, print and write the reports."""
     from ..console import Progress, write_json
     from ..environment import environment
+    from ..exactness.verify import describe as describe_verify, verify
+    from ..measure.bench import bench
+    from ..measure.bench_report import describe as describe_bench
     from ..tree_set import trees_for
-    from .bench import bench, describe as describe_bench
-    from .verify import describe as describe_verify, verify
 
     colour = screen.isatty() and "NO_COLOR" not in os.environ
     for line in lines:

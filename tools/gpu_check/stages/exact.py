@@ -52,18 +52,18 @@ def run(options: Options, report: Report) -> None:
 def _executor(session: Session, cpu: Session | None, expected: dict[str, Any]) -> dict[str, Any]:
     """Greedy plain decoding against the expected tokens, and trees against plain decoding, on one executor."""
     from ....runtime.tree import ROOT_ONLY
-    from ...measure.comparison import Comparison, Tally
-    from ...measure.near_tie import tolerance_of
+    from ...exactness.first_divergence import DivergenceFinder, Tally
+    from ...exactness.rounding import tolerance_of
+    from ...exactness.verify import verify
     from ...tree_set import trees_for
-    from ...verbs.verify import verify
 
     prompts, count = expected["prompts"], expected["max_new_tokens"]
-    comparison, tally = Comparison(session, tolerance_of(session)), Tally()
+    finder, tally = DivergenceFinder(session, tolerance_of(session)), Tally()
     # The CPU's logits, where it can give them, say how far a different order of summation may lead.
     source: Any = ROOT_ONLY if cpu is None or cpu is session else _CpuLogits(cpu)
     for index, prompt in enumerate(prompts):
         run = session.generate(token_ids=prompt, max_new_tokens=count, ignore_eos=True, speculative=False)
-        comparison.add(tally, index, prompt, expected["tokens"][index], run.token_ids, None, source)
+        finder.add(tally, index, prompt, expected["tokens"][index], run.token_ids, None, source)
     trees = trees_for(session.manifest, ["chain", "published"]).trees
     trees = {name: tree for name, tree in trees.items() if tree.rows <= session.manifest.limits.max_rows}
     against_plain = verify(session, prompts, trees=trees, best_rows=True, max_new_tokens=count)

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from ...runtime.session import Session
-from ..measure.comparison import Comparison, Tally, first_divergence
-from ..measure.near_tie import tolerance_of
+from ..exactness.first_divergence import DivergenceFinder, Tally, first_divergence
+from ..exactness.rounding import tolerance_of
+from ..measure.bench import ways_of
+from ..measure.bench_report import summarise
 from ..measure.timed_run import TimedRun, Way, timed_run
-from ..verbs.bench import summarise, ways_of
 
 _WARMUP_TOKENS = 16
 _EXAMPLES = 4
@@ -91,10 +92,10 @@ def _fixed_rows(side: Decoded, index: int, prompt: list[int], way: Way, max_new_
     run = session.generate(token_ids=prompt, max_new_tokens=max_new_tokens, **way.options)
     side.exact[FIXED_ROWS].count(run.stats)
     side.accepted.append(run.stats.accepted)
-    comparison = Comparison(session, tolerance_of(session) if tolerance is None else tolerance)
+    finder = DivergenceFinder(session, tolerance_of(session) if tolerance is None else tolerance)
     plain = side.runs[PLAIN][index].tokens
     for name, tokens in ((FIXED_ROWS, run.token_ids), (MEDUSA, side.runs[MEDUSA][index].tokens)):
-        comparison.add(side.exact[name], index, prompt, plain, tokens, None, session.tree)
+        finder.add(side.exact[name], index, prompt, plain, tokens, None, session.tree)
 
 
 def acceptance(a: Decoded, b: Decoded) -> dict[str, Any]:

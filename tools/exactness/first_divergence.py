@@ -11,9 +11,9 @@ from ...runtime.loop.sequence import Stats
 from ...runtime.sampling import SamplingParams
 from ...runtime.session import Session
 from ...runtime.tree import Tree
-from .near_tie import Evidence, judge_argmax, judge_draw
-from .probe import Probe
+from ..measure.probe import Probe
 from .reference import Reference
+from .rounding import Evidence, judge_argmax, judge_draw
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class DivergenceFinder:
     """Finds first divergences and gathers the evidence about them."""
 
     session: Session

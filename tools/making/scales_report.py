@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from statistics import fmean
 
-from ..runtime.files.scales_file import GRIDS, Scales
-from .console import table
+from ...runtime.files.scales_file import GRIDS, Scales
+from ..console import table
 
 
 def worst(scales: Scales, count: int = 10) -> list[dict[str, object]]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...runtime.sampling import SamplingParams, scores, uniform, weights
 from ...runtime.session import Session
-from ..environment import variant
+from ..environment import rounds_activations
 
 TOLERANCE = {"float32": 1e-4, "float16": 3e-2, "int8": 1e-1}
 """Largest noise that rounding may cause, as a share of the largest logit (of the whole mass, for a draw).
@@ -26,11 +26,6 @@ decides now and then which of two codes a value gets: a difference of 1e-7 becom
 
 REACH = 2.0
 """A gap between two values can close when each of them moves by the noise."""
-
-
-def rounds_activations(session: Session) -> bool:
-    """Whether a session runs a quantised variant."""
-    return variant(session) in session.manifest.provenance.get("quantised", {})
 
 
 def tolerance_of(session: Session) -> float:

@@ -25,8 +25,8 @@ def ensure_bundle(build: Path, heads: Path, report: Callable[[str], None] = lamb
         HeadsError: no such heads.
         DownloadError, CheckpointError, OutputError: the model can't be fetched, read or written.
     """
-    from ..runtime.errors import HeadsError
-    from .console import write_json
+    from ...runtime.errors import HeadsError
+    from ..console import write_json
 
     if not heads.is_dir():
         raise HeadsError(f"no heads at {heads}", hint="run the demo in a clone of the repository, or give --heads FOLDER")
@@ -34,8 +34,8 @@ def ensure_bundle(build: Path, heads: Path, report: Callable[[str], None] = lamb
     recipe = _recipe(heads)
     if _made_by(bundle, stamp) == recipe:
         return bundle
-    from ..export.exporter import export_bundle
-    from .verbs.prepare import prepare_smollm2
+    from ...export.exporter import export_bundle
+    from .smollm2 import prepare_smollm2
 
     if not (model / "config.json").is_file():
         prepare_smollm2(model, report=report)
@@ -49,12 +49,12 @@ def ensure_int8(build: Path, bundle: Path) -> None:
     """Add the variant of 8-bit weights to the bundle, unless it has one, with scales that are measured now.
 
     Raises:
-        CalibrationError, QuantisationError, OutputError: see :func:`.calibrate.calibrate` and :func:`.engine_weights.quantise`.
+        CalibrationError, QuantisationError, OutputError: see :func:`.scales.calibrate` and :func:`.variant.quantise`.
     """
-    from ..runtime.files.bundle import open_bundle
-    from .console import write_json
-    from .verbs.calibrate import calibrate
-    from .verbs.quantise import quantise
+    from ...runtime.files.bundle import open_bundle
+    from ..console import write_json
+    from .scales import calibrate
+    from .variant import quantise
 
     if INT8 in open_bundle(bundle, check_hashes=False).manifest.variants:
         return
@@ -76,7 +76,7 @@ def _made_by(bundle: Path, stamp: Path) -> str | None:
 
 def _recipe(heads: Path) -> str:
     """Digest of what decides the bundle's contents: heads, version, the sources of export and of the formats it writes."""
-    from .. import __version__, export, runtime
+    from ... import __version__, export, runtime
 
     digest = hashlib.sha256(f"{__version__} {BATCH}".encode())
     export_folder, runtime_folder = (Path(str(package.__file__)).parent for package in (export, runtime))
