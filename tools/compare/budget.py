@@ -10,9 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class QualityBudget:
-    """What B may lose against A: perplexity may rise by so many percent, and mean acceptance length fall to this share.
+    """The most that B may lose against A.
 
-    A divergence of B's speculative from its plain decoding that rounding doesn't explain is never within it.
+    Perplexity may rise by ``max_perplexity_increase`` percent. Mean acceptance length may fall to the share
+    ``min_acceptance_ratio``. A divergence of B's speculative from its plain decoding must be explained by rounding.
     """
 
     max_perplexity_increase: float = 2.0
@@ -20,7 +21,10 @@ class QualityBudget:
 
 
 def judge(report: Mapping[str, Any], budget: QualityBudget) -> dict[str, Any]:
-    """Whether a report is within a budget, check by check. Perplexity is that of answers or of prose, whichever rose more."""
+    """Check a report against a budget, item by item.
+
+    The perplexity is that of the answers or of the prose, whichever rose more.
+    """
     read = [report[name] for name in ("answers", "prose") if report[name] is not None]
     increases = [part["perplexity"]["increase_percent"] for part in read]
     increase = max(increases, key=lambda found: (math.isnan(found), found))

@@ -37,9 +37,10 @@ def compare(
 ) -> dict[str, Any]:
     """Measure ``b`` against ``a``: two sessions of the CPU with one vocabulary.
 
-    Both answer the prompts greedily, up to ``max_new_tokens`` or the end of the sequence; A's answers and the ``prose`` are then
-    read by both. ``rows``: of the steps whose acceptance is counted (None: as many as A's tree has, as far as both take them).
-    ``tolerance``: as in ``verify``. ``threads``: of the engines that compute layers. The report's keys are in docs/compare.md.
+    Both sides answer the prompts greedily, up to ``max_new_tokens`` or the end of the sequence. Then both read A's answers and
+    the ``prose``. Acceptance is counted in steps of ``rows`` rows; None takes as many as A's tree has, as far as both sides
+    take them. ``tolerance`` is that of ``verify``. Engines that compute layers use ``threads``. docs/compare.md lists the
+    report's keys.
 
     Raises:
         VocabularyMismatchError: tokens of the one aren't those of the other.
@@ -53,7 +54,7 @@ def compare(
     bar = progress or _silent()
     bar.phase("decoding", len(prompts) * len(sessions) * TURNS)
     sides = take_turns(sessions, prompts, rows=rows, max_new_tokens=max_new_tokens, tolerance=tolerance, progress=bar.update)
-    speed = _speed(sides)  # which refuses prompts that nothing was answered to
+    speed = _speed(sides)  # refuses prompts without an answer
     pairs = list(zip(prompts, sides["a"].answers, strict=True))
     bar.phase("reading answers with heads", len(pairs) * len(sessions))
     hits = paired_hits(sessions, pairs, bar.update)
@@ -61,7 +62,7 @@ def compare(
     most = min(session.manifest.limits.capacity for session in sessions.values())
     pieces = [(text[start : start + most], 1) for text in prose for start in range(0, len(text), most)]
     agreements = {}
-    # A variant that quantises activations as it runs predicts otherwise in larger steps: answers are read as they are decoded.
+    # Where activations are quantised as a graph runs, larger steps predict otherwise: answers are read row by row, as decoded.
     for name, part, most_rows in (("answers", texts, 1), ("prose", pieces, _PROSE_ROWS)):
         bar.phase(f"reading {name}", len(part))
         agreement = Agreement(a, b, most_rows)
@@ -87,7 +88,7 @@ def compare(
 
 
 def _check(sessions: Mapping[str, Session], prompts: Sequence[list[int]], max_new_tokens: int, rows: int | None) -> int:
-    """Refuse before the first step what would fail later; the number of rows to count acceptance with."""
+    """Refuse before the first step what would fail later. Returns the number of rows to count acceptance with."""
     vocabularies = [session.manifest.backbone.vocab_size for session in sessions.values()]
     tokenizers = [
         session.manifest.files[session.manifest.text.tokenizer].sha256
@@ -112,12 +113,11 @@ def _check(sessions: Mapping[str, Session], prompts: Sequence[list[int]], max_ne
 
 def _silent() -> Progress:
 
-
     return Progress("compare", stream=io.StringIO())
 
 
 def _speed(sides: Mapping[str, Decoded]) -> dict[str, Any]:
-    """Of both, and B's rates as a share of A's."""
+    """Rates of both sides, and B's as a share of A's."""
     each = {name: side.speed() for name, side in sides.items()}
     ratios = {f"{way}_ratio": each["b"][way]["tokens_per_s"] / each["a"][way]["tokens_per_s"] for way in ("plain", "medusa")}
     return {**each, **ratios}

@@ -1,1 +1,1 @@
-"""Holds decoding to be exact: where two runs of one bundle first differ, and whether rounding explains it."""
+"""Holds decoding to be exact: finds where two runs of one bundle first differ, and tells rounding from errors."""

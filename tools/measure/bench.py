@@ -36,17 +36,23 @@ def bench(
 ) -> dict[str, Any]:
     """Decode every prompt in several ways, ``repeats`` times: greedily, or sampled at a ``temperature`` with one ``seed``.
 
-    ``plain``; ``medusa``, as sessions draft by default, with ``rows`` rows a step (None: as many as pay, in each step);
-    ``heads_only``, the same without prompt lookup; ``rows_N`` for each of ``fixed_rows``: N rows in every step; with a ``tree``,
-    ``fixed_tree``: these rows in every step; where tokens are sampled, ``typical``: Medusa's lossy acceptance. Where steps run
-    ahead of the host and no ``rows`` are given, ``medusa`` is the bundle's tree, as sessions draft there, and ``best_rows`` what
-    ``medusa`` is elsewhere. ``rows`` in the report is the mean over steps, ``rows_histogram`` says how many steps had 0, 1, 2 …
-    rows, ``plain_steps`` and ``probes`` are counted as in :class:`..runtime.sequence.Stats`, whose ``trust`` and ``costs`` stand
-    there as the last run left them.
-    The ways follow each other on each prompt and take turns in going first, so that what else the machine does hits them all.
-    Rates are of decoding: tokens after the first, over the wall time of the steps. A prompt's time is the median of its repeats;
-    a way's rate is all prompts' tokens over all prompts' time, and ``speedup`` the ratio of two such rates. ``median_speedup`` is
-    the median of the prompts' own ratios: text that repeats itself raises the first more than the second.
+        plain       one row a step, no heads
+        medusa      as sessions draft by default, with ``rows`` rows a step (None: as many as pay, in each step)
+        heads_only  the same without prompt lookup
+        rows_N      N rows in every step, for each N of ``fixed_rows``
+        fixed_tree  the rows of ``tree`` in every step, if it is given
+        typical     Medusa's lossy acceptance, if tokens are sampled
+
+    Where steps run ahead of the host and no ``rows`` are given, ``medusa`` is the bundle's tree, as sessions draft there, and
+    ``best_rows`` is what ``medusa`` is elsewhere.
+
+    The ways follow each other on each prompt and take turns in going first, so that other work of the machine hits them all.
+    Rates are of decoding: tokens after the first, over the wall time of the steps. A prompt's time is the median of its
+    repeats. A way's rate is all prompts' tokens over all prompts' time, and ``speedup`` is the ratio of two such rates.
+    ``median_speedup`` is the median of the prompts' own ratios: text that repeats itself raises the first more than the second.
+
+    In the report ``rows`` is the mean over steps, and ``rows_histogram`` counts the steps with 0, 1, 2 … rows. ``plain_steps``
+    and ``probes`` are counted as in the session's ``Stats``; ``trust`` and ``costs`` are those of the last run.
     ``progress(done, note)`` follows each of the prompts × repeats × ways runs.
 
     Raises:
@@ -89,7 +95,7 @@ def ways_of(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> dict[str, Way]:
-    """The ways that :func:`bench` compares, by name."""
+    """Ways that :func:`bench` compares, by name."""
     best, heads_only = (Way(rows=rows, lookup=lookup) for lookup in (True, False))
     ways = {"plain": Way(ROOT_ONLY), "medusa": best, "heads_only": heads_only}
     if rows is None and isinstance(session.executor, AheadExecutor):
@@ -102,7 +108,7 @@ def ways_of(
 
 
 def _sampled(ways: Mapping[str, Way], temperature: float, seed: int) -> dict[str, Way]:
-    """The ways at a temperature, where equal seeds give equal text, and typical acceptance, where they don't."""
+    """The ways at a temperature, where equal seeds give equal text; and typical acceptance, where they don't."""
     sampled = SamplingParams("sample", temperature=temperature, seed=seed)
     typical = Way(lookup=True, params=SamplingParams("typical", temperature=temperature))
     return {**{name: replace(way, params=sampled) for name, way in ways.items()}, "typical": typical}

@@ -24,7 +24,7 @@ _LOSSY = ("typical",)
 
 
 def summarise(runs: Mapping[str, Sequence[Sequence[TimedRun]]]) -> dict[str, Any]:
-    """The report of the runs [prompt][repeat] of each way; ``plain`` and ``medusa`` are among them.
+    """Summarise the runs [prompt][repeat] of each way; ``plain`` and ``medusa`` are among them.
 
     Raises:
         UsageError: no prompt led to a decode step.
@@ -66,7 +66,7 @@ def _acceptance(runs: Sequence[Sequence[TimedRun]]) -> dict[str, Any]:
 
 
 def _choice(runs: Sequence[Sequence[TimedRun]]) -> dict[str, Any]:
-    """How many rows the steps had; and why, where that was chosen."""
+    """Numbers of rows that the steps had, and the reasons where they were chosen."""
     flat = [run for repeats in runs for run in repeats if run.choice]
     if not flat:
         return {}
@@ -95,7 +95,7 @@ def _one_prompt(runs: Mapping[str, Sequence[TimedRun]]) -> dict[str, Any]:
 
 
 def _side(runs: Sequence[Sequence[TimedRun]]) -> dict[str, Any]:
-    """One way's numbers; ``host_fraction`` is the share of the decoding wall time that the engine didn't take."""
+    """Numbers of one way. ``host_fraction`` is the share of the decoding wall time that the engine didn't take."""
     flat = [run for repeats in runs for run in repeats]
     decoding = sum(median(run.decode_seconds for run in repeats) for repeats in runs)
     prefill = sum(median(run.prefill_seconds for run in repeats) for repeats in runs)
@@ -111,7 +111,7 @@ def _side(runs: Sequence[Sequence[TimedRun]]) -> dict[str, Any]:
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """The report for a person, headline first."""
+    """Write the report for a person, headline first."""
     plain, medusa, equal = report["plain"], report["medusa"], report["equal"]
     how = f", sampled at temperature {report['temperature']:g}" if "temperature" in report else ""
     headline = (
@@ -147,7 +147,7 @@ def describe(report: Mapping[str, Any]) -> str:
 
 
 def _row(title: str, side: Mapping[str, Any]) -> list[Any]:
-    """One way's line; plain decoding is what the others are measured by."""
+    """One way's line. Plain decoding is the measure of the others."""
     speedup, overhead, length = side.get("speedup", 1.0), side.get("overhead", 1.0), side.get("mean_acceptance_length", 1.0)
     times = [f"{side['ms_per_step']:.2f}", f"{overhead:.2f}×", f"{side['host_fraction']:.1%}"]
     return [title, f"{side['tokens_per_s']:.1f}", f"{speedup:.2f}×", f"{length:.2f}", f"{side.get('rows', 1):.1f}", *times]

@@ -16,18 +16,19 @@ _Grown = tuple[float, tuple[RankPath, ...]]
 
 
 def best_trees(rates: np.ndarray, most_rows: int) -> list[tuple[Tree, float]]:
-    """For 1 … ``most_rows`` rows: the tree with the most expected tokens a step, and that number.
+    """Find, for 1 … ``most_rows`` rows, the tree with the most expected tokens a step. Returns it with that number.
 
-    Heads count as right independently of each other. The construction is dynamic programming as in Sequoia (arXiv 2402.12374,
-    section 3), with a table for each head instead of one for all depths.
-    ``rates`` float64 [K, k]: how often rank r of head h is right. A path counts with the product of its ranks'
-    rates, which may be in any order. A tree has fewer rows where the heads have no more paths.
+    Heads count as right independently of each other: a path counts with the product of its ranks' rates. The construction is
+    dynamic programming as in Sequoia (arXiv 2402.12374, section 3), with a table for each head instead of one for all depths.
+
+    ``rates`` float64 [K, k] say how often rank r of head h is right; they may be in any order. A tree has fewer rows where the
+    heads have no more paths.
     """
     heads, ranks = rates.shape
-    # below[n]: (value, paths) of the best n rows, their own root included, whose root is at the depth after this one.
+    # below[n]: (value, paths) of the best n rows, root included; that root is one depth below this head.
     below: list[_Grown] = [(0.0, ()), *((1.0, ()) for _ in range(most_rows))]
     for head in reversed(range(heads)):
-        # forest[m]: the best at most m rows whose topmost are this head's candidates of the ranks looked at so far.
+        # forest[m]: the best m rows or fewer; their topmost are this head's candidates of the ranks seen so far.
         forest: list[_Grown] = [(0.0, ())] * most_rows
         for rank in reversed(range(ranks)):
             rate = float(rates[head, rank])
@@ -44,11 +45,12 @@ def best_trees(rates: np.ndarray, most_rows: int) -> list[tuple[Tree, float]]:
 
 
 def search(table: HitTable, times: Mapping[int, float], rows: int | None = None) -> dict[str, Any]:
-    """The best tree of every size, and the size with the largest expected speed-up over one row; ``rows`` forces it.
+    """Find the best tree of every size, and the size with the largest expected speed-up over one row; ``rows`` forces it.
 
-    ``times``: ms a step by rows, 1 among them. Trees are of the counted paths; ``independent`` is what dynamic programming over
-    the rates by head and rank expects of its own tree, as if heads were right independently of each other. ``expected_by``:
-    ``replay`` where expected lengths are of decoding what was counted, ``rates`` where they are averages over all positions.
+    ``times`` are ms a step by rows, 1 among them. Trees are of the counted paths. ``independent`` is what dynamic programming
+    over the rates by head and rank expects of its own tree, as if heads were right independently of each other. ``expected_by``
+    is ``replay`` where expected lengths come from decoding what was counted, and ``rates`` where they are averages over all
+    positions.
 
     Raises:
         UsageError: no size to choose by, or more rows than there are paths for.

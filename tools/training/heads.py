@@ -30,8 +30,8 @@ def train(
 ) -> dict[str, Any]:
     """Train heads into ``output`` and return the report that is stored with them.
 
-    ``chosen``: fields of :class:`..calibration.train.TrainConfig` that aren't as usual. ``start``: heads to go on from, whose
-    form isn't chosen again.
+    ``chosen`` holds the fields of ``TrainConfig`` that differ from the defaults. ``start`` are heads to go on from; they bring
+    their form.
 
     Raises:
         TrainingError: no data, a work folder of another run, or ``start`` has another form than what was chosen, or an adapter.
@@ -74,7 +74,7 @@ def train(
 
 
 def _start(heads: Path | None, chosen: Mapping[str, Any]) -> tuple[HeadSet | None, TrainConfig]:
-    """Heads to go on from, and the config: their form, if there are any, and what was chosen."""
+    """Read the heads to go on from, if there are any, and make the config of their form and what was chosen."""
     from ...calibration.training.train import TrainConfig
     from ...export.heads.layouts import read_heads
     from ...runtime.errors import TrainingError

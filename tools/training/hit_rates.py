@@ -18,9 +18,9 @@ _RATED_PATHS = 128
 def measure_heads(
     heads: HeadSet, answers: Mapping[str, Path], backbone: Any, tree_rows: int, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Hit rates on each folder of answers; paths, scaling and tree from those called ``heldout``.
+    """Measure hit rates on each folder of answers. Paths, scaling and tree come from the one called ``heldout``.
 
-    ``backbone``: the module whose embeddings the heads use.
+    ``backbone`` is the module whose embeddings the heads use.
     """
     from ...calibration.hit_rates import find_hits, platt_scaling
     from ...calibration.training.examples import load_examples
@@ -45,7 +45,7 @@ def measure_heads(
 
 
 def hit_rate_table(rates: dict[str, list[list[float]]]) -> str:
-    """Top-1 and top-5 hit rate of each head, on held-out answers and, where they were counted, on training answers."""
+    """Table of each head's top-1 and top-5 hit rate: on held-out answers, and on training answers where they were counted."""
     from ..console import table
 
     parts = [part for part in ("train", "heldout") if part in rates]

@@ -14,7 +14,7 @@ HELP = "measure plain against Medusa decoding, interleaved"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Declare the verb's options."""
     from ..console import add_json_argument, non_negative, positive_int, positive_ints
     from ..engine_options import add_engine_arguments
     from ..prompt_source import add_prompt_arguments
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Bench and print; 1 when the ways of decoding emitted different tokens, and the graph isn't one that rounds to 8 bits."""
+    """Bench and print. Returns 1 when the ways of decoding emitted different tokens, unless the graph rounds to 8 bits."""
     from ..console import Progress, emit
     from ..engine_options import load_session
     from ..environment import environment
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tree(manifest: Manifest, name: str | None, seed: int) -> tuple[Tree | None, str]:
-    """The tree asked for, and what was cut from it to fit."""
+    """Read the tree asked for, and say what was cut from it to fit."""
     from ..tree_set import trees_for
 
     if name is None:

@@ -1,4 +1,4 @@
-"""``medusa-deploy calibrate``: what int8 needs to know of a bundle's activations and weights, measured while it answers."""
+"""``medusa-deploy calibrate``: int8 scales from a bundle's activations and weights, measured while it answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ METHODS = ("max", "percentile", "mse", "entropy")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Declare the verb's options."""
     from ..console import add_json_argument, positive_int
 
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")

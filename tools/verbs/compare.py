@@ -1,4 +1,4 @@
-"""``medusa-deploy compare``: what a variant, a quantised one for instance, lost against a reference, and what it won."""
+"""``medusa-deploy compare``: what a variant, a quantised one for instance, loses against a reference, and what it wins."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HELP = "quality and speed of one bundle or variant against a reference"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Declare the verb's options."""
     from ..console import add_json_argument, non_negative, positive_int
     from ..prompt_source import add_prompt_arguments
 
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare, print the table, write the reports; 1 when B is over its budget."""
+    """Compare, print the table, write the reports. Returns 1 when B is over its budget."""
     from ...runtime import load
     from ...runtime.files.bundle import refuse_existing, write_whole
     from ..compare.comparison import compare

@@ -15,7 +15,7 @@ ROUNDINGS = ("gptq", "nearest")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Declare the verb's options."""
     from ..console import add_json_argument, non_negative, positive_int
 
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle that the variant is put into")
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Quantise, and say what became of the products."""
+    """Quantise, and describe the products."""
     from ..extras import require
 
     require("calibrate")
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report_text(report: Mapping[str, Any]) -> str:
-    """What was made, for a person."""
+    """Describe the variant that was made."""
     from ..console import facts, human_bytes
 
     products = ", ".join(f"{count} in {bits} bits" for bits, count in report["products"].items() if count)

@@ -26,7 +26,7 @@ _SHARED_CHOICES = ("epochs", "learning_rate", "weight_decay", "dropout", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Declare the verb's options."""
     from ..console import add_json_argument, non_negative
 
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of safetensors, or a .gguf file")

@@ -15,7 +15,7 @@ TIMED_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Declare the verb's options."""
     from ..console import add_json_argument, positive_int
     from ..engine_options import add_engine_arguments
     from ..prompt_source import add_prompt_arguments
@@ -81,7 +81,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, table: HitTable | None) -> tuple[HitTable, dict[int, float], dict[str, Any]]:
-    """Hit rates, where there are none yet, and step times, both of the engine that the arguments name; where they are from."""
+    """Count hit rates if there are none yet, and measure step times. Returns both and their origins.
+
+    Both are of the engine that the arguments name.
+    """
     from ...runtime.text.prompts import prompts_digest
     from ..console import Progress
     from ..engine_options import load_session
@@ -111,7 +114,7 @@ def _measure(args: argparse.Namespace, table: HitTable | None) -> tuple[HitTable
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """One line a size that was timed, the chosen one marked; every size is in the file."""
+    """Write a line for each size that was timed, with the chosen one marked. The file has every size."""
     from ..console import table
     from ..measure.hit_table import OVER_POSITIONS
 

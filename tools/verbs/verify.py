@@ -10,7 +10,7 @@ HELP = "compare speculative with plain decoding, token for token, over many tree
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Declare the verb's options."""
     from ..console import add_json_argument
     from ..engine_options import add_engine_arguments
     from ..prompt_source import add_prompt_arguments
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify, print the tables; 1 when a divergence is unexplained. The file of ``--json`` grows with every prompt."""
+    """Verify and print the tables. Returns 1 when a divergence is unexplained. The file of ``--json`` grows with every prompt."""
     from ...runtime.sampling import SamplingParams
     from ..console import STDOUT, Progress, emit, write_json
     from ..engine_options import load_session

@@ -1,4 +1,4 @@
-"""Where a step's time goes, without a profiler: its parts captured and timed apart, and what the host adds."""
+"""Splits a step's time without a profiler: its parts are captured and timed apart, and the host's share is measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _HOST_ROWS = (1, 64)
 
 
 def run(options: Options, report: Report) -> None:
-    """``results[size]["rows"][rows]``: ms of each part over all layers; ``["host"]``: closed loops with and without waiting."""
+    """Put ``results[size]``.
+
+    ``["rows"][rows]``: ms of each part over all layers. ``["host"]``: closed loops with and without waiting.
+    """
     from ..torch_reference.rig import each_size
 
     each_size(options, report, _breakdown)
@@ -31,7 +34,7 @@ def _breakdown(rig: Rig, report: Report) -> None:
         report.check_time(20)
         whole = rig.time_step(rows, length)
         parts = _parts(rig, rows, length)
-        # Heads aren't part of the whole; norms, rotary positions, mask, acceptance and gaps are what remains.
+        # Heads aren't part of the whole. The rest is norms, rotary positions, mask, acceptance and gaps.
         inside = sum(ms for name, ms in parts.items() if not name.startswith("heads"))
         entry["rows"][str(rows)] = {"step": whole["ms"], **parts, "rest": whole["ms"] - inside, "way": whole["way"]}
         report.put(rig.size, entry)
@@ -44,7 +47,7 @@ def _breakdown(rig: Rig, report: Report) -> None:
 
 
 def _parts(rig: Rig, rows: int, length: int) -> dict[str, float]:
-    """Median ms of each part; layers follow each other as in a step, so that weights come from memory."""
+    """Median ms of each part. Layers follow each other as in a step, so that weights come from memory."""
     import torch
     from torch.nn import functional
 
@@ -86,5 +89,5 @@ def _parts(rig: Rig, rows: int, length: int) -> dict[str, float]:
             if rows > 1 or name == "one row":
                 work = rig.clock.captured(lambda state=state, heads=heads: propose(state, heads))  # type: ignore[misc]
                 found[f"heads {kind}, {name}"] = rig.clock.measure(work, repeats)["ms"]
-                del work  # its graph goes before the next capture
+                del work  # frees its graph before the next capture
     return found

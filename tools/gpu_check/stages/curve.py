@@ -1,4 +1,4 @@
-"""Step time by number of rows: the torch reference of each size, and every executor that loads the bundle."""
+"""Measures step time by number of rows: the torch reference of each size, and every executor that loads the bundle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def run(options: Options, report: Report) -> None:
-    """``results[size]["lengths"][length][rows]`` and ``results["executors"][backend]``."""
+    """Put ``results[size]["lengths"][length][rows]`` and ``results["executors"][backend]``."""
     if options.bundle is not None:
         _executors(options, report)
     from ..torch_reference.rig import each_size
@@ -43,7 +43,7 @@ def _executors(options: Options, report: Report) -> None:
         report.check_time(30)
         try:
             swept = row_sweep(session, rounds=min(options.repeats, 15))
-            # Times only: what sizes these would suggest depends on acceptance, which isn't measured here.
+            # Times only: a suggested size depends on acceptance, which isn't measured here.
             found[backend] = {name: swept[name] for name in ("context", "rounds", "ms_by_rows")}
         except Exception as error:
             report.skip(f"executor {backend}", error)

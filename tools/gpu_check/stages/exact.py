@@ -1,4 +1,4 @@
-"""Whether what runs here is right: tokens against the CPU's, speculative against plain decoding."""
+"""Checks that executors are right here: tokens against the CPU's, speculative against plain decoding."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MAX_BYTES = 16 << 20
 
 
 def run(options: Options, report: Report) -> None:
-    """``results["torch"]``, ``results["expected"]`` and ``results["executors"][backend]``."""
+    """Put ``results["torch"]``, ``results["expected"]`` and ``results["executors"][backend]``."""
     expected = _brought(options)
     cpu: Session | None = None
     found: dict[str, Any] = {}
@@ -50,7 +50,7 @@ def run(options: Options, report: Report) -> None:
 
 
 def _executor(session: Session, cpu: Session | None, expected: dict[str, Any]) -> dict[str, Any]:
-    """Greedy plain decoding against the expected tokens, and trees against plain decoding, on one executor."""
+    """Compare one executor's greedy plain decoding with the expected tokens, and its trees with plain decoding."""
     from ....runtime.tree import ROOT_ONLY
     from ...exactness.first_divergence import DivergenceFinder, Tally
     from ...exactness.rounding import tolerance_of
@@ -78,7 +78,7 @@ def _executor(session: Session, cpu: Session | None, expected: dict[str, Any]) -
 
 
 def _times(session: Session, prompt: list[int], count: int) -> tuple[float, float]:
-    """Seconds a plain step spends in the engine, and in all."""
+    """Seconds of a plain step: in the engine, and in all."""
     stats = session.generate(token_ids=prompt, max_new_tokens=count, ignore_eos=True, speculative=False).stats
     return stats.engine_seconds / stats.steps, stats.decode_seconds / stats.steps
 
@@ -90,7 +90,7 @@ class _CpuLogits:
     session: Session
 
     def logits(self, tokens: list[int]) -> np.ndarray:
-        """Of the token after ``tokens``, float32 [V]."""
+        """Logits [V] of the token after ``tokens``, float32."""
         from ...measure.probe import Probe
 
         with Probe(self.session) as probe:
@@ -98,7 +98,7 @@ class _CpuLogits:
 
 
 def _brought(options: Options) -> dict[str, Any] | None:
-    """Tokens that came with the bundle, made by the CPU executor where the bundle comes from."""
+    """Read the tokens that came with the bundle. The CPU executor made them where the bundle comes from."""
     from ....runtime.errors import PromptFileError
     from ....runtime.files.json_file import read_json_file
 
@@ -116,7 +116,7 @@ def _brought(options: Options) -> dict[str, Any] | None:
 
 
 def _computed(session: Session, backend: str) -> dict[str, Any]:
-    """Greedy tokens after random prompts."""
+    """Compute greedy tokens after random prompts."""
     rng, vocab = np.random.default_rng(0), session.manifest.backbone.vocab_size
     room = session.manifest.limits.capacity - _TOKENS
     prompts = [rng.integers(0, vocab, min(length, room)).tolist() for length in _PROMPT_LENGTHS]
@@ -130,7 +130,10 @@ def _computed(session: Session, backend: str) -> dict[str, Any]:
 
 
 def _torch(options: Options, report: Report) -> dict[str, Any]:
-    """The torch reference on a tiny model in fp32, captured: each way against the CPU's plain tokens, with and without heads."""
+    """Run the captured torch reference on a tiny model in fp32.
+
+    Each way, with and without heads, is compared with the CPU's plain tokens.
+    """
     import torch
 
     with torch.no_grad():

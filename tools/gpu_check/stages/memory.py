@@ -1,4 +1,4 @@
-"""Bytes on the device: weights, caches, heads, what a captured step adds, and what is left."""
+"""Counts bytes on the device: weights, caches, heads, what a captured step adds, and what is left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CAPACITY = 4096
 
 
 def run(options: Options, report: Report) -> None:
-    """``results[size]``; sizes of tensors are exact, ``step_bytes`` is what the allocator's peak rose by, on a GPU."""
+    """Put ``results[size]``. Sizes of tensors are exact. On a GPU ``step_bytes`` is the rise of the allocator's peak."""
     from ..torch_reference.rig import each_size
 
     each_size(options, report, _memory)
@@ -47,7 +47,7 @@ def _on_device(rig: Rig, per_slot: int) -> dict[str, Any]:
     import torch
 
     rows, length = 64, max(rig.shapes.lengths)
-    rig.best_way(rows, length)  # what trying takes isn't a step's
+    rig.best_way(rows, length)  # a trial's memory isn't a step's
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
