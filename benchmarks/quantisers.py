@@ -141,7 +141,7 @@ def _w8a8(args: argparse.Namespace, _judge: Judge, _name: str, keep: list[str] |
 
 def _quantise(args: argparse.Namespace, _judge: Judge, name: str, bits: int, rounding: str) -> tuple[Logits, dict[str, Any]]:
     from medusa_deploy.export.quantise.cpu import CpuPrecision
-    from medusa_deploy.tools.verbs.quantise import quantise as put
+    from medusa_deploy.tools.making.variant import quantise as put
 
     precision = CpuPrecision(layers=bits, projection=32, heads=32, block=args.block)
     variant = f"cpu-{name.removeprefix('ours-').removeprefix('cpu-')}"

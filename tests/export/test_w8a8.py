@@ -181,7 +181,7 @@ def test_values_take_factors_that_all_queries_of_a_head_share_and_no_others(tiny
 
 def test_values_in_the_caches_are_divided_and_the_logits_are_what_they_were(bundle_copy: Path, tmp_path: Path) -> None:
     from medusa_deploy.export.variant import add_variant
-    from medusa_deploy.tools.verbs.calibrate import calibrate
+    from medusa_deploy.tools.making.scales import calibrate
 
     data = tmp_path / "prompts.jsonl"
     prompts = random_prompts(VOCAB, 256, 4, seed=3)
@@ -238,7 +238,7 @@ def test_the_projection_and_the_heads_have_a_precision_of_their_own() -> None:
 
 
 def test_the_variant_runs_and_the_bundle_is_still_the_same_model(bundle_copy: Path, tmp_path: Path) -> None:
-    from medusa_deploy.tools.verbs.calibrate import calibrate
+    from medusa_deploy.tools.making.scales import calibrate
 
     data = tmp_path / "prompts.jsonl"
     prompts = random_prompts(VOCAB, 256, 5, seed=2)

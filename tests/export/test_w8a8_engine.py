@@ -15,8 +15,8 @@ from medusa_deploy.export.exporter import export_bundle
 from medusa_deploy.export.quantise.w8a8 import Int8Options
 from medusa_deploy.runtime.errors import ScalesMismatchError, UsageError
 from medusa_deploy.runtime.files.bundle import Bundle, open_bundle, sha256
+from medusa_deploy.tools.making.scales import calibrate
 from medusa_deploy.tools.prompt_source import random_prompts
-from medusa_deploy.tools.verbs.calibrate import calibrate
 from support.fake_tensorrt import half_precision_bundle
 from support.families import Family, make_family
 

@@ -16,11 +16,13 @@ from medusa_deploy.runtime.tree import ROOT_ONLY, chain
 from medusa_deploy.tools import cli
 from medusa_deploy.tools.console import write_json
 from medusa_deploy.tools.environment import plain_step_bytes
+from medusa_deploy.tools.measure import bench as module
+from medusa_deploy.tools.measure.bench import bench
+from medusa_deploy.tools.measure.bench_report import describe, summarise
 from medusa_deploy.tools.measure.row_sweep import describe_sweep, row_sweep, suggest
 from medusa_deploy.tools.measure.timed_run import TimedRun, Way, timed_run
 from medusa_deploy.tools.prompt_source import random_prompts
-from medusa_deploy.tools.verbs import bench as module
-from medusa_deploy.tools.verbs.bench import bench, describe, summarise
+from medusa_deploy.tools.verbs import bench as verb
 from support.tiny import HIDDEN, VOCAB
 
 PROMPTS = random_prompts(128, 256, 2, seed=5)
@@ -108,7 +110,7 @@ def test_the_ways_take_turns_in_going_first(tiny_session: Session, monkeypatch: 
         order.append((prompt[0], "plain" if way.tree is ROOT_ONLY else "medusa" if way.lookup else "heads"))
         return timed(4, [0.1, 0.1], {1: 2})
 
-    monkeypatch.setattr("medusa_deploy.tools.measure.timed_run.timed_run", spy)
+    monkeypatch.setattr(module, "timed_run", spy)
     bench(tiny_session, [[1], [2]], max_new_tokens=8, repeats=2, warmup=0)
     plain, medusa, heads = "plain", "medusa", "heads"
     turns = [(1, plain), (1, medusa), (1, heads), (2, medusa), (2, heads), (2, plain)]
@@ -170,7 +172,7 @@ def test_nothing_to_measure_is_refused(tiny_session: Session, options: dict[str,
 def test_a_tree_from_a_file_is_used(tiny_session: Session, tmp_path: Path):
     path = tmp_path / "pair.json"
     path.write_text("[[0], [1]]")
-    tree, note = module._tree(tiny_session.manifest, str(path), 0)
+    tree, note = verb._tree(tiny_session.manifest, str(path), 0)
     assert tree is not None
     assert (tree.choices(), note) == ([[0], [1]], "")
     report = bench(tiny_session, PROMPTS[:1], tree=tree, max_new_tokens=6, repeats=1)

@@ -19,8 +19,9 @@ from medusa_deploy.runtime.files.scales_file import read_scales
 from medusa_deploy.runtime.session import load
 from medusa_deploy.runtime.text.prompts import prompts_digest, read_prompts
 from medusa_deploy.tools import machine
-from medusa_deploy.tools.calibrate_report import describe
 from medusa_deploy.tools.cli import main
+from medusa_deploy.tools.making.scales import calibrate
+from medusa_deploy.tools.making.scales_report import describe
 from medusa_deploy.tools.prompt_source import packaged_prompts, random_prompts
 from medusa_deploy.tools.verbs import calibrate as verb
 from support.text import encode, text_bundle
@@ -196,7 +197,7 @@ def test_a_few_prompts_are_of_all_categories(text_bundle: Path, tmp_path: Path):
 def test_without_data_the_packages_prompts_are_taken(text_bundle: Path, tmp_path: Path):
     (tmp_path / "short.jsonl").write_text("")
     output = tmp_path / "scales.json"
-    scales = verb.calibrate(text_bundle, output, samples=2, max_new_tokens=4, threads=1)
+    scales = calibrate(text_bundle, output, samples=2, max_new_tokens=4, threads=1)
     assert scales.provenance["prompts"] == 2
     assert scales.provenance["prefill_rows"] > 20
 
@@ -232,7 +233,7 @@ def test_a_model_too_large_for_memory_is_calibrated_layer_by_layer_and_the_outpu
     assert weights == 4 * (2 * layer + 3 * 64 * 64 + 3 * 64 * VOCAB), "the vocabulary has three: embedding, projection, heads"
     for available, expected in ((2 * weights, False), (2 * weights - 1, True), (0, False)):
         monkeypatch.setattr(machine, "memory_bytes", lambda available=available: (1 << 40, available))
-        scales = verb.calibrate(tiny_bundle, tmp_path / "scales.json", data, smooth="off", threads=1, force=True)
+        scales = calibrate(tiny_bundle, tmp_path / "scales.json", data, smooth="off", threads=1, force=True)
         assert scales.provenance.get("layer_by_layer", False) == expected
         assert ("more than half of the memory" in describe(scales)) == expected
 
@@ -253,6 +254,6 @@ def test_new_tokens_are_refused_where_nothing_is_answered(
 def test_layer_by_layer_texts_are_cut_where_a_slot_ends(tiny_bundle: Path, tmp_path: Path):
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"token_ids": [1, *range(3, 128)] * 3}) + "\n", "utf-8")
-    scales = verb.calibrate(tiny_bundle, tmp_path / "scales.json", long, smooth="off", layer_by_layer=True, threads=1)
+    scales = calibrate(tiny_bundle, tmp_path / "scales.json", long, smooth="off", layer_by_layer=True, threads=1)
     assert (scales.provenance["prefill_rows"], scales.provenance["cut_texts"]) == (256, 1)
     assert "1 cut to 256 tokens" in describe(scales)

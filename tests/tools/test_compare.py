@@ -21,14 +21,15 @@ from medusa_deploy.runtime.files.bundle import record_files
 from medusa_deploy.runtime.loop.decode import Decoder
 from medusa_deploy.runtime.session import Session, load
 from medusa_deploy.tools import cli
+from medusa_deploy.tools.compare.budget import QualityBudget, judge
+from medusa_deploy.tools.compare.comparison import compare
+from medusa_deploy.tools.compare.hits import paired_hits
 from medusa_deploy.tools.compare.page import page
-from medusa_deploy.tools.compare.paired_hits import paired_hits
 from medusa_deploy.tools.compare.table import describe
 from medusa_deploy.tools.measure import layer_errors as layers_module
 from medusa_deploy.tools.measure.agreement import Agreement
 from medusa_deploy.tools.measure.hit_table import count_hits
 from medusa_deploy.tools.prompt_source import random_prompts
-from medusa_deploy.tools.verbs.compare import QualityBudget, compare, judge
 from support.text import text_bundle
 from support.tiny import VOCAB
 

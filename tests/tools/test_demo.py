@@ -16,7 +16,8 @@ from medusa_deploy.runtime.errors import HeadsError
 from medusa_deploy.runtime.files.bundle import record_files
 from medusa_deploy.runtime.files.manifest import MANIFEST_NAME, parse_manifest
 from medusa_deploy.runtime.text.prompts import PromptLine
-from medusa_deploy.tools.demo_bundle import HEADS, ensure_bundle, ensure_int8
+from medusa_deploy.tools.making import demo_bundle
+from medusa_deploy.tools.making.demo_bundle import HEADS, ensure_bundle, ensure_int8
 from medusa_deploy.tools.verbs import demo as module
 from medusa_deploy.tools.verbs.demo import pick_prompts, show
 from support.text import write_text_files
@@ -44,7 +45,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         output.mkdir(exist_ok=True)
         (output / MANIFEST_NAME).write_text(f"{heads} {len(done)}")
 
-    monkeypatch.setattr("medusa_deploy.tools.verbs.prepare.prepare_smollm2", prepare)
+    monkeypatch.setattr("medusa_deploy.tools.making.smollm2.prepare_smollm2", prepare)
     monkeypatch.setattr("medusa_deploy.export.exporter.export_bundle", export)
     return done
 
@@ -119,8 +120,8 @@ def test_missing_heads_are_named(tmp_path: Path):
 
 def test_demo_sets_up_then_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[Any] = []
-    monkeypatch.setattr("medusa_deploy.tools.demo_bundle.ensure_bundle", lambda *given: calls.append(given[:2]) or tmp_path)
-    monkeypatch.setattr("medusa_deploy.tools.demo_bundle.ensure_int8", lambda *given: calls.append(given))
+    monkeypatch.setattr(demo_bundle, "ensure_bundle", lambda *given: calls.append(given[:2]) or tmp_path)
+    monkeypatch.setattr(demo_bundle, "ensure_int8", lambda *given: calls.append(given))
     monkeypatch.setattr("medusa_deploy.runtime.session.load", lambda bundle, **options: f"session of {bundle} {options}")
     monkeypatch.setattr(module, "show", lambda *given: calls.append(given) or {"verify": {"unexplained": 0}})
     monkeypatch.setattr(module, "_recommend", lambda sessions, *_given: list(sessions))
@@ -141,14 +142,14 @@ def test_a_variant_more_is_no_reason_to_export_again(
     variants: dict[str, str] = {}
     opened = SimpleNamespace(manifest=SimpleNamespace(variants=variants))
     monkeypatch.setattr("medusa_deploy.runtime.files.bundle.open_bundle", lambda *_given, **_options: opened)
-    monkeypatch.setattr("medusa_deploy.tools.verbs.calibrate.calibrate", lambda *_given, **_options: made.append("calibrate"))
+    monkeypatch.setattr("medusa_deploy.tools.making.scales.calibrate", lambda *_given, **_options: made.append("calibrate"))
 
     def quantise(where: Path, _scales: Path, *, name: str) -> None:
         made.append("quantise")
         variants[name] = "graph"
         (where / MANIFEST_NAME).write_text("with a variant more")
 
-    monkeypatch.setattr("medusa_deploy.tools.verbs.quantise.quantise", quantise)
+    monkeypatch.setattr("medusa_deploy.tools.making.variant.quantise", quantise)
     for _ in range(2):
         ensure_int8(build, bundle)
         ensure_bundle(build, heads)

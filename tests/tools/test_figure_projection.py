@@ -13,7 +13,7 @@ import pytest
 from medusa_deploy.runtime.errors import BundleExistsError, UsageError
 from medusa_deploy.tools.cli import OK, USER_ERROR, main
 from medusa_deploy.tools.figure.projection import TITLE, describe_projection, draw_projection, projection_data
-from medusa_deploy.tools.gpu_check.overhead import PUBLISHED, SOURCE, project
+from medusa_deploy.tools.gpu_check.stages.overhead import PUBLISHED, SOURCE, project
 from medusa_deploy.tools.verbs.figure import draw_figure, draw_projected
 
 ROOT = Path(__file__).parents[2]

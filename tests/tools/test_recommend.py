@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("onnx_ir")
 
 from medusa_deploy.runtime.session import load
+from medusa_deploy.tools.making.variant import quantise
 from medusa_deploy.tools.measure import recommend as module
 from medusa_deploy.tools.measure.timed_run import TimedRun
 from medusa_deploy.tools.prompt_source import random_prompts
-from medusa_deploy.tools.verbs.quantise import quantise
 from support.tiny import VOCAB
 
 PROMPTS = random_prompts(VOCAB, 256, 2, seed=4)

@@ -15,10 +15,10 @@ from support.trees import random_tree
 
 torch = pytest.importorskip("torch")
 from medusa_deploy.tools.gpu_check.shapes import SIZES, Shapes  # noqa: E402
-from medusa_deploy.tools.gpu_check.torch_attention import fused_attention, product_attention  # noqa: E402
-from medusa_deploy.tools.gpu_check.torch_loop import Loop, generate  # noqa: E402
-from medusa_deploy.tools.gpu_check.torch_step import Inputs, TorchStep, empty_caches  # noqa: E402
-from medusa_deploy.tools.gpu_check.torch_weights import (  # noqa: E402
+from medusa_deploy.tools.gpu_check.torch_reference.attention import fused_attention, product_attention  # noqa: E402
+from medusa_deploy.tools.gpu_check.torch_reference.loop import Loop, generate  # noqa: E402
+from medusa_deploy.tools.gpu_check.torch_reference.step import Inputs, TorchStep, empty_caches  # noqa: E402
+from medusa_deploy.tools.gpu_check.torch_reference.weights import (  # noqa: E402
     PROJECTIONS,
     heads_of,
     random_heads,

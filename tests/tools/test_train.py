@@ -13,7 +13,7 @@ from medusa_deploy.export.heads.layouts import check_fit, read_heads
 from medusa_deploy.runtime.errors import BundleExistsError, TrainingError
 from medusa_deploy.tools.cli import main
 from medusa_deploy.tools.training.answering import AnswerPlan
-from medusa_deploy.tools.verbs import train as verb
+from medusa_deploy.tools.training.heads import train
 
 
 def write_prompts(path: Path, count: int, seed: int) -> Path:
@@ -75,14 +75,14 @@ def test_a_second_run_answers_nothing_again(
 def test_a_work_folder_of_another_model_is_refused(arguments: list[str], report: dict[str, object], tmp_path: Path) -> None:
     work = Path(arguments[arguments.index("--work") + 1])
     with pytest.raises(TrainingError, match="belongs to a run"):
-        verb.train(AnswerPlan(tmp_path / "other", work), tmp_path / "heads", {})
+        train(AnswerPlan(tmp_path / "other", work), tmp_path / "heads", {})
     assert not (tmp_path / "heads").exists()
 
 
 def test_an_existing_output_is_refused_before_any_work(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "heads").mkdir()
     with pytest.raises(BundleExistsError):
-        verb.train(AnswerPlan(tiny_model, tmp_path / "work"), tmp_path / "heads", {})
+        train(AnswerPlan(tiny_model, tmp_path / "work"), tmp_path / "heads", {})
     assert not (tmp_path / "work").exists()
 
 

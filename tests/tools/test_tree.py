@@ -18,10 +18,9 @@ from medusa_deploy.runtime.session import Session
 from medusa_deploy.runtime.tree import Tree, chain, expected_acceptance_length
 from medusa_deploy.tools.cli import main
 from medusa_deploy.tools.measure.hit_table import HitTable, Recorder, count_hits, read_hit_table
-from medusa_deploy.tools.measure.tree_search import best_trees
+from medusa_deploy.tools.measure.tree_search import best_trees, search
 from medusa_deploy.tools.prompt_source import random_prompts
 from medusa_deploy.tools.tree_set import published_trees, read_tree_file, trees_for
-from medusa_deploy.tools.verbs.tree import search
 from support.records import manifest
 
 

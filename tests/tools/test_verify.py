@@ -16,11 +16,11 @@ from medusa_deploy.runtime.sampling import SamplingParams
 from medusa_deploy.runtime.session import Session
 from medusa_deploy.runtime.tree import Tree
 from medusa_deploy.tools import cli
-from medusa_deploy.tools.measure.comparison import first_divergence
+from medusa_deploy.tools.exactness.first_divergence import first_divergence
+from medusa_deploy.tools.exactness.verify import verify
 from medusa_deploy.tools.measure.probe import Probe
 from medusa_deploy.tools.prompt_source import random_prompts
 from medusa_deploy.tools.tree_set import NAMES, TreeSet, trees_for
-from medusa_deploy.tools.verbs.verify import verify
 
 PROMPTS = random_prompts(128, 256, 3, seed=5)
 TOKENS = 24
@@ -185,7 +185,7 @@ def _never_right(accept: Any) -> Any:
 
 
 def test_transformers_agrees(tiny_session: Session, tiny_model: Path):
-    from medusa_deploy.tools.measure.reference import load_reference
+    from medusa_deploy.tools.exactness.reference import load_reference
 
     reference = load_reference(tiny_model, "float32")
     report = verify(tiny_session, PROMPTS[:2], trees={}, max_new_tokens=TOKENS, reference=reference)
@@ -195,7 +195,7 @@ def test_transformers_agrees(tiny_session: Session, tiny_model: Path):
 
 
 def test_another_model_is_no_reference(tiny_session: Session, tmp_path: Path):
-    from medusa_deploy.tools.measure.reference import load_reference
+    from medusa_deploy.tools.exactness.reference import load_reference
     from support.tiny import make_tiny_model
 
     reference = load_reference(make_tiny_model(tmp_path / "other", seed=1), "float32")

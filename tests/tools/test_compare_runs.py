@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from medusa_deploy.runtime.session import Session
-from medusa_deploy.tools.compare.paired_runs import Decoded, acceptance, greedy_agreement
+from medusa_deploy.tools.compare.runs import Decoded, acceptance, greedy_agreement
 from medusa_deploy.tools.measure.timed_run import TimedRun
 
 

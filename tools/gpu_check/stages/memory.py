@@ -1,28 +1,28 @@
-"""Bytes on the device: weights, caches, heads, what a captured step adds, and what is left."""
+"""Counts bytes on the device: weights, caches, heads, what a captured step adds, and what is left."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .options import Options
-from .report import Report
+from ..options import Options
+from ..report import Report
 
 if TYPE_CHECKING:
-    from .torch_rig import Rig
+    from ..torch_reference.rig import Rig
 
 CAPACITY = 4096
 
 
 def run(options: Options, report: Report) -> None:
-    """``results[size]``; sizes of tensors are exact, ``step_bytes`` is what the allocator's peak rose by, on a GPU."""
-    from .torch_rig import each_size
+    """Put ``results[size]``. Sizes of tensors are exact. On a GPU ``step_bytes`` is the rise of the allocator's peak."""
+    from ..torch_reference.rig import each_size
 
     each_size(options, report, _memory)
 
 
 def _memory(rig: Rig, report: Report) -> None:
-    from .torch_rig import MARGIN
-    from .torch_weights import PROJECTIONS, random_heads
+    from ..torch_reference.rig import MARGIN
+    from ..torch_reference.weights import PROJECTIONS, random_heads
 
     layers = [getattr(layer, name) for layer in rig.weights.layers for name in layer.__dataclass_fields__]
     tensors = [*layers, rig.weights.embedding, rig.weights.projection, rig.weights.norm]
@@ -47,7 +47,7 @@ def _on_device(rig: Rig, per_slot: int) -> dict[str, Any]:
     import torch
 
     rows, length = 64, max(rig.shapes.lengths)
-    rig.best_way(rows, length)  # what trying takes isn't a step's
+    rig.best_way(rows, length)  # a trial's memory isn't a step's
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

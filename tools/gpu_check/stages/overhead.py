@@ -1,31 +1,34 @@
-"""What a Medusa step costs over a plain one: four heads at one row, with own, shared and pruned projections."""
+"""Measures the cost of a Medusa step over a plain one: four heads at one row, with own, shared and pruned projections."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .options import Options
-from .report import Report
+from ..options import Options
+from ..report import Report
 
 if TYPE_CHECKING:
-    from .torch_rig import Rig
+    from ..torch_reference.rig import Rig
 
 SOURCE = "arXiv 2401.10774, Medusa-2 on Vicuna, tree of 64 rows, measured by its authors on an A100"
 PUBLISHED = {"7b": 3.47, "13b": 3.51}
-"""Tokens a step, as ``SOURCE`` says. Random weights accept nothing, so acceptance isn't measured here."""
+"""Tokens a step that ``SOURCE`` reports. Random weights accept nothing, so acceptance isn't measured here."""
 
 _FEWEST_ROWS = 8
 
 
 def run(options: Options, report: Report) -> None:
-    """``results[size]``: plain ms, and ms and ratio of each projection and number of rows; a labelled projection apart."""
-    from .torch_rig import each_size
+    """Put ``results[size]``: plain ms, and ms and ratio of each projection and number of rows.
+
+    A projection to a published acceptance stands apart, with its label.
+    """
+    from ..torch_reference.rig import each_size
 
     each_size(options, report, _overhead)
 
 
 def _overhead(rig: Rig, report: Report) -> None:
-    from .torch_weights import PROJECTIONS
+    from ..torch_reference.weights import PROJECTIONS
 
     length = rig.shapes.lengths[0]
     plain = rig.time_step(1, length)
@@ -43,7 +46,7 @@ def _overhead(rig: Rig, report: Report) -> None:
 
 
 def project(tokens_per_step: float, heads: dict[str, Any]) -> dict[str, Any]:
-    """What the measured overheads would give at an acceptance that somebody else measured: no speed-up of this project."""
+    """Project the measured overheads to an acceptance that somebody else measured. It is no speed-up of this project."""
     return {
         "measured": False,
         "meaning": "published tokens a step ÷ measured overhead; the acceptance was not measured here",

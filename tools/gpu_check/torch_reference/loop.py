@@ -1,4 +1,4 @@
-"""The speculative loop without the host: a fixed tree's next inputs are made from its outputs, on the device."""
+"""Runs the speculative loop without the host: a fixed tree's next inputs are made on the device from its outputs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...runtime.executors.executor import chain_ancestors
-from ...runtime.tree import Tree
-from .torch_step import Inputs, Outputs, TorchStep
-from .torch_weights import Heads
+from ....runtime.executors.executor import chain_ancestors
+from ....runtime.tree import Tree
+from .step import Inputs, Outputs, TorchStep
+from .weights import Heads
 
 
 class Loop:
     """Steps of one tree over all slots. :meth:`advance` may be captured: it reads and writes the same tensors every time.
 
-    ``emitted`` int64 [B, K+1]: the tokens of the newest step, then -1. Without heads the drafted rows keep their tokens. A tree
-    without drafted rows decodes plainly: nothing is ever moved.
+    ``emitted`` int64 [B, K+1] holds the tokens of the newest step, then -1. Without heads the drafted rows keep their tokens.
+    A tree without drafted rows decodes plainly: nothing is ever moved.
     """
 
     def __init__(self, step: TorchStep, tree: Tree, visible: int, heads: Heads | None = None) -> None:
@@ -44,7 +44,7 @@ class Loop:
         self.emitted = torch.full((slots, margin + 1), -1, dtype=torch.int64, device=device)
 
     def start(self, length: int, root: Tensor, candidates: Tensor | None = None) -> None:
-        """Every slot holds ``length`` committed rows and goes on with ``root`` int64 [B]."""
+        """Let every slot hold ``length`` committed rows and go on with ``root`` int64 [B]."""
         inputs, margin = self.inputs, self.step.margin
         inputs.tokens[:, 0] = root
         if candidates is not None and self._candidates is not None:
@@ -55,7 +55,7 @@ class Loop:
             inputs.commit.copy_(torch.arange(length, length + margin, device=root.device).expand_as(inputs.commit))
 
     def prefill(self, prompts: np.ndarray) -> Tensor:
-        """Write prompts int64 [B, n] of one length into the slots and start behind them; the first tokens [B]."""
+        """Write prompts int64 [B, n] of one length into the slots and start behind them. Returns the first tokens [B]."""
         slots, rows = prompts.shape
         device, margin = self.inputs.tokens.device, self.step.margin
         full = torch.full((slots,), rows, dtype=torch.int64, device=device)
@@ -72,7 +72,7 @@ class Loop:
         return outputs.next_token
 
     def advance(self) -> Outputs:
-        """One step, and the inputs of the next one in place of this one's."""
+        """Run one step, and write the inputs of the next one over this one's."""
         inputs, margin = self.inputs, self.step.margin
         outputs = self.step.run(inputs, self.visible, self.heads)
         depth = self._depths[outputs.last_row]  # [B]: accepted drafted tokens
@@ -95,7 +95,10 @@ class Loop:
 
 
 def generate(loop: Loop, prompt: Sequence[int], count: int, advance: Callable[[], object] | None = None) -> tuple[list[int], int]:
-    """Greedy tokens of one slot after ``prompt``, and how many steps they took; ``advance``: the loop's, captured."""
+    """Greedy tokens of one slot after ``prompt``, and the number of steps they took.
+
+    ``advance`` is the loop's, captured; None takes it as it is.
+    """
     advance = advance or loop.advance
     first = loop.prefill(np.asarray(prompt, np.int64)[None])
     tokens, steps = [int(first[0])], 0
@@ -107,7 +110,7 @@ def generate(loop: Loop, prompt: Sequence[int], count: int, advance: Callable[[]
 
 
 def _path_tables(tree: Tree, margin: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each row the rows of its path, int64 [N, K]: from the left, and up to the right; -1 elsewhere."""
+    """Two tables int64 [N, K] of the rows on each row's path: aligned to the left, and to the right; -1 elsewhere."""
     left, right = (np.full((tree.rows, margin), -1, np.int64) for _ in range(2))
     for row, path in enumerate(tree.row_paths):
         left[row, : len(path)] = path

@@ -1,15 +1,15 @@
-"""What is there: GPU, driver, packages, and which executors could load."""
+"""Reports the GPU, driver and packages, and which executors can load."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-from ..extras import version
-from .executors import loaded_sessions
-from .options import Options
-from .report import Report, describe
-from .runner import gpu_facts
+from ...extras import version
+from ..executors import loaded_sessions
+from ..machine import gpu_facts
+from ..options import Options
+from ..report import Report, describe
 
 PACKAGES = (
     "numpy", "torch", "triton", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "tensorrt-rtx-cu13",
@@ -19,7 +19,7 @@ MODULES = ("numpy", "torch", "triton", "onnxruntime", "tensorrt", "tensorrt_rtx"
 
 
 def run(options: Options, report: Report) -> None:
-    """``results``: ``gpu``, ``packages``, ``imports``, ``torch``, ``onnxruntime``, ``tensorrt_rtx``, ``executors``."""
+    """Put ``gpu``, ``packages``, ``imports``, ``torch``, ``onnxruntime``, ``tensorrt_rtx`` and ``executors``."""
     report.put("gpu", gpu_facts())
     report.put("packages", {name: version(name) for name in PACKAGES})
     imports = {name: _import(name) for name in MODULES}
@@ -38,7 +38,7 @@ def run(options: Options, report: Report) -> None:
 
 
 def _say_whether_listed(results: dict[str, Any]) -> None:
-    """TensorRT-RTX knows some GPUs only: say whether this one is among them."""
+    """Note whether this GPU is among the ones that TensorRT-RTX knows."""
     sm, rtx = results.get("torch", {}).get("sm"), results.get("tensorrt_rtx")
     if sm is not None and rtx is not None:
         rtx["this_gpu"], rtx["this_gpu_is_listed"] = sm, sm.replace("sm_", "SM") in rtx["listed"]
@@ -80,7 +80,7 @@ def _onnxruntime() -> dict[str, Any]:
 
 
 def _tensorrt_rtx() -> dict[str, Any]:
-    """The SMs that this TensorRT-RTX builds for, and whether a small plan of each can be loaded on this GPU."""
+    """SMs that this TensorRT-RTX builds for, and whether a small plan of each can be loaded on this GPU."""
     import tensorrt_rtx as trt
 
     listed = sorted(name for name in dir(trt.ComputeCapability) if name.startswith("SM"))
@@ -88,7 +88,7 @@ def _tensorrt_rtx() -> dict[str, Any]:
 
 
 def _try_plan(trt: Any, capability: str) -> str:
-    """Build one operator for ``capability`` and load it: "loads", or what TensorRT said."""
+    """Build one operator for ``capability`` and load it. Returns "loads", or TensorRT's message."""
     said: list[str] = []
 
     class Logger(trt.ILogger):  # type: ignore[misc]

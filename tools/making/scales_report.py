@@ -1,16 +1,16 @@
-"""What a calibration found, in words and as records: the activations that int8 suits least, and what smoothing does."""
+"""Describes a calibration in words and as records: the activations that int8 suits least, and the effect of smoothing."""
 
 from __future__ import annotations
 
 from collections import Counter
 from statistics import fmean
 
-from ..runtime.files.scales_file import GRIDS, Scales
-from .console import table
+from ...runtime.files.scales_file import GRIDS, Scales
+from ..console import table
 
 
 def worst(scales: Scales, count: int = 10) -> list[dict[str, object]]:
-    """The activations that lose the largest shares of their values to 0, with one of the layers that read them."""
+    """Activations that lose the largest shares of their values to 0, each with one of the layers that read it."""
     readers = {layer.activation: name for name, layer in reversed(list(scales.layers.items()))}
     order = sorted(scales.activations.items(), key=lambda item: -item[1].zeroed)[:count]
     return [
@@ -28,7 +28,10 @@ def worst(scales: Scales, count: int = 10) -> list[dict[str, object]]:
 
 
 def smoothed(scales: Scales) -> dict[str, dict[str, object]]:
-    """By grid: how many activations have which alpha, and the mean errors of their products without factors and with them."""
+    """Effect of smoothing, by grid.
+
+    Each grid counts activations by alpha, and holds the mean error of their products without factors and with them.
+    """
     result: dict[str, dict[str, object]] = {}
     for grid in GRIDS if scales.smoothing else ():
         entries = [grids[grid] for grids in scales.smoothing.values()]
@@ -39,7 +42,7 @@ def smoothed(scales: Scales) -> dict[str, dict[str, object]]:
 
 
 def describe(scales: Scales) -> str:
-    """Counts, and the worst activations, one a line."""
+    """Write counts, then the worst activations, one a line."""
     facts = scales.provenance
     headline = (
         f"{len(scales.activations)} activations of {len(scales.layers)} layers, method {scales.method}, from "

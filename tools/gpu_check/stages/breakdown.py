@@ -1,23 +1,26 @@
-"""Where a step's time goes, without a profiler: its parts captured and timed apart, and what the host adds."""
+"""Splits a step's time without a profiler: its parts are captured and timed apart, and the host's share is measured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .options import Options
-from .report import Report
+from ..options import Options
+from ..report import Report
 
 if TYPE_CHECKING:
-    from .torch_rig import Rig
+    from ..torch_reference.rig import Rig
 
 _ROWS = (1, 16, 64)
 _HOST_ROWS = (1, 64)
 
 
 def run(options: Options, report: Report) -> None:
-    """``results[size]["rows"][rows]``: ms of each part over all layers; ``["host"]``: closed loops with and without waiting."""
-    from .torch_rig import each_size
+    """Put ``results[size]``.
+
+    ``["rows"][rows]``: ms of each part over all layers. ``["host"]``: closed loops with and without waiting.
+    """
+    from ..torch_reference.rig import each_size
 
     each_size(options, report, _breakdown)
 
@@ -31,7 +34,7 @@ def _breakdown(rig: Rig, report: Report) -> None:
         report.check_time(20)
         whole = rig.time_step(rows, length)
         parts = _parts(rig, rows, length)
-        # Heads aren't part of the whole; norms, rotary positions, mask, acceptance and gaps are what remains.
+        # Heads aren't part of the whole. The rest is norms, rotary positions, mask, acceptance and gaps.
         inside = sum(ms for name, ms in parts.items() if not name.startswith("heads"))
         entry["rows"][str(rows)] = {"step": whole["ms"], **parts, "rest": whole["ms"] - inside, "way": whole["way"]}
         report.put(rig.size, entry)
@@ -44,12 +47,12 @@ def _breakdown(rig: Rig, report: Report) -> None:
 
 
 def _parts(rig: Rig, rows: int, length: int) -> dict[str, float]:
-    """Median ms of each part; layers follow each other as in a step, so that weights come from memory."""
+    """Median ms of each part. Layers follow each other as in a step, so that weights come from memory."""
     import torch
     from torch.nn import functional
 
-    from .torch_step import mlp, propose, write
-    from .torch_weights import PROJECTIONS
+    from ..torch_reference.step import mlp, propose, write
+    from ..torch_reference.weights import PROJECTIONS
 
     weights, shapes, repeats = rig.weights, rig.shapes, rig.options.repeats
     step = rig.ways[rig.best_way(rows, length)]
@@ -86,5 +89,5 @@ def _parts(rig: Rig, rows: int, length: int) -> dict[str, float]:
             if rows > 1 or name == "one row":
                 work = rig.clock.captured(lambda state=state, heads=heads: propose(state, heads))  # type: ignore[misc]
                 found[f"heads {kind}, {name}"] = rig.clock.measure(work, repeats)["ms"]
-                del work  # its graph goes before the next capture
+                del work  # frees its graph before the next capture
     return found

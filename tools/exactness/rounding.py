@@ -1,8 +1,12 @@
-"""Whether two runs that chose different tokens were divided by rounding: measured, not assumed.
+"""Judges whether rounding made two runs choose different tokens: by measured noise, not by assumption.
 
-The same position is computed in several ways (row by row, as one prefill, in a step of the tree's rows). Their largest
-difference is the *noise* of that position. A divergence is explained when both tokens are within the reach of the noise, and
-the noise itself is as small as rounding in the bundle's dtype can be: a graph that is wrong in one of the ways is no excuse.
+The same position is computed in several ways: row by row, as one prefill, in a step of the tree's rows. Their largest difference
+is the *noise* of that position. Rounding explains a divergence when
+
+    gap ≤ REACH · noise  and  noise ≤ limit
+
+The first says that both tokens are within reach of the noise. The second says that the noise is as small as rounding in the
+bundle's dtype can be: a graph that is wrong in one of the ways is no excuse.
 """
 
 from __future__ import annotations
@@ -15,34 +19,30 @@ import numpy as np
 
 from ...runtime.sampling import SamplingParams, scores, uniform, weights
 from ...runtime.session import Session
-from ..environment import variant
+from ..environment import rounds_activations
 
 TOLERANCE = {"float32": 1e-4, "float16": 3e-2, "int8": 1e-1}
 """Largest noise that rounding may cause, as a share of the largest logit (of the whole mass, for a draw).
 
-``int8``: where products round what they read to 8 bits. The last bit of an attention's sum, which depends on the number of rows,
-decides now and then which of two codes a value gets: a difference of 1e-7 becomes one of 1e-2 of the value, and so on.
+``int8`` is for graphs whose products round their inputs to 8 bits. The last bit of an attention's sum depends on the number of
+rows. Now and then it decides which of two codes a value gets: a difference of 1e-7 becomes one of 1e-2 of the value, and so on.
 """
 
 REACH = 2.0
 """A gap between two values can close when each of them moves by the noise."""
 
 
-def rounds_activations(session: Session) -> bool:
-    """Whether a session runs a quantised variant."""
-    return variant(session) in session.manifest.provenance.get("quantised", {})
-
-
 def tolerance_of(session: Session) -> float:
-    """The tolerance for what a session runs."""
+    """Tolerance for the graph that a session runs."""
     return TOLERANCE["int8" if rounds_activations(session) else session.manifest.dtype]
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """``gap``: how far the values were from choosing the other token; ``noise``: how far they differ between computations.
+    """``gap``: how far the values were from choosing the other token. ``noise``: how far they differ between computations.
 
-    Logits for greedy decoding; shares of the probability mass for a draw. ``limit``: the largest noise that counts as rounding.
+    Values are logits for greedy decoding, and shares of the probability mass for a draw. ``limit`` is the largest noise that
+    counts as rounding.
     """
 
     gap: float
@@ -51,14 +51,14 @@ class Evidence:
 
     @property
     def explained(self) -> bool:
-        """Rounding can have made the difference. NaN and infinities explain nothing."""
+        """Tell whether rounding can have made the difference. NaN and infinities explain nothing."""
         return math.isfinite(self.noise) and self.gap <= REACH * self.noise and self.noise <= self.limit
 
 
 def judge_argmax(computed: Sequence[np.ndarray], tokens: tuple[int, int], tolerance: float) -> Evidence:
-    """Evidence that two tokens are both the argmax within the noise.
+    """Gather evidence that two tokens are both the argmax within the noise.
 
-    ``computed``: logits [V] of one position in two or more ways, the first of which is the run to be explained.
+    ``computed``: logits [V] of one position, computed in two or more ways; the first is the run to be explained.
     """
     first, *others = computed
     noise = float(np.max([np.abs(first - other).max() for other in others]))
@@ -75,9 +75,9 @@ def judge_draw(
     context: Sequence[int],
     prompt_length: int,
 ) -> Evidence:
-    """Evidence that the uniform number of one position lies at a border between two tokens within the noise.
+    """Gather evidence that the uniform number of one position lies at a border between two tokens within the noise.
 
-    Both runs draw with the same number, so they differ only when the cumulated probabilities moved across it. ``context``: the
+    Both runs draw with the same number, so they differ only when the cumulated probabilities moved across it. ``context`` are the
     tokens before the position.
     """
     assert params.seed is not None
@@ -96,6 +96,6 @@ def _cumulated(params: SamplingParams, logits: np.ndarray, context: Sequence[int
 
 
 def _distance(cumulated: np.ndarray, token: int, point: float) -> float:
-    """How far ``point`` lies outside the interval of ``token``."""
+    """Distance of ``point`` from the interval of ``token``; 0 inside it."""
     low = float(cumulated[token - 1]) if token else 0.0
     return max(0.0, low - point, point - float(cumulated[token]))

@@ -1,4 +1,4 @@
-"""Runs compared token by token, and the evidence about their first divergence."""
+"""Compares runs token by token and gathers the evidence about their first divergence."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ...runtime.loop.sequence import Stats
 from ...runtime.sampling import SamplingParams
 from ...runtime.session import Session
 from ...runtime.tree import Tree
-from .near_tie import Evidence, judge_argmax, judge_draw
-from .probe import Probe
+from ..measure.probe import Probe
 from .reference import Reference
+from .rounding import Evidence, judge_argmax, judge_draw
 
 
 @dataclass(slots=True)
 class Tally:
-    """What comparing one tree (or the reference) with plain decoding found, over all prompts."""
+    """Findings of comparing one tree (or the reference) with plain decoding, over all prompts."""
 
     prompts: int = 0
     tokens_compared: int = 0
@@ -46,7 +46,7 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class DivergenceFinder:
     """Finds first divergences and gathers the evidence about them."""
 
     session: Session
@@ -109,7 +109,7 @@ class Comparison:
 
 
 def first_divergence(plain: Sequence[int], other: Sequence[int]) -> int | None:
-    """The first position where two runs differ, the shorter one's end included; None when they are equal."""
+    """First position where two runs differ, or where the shorter one ends; None when they are equal."""
     for position, (a, b) in enumerate(zip(plain, other, strict=False)):
         if a != b:
             return position
@@ -117,7 +117,7 @@ def first_divergence(plain: Sequence[int], other: Sequence[int]) -> int | None:
 
 
 def describe_divergence(name: str, found: Mapping[str, Any]) -> str:
-    """One entry of ``first_divergences`` in words: where, which tokens, and how large gap and noise were."""
+    """Describe one entry of ``first_divergences``: its place, both tokens, gap and noise."""
     place = f"{name}: prompt {found['prompt'] + 1}, token {found['position'] + 1}"
     measured = f"gap {found['gap']:.3g}, noise {found['noise']:.3g} (limit {found['limit']:.3g})"
     return f"{place}: {found['plain_token']} plain, {found['other_token']} here; {measured}"

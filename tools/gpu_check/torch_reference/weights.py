@@ -1,4 +1,7 @@
-"""Weights of the torch reference: random ones of any size, or those of a transformers model. Matrices are merged."""
+"""Weights of the torch reference: random ones of any size, or those of a transformers model.
+
+Query, key and value are merged into one matrix, and so are gate and up.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime.errors import UsageError
-from ...runtime.files.heads import HeadSet
-from .shapes import Shapes
+from ....runtime.errors import UsageError
+from ....runtime.files.heads import HeadSet
+from ..shapes import Shapes
 
 PROJECTIONS = ("shared", "own", "pruned")
 
@@ -41,12 +44,12 @@ class Weights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all matrices."""
+        """Type of all matrices."""
         return self.embedding.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where all tensors are."""
+        """Device of all tensors."""
         return self.embedding.device
 
 
@@ -67,7 +70,10 @@ class Heads:
 
 
 def random_weights(shapes: Shapes, device: str, dtype: torch.dtype, seed: int = 0, std: float | None = None) -> Weights:
-    """A random backbone, made on the device. ``std`` of the matrices: by default 1/√H, which keeps fp16 activations small."""
+    """Make a random backbone on the device.
+
+    ``std`` is that of the matrices; None takes 1/√H, which keeps fp16 activations small.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     scale = shapes.hidden**-0.5 if std is None else std
 
@@ -94,7 +100,7 @@ def random_weights(shapes: Shapes, device: str, dtype: torch.dtype, seed: int = 
 
 
 def random_heads(weights: Weights, kind: str, *, count: int = 4, top_k: int = 10, seed: int = 1) -> Heads:
-    """Random heads close to the backbone's own prediction, so that on tiny models some drafts are right.
+    """Make random heads close to the backbone's own prediction, so that on tiny models some drafts are right.
 
     Raises:
         UsageError: ``kind`` is none of ``PROJECTIONS``.
@@ -118,7 +124,7 @@ def random_heads(weights: Weights, kind: str, *, count: int = 4, top_k: int = 10
 
 
 def weights_of(state: Mapping[str, Tensor], shapes: Shapes) -> Weights:
-    """A backbone from a transformers Llama state dict; without ``lm_head.weight`` the embedding is tied."""
+    """Read a backbone from a transformers Llama state dict. Without ``lm_head.weight`` the embedding is tied."""
 
     def layer(index: int) -> Layer:
         prefix = f"model.layers.{index}."
@@ -139,7 +145,7 @@ def weights_of(state: Mapping[str, Tensor], shapes: Shapes) -> Weights:
 
 
 def heads_of(heads: HeadSet, weights: Weights, top_k: int) -> Heads:
-    """Heads of one ``medusa`` block through the backbone's projection.
+    """Read heads of one ``medusa`` block that use the backbone's projection.
 
     Raises:
         UsageError: heads of another form.
@@ -153,7 +159,7 @@ def heads_of(heads: HeadSet, weights: Weights, top_k: int) -> Heads:
 
 
 def moved(record: Any, device: str) -> Any:
-    """A copy of weights or heads on another device."""
+    """Copy weights or heads to another device."""
     if isinstance(record, Tensor):
         return record.to(device)
     if isinstance(record, list):

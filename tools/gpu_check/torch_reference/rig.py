@@ -1,4 +1,4 @@
-"""One size's random weights, caches and heads, and the fastest way found here to run a step of it."""
+"""Holds one size's random weights, caches and heads, and finds the fastest way to run a step of it here."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime.tree import ROOT_ONLY, Tree
-from ..tree_set import published_choices
-from .options import Options
-from .report import OutOfTimeError, Report, describe
-from .shapes import SIZES
-from .torch_attention import fused_attention, product_attention
-from .torch_clock import Clock
-from .torch_loop import Loop
-from .torch_step import TorchStep, empty_caches
-from .torch_weights import Heads, Weights, random_heads, random_weights
+from ....runtime.tree import ROOT_ONLY, Tree
+from ...tree_set import published_choices
+from ..options import Options
+from ..report import OutOfTimeError, Report, describe
+from ..shapes import SIZES
+from .attention import fused_attention, product_attention
+from .clock import Clock
+from .loop import Loop
+from .step import TorchStep, empty_caches
+from .weights import Heads, Weights, random_heads, random_weights
 
 MARGIN = 4
 """K: heads, and the most drafted tokens that a step accepts."""
@@ -27,10 +27,11 @@ _TRIAL_REPEATS = 5
 
 
 class Rig:
-    """``notes`` says what was tried and left. Weights and caches serve every number of rows and every way to run.
+    """One size on one device. Weights and caches serve every number of rows and every way to run.
 
-    Ways differ in attention (fused, products) and in whether what lies between is compiled; each (rows, length) takes the
-    fastest, so that plain decoding, which everything is compared with, is as good as this reference can make it.
+    Ways differ in attention (fused, products) and in whether the parts between are compiled. Each (rows, length) takes the
+    fastest, so that plain decoding, which everything is compared with, is as good as this reference can make it. ``notes`` name
+    the ways that were tried and left out.
     """
 
     def __init__(self, size: str, options: Options) -> None:
@@ -52,9 +53,9 @@ class Rig:
         return self.weights.dtype.itemsize
 
     def heads(self, kind: str) -> Heads:
-        """Four heads with this projection, made when first asked for."""
+        """Make four heads with this projection when they are first asked for."""
         if kind not in self._heads:
-            self._heads = {kind: random_heads(self.weights, kind, count=MARGIN)}  # one kind at a time: memory
+            self._heads = {kind: random_heads(self.weights, kind, count=MARGIN)}  # one kind at a time saves memory
         return self._heads[kind]
 
     def step_bytes(self, length: int) -> int:
@@ -62,7 +63,7 @@ class Rig:
         return self.shapes.step_parameters * self.itemsize + self.shapes.cache_bytes(length, self.itemsize)
 
     def loop(self, way: str, rows: int, length: int, kind: str | None = None) -> Loop:
-        """A loop whose visible cache is ``length`` rows, full when the step has run."""
+        """Make a loop over ``length`` visible cache rows, which are full when the step has run."""
         loop = Loop(self.ways[way], published_tree(rows), length, None if kind is None else self.heads(kind))
         loop.inputs.tokens.random_(0, self.shapes.vocab)
         self.restart(loop)
@@ -74,14 +75,14 @@ class Rig:
         loop.start(loop.visible - MARGIN - used, torch.ones_like(loop.inputs.tokens[:, 0]))
 
     def time_step(self, rows: int, length: int, kind: str | None = None) -> dict[str, Any]:
-        """A step of ``rows`` rows behind ``length`` - rows cache rows, closed over itself: median ms and the way it ran."""
+        """Time a step of ``rows`` rows behind ``length`` - rows cache rows, closed over itself: median ms and the way it ran."""
         way = self.best_way(rows, length)
         loop = self.loop(way, rows, length, kind)
         replay = self.clock.captured(loop.advance)
         return {**self.clock.measure(replay, self.options.repeats, lambda: self.restart(loop)), "way": way}
 
     def best_way(self, rows: int, length: int) -> str:
-        """The fastest of a short trial; a way that fails is left out from then on, with a note."""
+        """Find the fastest way in a short trial. A way that fails is left out from then on, with a note."""
         key = rows, length
         if key not in self._chosen:
             times: dict[str, float] = {}
@@ -90,7 +91,7 @@ class Rig:
                     loop = self.loop(way, rows, length)
                     replay = self.clock.captured(loop.advance)
                     times[way] = self.clock.measure(replay, _TRIAL_REPEATS, lambda loop=loop: self.restart(loop))["ms"]  # type: ignore[misc]
-                    del replay  # its graph and memory go before the next capture
+                    del replay  # frees its graph and memory before the next capture
                 except Exception as error:
                     if len(self.ways) == 1 or isinstance(error, torch.cuda.OutOfMemoryError):
                         raise
@@ -101,7 +102,7 @@ class Rig:
 
 
 def each_size(options: Options, report: Report, measure: Callable[[Rig, Report], None]) -> None:
-    """Measure one size after another; one that fails, for lack of memory for instance, doesn't keep the next from its turn."""
+    """Measure one size after another. One that fails, for lack of memory for instance, doesn't stop the next."""
     for size in options.sizes:
         report.check_time(20)
         try:
@@ -117,7 +118,7 @@ def each_size(options: Options, report: Report, measure: Callable[[Rig, Report],
 
 
 def ways_of(weights: Weights, caches: list[Tensor], options: Options) -> dict[str, TorchStep]:
-    """The same step over the same caches, with each attention, compiled in between or not."""
+    """Build the same step over the same caches with each attention, compiled in between or not."""
     wraps: dict[str, Callable[..., Any] | None] = {"": None}
     if options.compile and options.device == "cuda":
         wraps["compiled, "] = _compile()
@@ -130,12 +131,12 @@ def ways_of(weights: Weights, caches: list[Tensor], options: Options) -> dict[st
 
 
 def published_tree(rows: int) -> Tree:
-    """The first paths of Medusa's published tree of 64 rows, which list the most valuable ones first."""
+    """Take the first paths of Medusa's published tree of 64 rows, which lists the most valuable ones first."""
     return ROOT_ONLY if rows == 1 else Tree.from_choices(published_choices()[: rows - 1])
 
 
 def _compile() -> Callable[..., Any]:
-    """torch.compile for fixed sizes; every number of rows is one more, and torch's own limit would turn them away."""
+    """torch.compile for fixed sizes. Every number of rows compiles once more, and torch's own limit would refuse some."""
     import torch._dynamo as dynamo
 
     for name in ("recompile_limit", "cache_size_limit"):

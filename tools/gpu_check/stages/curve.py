@@ -1,21 +1,21 @@
-"""Step time by number of rows: the torch reference of each size, and every executor that loads the bundle."""
+"""Measures step time by number of rows: the torch reference of each size, and every executor that loads the bundle."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .options import Options
-from .report import Report
+from ..options import Options
+from ..report import Report
 
 if TYPE_CHECKING:
-    from .torch_rig import Rig
+    from ..torch_reference.rig import Rig
 
 
 def run(options: Options, report: Report) -> None:
-    """``results[size]["lengths"][length][rows]`` and ``results["executors"][backend]``."""
+    """Put ``results[size]["lengths"][length][rows]`` and ``results["executors"][backend]``."""
     if options.bundle is not None:
         _executors(options, report)
-    from .torch_rig import each_size
+    from ..torch_reference.rig import each_size
 
     each_size(options, report, _curve)
 
@@ -35,15 +35,15 @@ def _curve(rig: Rig, report: Report) -> None:
 
 
 def _executors(options: Options, report: Report) -> None:
-    from ..measure.row_sweep import row_sweep
-    from .executors import loaded_sessions
+    from ...measure.row_sweep import row_sweep
+    from ..executors import loaded_sessions
 
     found: dict[str, Any] = {}
     for backend, session in loaded_sessions(options, report):
         report.check_time(30)
         try:
             swept = row_sweep(session, rounds=min(options.repeats, 15))
-            # Times only: what sizes these would suggest depends on acceptance, which isn't measured here.
+            # Times only: a suggested size depends on acceptance, which isn't measured here.
             found[backend] = {name: swept[name] for name in ("context", "rounds", "ms_by_rows")}
         except Exception as error:
             report.skip(f"executor {backend}", error)

@@ -1,7 +1,7 @@
 """The step graph's arithmetic in plain torch, for machines where no executor can run the bundle. Not part of the runtime.
 
-Inputs, outputs and cache rows mean what :mod:`.step_io` says. Everything stays on the device and nothing
-depends on a value that the host would have to wait for, so that a call can be captured as a CUDA graph.
+Inputs, outputs and cache rows mean what ``runtime/executors/step_io.py`` says. Everything stays on the device. Nothing depends on
+a value that the host would have to wait for, so that a call can be captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .torch_attention import Attend, fused_attention
-from .torch_weights import Heads, Weights
+from .attention import Attend, fused_attention
+from .weights import Heads, Weights
 
 HIDDEN_BIAS = -65504.0
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -23,7 +23,7 @@ Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 @dataclass(slots=True)
 class Inputs:
-    """Of one step, as in the step graph. ``commit`` None: nothing is moved. ``logit_rows`` None: logits of all rows."""
+    """Inputs of one step, as in the step graph. ``commit`` None moves nothing. ``logit_rows`` None gives logits of all rows."""
 
     tokens: Tensor
     positions: Tensor
@@ -36,7 +36,7 @@ class Inputs:
 
 @dataclass(slots=True)
 class Outputs:
-    """Of one step. Without heads, candidates and log_probs are None."""
+    """Outputs of one step. Without heads, candidates and log_probs are None."""
 
     last_row: Tensor
     next_token: Tensor
@@ -49,7 +49,7 @@ class Outputs:
 class TorchStep:
     """A backbone and its caches (key and value of layer 0, then of layer 1 …), which :meth:`run` updates in place.
 
-    ``attend``: one of :mod:`.torch_attention`. ``wrap`` may compile the parts between attentions.
+    ``attend`` is one of :mod:`.attention`. ``wrap`` may compile the parts between attentions.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class TorchStep:
         self.visibility, self.propose = wrap(visibility), wrap(propose)
 
     def run(self, inputs: Inputs, visible: int, heads: Heads | None = None) -> Outputs:
-        """Move, write and verify; ``visible`` is T, the cache rows that attention reads."""
+        """Move, write and verify. ``visible`` is T, the number of cache rows that attention reads."""
         weights, shapes = self.weights, self.weights.shapes
         rows = self._written_rows(inputs)
         mask = self.visibility(inputs.ancestors, inputs.write_index, visible, self.margin, weights.dtype)
@@ -104,7 +104,7 @@ def empty_caches(weights: Weights, slots: int, rows: int) -> list[Tensor]:
 def before_attention(
     x: Tensor, norm: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int, heads: int, kv_heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Input x [B, N, H] to query [B, heads, N, D_h] and key, value [B, H_kv, N, D_h], rotated."""
+    """Turn the input x [B, N, H] into query [B, heads, N, D_h] and key, value [B, H_kv, N, D_h], rotated."""
     slots, rows = x.shape[:2]
     normed = functional.rms_norm(x, (x.shape[-1],), norm, eps)
     merged = functional.linear(normed, qkv).view(slots, rows, -1, head_dim).transpose(1, 2)
@@ -113,13 +113,13 @@ def before_attention(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions over halves: x [B, heads, N, D_h], cos and sin [B, 1, N, D_h/2]."""
+    """Apply rotary positions over halves: x [B, heads, N, D_h], cos and sin [B, 1, N, D_h/2]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def write(cache: Tensor, new: Tensor, rows: Tensor, commit: Tensor | None) -> None:
-    """Put [moved rows | ``new``] at ``rows``; what moves is read before anything is written."""
+    """Put [moved rows | ``new``] at ``rows``. Moved rows are read before anything is written."""
 
     def spread(index: Tensor) -> Tensor:
         return index[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3])
@@ -130,13 +130,13 @@ def write(cache: Tensor, new: Tensor, rows: Tensor, commit: Tensor | None) -> No
 
 
 def after_attention(x: Tensor, attended: Tensor, out: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor:
-    """Output projection, MLP, and both residuals."""
+    """Apply output projection, MLP, and both residuals."""
     x = x + functional.linear(attended, out)
     return x + mlp(functional.rms_norm(x, (x.shape[-1],), norm, eps), gate_up, down)
 
 
 def mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Gated MLP over merged gate and up."""
+    """Apply the gated MLP over merged gate and up."""
     gate, up = functional.linear(x, gate_up).chunk(2, dim=-1)
     return functional.linear(functional.silu(gate) * up, down)
 
@@ -145,7 +145,7 @@ def visibility(ancestors: Tensor, write_index: Tensor, visible: int, margin: int
     """Additive mask [B, 1, N, T]: a row sees the committed rows and its ancestors."""
     rows = ancestors.shape[1]
     columns = torch.arange(visible, device=ancestors.device)
-    offset = columns - write_index[:, None]  # [B, T]: which of this step's rows a column is
+    offset = columns - write_index[:, None]  # [B, T]: the column's row in this step
     committed = (columns >= margin) & (offset < 0)
     inside = (offset >= 0) & (offset < rows)
     own = ancestors.gather(2, offset.clamp(0, rows - 1)[:, None].expand(-1, rows, -1)) & inside[:, None]
@@ -154,7 +154,7 @@ def visibility(ancestors: Tensor, write_index: Tensor, visible: int, margin: int
 
 
 def accept(tokens: Tensor, logits: Tensor, hidden: Tensor, ancestors: Tensor, forced: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The deepest row without a mismatch on its path [B], the argmax there [B], the hidden state there [B, H]."""
+    """Find the deepest row without a mismatch on its path [B], and the argmax [B] and the hidden state [B, H] there."""
     rows = torch.arange(tokens.shape[1], device=tokens.device)
     greedy = logits.argmax(-1)
     last_logit = greedy.shape[1] - 1  # in prefill only the last row has logits
@@ -171,7 +171,7 @@ def accept(tokens: Tensor, logits: Tensor, hidden: Tensor, ancestors: Tensor, fo
 
 
 def propose(state: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
-    """Heads at one row: state [B, H] to candidates int64 and log-probabilities float32 [B, K, k]."""
+    """Run the heads at one row: state [B, H] to candidates int64 and log-probabilities float32 [B, K, k]."""
     x = functional.linear(state, heads.blocks, heads.bias).view(len(state), heads.count, -1)
     x = state[:, None] + functional.silu(x)
     if heads.projection.dim() == 3:

@@ -1,24 +1,24 @@
-"""Plain decoding with the torch reference: tokens/s of the closed loop, and bytes/s against what the memory gives."""
+"""Measures plain decoding with the torch reference: tokens/s of the closed loop, and bytes/s against the memory's own rate."""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING, Any
 
-from .options import Options
-from .report import Report
+from ..options import Options
+from ..report import Report
 
 if TYPE_CHECKING:
-    from .torch_loop import Loop
-    from .torch_rig import Rig
+    from ..torch_reference.loop import Loop
+    from ..torch_reference.rig import Rig
 
 STEPS = 32
 
 
 def run(options: Options, report: Report) -> None:
-    """``results["bandwidth"]`` and ``results[size]["lengths"][length]``."""
-    from .torch_clock import Clock
-    from .torch_rig import each_size
+    """Put ``results["bandwidth"]`` and ``results[size]["lengths"][length]``."""
+    from ..torch_reference.clock import Clock
+    from ..torch_reference.rig import each_size
 
     bandwidth = Clock(options.device).bandwidth()
     report.put("bandwidth", bandwidth)
@@ -39,10 +39,10 @@ def _plain(rig: Rig, report: Report, read_gb_s: float) -> None:
 
 
 def timed_loop(rig: Rig, loop: Loop, *, ahead: bool) -> dict[str, Any]:
-    """``STEPS`` steps as a program would run them, with the emitted tokens read by the host.
+    """Run ``STEPS`` steps as a program would, with the emitted tokens read by the host.
 
-    Each is read before the next step is started, or (``ahead``) one step late. ``host_fraction``: the share of the wall time in
-    which the device had nothing to do.
+    The host reads each step before it starts the next, or (``ahead``) one step late. ``host_fraction`` is the share of the wall
+    time in which the device had nothing to do.
     """
     import torch
 

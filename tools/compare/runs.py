@@ -1,4 +1,4 @@
-"""Two bundles answer the same prompts, taking turns: how fast, how much is accepted, how long their answers stay the same."""
+"""Two bundles answer the same prompts in turns: their speed, their acceptance, and how long their answers stay the same."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from ...runtime.session import Session
-from ..measure.comparison import Comparison, Tally, first_divergence
-from ..measure.near_tie import tolerance_of
+from ..exactness.first_divergence import DivergenceFinder, Tally, first_divergence
+from ..exactness.rounding import tolerance_of
+from ..measure.bench import ways_of
+from ..measure.bench_report import summarise
 from ..measure.timed_run import TimedRun, Way, timed_run
-from ..verbs.bench import summarise, ways_of
 
 _WARMUP_TOKENS = 16
 _EXAMPLES = 4
@@ -26,10 +27,10 @@ TURNS = 3
 
 @dataclass(slots=True)
 class Decoded:
-    """What one side did with all prompts.
+    """One side's runs.
 
-    ``runs``: by way, a run for each prompt. ``exact``: of each speculative way against plain decoding. ``accepted``: for each
-    prompt, steps with a fixed number of rows, by drafted tokens accepted.
+    ``runs``: way to one run for each prompt. ``exact``: speculative way to its tally against plain decoding. ``accepted``: for
+    each prompt, the steps with a fixed number of rows, counted by accepted drafted tokens.
     """
 
     session: Session
@@ -43,12 +44,12 @@ class Decoded:
         return [run.tokens for run in self.runs[PLAIN]]
 
     def exactness(self) -> dict[str, Any]:
-        """Tallies by way, and all that nothing explains."""
+        """Tallies by way, and the number of divergences that nothing explains."""
         reports = {name: tally.report() for name, tally in self.exact.items()}
         return {**reports, "unexplained": sum(report["unexplained"] for report in reports.values())}
 
     def speed(self) -> dict[str, Any]:
-        """Rates, as :func:`.bench.bench` reports them."""
+        """Rates, as :func:`..measure.bench.bench` reports them."""
         return summarise({name: [[run] for run in runs] for name, runs in self.runs.items()})
 
 
@@ -61,11 +62,11 @@ def take_turns(
     tolerance: float | None = None,
     progress: Callable[[int, str], object] = lambda _done, _note: None,
 ) -> dict[str, Decoded]:
-    """Answer every prompt on every side: plainly and as sessions draft by default, timed; and with ``rows`` rows in every step.
+    """Answer every prompt on every side: plainly, as sessions draft by default, and with ``rows`` rows in every step.
 
-    The timed runs follow each other on each prompt and take turns in going first. Steps of a fixed number of rows, of the heads
-    alone, are accepted alike on every machine, which is why acceptance is counted on them. Every speculative answer is compared
-    with the same side's plain one; ``tolerance`` is that of ``verify``.
+    The first two are timed: they follow each other on each prompt and take turns in going first. Acceptance is counted on the
+    third, because steps of a fixed number of rows from the heads alone are accepted alike on every machine. Every speculative
+    answer is compared with the same side's plain one; ``tolerance`` is that of ``verify``.
     """
     sides = {name: Decoded(session) for name, session in sessions.items()}
     ways = {name: ways_of(session, None) for name, session in sessions.items()}
@@ -86,22 +87,22 @@ def take_turns(
 
 
 def _fixed_rows(side: Decoded, index: int, prompt: list[int], way: Way, max_new_tokens: int, tolerance: float | None) -> None:
-    """One more run, with its acceptance; and what both speculative runs differ from the plain one by."""
+    """Run once more with a fixed number of rows and count its acceptance. Compare both speculative runs with the plain one."""
     session = side.session
     run = session.generate(token_ids=prompt, max_new_tokens=max_new_tokens, **way.options)
     side.exact[FIXED_ROWS].count(run.stats)
     side.accepted.append(run.stats.accepted)
-    comparison = Comparison(session, tolerance_of(session) if tolerance is None else tolerance)
+    finder = DivergenceFinder(session, tolerance_of(session) if tolerance is None else tolerance)
     plain = side.runs[PLAIN][index].tokens
     for name, tokens in ((FIXED_ROWS, run.token_ids), (MEDUSA, side.runs[MEDUSA][index].tokens)):
-        comparison.add(side.exact[name], index, prompt, plain, tokens, None, session.tree)
+        finder.add(side.exact[name], index, prompt, plain, tokens, None, session.tree)
 
 
 def acceptance(a: Decoded, b: Decoded) -> dict[str, Any]:
-    """Mean acceptance lengths of the steps with a fixed number of rows, their ratio, and between what it lies by chance.
+    """Mean acceptance lengths of the steps with a fixed number of rows, their ratio B/A, and an interval for it.
 
-    ``ratio_95``: the middle 95 % of the ratios of prompts drawn anew. Other answers are accepted otherwise, which says nothing of
-    the heads and hides what a few prompts can tell.
+    ``ratio_95`` is the middle 95 % of the ratios when prompts are drawn anew. Other answers are accepted otherwise: that says
+    nothing of the heads, and the interval shows what so few prompts can tell.
     """
     report: dict[str, Any] = {}
     counts = []
@@ -121,13 +122,13 @@ def acceptance(a: Decoded, b: Decoded) -> dict[str, Any]:
 
 
 def _lengths(counts: np.ndarray) -> np.ndarray:
-    """Mean acceptance lengths of sums [..., 2] of steps and accepted tokens."""
+    """Mean acceptance lengths [...] from sums [..., 2] of steps and of accepted tokens."""
     lengths: np.ndarray = 1 + counts[..., 1] / np.maximum(counts[..., 0], 1)
     return lengths
 
 
 def greedy_agreement(a: Decoded, b: Decoded, prompts: Sequence[list[int]], max_new_tokens: int) -> dict[str, Any]:
-    """How long plain greedy answers of both sides are the same, in tokens; identical ones are all the way.
+    """Tokens for which the plain greedy answers of both sides are the same; an identical answer counts in full.
 
     ``same_after``: for n = 1, 2, …, the share of answers that are still the same after n tokens.
     """
@@ -135,7 +136,7 @@ def greedy_agreement(a: Decoded, b: Decoded, prompts: Sequence[list[int]], max_n
     apart = [first_divergence(one, other) for one, other in pairs]
     common = [len(one) if at is None else at for (one, _), at in zip(pairs, apart, strict=True)]
     identical = sum(at is None for at in apart)
-    # Answers that differ are what there is to see.
+    # Show answers that differ first.
     shown = sorted(range(len(pairs)), key=lambda index: apart[index] is None)[:_EXAMPLES]
     return {
         "answers": len(pairs),

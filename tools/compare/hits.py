@@ -1,4 +1,4 @@
-"""How often the heads of two bundles are right at the same places of the same text."""
+"""Counts how often the heads of two bundles are right at the same places of the same text."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def paired_hits(
     texts: Sequence[tuple[Sequence[int], Sequence[int]]],
     progress: Callable[[int, str], object] = lambda _done, _note: None,
 ) -> dict[str, Any]:
-    """Of each side's heads, how often the first candidate and one of the first five is right, over texts of prompt and answer.
+    """Count each side's heads on texts of prompt and answer: the first candidate is right, or one of the first five.
 
-    On answers of their own two bundles can't be compared well: another answer is easier or harder to guess by more than what
-    quantising costs. Heads guess what follows the token that their own backbone chooses, so places where a side chooses another
-    token than the answer's are left out on all sides. ``progress(done, note)`` follows sides and texts.
+    Both sides read the same answers, because answers of their own differ by more in difficulty than quantising costs. Heads guess
+    what follows the token that their own backbone chooses. A place where any side chooses another token than the answer's is
+    therefore left out on all sides. ``progress(done, note)`` follows sides and texts.
     """
     ranks: dict[str, list[list[int]]] = {name: [] for name in sessions}
     chosen: dict[str, list[int]] = {name: [] for name in sessions}
@@ -44,7 +44,7 @@ def paired_hits(
 
 
 def _read(session: Session, prompt: Sequence[int], answer: Sequence[int], ranks: list[list[int]], chosen: list[int]) -> None:
-    """Feed the text row by row, as plain decoding does: what the backbone chooses, and ranks of what comes after that."""
+    """Feed the text row by row, as plain decoding does. Append the backbone's tokens, and the ranks of what comes after them."""
     heads = session.manifest.heads.num_heads
     with Probe(session) as probe:
         probe.restart(prompt[:-1])

@@ -1,6 +1,11 @@
 """Attention of a step's rows over the visible cache, in two ways whose speed depends on the number of rows.
 
-query [B, heads, N, D_h], key and value [B, H_kv, T, D_h], additive mask [B, 1, N, T]; both return [B, N, heads·D_h].
+Both take and return
+
+    query       [B, heads, N, D_h]
+    key, value  [B, H_kv, T, D_h]
+    mask        [B, 1, N, T], additive
+    result      [B, N, heads·D_h]
 """
 
 from __future__ import annotations
@@ -15,13 +20,13 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Torch's fused kernels; a group of query heads becomes rows of its key head."""
+    """Run torch's fused kernels. A group of query heads becomes rows of its key head."""
     grouped, mask = _grouped(query, key, mask)
     return _rows_first(functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask), query)
 
 
 def product_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Two batched products around a softmax: for few rows these fill more of a GPU than one block a head does."""
+    """Run two batched products around a softmax. For few rows these fill more of a GPU than one block for each head does."""
     grouped, mask = _grouped(query, key, mask)
     scores = torch.matmul(grouped, key.transpose(2, 3)) * query.shape[-1] ** -0.5 + mask
     return _rows_first(torch.matmul(scores.softmax(-1, dtype=torch.float32).to(value.dtype), value), query)

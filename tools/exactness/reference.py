@@ -1,4 +1,4 @@
-"""transformers' own greedy decoding of a checkpoint: shares no code with a bundle, so it shows what a bundle got wrong."""
+"""transformers' own greedy decoding of a checkpoint. It shares no code with a bundle, so it shows a bundle's errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..extras import quiet_libraries, require
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A loaded transformers model; ``facts`` say which."""
+    """A loaded transformers model; ``facts`` name it."""
 
     module: Any
     facts: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Whether what runs here is right: tokens against the CPU's, speculative against plain decoding."""
+"""Checks that executors are right here: tokens against the CPU's, speculative against plain decoding."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ..console import write_json
-from .executors import loaded_sessions
-from .options import Options
-from .report import Report, describe
+from ...console import write_json
+from ..executors import loaded_sessions
+from ..options import Options
+from ..report import Report, describe
 
 if TYPE_CHECKING:
-    from ...runtime.session import Session
+    from ....runtime.session import Session
 
 EXPECTED = "expected.json"
 _TOKENS = 32
@@ -23,7 +23,7 @@ _MAX_BYTES = 16 << 20
 
 
 def run(options: Options, report: Report) -> None:
-    """``results["torch"]``, ``results["expected"]`` and ``results["executors"][backend]``."""
+    """Put ``results["torch"]``, ``results["expected"]`` and ``results["executors"][backend]``."""
     expected = _brought(options)
     cpu: Session | None = None
     found: dict[str, Any] = {}
@@ -50,20 +50,20 @@ def run(options: Options, report: Report) -> None:
 
 
 def _executor(session: Session, cpu: Session | None, expected: dict[str, Any]) -> dict[str, Any]:
-    """Greedy plain decoding against the expected tokens, and trees against plain decoding, on one executor."""
-    from ...runtime.tree import ROOT_ONLY
-    from ..measure.comparison import Comparison, Tally
-    from ..measure.near_tie import tolerance_of
-    from ..tree_set import trees_for
-    from ..verbs.verify import verify
+    """Compare one executor's greedy plain decoding with the expected tokens, and its trees with plain decoding."""
+    from ....runtime.tree import ROOT_ONLY
+    from ...exactness.first_divergence import DivergenceFinder, Tally
+    from ...exactness.rounding import tolerance_of
+    from ...exactness.verify import verify
+    from ...tree_set import trees_for
 
     prompts, count = expected["prompts"], expected["max_new_tokens"]
-    comparison, tally = Comparison(session, tolerance_of(session)), Tally()
+    finder, tally = DivergenceFinder(session, tolerance_of(session)), Tally()
     # The CPU's logits, where it can give them, say how far a different order of summation may lead.
     source: Any = ROOT_ONLY if cpu is None or cpu is session else _CpuLogits(cpu)
     for index, prompt in enumerate(prompts):
         run = session.generate(token_ids=prompt, max_new_tokens=count, ignore_eos=True, speculative=False)
-        comparison.add(tally, index, prompt, expected["tokens"][index], run.token_ids, None, source)
+        finder.add(tally, index, prompt, expected["tokens"][index], run.token_ids, None, source)
     trees = trees_for(session.manifest, ["chain", "published"]).trees
     trees = {name: tree for name, tree in trees.items() if tree.rows <= session.manifest.limits.max_rows}
     against_plain = verify(session, prompts, trees=trees, best_rows=True, max_new_tokens=count)
@@ -78,7 +78,7 @@ def _executor(session: Session, cpu: Session | None, expected: dict[str, Any]) -
 
 
 def _times(session: Session, prompt: list[int], count: int) -> tuple[float, float]:
-    """Seconds a plain step spends in the engine, and in all."""
+    """Seconds of a plain step: in the engine, and in all."""
     stats = session.generate(token_ids=prompt, max_new_tokens=count, ignore_eos=True, speculative=False).stats
     return stats.engine_seconds / stats.steps, stats.decode_seconds / stats.steps
 
@@ -90,17 +90,17 @@ class _CpuLogits:
     session: Session
 
     def logits(self, tokens: list[int]) -> np.ndarray:
-        """Of the token after ``tokens``, float32 [V]."""
-        from ..measure.probe import Probe
+        """Logits [V] of the token after ``tokens``, float32."""
+        from ...measure.probe import Probe
 
         with Probe(self.session) as probe:
             return probe.prefill(tokens)
 
 
 def _brought(options: Options) -> dict[str, Any] | None:
-    """Tokens that came with the bundle, made by the CPU executor where the bundle comes from."""
-    from ...runtime.errors import PromptFileError
-    from ...runtime.files.json_file import read_json_file
+    """Read the tokens that came with the bundle. The CPU executor made them where the bundle comes from."""
+    from ....runtime.errors import PromptFileError
+    from ....runtime.files.json_file import read_json_file
 
     path: Path | None = options.expected
     if path is None and options.bundle is not None and (options.bundle / EXPECTED).is_file():
@@ -116,7 +116,7 @@ def _brought(options: Options) -> dict[str, Any] | None:
 
 
 def _computed(session: Session, backend: str) -> dict[str, Any]:
-    """Greedy tokens after random prompts."""
+    """Compute greedy tokens after random prompts."""
     rng, vocab = np.random.default_rng(0), session.manifest.backbone.vocab_size
     room = session.manifest.limits.capacity - _TOKENS
     prompts = [rng.integers(0, vocab, min(length, room)).tolist() for length in _PROMPT_LENGTHS]
@@ -130,7 +130,10 @@ def _computed(session: Session, backend: str) -> dict[str, Any]:
 
 
 def _torch(options: Options, report: Report) -> dict[str, Any]:
-    """The torch reference on a tiny model in fp32, captured: each way against the CPU's plain tokens, with and without heads."""
+    """Run the captured torch reference on a tiny model in fp32.
+
+    Each way, with and without heads, is compared with the CPU's plain tokens.
+    """
     import torch
 
     with torch.no_grad():
@@ -140,12 +143,12 @@ def _torch(options: Options, report: Report) -> dict[str, Any]:
 def _torch_ways(options: Options, report: Report) -> dict[str, Any]:
     import torch
 
-    from .shapes import SIZES
-    from .torch_clock import Clock
-    from .torch_loop import Loop, generate
-    from .torch_rig import MARGIN, published_tree, ways_of
-    from .torch_step import TorchStep, empty_caches
-    from .torch_weights import PROJECTIONS, moved, random_heads, random_weights
+    from ..shapes import SIZES
+    from ..torch_reference.clock import Clock
+    from ..torch_reference.loop import Loop, generate
+    from ..torch_reference.rig import MARGIN, published_tree, ways_of
+    from ..torch_reference.step import TorchStep, empty_caches
+    from ..torch_reference.weights import PROJECTIONS, moved, random_heads, random_weights
 
     prompt, count, visible = list(range(1, 20)), 64, 192
     weights = random_weights(SIZES["tiny"], "cpu", torch.float32, std=0.15)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medusa_deploy.runtime.sampling import SamplingParams, draw, uniform, weights
-from medusa_deploy.tools.measure.near_tie import Evidence, judge_argmax, judge_draw
+from medusa_deploy.tools.exactness.rounding import Evidence, judge_argmax, judge_draw
 
 
 def logits(*values: float) -> np.ndarray:

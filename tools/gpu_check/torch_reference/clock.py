@@ -1,4 +1,4 @@
-"""Timing on a device: CUDA graphs and events, or the same calls on a CPU."""
+"""Times work on a device: with CUDA graphs and events, or with the same calls on a CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...runtime.errors import DeviceError
+from ....runtime.errors import DeviceError
 
 _WARMUPS = 3
 Work = Callable[[], Any]
@@ -37,7 +37,7 @@ class Clock:
         return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
     def captured(self, work: Work) -> Work:
-        """``work`` as one CUDA graph, after a few ordinary runs; on a CPU ``work`` itself, after one."""
+        """Capture ``work`` as one CUDA graph after a few ordinary runs. On a CPU it is ``work`` itself, after one run."""
         if not self.is_cuda:
             work()
             return work
@@ -52,7 +52,7 @@ class Clock:
         return graph.replay
 
     def milliseconds(self, work: Work, repeats: int, before: Work = lambda: None) -> list[float]:
-        """The time of each of ``repeats`` runs, ``before`` excluded; on a GPU by events, without waiting in between."""
+        """Time each of ``repeats`` runs, without ``before``. A GPU is timed by events, without waiting in between."""
         if not self.is_cuda:
             times = []
             for _ in range(repeats):
@@ -71,13 +71,13 @@ class Clock:
         return [first.elapsed_time(last) for first, last in pairs]
 
     def measure(self, work: Work, repeats: int, before: Work = lambda: None) -> dict[str, Any]:
-        """Median and spread of :meth:`milliseconds`, after one run that isn't counted."""
+        """Median and spread of :meth:`milliseconds`. A first run isn't counted."""
         times = self.milliseconds(work, repeats + 1, before)[1:]
         cuts = quantiles(times, n=10) if len(times) > 1 else times * 9
         return {"ms": median(times), "ms_p10": cuts[0], "ms_p90": cuts[-1], "repeats": repeats}
 
     def bandwidth(self) -> dict[str, float]:
-        """GB/s of device memory: a copy (bytes read and written), and a sum over float32 (bytes read)."""
+        """GB/s of device memory: a copy counts bytes read and written, a sum over float32 counts bytes read."""
         count = (1 << 28) if self.is_cuda else (1 << 22)
         source = torch.ones(count, dtype=torch.float32, device=self.device)
         target = torch.empty_like(source)
