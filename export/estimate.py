@@ -13,8 +13,9 @@ from ..runtime.executors import step_io
 from ..runtime.files.adapter_file import Adapter
 from ..runtime.files.heads import HeadConfig, HeadSet
 from ..runtime.tree import ROOT_ONLY, Tree, chain
-from .backbone.backbone import DTYPES, backbone_shape, load_config
+from .backbone.backbone import backbone_shape, load_config
 from .backbone.linked import stored_parameters
+from .backbone.record import DTYPES
 from .heads.layouts import ReadHeads, check_fit, read_heads
 from .passes.cpu_heads import narrow_size
 from .passes.screen import screen_size

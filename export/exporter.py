@@ -23,8 +23,9 @@ from ..runtime.files.bundle import record_files, sha256, staged_folder
 from ..runtime.files.heads import HeadConfig, HeadSet
 from ..runtime.files.manifest import MANIFEST_NAME, BackboneFacts, HeadFacts, Limits, Manifest, TextFacts
 from ..runtime.tree import Tree
-from .backbone.backbone import DTYPES, Backbone, load_backbone
+from .backbone.backbone import load_backbone
 from .backbone.linked import load_linked_backbone, prune_projection
+from .backbone.record import DTYPES, Backbone
 from .backbone.tokenizer import write_text_files
 from .estimate import DEFAULT_TREE, bundle_trees, refuse_linked_adapter, tree_rows
 from .graphs import HEADS_GRAPH, write_graphs
@@ -109,10 +110,10 @@ def export_bundle(
         shape = backbone.shape
         places: dict[str, Any] = {}
         layout = CacheLayout(shape.layers, 1, shape.kv_heads, rows, shape.head_dim, _NUMPY_DTYPES[dtype])
-        if backbone.linked is None:
-            checks = _check(folder, graphs, layout, backbone, stack, report)
-        else:
+        if weights == "linked":
             checks, places = check_linked(folder, graphs, layout, backbone, stack, report)
+        else:
+            checks = _check(folder, graphs, layout, backbone, stack, report)
         report("hashing")
         known = {path: future.result() for path, future in hashes.items()}
         provenance = {

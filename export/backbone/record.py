@@ -1,0 +1,62 @@
+"""The record of a loaded backbone, and the protocol by which a trace reads its weights."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from .safetensors_header import StoredTensor
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneShape:
+    """Sizes of a decoder: what buffers, profiles and heads depend on."""
+
+    architecture: str
+    layers: int
+    hidden_size: int
+    attention_heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int
+    tied: bool
+
+
+class WeightSource(Protocol):
+    """Holds the weights of a backbone, in memory or in files."""
+
+    def tracing(self) -> AbstractContextManager[object]:
+        """Enter the mode that the module's parameters need while it is traced."""
+        ...
+
+    def stored(self, parameter: str) -> StoredTensor | None:
+        """Return the place of a parameter in a file of the bundle, or None if the module holds its numbers."""
+        ...
+
+
+class LoadedWeights:
+    """Weights in memory: the module's parameters hold the numbers."""
+
+    def tracing(self) -> AbstractContextManager[object]:
+        """Enter nothing: real parameters are traced as they are."""
+        return contextlib.nullcontext()
+
+    def stored(self, parameter: str) -> None:
+        """Return None: no parameter lies in a file of the bundle."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """A transformers causal LM, its sizes, its dtype, and the source of its weights."""
+
+    module: Any
+    shape: BackboneShape
+    dtype: torch.dtype
+    weights: WeightSource = field(default_factory=LoadedWeights)
