@@ -94,7 +94,7 @@ def plan_export(
     if dtype == "fp32":  # what the CPU graph has of its own
         written_bytes += narrow_size(head_config) + screen_size((shape.vocab_size, shape.hidden_size))
     text = sum((Path(model) / name).stat().st_size for name in _TEXT_FILES if (Path(model) / name).is_file())
-    slot = 2 * shape.layers * shape.kv_heads * rows * shape.head_dim * item
+    slot = shape.cache_bytes(rows, item)
     return ExportPlan(
         architecture=shape.architecture,
         layers=shape.layers,

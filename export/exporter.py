@@ -21,7 +21,7 @@ from ..runtime.executors.executor import CacheLayout
 from ..runtime.executors.ort import OrtExecutor, OrtModel
 from ..runtime.files.bundle import record_files, sha256, staged_folder
 from ..runtime.files.heads import HeadConfig, HeadSet
-from ..runtime.files.manifest import MANIFEST_NAME, BackboneFacts, HeadFacts, Limits, Manifest, TextFacts
+from ..runtime.files.manifest import MANIFEST_NAME, HeadFacts, Limits, Manifest, TextFacts
 from ..runtime.tree import Tree
 from .backbone.backbone import load_backbone
 from .backbone.linked import load_linked_backbone, prune_projection
@@ -155,15 +155,7 @@ def _manifest(
 ) -> dict[str, Any]:
     shape, config = backbone.shape, heads.config
     return {
-        "backbone": BackboneFacts(
-            shape.architecture,
-            shape.layers,
-            shape.hidden_size,
-            shape.attention_heads,
-            shape.kv_heads,
-            shape.head_dim,
-            shape.vocab_size,
-        ),
+        "backbone": shape,
         "heads": HeadFacts(
             config.kind, config.num_heads, top_k, config.projection, config.draft_vocab_size or shape.vocab_size, scaling
         ),

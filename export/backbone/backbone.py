@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...runtime.errors import CheckpointError, DeployError, UnsupportedArchitectureError
+from ...runtime.files.backbone import BackboneShape
 from .adapter import merge_adapter
-from .record import DTYPES, Backbone, BackboneShape
+from .record import DTYPES, Backbone
 
 if TYPE_CHECKING:
     from ...runtime.files.adapter_file import Adapter
@@ -184,11 +185,9 @@ def _sliding_windows(config: Any) -> list[int]:
 
 
 def backbone_shape(module: Any) -> BackboneShape:
-    """Sizes from the config, checked against the module's own weights."""
+    """Read the sizes from the config; the vocabulary's from the projection, which may have more rows than the config says."""
     config = module.config
     attention_heads = config.num_attention_heads
-    embedding = module.get_input_embeddings().weight
-    output = module.get_output_embeddings().weight
     return BackboneShape(
         architecture=type(module).__name__,
         layers=config.num_hidden_layers,
@@ -196,9 +195,7 @@ def backbone_shape(module: Any) -> BackboneShape:
         attention_heads=attention_heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or attention_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // attention_heads,
-        vocab_size=int(output.shape[0]),
-        max_position=int(config.max_position_embeddings),
-        tied=embedding is output,
+        vocab_size=int(module.get_output_embeddings().weight.shape[0]),
     )
 
 

@@ -9,24 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
+from ...runtime.files.backbone import BackboneShape
 from .safetensors_header import StoredTensor
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class BackboneShape:
-    """Sizes of a decoder: what buffers, profiles and heads depend on."""
-
-    architecture: str
-    layers: int
-    hidden_size: int
-    attention_heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position: int
-    tied: bool
 
 
 class WeightSource(Protocol):
