@@ -204,7 +204,7 @@ class StepGraph:
         made = self._product_of_values(node.input[2])
         weight, transposed = (None, False) if made is None else self._weight_of(made)
         backbone = self._bundle.manifest.backbone
-        width = backbone.kv_heads * backbone.head_dim
+        width = backbone.key_size
         if weight is None or weight.dims[0 if transposed else 1] != width:
             return 0
         return next((each.channels // width for each in self.products if each.activation == activation), 0)

@@ -9,24 +9,12 @@ from typing import Any, TypeGuard
 
 from ..errors import BundleSchemaError, TreeError
 from ..tree import Tree
+from .backbone import BackboneShape
 from .heads import PlattScaling, parse_platt_scaling
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class BackboneFacts:
-    """Sizes of the backbone that the runtime's buffers depend on."""
-
-    architecture: str
-    layers: int
-    hidden_size: int
-    attention_heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +74,7 @@ class Manifest:
     (:mod:`.engine_record`).
     """
 
-    backbone: BackboneFacts
+    backbone: BackboneShape
     heads: HeadFacts
     limits: Limits
     text: TextFacts
@@ -155,7 +143,7 @@ def parse_manifest(text: str | bytes) -> Manifest:
             Manifest,
             {
                 **raw,
-                "backbone": _record(BackboneFacts, raw["backbone"]),
+                "backbone": _record(BackboneShape, raw["backbone"]),
                 "heads": _record(HeadFacts, {**heads, "platt_scaling": scaling}),
                 "limits": _record(Limits, raw["limits"]),
                 "text": _record(TextFacts, {**raw["text"], "eos_token_ids": tuple(raw["text"]["eos_token_ids"])}),

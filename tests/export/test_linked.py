@@ -81,9 +81,9 @@ def test_the_rules_that_are_left_out_would_change_nothing(
 ) -> None:
     from onnxscript import optimizer
 
-    from medusa_deploy.export.backbone import linked
+    from medusa_deploy.export.trace import link
 
-    monkeypatch.setattr(linked, "optimise", lambda model, keeps: optimizer.optimize_ir(model, should_fold=keeps))
+    monkeypatch.setattr(link, "optimise", lambda model, keeps: optimizer.optimize_ir(model, should_fold=keeps))
     export_bundle(sharded, tiny_heads, tmp_path / "bundle", weights="linked", **OPTIONS)
     graphs = sorted(path.name for path in (bundle / "onnx").glob("*.onnx"))
     assert len(graphs) == 5

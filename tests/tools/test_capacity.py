@@ -25,7 +25,7 @@ from medusa_deploy.tools.sizing.source import source_of_bundle, source_of_model
 from support.families import FAMILIES, make_config
 from support.tiny import HEADS, HIDDEN, VOCAB
 
-TINY = ModelShape(2, HIDDEN, 128, 4, 2, 16, VOCAB, 512, tied=True)
+TINY = ModelShape("LlamaForCausalLM", 2, HIDDEN, 4, 2, 16, VOCAB, 128, 512, tied=True)
 TINY_HEADS = HeadConfig("medusa", HEADS, 1, HIDDEN, VOCAB, "shared")
 
 
@@ -88,7 +88,7 @@ def test_a_tied_projection_takes_memory_in_int8_only() -> None:
 @pytest.mark.parametrize("kind", ["medusa", "grounded"])
 @pytest.mark.parametrize(("projection", "tokens"), [("own", 1024), ("shared", 1024), ("pruned", 256)])
 def test_heads_read_their_blocks_and_the_projection_that_they_use(kind: Any, projection: Any, tokens: int) -> None:
-    backbone = backbone_of(ModelShape(2, 256, 512, 4, 4, 64, 1024, 512))
+    backbone = backbone_of(ModelShape("LlamaForCausalLM", 2, 256, 4, 4, 64, 1024, 512, 512))
     heads = heads_of(HeadConfig(kind, 3, 1, 256, tokens, projection))
     blocks = 3 * (256 * (512 if kind == "grounded" else 256) + 256)
     own = {"own": 3 * 1024 * 256, "shared": 0, "pruned": 256 * 256}[projection]

@@ -29,18 +29,19 @@ def test_transformers_makes_the_same_model_of_a_shape(preset: Preset) -> None:
     window = {"sliding_window": shape.window} if shape.window else {}
     config = getattr(transformers, preset.config)(
         num_hidden_layers=shape.layers,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_attention_heads=shape.attention_heads,
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        vocab_size=shape.vocab,
+        vocab_size=shape.vocab_size,
         max_position_embeddings=shape.max_position,
         tie_word_embeddings=shape.tied,
         **window,
     )
     check_architecture(config, preset.capacity)
     module = empty_module(config)
+    assert type(module).__name__ == shape.architecture
     counts = {name: value.numel() for name, value in module.named_parameters()}
     assert sum(counts.values()) == preset.parameters
     biased = any("q_proj.bias" in name for name in counts)

@@ -25,10 +25,11 @@ from medusa_deploy.tools.gpu_check.torch_reference.weights import (  # noqa: E40
     random_weights,
     weights_of,
 )
+from medusa_deploy.tools.sizing.model_sizes import ModelShape  # noqa: E402
 
 EVERYTHING = Wanted(heads=True, logits=True, hidden=True)
 ATTENTIONS = [fused_attention, product_attention]
-TINY = Shapes("support", 2, 64, 128, 4, 2, 16, VOCAB)
+TINY = Shapes("support", ModelShape("LlamaForCausalLM", 2, 64, 4, 2, 16, VOCAB, 128, 512))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -87,9 +87,7 @@ def cache_bytes(manifest: Manifest) -> int:
     """Bytes of key and value caches that one slot takes."""
     import numpy as np
 
-    backbone = manifest.backbone
-    rows = 2 * backbone.layers * backbone.kv_heads * manifest.limits.cache_rows
-    return rows * backbone.head_dim * np.dtype(manifest.dtype).itemsize
+    return manifest.backbone.cache_bytes(manifest.limits.cache_rows, np.dtype(manifest.dtype).itemsize)
 
 
 def report_text(report: dict[str, Any]) -> str:

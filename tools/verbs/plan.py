@@ -60,7 +60,7 @@ def tables() -> dict[str, object]:
     from ..sizing.gpus import GPUS
     from ..sizing.model_sizes import PRESETS
 
-    return {"sizes": [asdict(preset) for preset in PRESETS], "gpus": [asdict(gpu) for gpu in GPUS]}
+    return {"sizes": [preset.report() for preset in PRESETS], "gpus": [asdict(gpu) for gpu in GPUS]}
 
 
 def tables_text() -> str:
@@ -70,8 +70,9 @@ def tables_text() -> str:
     from ..sizing.model_sizes import PRESETS
 
     sizes = [
-        [preset.name, f"{preset.parameters / 1e9:.2f}", shape.layers, shape.hidden, shape.intermediate,
-         f"{shape.heads}/{shape.kv_heads}", shape.head_dim, shape.vocab, shape.window or shape.max_position,
+        [preset.name, f"{preset.parameters / 1e9:.2f}", shape.layers, shape.hidden_size,
+         shape.intermediate_size,
+         f"{shape.attention_heads}/{shape.kv_heads}", shape.head_dim, shape.vocab_size, shape.window or shape.max_position,
          preset.capacity, ",".join(map(str, preset.rows)), " ".join(preset.aliases)]
         for preset in PRESETS for shape in [preset.shape]
     ]  # fmt: skip

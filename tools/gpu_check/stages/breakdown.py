@@ -54,7 +54,7 @@ def _parts(rig: Rig, rows: int, length: int) -> dict[str, float]:
     from ..torch_reference.step import mlp, propose, write
     from ..torch_reference.weights import PROJECTIONS
 
-    weights, shapes, repeats = rig.weights, rig.shapes, rig.options.repeats
+    weights, model, repeats = rig.weights, rig.shapes.model, rig.options.repeats
     step = rig.ways[rig.best_way(rows, length)]
     loop = rig.loop(rig.best_way(rows, length), rows, length)
     inputs = loop.inputs
@@ -62,8 +62,8 @@ def _parts(rig: Rig, rows: int, length: int) -> dict[str, float]:
     def random(*size: int) -> Any:
         return torch.randn(size, dtype=weights.dtype, device=weights.device)
 
-    x, attended = random(1, rows, shapes.hidden), random(1, rows, shapes.heads * shapes.head_dim)
-    query, new = random(1, shapes.heads, rows, shapes.head_dim), random(1, shapes.kv_heads, rows, shapes.head_dim)
+    x, attended = random(1, rows, model.hidden_size), random(1, rows, model.query_size)
+    query, new = random(1, model.attention_heads, rows, model.head_dim), random(1, model.kv_heads, rows, model.head_dim)
     mask = torch.zeros(1, 1, rows, length, dtype=weights.dtype, device=weights.device)
     before = 0 if inputs.commit is None else step.margin
     targets = inputs.write_index[:, None] + torch.arange(-before, rows, device=weights.device)

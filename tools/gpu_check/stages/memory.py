@@ -26,7 +26,7 @@ def _memory(rig: Rig, report: Report) -> None:
 
     layers = [getattr(layer, name) for layer in rig.weights.layers for name in layer.__dataclass_fields__]
     tensors = [*layers, rig.weights.embedding, rig.weights.projection, rig.weights.norm]
-    per_slot = rig.shapes.cache_bytes(CAPACITY, rig.itemsize)
+    per_slot = rig.shapes.model.cache_bytes(CAPACITY, rig.itemsize)
     entry: dict[str, Any] = {
         "weights_bytes": sum(tensor.nbytes for tensor in tensors),
         "plain_step_reads_bytes": rig.step_bytes(0),

@@ -60,12 +60,12 @@ class Rig:
 
     def step_bytes(self, length: int) -> int:
         """Bytes that a plain step must read: matrices and visible cache rows."""
-        return self.shapes.step_parameters * self.itemsize + self.shapes.cache_bytes(length, self.itemsize)
+        return self.shapes.step_parameters * self.itemsize + self.shapes.model.cache_bytes(length, self.itemsize)
 
     def loop(self, way: str, rows: int, length: int, kind: str | None = None) -> Loop:
         """Make a loop over ``length`` visible cache rows, which are full when the step has run."""
         loop = Loop(self.ways[way], published_tree(rows), length, None if kind is None else self.heads(kind))
-        loop.inputs.tokens.random_(0, self.shapes.vocab)
+        loop.inputs.tokens.random_(0, self.shapes.model.vocab_size)
         self.restart(loop)
         return loop
 

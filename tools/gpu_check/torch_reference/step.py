@@ -63,7 +63,7 @@ class TorchStep:
 
     def run(self, inputs: Inputs, visible: int, heads: Heads | None = None) -> Outputs:
         """Move, write and verify. ``visible`` is T, the number of cache rows that attention reads."""
-        weights, shapes = self.weights, self.weights.shapes
+        weights, model, eps = self.weights, self.weights.shapes.model, self.weights.shapes.eps
         rows = self._written_rows(inputs)
         mask = self.visibility(inputs.ancestors, inputs.write_index, visible, self.margin, weights.dtype)
         angles = inputs.positions[:, :, None].float() * weights.frequencies  # [B, N, D_h/2]
@@ -71,17 +71,17 @@ class TorchStep:
         x = functional.embedding(inputs.tokens, weights.embedding)
         for index, layer in enumerate(weights.layers):
             query, key, value = self.before(
-                x, layer.input_norm, layer.qkv, cos, sin, shapes.head_dim, shapes.heads, shapes.kv_heads, shapes.eps
+                x, layer.input_norm, layer.qkv, cos, sin, model.head_dim, model.attention_heads, model.kv_heads, eps
             )
             caches = self.caches[2 * index : 2 * index + 2]
             for cache, new in zip(caches, (key, value), strict=True):
                 write(cache, new, rows, inputs.commit)
             keys, values = (cache[:, :, :visible] for cache in caches)
             attended = self.attend(query, keys, values, mask)
-            x = self.after(x, attended, layer.out, layer.post_norm, layer.gate_up, layer.down, shapes.eps)
-        hidden = functional.rms_norm(x, (shapes.hidden,), weights.norm, shapes.eps)
+            x = self.after(x, attended, layer.out, layer.post_norm, layer.gate_up, layer.down, eps)
+        hidden = functional.rms_norm(x, (model.hidden_size,), weights.norm, eps)
         if inputs.logit_rows is not None:
-            hidden = hidden.gather(1, inputs.logit_rows[:, :, None].expand(-1, -1, shapes.hidden))
+            hidden = hidden.gather(1, inputs.logit_rows[:, :, None].expand(-1, -1, model.hidden_size))
         logits = functional.linear(hidden, weights.projection)
         last_row, next_token, state = self.accept(inputs.tokens, logits, hidden, inputs.ancestors, inputs.forced)
         candidates, log_probs = (None, None) if heads is None else self.propose(state, heads)
@@ -96,9 +96,9 @@ class TorchStep:
 
 def empty_caches(weights: Weights, slots: int, rows: int) -> list[Tensor]:
     """Zeroed caches [B, H_kv, S, D_h], two a layer."""
-    shapes = weights.shapes
-    size = (slots, shapes.kv_heads, rows, shapes.head_dim)
-    return [torch.zeros(size, dtype=weights.dtype, device=weights.device) for _ in range(2 * shapes.layers)]
+    model = weights.shapes.model
+    size = (slots, model.kv_heads, rows, model.head_dim)
+    return [torch.zeros(size, dtype=weights.dtype, device=weights.device) for _ in range(2 * model.layers)]
 
 
 def before_attention(

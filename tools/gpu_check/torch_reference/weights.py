@@ -75,27 +75,27 @@ def random_weights(shapes: Shapes, device: str, dtype: torch.dtype, seed: int = 
     ``std`` is that of the matrices; None takes 1/√H, which keeps fp16 activations small.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    scale = shapes.hidden**-0.5 if std is None else std
+    model, hidden = shapes.model, shapes.model.hidden_size
+    scale = hidden**-0.5 if std is None else std
 
     def matrix(*size: int) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device).normal_(0, scale, generator=generator)
 
     def ones() -> Tensor:
-        return torch.ones(shapes.hidden, dtype=dtype, device=device)
+        return torch.ones(hidden, dtype=dtype, device=device)
 
-    width = shapes.heads * shapes.head_dim
     layers = [
         Layer(
             ones(),
-            matrix(shapes.qkv_rows, shapes.hidden),
-            matrix(shapes.hidden, width),
+            matrix(shapes.qkv_rows, hidden),
+            matrix(hidden, model.query_size),
             ones(),
-            matrix(2 * shapes.intermediate, shapes.hidden),
-            matrix(shapes.hidden, shapes.intermediate),
+            matrix(2 * model.intermediate_size, hidden),
+            matrix(hidden, model.intermediate_size),
         )
-        for _ in range(shapes.layers)
+        for _ in range(model.layers)
     ]
-    embedding, projection = (matrix(shapes.vocab, shapes.hidden) for _ in range(2))
+    embedding, projection = (matrix(model.vocab_size, hidden) for _ in range(2))
     return Weights(shapes, embedding, layers, ones(), projection, _frequencies(shapes, device))
 
 
@@ -113,12 +113,13 @@ def random_heads(weights: Weights, kind: str, *, count: int = 4, top_k: int = 10
     def normal(*size: int, std: float) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device).normal_(0, std, generator=generator)
 
-    blocks, bias = normal(count * shapes.hidden, shapes.hidden, std=0.4 / shapes.hidden), normal(count * shapes.hidden, std=0.05)
+    hidden = shapes.model.hidden_size
+    blocks, bias = normal(count * hidden, hidden, std=0.4 / hidden), normal(count * hidden, std=0.05)
     token_map, projection = None, weights.projection
     if kind == "own":
         projection = weights.projection[None].repeat(count, 1, 1)
     if kind == "pruned":
-        token_map = torch.randperm(shapes.vocab, generator=generator, device=device)[: shapes.draft_vocab]
+        token_map = torch.randperm(shapes.model.vocab_size, generator=generator, device=device)[: shapes.draft_vocab]
         projection = weights.projection[token_map].contiguous()
     return Heads(kind, count, min(top_k, shapes.draft_vocab), blocks, bias, projection, token_map)
 
@@ -139,7 +140,7 @@ def weights_of(state: Mapping[str, Tensor], shapes: Shapes) -> Weights:
         )
 
     embedding = state["model.embed_tokens.weight"]
-    layers = [layer(index) for index in range(shapes.layers)]
+    layers = [layer(index) for index in range(shapes.model.layers)]
     projection = state.get("lm_head.weight", embedding)
     return Weights(shapes, embedding, layers, state["model.norm.weight"], projection, _frequencies(shapes, str(embedding.device)))
 
@@ -170,5 +171,6 @@ def moved(record: Any, device: str) -> Any:
 
 
 def _frequencies(shapes: Shapes, device: str) -> Tensor:
-    exponents = torch.arange(0, shapes.head_dim, 2, dtype=torch.float32, device=device) / shapes.head_dim
+    head_dim = shapes.model.head_dim
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     return 1.0 / shapes.rope_theta**exponents
