@@ -24,6 +24,7 @@ from .layer_progress import LayerProgress
 from .observations import Observations
 from .products import StepGraph
 from .row_sample import SAMPLED_PROMPTS, RowSample, smooth_activation
+from .takers import smoothable
 
 LONGEST_TEXT = 512
 _PLAIN_ROWS = 64  # of the last stage at a time: each has logits of the whole vocabulary
@@ -102,7 +103,7 @@ class LayerCalibrator:
         run.seen.prompts, run.seen.prefill_rows = len(texts), sum(map(len, texts))
         if progress_file is not None:
             run.resume(progress_file, settings, list(map(len, texts)))
-        smoothable = self.graph.smoothable() if alphas else {}
+        can_be_smoothed = smoothable(self.graph) if alphas else {}
         weights: dict[tuple[str, int], np.ndarray] = {}
         since = time.monotonic()
         for done, stage in enumerate(self.stages):
@@ -113,22 +114,23 @@ class LayerCalibrator:
 
             rows = {}
             if done >= run.stages:
-                rows = self._observe(stage, texts, run, [each for each in stage.activations if each in smoothable], note)
+                rows = self._observe(stage, texts, run, [each for each in stage.activations if each in can_be_smoothed], note)
             note("scales of weights")
             for key in dict.fromkeys((product.weight, product.axis) for product in stage.products):
                 weights[key] = self.graph.weight_scales(*key)
             for activation, sampled in rows.items():
                 note(f"smoothing {activation}")
                 maxima = run.seen.observers[activation].channel_maxima
-                readers = smoothable[activation]
-                run.smoothing[activation] = smooth_activation(self.graph, activation, readers, sampled, maxima, alphas)
+                run.smoothing[activation] = smooth_activation(
+                    self.graph, can_be_smoothed[activation], sampled, maxima, alphas
+                )
             run.stages = max(run.stages, done + 1)
             progress(done + 1, name)
             if progress_file is not None and time.monotonic() - since >= SAVE_EVERY and done + 1 == run.stages:
                 run.save(progress_file, settings)
                 since = time.monotonic()
         order = dict.fromkeys((product.weight, product.axis) for product in self.products)
-        return Measured(run.seen, {key: weights[key] for key in order}, {name: run.smoothing[name] for name in smoothable})
+        return Measured(run.seen, {key: weights[key] for key in order}, {name: run.smoothing[name] for name in can_be_smoothed})
 
     def _observe(
         self,

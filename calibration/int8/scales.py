@@ -13,6 +13,7 @@ from .observations import Observations
 from .observers import RangeObserver
 from .products import Product, StepGraph
 from .ranges import Method, choose_range, clipped_share, relative_error, zeroed_share
+from .takers import smoothable
 
 FEWEST_ROWS = 128
 
@@ -59,6 +60,7 @@ def make_scales(
         weights,
         {**settings, "prefill_rows": seen.prefill_rows, "tree_rows": seen.tree_rows},
         smoothing or {},
+        {name: found.taker for name, found in smoothable(calibrator.graph).items() if name in (smoothing or {})},
     )
 
 

@@ -19,7 +19,8 @@ from ...runtime.executors import step_io
 from ...runtime.files.scales_file import LEVELS, Scales
 from ..passes.patterns import new_constant
 from .engine_weights import QuantisationReport, holds_8_bits, quantise_weights
-from .smooth_standard import GRID, attention_of, fold_smoothing
+from .smooth_standard import GRID, fold_smoothing
+from .takers import attention_of
 
 LARGEST_ERROR = 4e-4
 """Relative squared error of a product: activations of those that int8 is simulated to change more stay as they are."""

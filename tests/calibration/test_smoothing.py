@@ -13,6 +13,7 @@ pytest.importorskip("onnxruntime")
 from medusa_deploy.calibration.int8.collect import Calibrator
 from medusa_deploy.calibration.int8.row_sample import find_smoothing, sample_rows
 from medusa_deploy.calibration.int8.smoothing import choose_smoothing, smoothing_factors
+from medusa_deploy.calibration.int8.takers import smoothable
 from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.runtime.files.scales_file import BLOCK
 from medusa_deploy.tools.prompt_source import random_prompts
@@ -111,9 +112,12 @@ def test_inputs_of_all_products_of_layers_can_be_smoothed(calibrator: Calibrator
         for layer in range(2)
         for readers in per_layer
     }
-    assert calibrator.graph.smoothable() == expected
-    sharing = [calibrator.graph.sharing_queries(product.activation) for product in products[:7]]
-    assert sharing == [0, 0, 0, 2, 0, 0, 0]
+    found = smoothable(calibrator.graph)
+    assert {name: each.readers for name, each in found.items()} == expected
+    takers = [found[product.activation].taker for product in products[:7]]
+    assert [taker.kind for taker in takers] == ["norm", "norm", "norm", "values", "norm", "norm", "layer"]
+    assert [found[product.activation].heads for product in products[:7]] == [None, None, None, (2, 2), None, None, None]
+    assert [takers[index].name for index in (3, 6)] == [products[2].name, products[5].name], "values; up"
 
 
 def test_rows_are_few_and_the_same_again_and_the_first_of_every_prompt_is_among_them(calibrator: Calibrator):
@@ -130,7 +134,7 @@ def test_rows_are_few_and_the_same_again_and_the_first_of_every_prompt_is_among_
 def test_every_activation_that_can_be_smoothed_is_and_none_without_alphas(calibrator: Calibrator):
     seen = calibrator.collect(PROMPTS, 24)
     found = find_smoothing(calibrator, seen, PROMPTS, 24, [None, 0.5])
-    assert list(found) == list(calibrator.graph.smoothable())
+    assert list(found) == list(smoothable(calibrator.graph))
     for name, grids in found.items():
         assert set(grids) == {"block", "tensor"}
         assert all(len(entry.factors) == len(seen.observers[name].channel_maxima) for entry in grids.values())

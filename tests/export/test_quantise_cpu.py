@@ -17,10 +17,13 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
+from medusa_deploy.calibration.int8.products import StepGraph
+from medusa_deploy.calibration.int8.takers import smoothable
 from medusa_deploy.export.passes.matmuls import find_products
 from medusa_deploy.export.quantise import cpu as quantise_cpu_module
 from medusa_deploy.export.quantise.cpu import CpuPrecision, quantise_cpu, take_in
 from medusa_deploy.export.quantise.smooth_cpu import smooth
+from medusa_deploy.export.quantise.takers import with_takers
 from medusa_deploy.export.variant import add_variant, check_variant
 from medusa_deploy.runtime.errors import BundleExistsError, QuantisationError, UsageError
 from medusa_deploy.runtime.executors.executor import Wanted
@@ -45,17 +48,17 @@ def divergence(tiny_bundle: Path) -> Divergence:
     return Divergence(load(tiny_bundle, variant="cpu", threads=1), PROMPTS, 12, threads=1)
 
 
-def made_up_scales(graph: Any) -> Scales:
+def made_up_scales(bundle: Path) -> Scales:
     """Factors far from 1 for every activation, those that nothing can take among them."""
     rng = np.random.default_rng(3)
+    standard = StepGraph(open_bundle(bundle))
     layers, smoothing = {}, {}
-    for product in find_products(graph):
-        name = f"read by {product.activation.name}"
-        for weight in product.weights:
-            layers[f"{product.node.name}/{weight.name}"] = Layer(name, weight.name, 1)
-        factors = np.exp(rng.normal(size=product.shape[1])).astype(np.float32)
-        smoothing[name] = {"block": Smoothing(0.5, 0.0, 0.0, factors)}
-    return Scales("max", layers, {}, {}, {}, smoothing)
+    for product in standard.products:
+        layers[product.name] = Layer(product.activation, product.weight, product.axis)
+        factors = np.exp(rng.normal(size=product.channels)).astype(np.float32)
+        smoothing[product.activation] = {"block": Smoothing(0.5, 0.0, 0.0, factors)}
+    takers = {name: found.taker for name, found in smoothable(standard).items()}
+    return Scales("max", layers, {}, {}, {}, smoothing, takers)
 
 
 def operators(graph: Any) -> Counter[str]:
@@ -72,8 +75,8 @@ def test_every_product_is_found_once_and_knows_its_layer(graph: Any):
     assert widths == 64 + 2 * 32 + 64 + 2 * 128 + 64, "query, key, value, output, gate, up, down"
 
 
-def test_smoothing_alone_changes_nothing(graph: Any, divergence: Divergence):
-    scales = made_up_scales(graph)
+def test_smoothing_alone_changes_nothing(graph: Any, tiny_bundle: Path, divergence: Divergence):
+    scales = made_up_scales(tiny_bundle)
     products = find_products(graph)
     smoothed = smooth(graph.graph, products, scales, {product.activation for product in products})
     assert len(smoothed) == 6, "two norms and a gated product a layer"
@@ -84,8 +87,18 @@ def test_smoothing_alone_changes_nothing(graph: Any, divergence: Divergence):
     assert moved < 1e-6 and same == 1.0
 
 
-def test_only_what_a_quantised_product_reads_is_smoothed(graph: Any):
-    scales = made_up_scales(graph)
+def test_scales_of_older_versions_get_the_takers_that_calibrate_would_have_given_them(tiny_bundle: Path):
+    scales = made_up_scales(tiny_bundle)
+    assert Counter(taker.kind for taker in scales.takers.values()) == {"norm": 4, "layer": 2, "values": 2}
+    older = replace(scales, takers={})
+    assert with_takers(older, open_bundle(tiny_bundle)) == scales
+    assert with_takers(scales, open_bundle(tiny_bundle)) is scales
+    plain = replace(older, smoothing={})
+    assert with_takers(plain, open_bundle(tiny_bundle)) is plain
+
+
+def test_only_what_a_quantised_product_reads_is_smoothed(graph: Any, tiny_bundle: Path):
+    scales = made_up_scales(tiny_bundle)
     one, *others = (product for product in find_products(graph) if product.layer == 1)
     stored = {weight.name: weight.const_value for product in others for weight in product.weights}
     report = quantise_cpu(graph, replace(EXACT, kept={one.name: 8}), scales)

@@ -59,6 +59,7 @@ def quantise(
     from ...export.passes.matmuls import find_products
     from ...export.passes.screen import load_whole
     from ...export.quantise.cpu import CpuPrecision, quantise_cpu
+    from ...export.quantise.takers import with_takers
     from ...export.variant import add_variant
     from ...runtime.files.bundle import locked, open_bundle
     from ...runtime.files.scales_file import read_scales
@@ -69,7 +70,7 @@ def quantise(
     with locked(bundle), Progress("load") as bar:
         opened = open_bundle(bundle)
         _check(opened, name, precision, force=force)
-        found = None if scales is None else read_scales(scales, opened.manifest)
+        found = None if scales is None else with_takers(read_scales(scales, opened.manifest), opened)
         moments = None
         if precision.layers == 4 and rounding == "gptq":
             moments = _moments(opened, data, samples or MOMENT_PROMPTS, threads, bar)
