@@ -1,4 +1,4 @@
-"""Rows of activations, a bounded number of them: what the search for smoothing factors tries its products on."""
+"""Rows of activations, a bounded number of them: what the search for smoothing factors tries its matmuls on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from ...runtime.executors.executor import StepBuffers
 from ...runtime.files.scales_file import Smoothing
 from .collect import Calibrator, Progress
+from .matmuls import StepGraph
 from .observations import Observations
-from .products import StepGraph
 from .smoothing import choose_smoothing
 from .takers import Smoothable, smoothable
 
@@ -49,7 +49,7 @@ def sample_rows(
 
     The same every time. Models whose activations are so many that the rows would pass 1 GiB get fewer prompts, 4 at least.
     """
-    channels = {product.activation: product.channels for product in calibrator.products}
+    channels = {matmul.activation: matmul.channels for matmul in calibrator.matmuls}
     of_prompt = 4 * (_OF_PROMPT + _OF_STEPS) * sum(channels[name] for name in names)
     count = max(_FEWEST_PROMPTS, min(SAMPLED_PROMPTS, _MOST_BYTES // max(of_prompt, 1)))
     rows: dict[str, list[np.ndarray]] = {name: [] for name in names}

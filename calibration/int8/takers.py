@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...runtime.files.scales_file import Taker
-from .products import Product, StepGraph
+from .matmuls import Matmul, StepGraph
 
 _FROM_VALUES = {"Slice": 0, "TensorScatter": 1, "GatherElements": 0, "Transpose": 0}
 """Operators between a step's own values and attention: by operator, the input that their rows come in by."""
@@ -35,18 +35,18 @@ class Smoothable:
 
 
 def smoothable(graph: StepGraph) -> dict[str, Smoothable]:
-    """Find the activations that nothing but matrix products of the backbone read, and whose factors something before can take."""
-    by_activation: dict[str, list[Product]] = {}
-    for product in graph.products:
-        by_activation.setdefault(product.activation, []).append(product)
+    """Find the activations that nothing but matrix matmuls of the backbone read, and whose factors something before can take."""
+    by_activation: dict[str, list[Matmul]] = {}
+    for matmul in graph.matmuls:
+        by_activation.setdefault(matmul.activation, []).append(matmul)
     found = {}
-    for name, products in by_activation.items():
-        read_elsewhere = name in graph.outputs or sorted(graph.readers[name]) != sorted(product.name for product in products)
-        if read_elsewhere or any(product.of_heads for product in products):
+    for name, matmuls in by_activation.items():
+        read_elsewhere = name in graph.outputs or sorted(graph.readers[name]) != sorted(matmul.name for matmul in matmuls)
+        if read_elsewhere or any(matmul.of_heads for matmul in matmuls):
             continue
-        taker = _taker(graph, name, products[0].channels)
+        taker = _taker(graph, name, matmuls[0].channels)
         if taker is not None:
-            found[name] = Smoothable(list(dict.fromkeys((product.weight, product.axis) for product in products)), taker)
+            found[name] = Smoothable(list(dict.fromkeys((matmul.weight, matmul.axis) for matmul in matmuls)), taker)
     return found
 
 
@@ -90,7 +90,7 @@ def _step_values(graph: StepGraph, name: str) -> str | None:
 
 
 def _own_layer(graph: StepGraph, name: str, channels: int) -> str | None:
-    """The matrix product, perhaps with a constant bias [channels], that makes ``name``, if only one node reads that."""
+    """The matrix matmul, perhaps with a constant bias [channels], that makes ``name``, if only one node reads that."""
     made = graph.producer(name)
     if made is not None and made.op_type == "Add" and not made.domain:
         inner = [each for each in made.input if not graph.is_vector(each, channels)]

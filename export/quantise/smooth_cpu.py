@@ -1,7 +1,7 @@
-"""SmoothQuant's migration on the CPU graph: what a product reads is divided channel by channel, its weight multiplied.
+"""SmoothQuant's migration on the CPU graph: what a matmul reads is divided channel by channel, its weight multiplied.
 
 G. Xiao et al., SmoothQuant (arXiv 2211.10438), section 4. The division costs nothing where something before takes it: the weight
-of an RMS norm, or the output channels of the up product, which is multiplied with an MLP's gate.
+of an RMS norm, or the output channels of the up matmul, which is multiplied with an MLP's gate.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ import numpy as np
 import onnx_ir as ir
 
 from ...runtime.files.scales_file import Scales
-from ..passes.matmuls import CpuProduct
+from ..passes.matmuls import CpuMatmul
 from ..passes.patterns import new_constant
 
 GRID = "block"
 _NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # operator to the input that its weight is
 
 
-def smooth(graph: ir.Graph, products: Sequence[CpuProduct], scales: Scales, values: Collection[ir.Value]) -> list[str]:
-    """Take the factors of ``scales`` for these ``values`` into norms and products, in place.
+def smooth(graph: ir.Graph, matmuls: Sequence[CpuMatmul], scales: Scales, values: Collection[ir.Value]) -> list[str]:
+    """Take the factors of ``scales`` for these ``values`` into norms and matmuls, in place.
 
     ``scales`` have to say what takes the factors (:func:`.takers.with_takers`). An activation stays as it is if its taker isn't
     there as such: the CPU graph computes a norm in several nodes, or multiplies queries, keys and values in one.
     Returns the activations that were smoothed.
     """
-    activations = activations_of(products, scales)
-    by_value: dict[ir.Value, list[CpuProduct]] = {}
-    for product in products:
-        by_value.setdefault(product.activation, []).append(product)
-    holders = [(str(weight.name), product, index) for product in products for index, weight in enumerate(product.weights)]
-    shared = Counter(name for name, _product, _index in holders)
-    by_weight = {name: (product, index) for name, product, index in holders if shared[name] == 1}
+    activations = activations_of(matmuls, scales)
+    by_value: dict[ir.Value, list[CpuMatmul]] = {}
+    for matmul in matmuls:
+        by_value.setdefault(matmul.activation, []).append(matmul)
+    holders = [(str(weight.name), matmul, index) for matmul in matmuls for index, weight in enumerate(matmul.weights)]
+    shared = Counter(name for name, _matmul, _index in holders)
+    by_weight = {name: (matmul, index) for name, matmul, index in holders if shared[name] == 1}
     done = []
     for value, readers in by_value.items():
         name = activations.get(readers[0])
@@ -55,10 +55,10 @@ def smooth(graph: ir.Graph, products: Sequence[CpuProduct], scales: Scales, valu
     return done
 
 
-def activations_of(products: Sequence[CpuProduct], scales: Scales) -> dict[CpuProduct, str]:
-    """What the standard graph calls the activation that a product reads: both graphs have the same names of weights."""
+def activations_of(matmuls: Sequence[CpuMatmul], scales: Scales) -> dict[CpuMatmul, str]:
+    """What the standard graph calls the activation that a matmul reads: both graphs have the same names of weights."""
     names = {layer.weight: layer.activation for layer in scales.layers.values()}
-    return {product: names[str(product.weights[0].name)] for product in products if product.weights[0].name in names}
+    return {matmul: names[str(matmul.weights[0].name)] for matmul in matmuls if matmul.weights[0].name in names}
 
 
 def _divide_norm(graph: ir.Graph, norm: ir.Node | None, factors: np.ndarray) -> bool:
@@ -73,22 +73,22 @@ def _divide_norm(graph: ir.Graph, norm: ir.Node | None, factors: np.ndarray) -> 
     return True
 
 
-def _divide_outputs(holder: tuple[CpuProduct, int] | None, gated: ir.Node | None, factors: np.ndarray) -> bool:
-    """Divide the outputs of one weight of a product that ``gated`` multiplies.
+def _divide_outputs(holder: tuple[CpuMatmul, int] | None, gated: ir.Node | None, factors: np.ndarray) -> bool:
+    """Divide the outputs of one weight of a matmul that ``gated`` multiplies.
 
-    False where several products share the weight, or a bias is added in between.
+    False where several matmuls share the weight, or a bias is added in between.
     """
     if holder is None or gated is None:
         return False
-    product, index = holder
-    outputs = product.node.outputs[0]
-    if len(product.weights) > 1:
+    matmul, index = holder
+    outputs = matmul.node.outputs[0]
+    if len(matmul.weights) > 1:
         splits = [node for node in outputs.consumers() if node.op_type == "Split"]
         outputs = splits[0].outputs[index] if len(splits) == 1 else outputs
     if outputs not in gated.inputs or len(outputs.uses()) > 1:
         return False
-    widths = product.widths
-    divisors = np.broadcast_to(product.divisors, (sum(widths),)).copy()
+    widths = matmul.widths
+    divisors = np.broadcast_to(matmul.divisors, (sum(widths),)).copy()
     divisors[sum(widths[:index]) : sum(widths[: index + 1])] *= factors
-    product.divisors = divisors
+    matmul.divisors = divisors
     return True

@@ -22,7 +22,7 @@ GRID = "tensor"
 
 
 class _Change:
-    """What a product's weight is multiplied with by input, and divided by by output."""
+    """What a matmul's weight is multiplied with by input, and divided by by output."""
 
     def __init__(self) -> None:
         self.multipliers: np.ndarray | None = None

@@ -52,7 +52,7 @@ def int8(values: np.ndarray, axis: int | None) -> np.ndarray:
 
 
 def expected_error(factors: np.ndarray, grid: str) -> float:
-    """The products of whole blocks and one that is shorter, one after the other."""
+    """The matmuls of whole blocks and one that is shorter, one after the other."""
     errors = []
     w = np.hstack(W) * factors[:, None]
     cuts = [slice(at, at + BLOCK) for at in range(0, CHANNELS, BLOCK)] if grid == "block" else [slice(None)]
@@ -104,26 +104,26 @@ def test_one_factor_serves_the_queries_that_share_their_values_and_the_cpu_graph
 
 def test_inputs_of_all_products_of_layers_can_be_smoothed(calibrator: Calibrator):
     per_layer = [[0, 1, 2], [3], [4, 5], [6]]  # q, k, v · o · gate, up · down; neither the projection nor heads
-    products = calibrator.products
+    matmuls = calibrator.matmuls
     expected = {
-        products[7 * layer + readers[0]].activation: [
-            (products[7 * layer + index].weight, products[7 * layer + index].axis) for index in readers
+        matmuls[7 * layer + readers[0]].activation: [
+            (matmuls[7 * layer + index].weight, matmuls[7 * layer + index].axis) for index in readers
         ]
         for layer in range(2)
         for readers in per_layer
     }
     found = smoothable(calibrator.graph)
     assert {name: each.readers for name, each in found.items()} == expected
-    takers = [found[product.activation].taker for product in products[:7]]
+    takers = [found[matmul.activation].taker for matmul in matmuls[:7]]
     assert [taker.kind for taker in takers] == ["norm", "norm", "norm", "values", "norm", "norm", "layer"]
-    assert [found[product.activation].heads for product in products[:7]] == [None, None, None, (2, 2), None, None, None]
-    assert [takers[index].name for index in (3, 6)] == [products[2].name, products[5].name], "values; up"
+    assert [found[matmul.activation].heads for matmul in matmuls[:7]] == [None, None, None, (2, 2), None, None, None]
+    assert [takers[index].name for index in (3, 6)] == [matmuls[2].name, matmuls[5].name], "values; up"
 
 
 def test_rows_are_few_and_the_same_again_and_the_first_of_every_prompt_is_among_them(calibrator: Calibrator):
-    name = calibrator.products[0].activation
+    name = calibrator.matmuls[0].activation
     rows = sample_rows(calibrator, [name], PROMPTS, 24)[name]
-    assert rows.shape[1] == calibrator.products[0].channels
+    assert rows.shape[1] == calibrator.matmuls[0].channels
     assert len(PROMPTS) * 8 < len(rows) <= len(PROMPTS) * 16
     np.testing.assert_array_equal(rows, sample_rows(calibrator, [name], PROMPTS, 24)[name])
     for prompt in PROMPTS:

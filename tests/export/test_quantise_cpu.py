@@ -17,9 +17,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from medusa_deploy.calibration.int8.products import StepGraph
+from medusa_deploy.calibration.int8.matmuls import StepGraph
 from medusa_deploy.calibration.int8.takers import smoothable
-from medusa_deploy.export.passes.matmuls import find_products
+from medusa_deploy.export.passes.matmuls import find_matmuls
 from medusa_deploy.export.quantise import cpu as quantise_cpu_module
 from medusa_deploy.export.quantise.cpu import CpuPrecision, quantise_cpu, take_in
 from medusa_deploy.export.quantise.smooth_cpu import smooth
@@ -53,7 +53,7 @@ def made_up_scales(bundle: Path) -> Scales:
     rng = np.random.default_rng(3)
     standard = StepGraph(open_bundle(bundle))
     layers, smoothing = {}, {}
-    for product in standard.products:
+    for product in standard.matmuls:
         layers[product.name] = Layer(product.activation, product.weight, product.axis)
         factors = np.exp(rng.normal(size=product.channels)).astype(np.float32)
         smoothing[product.activation] = {"block": Smoothing(0.5, 0.0, 0.0, factors)}
@@ -66,7 +66,7 @@ def operators(graph: Any) -> Counter[str]:
 
 
 def test_every_product_is_found_once_and_knows_its_layer(graph: Any):
-    products = find_products(graph)
+    products = find_matmuls(graph)
     layers = Counter(product.layer for product in products if product.layer is not None)
     assert set(layers) == {0, 1} and len(set(layers.values())) == 1
     assert sum(product.is_projection for product in products) == 1
@@ -77,7 +77,7 @@ def test_every_product_is_found_once_and_knows_its_layer(graph: Any):
 
 def test_smoothing_alone_changes_nothing(graph: Any, tiny_bundle: Path, divergence: Divergence):
     scales = made_up_scales(tiny_bundle)
-    products = find_products(graph)
+    products = find_matmuls(graph)
     smoothed = smooth(graph.graph, products, scales, {product.activation for product in products})
     assert len(smoothed) == 6, "two norms and a gated product a layer"
     assert sum(bool((product.divisors != 1).any()) for product in products) == 2
@@ -99,7 +99,7 @@ def test_scales_of_older_versions_get_the_takers_that_calibrate_would_have_given
 
 def test_only_what_a_quantised_product_reads_is_smoothed(graph: Any, tiny_bundle: Path):
     scales = made_up_scales(tiny_bundle)
-    one, *others = (product for product in find_products(graph) if product.layer == 1)
+    one, *others = (product for product in find_matmuls(graph) if product.layer == 1)
     stored = {weight.name: weight.const_value for product in others for weight in product.weights}
     report = quantise_cpu(graph, replace(EXACT, kept={one.name: 8}), scales)
     assert len(report.smoothed) == 1 and [bits for bits in report.bits.values() if bits < 32] == [8]
@@ -129,7 +129,7 @@ def test_8_bits_are_close_and_4_bits_less_so(graph: Any, tiny_bundle: Path, dive
 
 
 def test_precision_is_chosen_by_part_and_by_product(graph: Any):
-    products = find_products(graph)
+    products = find_matmuls(graph)
     one = next(product.name for product in products if product.layer == 1)
     heard: list[tuple[int, str]] = []
     precision = CpuPrecision(layers=8, projection=4, heads=32, kept={one: 32})
@@ -154,7 +154,7 @@ def test_the_largest_logits_are_computed_again(bits: int, tiny_bundle: Path, div
 
 def test_moments_of_uncorrelated_inputs_change_nothing_and_others_do(tiny_bundle: Path, divergence: Divergence):
     source = tiny_bundle / "onnx" / "step.cpu.onnx"
-    sizes = {weight.name: product.shape[1] for product in find_products(ir.load(source)) for weight in product.weights}
+    sizes = {weight.name: product.shape[1] for product in find_matmuls(ir.load(source)) for weight in product.weights}
     rng = np.random.default_rng(6)
     mixed = {
         name: (rows := rng.normal(size=(4 * size, size)) @ rng.normal(size=(size, size))).T @ rows for name, size in sizes.items()
@@ -169,7 +169,7 @@ def test_moments_of_uncorrelated_inputs_change_nothing_and_others_do(tiny_bundle
 
 
 def test_rounding_a_few_rows_at_a_time_changes_nothing(graph: Any, monkeypatch: pytest.MonkeyPatch):
-    product = find_products(graph)[0]
+    product = find_matmuls(graph)[0]
     grid, codes = quantise_cpu_module.rounded(product, 8, 32)
     monkeypatch.setattr(quantise_cpu_module, "_ROUNDED_AT_A_TIME", 5 * product.shape[1])
     again, same = quantise_cpu_module.rounded(product, 8, 32)
@@ -210,10 +210,10 @@ def test_what_is_refused(graph: Any, tiny_bundle: Path):
     for options in ({"layers": 3}, {"block": 48}, {"kept": {"x": 16}}):
         with pytest.raises(UsageError):
             CpuPrecision(**options)
-    with pytest.raises(QuantisationError, match="no product of the CPU graph was quantised") as refused:
+    with pytest.raises(QuantisationError, match="no matrix product of the CPU graph was quantised") as refused:
         quantise_cpu(graph, CpuPrecision(layers=32, projection=32, block=128))
     assert "leave --block out" in str(refused.value.hint)
-    broken = next(product for product in find_products(graph) if product.layer == 1)
+    broken = next(product for product in find_matmuls(graph) if product.layer == 1)
     weight = broken.weights[0]
     values = weight.const_value.numpy().copy()
     values[3, 3] = np.nan

@@ -56,7 +56,7 @@ def quantise(
     from ..extras import require
 
     require("calibrate")
-    from ...export.passes.matmuls import find_products
+    from ...export.passes.matmuls import find_matmuls
     from ...export.passes.screen import load_whole
     from ...export.quantise.cpu import CpuPrecision, quantise_cpu
     from ...export.quantise.takers import with_takers
@@ -82,7 +82,7 @@ def quantise(
             kept, measured = search.run(budget)
             precision = replace(precision, kept=kept)
         model = load_whole(source)
-        bar.phase("quantise", len(find_products(model)))
+        bar.phase("quantise", len(find_matmuls(model)))
         report = quantise_cpu(model, precision, found, moments, made, bar.update)
         bar.phase("write")
         facts = {
@@ -162,12 +162,12 @@ class _Search:
 
     def run(self, budget: float) -> tuple[Mapping[str, int], dict[str, Any]]:
         """Products that keep more bits, and what was measured."""
-        from ...export.passes.matmuls import find_products
+        from ...export.passes.matmuls import find_matmuls
         from ...export.passes.screen import load_whole
         from ..measure.quantise_budget import HIGHER, Sensitivity, fit_budget
 
         bits = self._precision.layers
-        products = [product for product in find_products(load_whole(self._source)) if product.layer is not None]
+        products = [product for product in find_matmuls(load_whole(self._source)) if product.layer is not None]
         self._bar.phase("products alone", len(products))
         found = {}
         for done, product in enumerate(products):

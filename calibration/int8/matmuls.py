@@ -1,4 +1,4 @@
-"""The products of a step graph that int8 is about: those with a constant weight. What they read, and scales of their weights."""
+"""The matmuls of a step graph that int8 is about: those with a constant weight. What they read, and scales of their weights."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ...runtime.files.bundle import Bundle
 from ...runtime.files.scales_file import LEVELS, SMALLEST_SCALE
 
 _BLOCK = 1 << 22  # elements that are worked on at a time
-_PRODUCTS = ("MatMul", "Gemm")
+_MATMULS = ("MatMul", "Gemm")
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
+class Matmul:
     """A MatMul or Gemm with a constant matrix.
 
     ``activation`` [..., C]: the tensor that it reads. ``axis``: of the weight's output channels; ``channels``: C. ``of_heads``:
@@ -66,7 +66,7 @@ class StepGraph:
         self._weights = {tensor.name: tensor for tensor in self._model.graph.initializer}
         self._producers = {output: node for node in self._model.graph.node for output in node.output}
         self.outputs = {output.name for output in self._model.graph.output}
-        self.products = self._find_products()
+        self.matmuls = self._find_matmuls()
 
     @property
     def nodes(self) -> Sequence[Any]:
@@ -184,7 +184,7 @@ class StepGraph:
         size = max(1, _BLOCK // max(weight.shape[0], 1))
         return (weight[:, start : start + size] for start in range(0, weight.shape[1], size))
 
-    def _find_products(self) -> list[Product]:
+    def _find_matmuls(self) -> list[Matmul]:
         of_backbone = {node.name for node in self.needed_nodes((step_io.LAST_ROW, step_io.NEXT_TOKEN))}
         found = []
         for node in self._model.graph.node:
@@ -192,14 +192,14 @@ class StepGraph:
             if weight is not None:
                 axis = 0 if transposed else 1
                 channels = int(weight.dims[1 - axis])
-                found.append(Product(node.name, node.input[0], weight.name, axis, channels, node.name not in of_backbone))
+                found.append(Matmul(node.name, node.input[0], weight.name, axis, channels, node.name not in of_backbone))
         return found
 
     def weight_of(self, node: Any) -> tuple[Any, bool]:
         """The constant matrix that a node multiplies with, perhaps through a Transpose, and whether it stands [out, in]."""
         import onnx
 
-        if node.op_type not in _PRODUCTS or node.domain:
+        if node.op_type not in _MATMULS or node.domain:
             return None, False
         name = node.input[1]
         transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
