@@ -12,7 +12,7 @@ from ...runtime.executors import step_io
 from ...runtime.executors.executor import StepBuffers, Wanted
 from ...runtime.files.bundle import Bundle
 from .collect import ObservingExecutor
-from .products import StepGraph
+from .matmuls import StepGraph
 
 # Nodes whose result is their first input in another form.
 _SAME_VALUE = ("Cast", "Identity", "QuantizeLinear", "DequantizeLinear")

@@ -11,7 +11,7 @@ from onnx_ir.passes import common as passes
 
 from ...runtime.files.heads import HeadConfig, expected_shapes
 from ..quantise.cpu import DEFAULT_BLOCKS, CpuPrecision, few_bits_size, largest_block, put_bits, rounded
-from .matmuls import find_products
+from .matmuls import find_matmuls
 from .merge import Product, joined, product_of
 from .patterns import MICROSOFT, Nodes, either, made_by, new_constant, stand_for
 
@@ -28,7 +28,7 @@ def narrow_heads(model: ir.Model, *, shared: bool) -> None:
         if node.op_type == "Concat":
             _join_blocks(graph, node)
     passes.RemoveUnusedNodesPass()(model)
-    products = [product for product in find_products(model) if product.of_heads]
+    products = [product for product in find_matmuls(model) if product.of_heads]
     for product in products[:-1] if shared else products:
         block = _PRECISION.block_of(product)
         if block is not None:

@@ -15,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common as passes
 
 from ...runtime.executors import step_io
+from .matmuls import constant_matrix
 from .patterns import MICROSOFT, either, elements, made_by, new_constant, new_node, stand_for
 
 ATTENTION = "GroupQueryAttention"
@@ -148,16 +149,14 @@ def product_of(value: ir.Value | None, readers: int = 1) -> Product | None:
         return None
     if len(value.uses()) != readers or len(product.outputs[0].uses()) != (readers if bias is None else 1):
         return None
-    weight = product.inputs[1]
-    turned = made_by(weight, "Transpose")  # where weights are linked, they are stored as the checkpoint has them
-    if turned is not None:
-        weight = turned.inputs[0]
-    if weight is None or weight.const_value is None or weight.shape is None or len(weight.shape) != 2:
+    matrix = constant_matrix(product)
+    if matrix is None or len(matrix.parts) != 1 or matrix.parts[0].shape is None:
         return None
-    width = weight.shape[1 if turned is None else 0]
-    if bias is not None and bias.shape != (width,):
+    (weight,) = matrix.parts
+    # Where weights are linked, they are stored as the checkpoint has them: transposed.
+    if bias is not None and bias.shape != (weight.shape[0 if matrix.transposed else 1],):  # type: ignore[index]
         return None
-    return Product(product.inputs[0], weight, turned is not None, bias)
+    return Product(product.inputs[0], weight, matrix.transposed, bias)
 
 
 def _concat(values: list[ir.Value | None], axis: int, name: str) -> ir.Node:

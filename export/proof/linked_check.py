@@ -25,7 +25,7 @@ from ..graphs import HEADS_GRAPH, write_graphs
 from ..heads.module import HeadStack
 from .check import CheckReport, Observed, Reference, compare, eager_reference, observe
 from .device_executor import DeviceGraphExecutor
-from .run_order import run_products_in_turn
+from .run_order import run_matmuls_in_turn
 
 # Rows of the prompt: each takes part in matrix products as wide as the backbone, on a CPU and in fp16.
 _PROMPT_ROWS = 8
@@ -66,7 +66,7 @@ def check_linked(
     observed = {}
     for name, path in graphs.items():
         report(f"checking {few.layers} layers of the {name} graph")
-        run_products_in_turn(folder / path)
+        run_matmuls_in_turn(folder / path)
         model = OrtModel(folder / path, folder / f"{_PREFIX}{HEADS_GRAPH}", few, *sizes)
         executor = DeviceGraphExecutor(model, frugal_options()) if name == "device" else _FrugalExecutor(model)
         observed[name] = observe(executor, stack.config.num_heads, cut.shape.vocab_size, prompt_rows=_PROMPT_ROWS)

@@ -29,6 +29,7 @@ GRIDS = ("block", "tensor")
 ``block``: 64 channels of a row of the activation; 64 inputs of an output channel of the weight. ``tensor``: the whole activation;
 an output channel of the weight.
 """
+TAKERS = ("norm", "layer", "values")
 SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
 MAX_SCALES_BYTES = 1 << 30
 _HINT = "make scales with: medusa-deploy calibrate BUNDLE --data FILE -o scales.json"
@@ -77,13 +78,28 @@ class Smoothing:
 
 
 @dataclass(frozen=True, slots=True)
+class Taker:
+    """Takes 1/factors of a smoothed activation, so that dividing it costs nothing.
+
+    ``kind`` is one of ``TAKERS``. ``norm``: the constant vector ``name`` that the activation is a multiple of. ``layer``: the
+    output channels, and the bias, of the layer ``name`` that the activation is a multiple of. ``values``: the same for the layer
+    whose outputs are attention's values; its ``heads`` are shared by ``queries`` query heads each, which have one factor.
+    """
+
+    kind: str
+    name: str
+    heads: int = 1
+    queries: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Scales:
     """The int8 scales of a model. Scales and maxima of activations and weights are those of the unsmoothed model.
 
     ``method``: name of the rule that chose the ranges of activations. ``weights``: (name, axis) to scales float32, one for each
-    output channel. ``smoothing``: by activation and grid (one of ``GRIDS``), for activations that can be smoothed: the weight of
-    a norm, or of an MLP's up product, takes 1/factors. ``provenance``: ``model_sha256`` (:func:`model_digest`), ``data_sha256``
-    of the prompts' token ids, prompts, rows, versions.
+    output channel. ``smoothing``: by activation and grid (one of ``GRIDS``), for activations that can be smoothed. ``takers``: by
+    activation, the taker of 1/factors; files of older versions have none. ``provenance``: ``model_sha256``
+    (:func:`model_digest`), ``data_sha256`` of the prompts' token ids, prompts, rows, versions.
     """
 
     method: str
@@ -92,6 +108,7 @@ class Scales:
     weights: Mapping[tuple[str, int], np.ndarray]
     provenance: Mapping[str, Any]
     smoothing: Mapping[str, Mapping[str, Smoothing]] = field(default_factory=dict)
+    takers: Mapping[str, Taker] = field(default_factory=dict)
 
     def of_layer(self, name: str) -> tuple[ActivationScale, np.ndarray]:
         """Returns the scales of a layer's activation and of its weight.
@@ -122,6 +139,7 @@ class Scales:
             "smoothing": {
                 name: {grid: _smoothing_json(entry) for grid, entry in grids.items()} for name, grids in self.smoothing.items()
             },
+            "takers": {name: asdict(taker) for name, taker in self.takers.items()},
         }
         return json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -187,7 +205,20 @@ def _parse(raw: Any) -> Scales:
         name: {grid: _smoothing(grids[grid], len(activations[name].channel_maxima)) for grid in GRIDS}
         for name, grids in (raw["smoothing"] if version > 1 else {}).items()
     }
-    return Scales(str(raw["method"]), layers, activations, weights, dict(raw["provenance"]), smoothing)
+    takers = {name: Taker(**entry) for name, entry in raw.get("takers", {}).items()}
+    for name, taker in takers.items():
+        if name not in smoothing or not _is_taker(taker, layers, len(activations[name].channel_maxima)):
+            raise ValueError(f"{taker!r} takes no factors of {name}")
+    return Scales(str(raw["method"]), layers, activations, weights, dict(raw["provenance"]), smoothing, takers)
+
+
+def _is_taker(taker: Taker, layers: Mapping[str, Layer], channels: int) -> bool:
+    if taker.kind not in TAKERS or not isinstance(taker.name, str) or (taker.kind != "norm" and taker.name not in layers):
+        return False
+    counts = (taker.heads, taker.queries)
+    if taker.kind != "values":
+        return counts == (1, 1)
+    return all(type(count) is int and count > 0 for count in counts) and channels % (taker.heads * taker.queries) == 0
 
 
 def _smoothing(entry: Any, channels: int) -> Smoothing:

@@ -17,10 +17,13 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from medusa_deploy.export.passes.matmuls import find_products
+from medusa_deploy.calibration.int8.matmuls import StepGraph
+from medusa_deploy.calibration.int8.takers import smoothable
+from medusa_deploy.export.passes.matmuls import find_matmuls
 from medusa_deploy.export.quantise import cpu as quantise_cpu_module
 from medusa_deploy.export.quantise.cpu import CpuPrecision, quantise_cpu, take_in
 from medusa_deploy.export.quantise.smooth_cpu import smooth
+from medusa_deploy.export.quantise.takers import with_takers
 from medusa_deploy.export.variant import add_variant, check_variant
 from medusa_deploy.runtime.errors import BundleExistsError, QuantisationError, UsageError
 from medusa_deploy.runtime.executors.executor import Wanted
@@ -45,17 +48,17 @@ def divergence(tiny_bundle: Path) -> Divergence:
     return Divergence(load(tiny_bundle, variant="cpu", threads=1), PROMPTS, 12, threads=1)
 
 
-def made_up_scales(graph: Any) -> Scales:
+def made_up_scales(bundle: Path) -> Scales:
     """Factors far from 1 for every activation, those that nothing can take among them."""
     rng = np.random.default_rng(3)
+    standard = StepGraph(open_bundle(bundle))
     layers, smoothing = {}, {}
-    for product in find_products(graph):
-        name = f"read by {product.activation.name}"
-        for weight in product.weights:
-            layers[f"{product.node.name}/{weight.name}"] = Layer(name, weight.name, 1)
-        factors = np.exp(rng.normal(size=product.shape[1])).astype(np.float32)
-        smoothing[name] = {"block": Smoothing(0.5, 0.0, 0.0, factors)}
-    return Scales("max", layers, {}, {}, {}, smoothing)
+    for product in standard.matmuls:
+        layers[product.name] = Layer(product.activation, product.weight, product.axis)
+        factors = np.exp(rng.normal(size=product.channels)).astype(np.float32)
+        smoothing[product.activation] = {"block": Smoothing(0.5, 0.0, 0.0, factors)}
+    takers = {name: found.taker for name, found in smoothable(standard).items()}
+    return Scales("max", layers, {}, {}, {}, smoothing, takers)
 
 
 def operators(graph: Any) -> Counter[str]:
@@ -63,7 +66,7 @@ def operators(graph: Any) -> Counter[str]:
 
 
 def test_every_product_is_found_once_and_knows_its_layer(graph: Any):
-    products = find_products(graph)
+    products = find_matmuls(graph)
     layers = Counter(product.layer for product in products if product.layer is not None)
     assert set(layers) == {0, 1} and len(set(layers.values())) == 1
     assert sum(product.is_projection for product in products) == 1
@@ -72,9 +75,9 @@ def test_every_product_is_found_once_and_knows_its_layer(graph: Any):
     assert widths == 64 + 2 * 32 + 64 + 2 * 128 + 64, "query, key, value, output, gate, up, down"
 
 
-def test_smoothing_alone_changes_nothing(graph: Any, divergence: Divergence):
-    scales = made_up_scales(graph)
-    products = find_products(graph)
+def test_smoothing_alone_changes_nothing(graph: Any, tiny_bundle: Path, divergence: Divergence):
+    scales = made_up_scales(tiny_bundle)
+    products = find_matmuls(graph)
     smoothed = smooth(graph.graph, products, scales, {product.activation for product in products})
     assert len(smoothed) == 6, "two norms and a gated product a layer"
     assert sum(bool((product.divisors != 1).any()) for product in products) == 2
@@ -84,9 +87,19 @@ def test_smoothing_alone_changes_nothing(graph: Any, divergence: Divergence):
     assert moved < 1e-6 and same == 1.0
 
 
-def test_only_what_a_quantised_product_reads_is_smoothed(graph: Any):
-    scales = made_up_scales(graph)
-    one, *others = (product for product in find_products(graph) if product.layer == 1)
+def test_scales_of_older_versions_get_the_takers_that_calibrate_would_have_given_them(tiny_bundle: Path):
+    scales = made_up_scales(tiny_bundle)
+    assert Counter(taker.kind for taker in scales.takers.values()) == {"norm": 4, "layer": 2, "values": 2}
+    older = replace(scales, takers={})
+    assert with_takers(older, open_bundle(tiny_bundle)) == scales
+    assert with_takers(scales, open_bundle(tiny_bundle)) is scales
+    plain = replace(older, smoothing={})
+    assert with_takers(plain, open_bundle(tiny_bundle)) is plain
+
+
+def test_only_what_a_quantised_product_reads_is_smoothed(graph: Any, tiny_bundle: Path):
+    scales = made_up_scales(tiny_bundle)
+    one, *others = (product for product in find_matmuls(graph) if product.layer == 1)
     stored = {weight.name: weight.const_value for product in others for weight in product.weights}
     report = quantise_cpu(graph, replace(EXACT, kept={one.name: 8}), scales)
     assert len(report.smoothed) == 1 and [bits for bits in report.bits.values() if bits < 32] == [8]
@@ -116,7 +129,7 @@ def test_8_bits_are_close_and_4_bits_less_so(graph: Any, tiny_bundle: Path, dive
 
 
 def test_precision_is_chosen_by_part_and_by_product(graph: Any):
-    products = find_products(graph)
+    products = find_matmuls(graph)
     one = next(product.name for product in products if product.layer == 1)
     heard: list[tuple[int, str]] = []
     precision = CpuPrecision(layers=8, projection=4, heads=32, kept={one: 32})
@@ -141,7 +154,7 @@ def test_the_largest_logits_are_computed_again(bits: int, tiny_bundle: Path, div
 
 def test_moments_of_uncorrelated_inputs_change_nothing_and_others_do(tiny_bundle: Path, divergence: Divergence):
     source = tiny_bundle / "onnx" / "step.cpu.onnx"
-    sizes = {weight.name: product.shape[1] for product in find_products(ir.load(source)) for weight in product.weights}
+    sizes = {weight.name: product.shape[1] for product in find_matmuls(ir.load(source)) for weight in product.weights}
     rng = np.random.default_rng(6)
     mixed = {
         name: (rows := rng.normal(size=(4 * size, size)) @ rng.normal(size=(size, size))).T @ rows for name, size in sizes.items()
@@ -156,7 +169,7 @@ def test_moments_of_uncorrelated_inputs_change_nothing_and_others_do(tiny_bundle
 
 
 def test_rounding_a_few_rows_at_a_time_changes_nothing(graph: Any, monkeypatch: pytest.MonkeyPatch):
-    product = find_products(graph)[0]
+    product = find_matmuls(graph)[0]
     grid, codes = quantise_cpu_module.rounded(product, 8, 32)
     monkeypatch.setattr(quantise_cpu_module, "_ROUNDED_AT_A_TIME", 5 * product.shape[1])
     again, same = quantise_cpu_module.rounded(product, 8, 32)
@@ -197,10 +210,10 @@ def test_what_is_refused(graph: Any, tiny_bundle: Path):
     for options in ({"layers": 3}, {"block": 48}, {"kept": {"x": 16}}):
         with pytest.raises(UsageError):
             CpuPrecision(**options)
-    with pytest.raises(QuantisationError, match="no product of the CPU graph was quantised") as refused:
+    with pytest.raises(QuantisationError, match="no matrix product of the CPU graph was quantised") as refused:
         quantise_cpu(graph, CpuPrecision(layers=32, projection=32, block=128))
     assert "leave --block out" in str(refused.value.hint)
-    broken = next(product for product in find_products(graph) if product.layer == 1)
+    broken = next(product for product in find_matmuls(graph) if product.layer == 1)
     weight = broken.weights[0]
     values = weight.const_value.numpy().copy()
     values[3, 3] = np.nan

@@ -12,7 +12,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from medusa_deploy.export.proof.linked_check import frugal_options
-from medusa_deploy.export.proof.run_order import run_products_in_turn
+from medusa_deploy.export.proof.run_order import run_matmuls_in_turn
 
 PRODUCTS = 5
 WIDTH = 32
@@ -94,7 +94,7 @@ def test_big_weights_outside_are_multiplied_in_pieces_in_branches_too(branching:
 
     expected = [results(wanted) for wanted in (True, False)]
     piece_bytes = 2 * WIDTH * 40  # rows of 96: 40, 40 and 16
-    run_products_in_turn(branching, piece_bytes)
+    run_matmuls_in_turn(branching, piece_bytes)
     np.testing.assert_array_equal([results(wanted) for wanted in (True, False)], expected)
     graph = onnx.load(branching, load_external_data=False).graph
     branch = helper.get_node_attr_value(graph.node[-1], "then_branch")
@@ -106,7 +106,7 @@ def test_big_weights_outside_are_multiplied_in_pieces_in_branches_too(branching:
 
 def test_weights_are_converted_one_product_at_a_time(chain: Path) -> None:
     expected, before = run(chain)
-    assert run_products_in_turn(chain) == PRODUCTS
+    assert run_matmuls_in_turn(chain) == PRODUCTS
     result, after = run(chain)
     assert (before, after) == (PRODUCTS, 1)
     np.testing.assert_array_equal(result, expected)

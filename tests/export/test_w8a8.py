@@ -18,7 +18,8 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from medusa_deploy.export.quantise import engine_weights as quantise  # noqa: E402
 from medusa_deploy.export.quantise.engine_weights import quantise_weights  # noqa: E402
-from medusa_deploy.export.quantise.smooth_standard import attention_of, fold_smoothing  # noqa: E402
+from medusa_deploy.export.quantise.smooth_standard import fold_smoothing  # noqa: E402
+from medusa_deploy.export.quantise.takers import attention_of, find_takers  # noqa: E402
 from medusa_deploy.export.quantise.w8a8 import (  # noqa: E402
     LARGEST_ERROR,
     OF_ATTENTION,
@@ -30,7 +31,15 @@ from medusa_deploy.export.quantise.w8a8 import (  # noqa: E402
 from medusa_deploy.export.quantise.w8a8_variant import write_w8a8_variant  # noqa: E402
 from medusa_deploy.runtime.errors import BundleExistsError, UsageError  # noqa: E402
 from medusa_deploy.runtime.files.bundle import open_bundle  # noqa: E402
-from medusa_deploy.runtime.files.scales_file import ActivationScale, Layer, Scales, Smoothing, model_digest, read_scales  # noqa: E402
+from medusa_deploy.runtime.files.scales_file import (  # noqa: E402
+    ActivationScale,
+    Layer,
+    Scales,
+    Smoothing,
+    Taker,
+    model_digest,
+    read_scales,
+)
 from medusa_deploy.runtime.session import load  # noqa: E402
 from medusa_deploy.tools.measure.probe import Probe  # noqa: E402
 from medusa_deploy.tools.prompt_source import random_prompts  # noqa: E402
@@ -102,8 +111,9 @@ def scales(**errors: float) -> Scales:
     return Scales("max", LAYERS, activations, {}, {}, smoothing)
 
 
-def test_folding_factors_divides_the_activations_and_leaves_the_outputs_as_they_are() -> None:
-    model, given = mlp(), scales()
+@pytest.mark.parametrize("takers", [{}, {"n": Taker("norm", "norm"), "m": Taker("layer", "up")}], ids=["found", "given"])
+def test_folding_factors_divides_the_activations_and_leaves_the_outputs_as_they_are(takers: dict[str, Taker]) -> None:
+    model, given = mlp(), replace(scales(), takers=takers)
     before = run(model, "hidden", "logits")
     assert fold_smoothing(model.graph, given, ["n", "m", "hidden"]) == {"n", "m"}
     for old, new in zip(before, run(model, "hidden", "logits"), strict=True):
@@ -189,6 +199,8 @@ def test_values_in_the_caches_are_divided_and_the_logits_are_what_they_were(bund
     given = calibrate(bundle_copy, tmp_path / "scales.json", data, max_new_tokens=16, smooth=0.9, threads=1)
     bundle = open_bundle(bundle_copy)
     model = ir.load(bundle.path(bundle.manifest.variants["standard"]))
+    assert Counter(taker.kind for taker in given.takers.values()) == {"norm": 4, "layer": 2, "values": 2}
+    assert find_takers(model.graph, given.smoothing) == given.takers
     assert len(fold_smoothing(model.graph, given, given.smoothing)) == 8
     bundle = add_variant(bundle, "int8", model, {})
     sessions = {name: load(bundle_copy, variant=name, threads=1) for name in ("standard", "int8")}

@@ -11,7 +11,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from medusa_deploy.calibration.int8 import collect, samples
-from medusa_deploy.calibration.int8.products import StepGraph
+from medusa_deploy.calibration.int8.matmuls import StepGraph
 from medusa_deploy.calibration.int8.ranges import METHODS
 from medusa_deploy.runtime.errors import CalibrationError
 from medusa_deploy.runtime.files.bundle import open_bundle

@@ -130,7 +130,7 @@ def _in_layers(bundle: Bundle, way: _Way, reason: str, progress_file: Path, bar:
 
 def _why_layer_by_layer(bundle: Bundle, asked: bool | None) -> str | None:
     """Reason to load one layer at a time; None where all are loaded."""
-    from ...calibration.int8.products import StepGraph
+    from ...calibration.int8.matmuls import StepGraph
     from ..console import human_bytes
     from ..machine import memory_bytes
 

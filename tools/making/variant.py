@@ -53,9 +53,10 @@ def quantise(
     from ..extras import require
 
     require("calibrate")
-    from ...export.passes.matmuls import find_products
+    from ...export.passes.matmuls import find_matmuls
     from ...export.passes.screen import load_whole
     from ...export.quantise.cpu import CpuPrecision, quantise_cpu
+    from ...export.quantise.takers import with_takers
     from ...export.variant import add_variant
     from ...runtime.files.bundle import locked, open_bundle
     from ...runtime.files.scales_file import read_scales
@@ -66,7 +67,7 @@ def quantise(
     with locked(bundle), Progress("load") as bar:
         opened = open_bundle(bundle)
         _check(opened, name, precision, force=force)
-        found = None if scales is None else read_scales(scales, opened.manifest)
+        found = None if scales is None else with_takers(read_scales(scales, opened.manifest), opened)
         moments = None
         if precision.layers == 4 and rounding == "gptq":
             moments = _moments(opened, data, samples or MOMENT_PROMPTS, threads, bar)
@@ -78,7 +79,7 @@ def quantise(
             kept, measured = search.run(budget)
             precision = replace(precision, kept=kept)
         model = load_whole(source)
-        bar.phase("quantise", len(find_products(model)))
+        bar.phase("quantise", len(find_matmuls(model)))
         report = quantise_cpu(model, precision, found, moments, made, bar.update)
         bar.phase("write")
         facts = {
@@ -158,12 +159,12 @@ class _Search:
 
     def run(self, budget: float) -> tuple[Mapping[str, int], dict[str, Any]]:
         """Find the products that keep more bits. Returns them and what was measured."""
-        from ...export.passes.matmuls import find_products
+        from ...export.passes.matmuls import find_matmuls
         from ...export.passes.screen import load_whole
         from ..measure.quantise_budget import HIGHER, Sensitivity, fit_budget
 
         bits = self._precision.layers
-        products = [product for product in find_products(load_whole(self._source)) if product.layer is not None]
+        products = [product for product in find_matmuls(load_whole(self._source)) if product.layer is not None]
         self._bar.phase("products alone", len(products))
         found = {}
         for done, product in enumerate(products):

@@ -18,7 +18,7 @@ def variant_size(bundle: Bundle, variant: str) -> dict[str, Any]:
         BundleIntegrityError: the graph can't be read.
         MissingDependencyError: onnx isn't installed.
     """
-    from ...calibration.int8.products import read_graph
+    from ...calibration.int8.matmuls import read_graph
 
     name = bundle.manifest.variants[variant]
     model = read_graph(bundle, name)

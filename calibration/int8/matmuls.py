@@ -1,10 +1,11 @@
-"""The products of a step graph that int8 is about: those with a constant weight. What they read, and scales of their weights."""
+"""The matmuls of a step graph that int8 is about: those with a constant weight. What they read, and scales of their weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,13 +17,11 @@ from ...runtime.files.bundle import Bundle
 from ...runtime.files.scales_file import LEVELS, SMALLEST_SCALE
 
 _BLOCK = 1 << 22  # elements that are worked on at a time
-_PRODUCTS = ("MatMul", "Gemm")
-_FROM_VALUES = {"Slice": 0, "TensorScatter": 1, "GatherElements": 0, "Transpose": 0, "Reshape": 0}
-"""What stands between the product of values and attention: by operator, the input that rows come in by."""
+_MATMULS = ("MatMul", "Gemm")
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
+class Matmul:
     """A MatMul or Gemm with a constant matrix.
 
     ``activation`` [..., C]: the tensor that it reads. ``axis``: of the weight's output channels; ``channels``: C. ``of_heads``:
@@ -66,7 +65,8 @@ class StepGraph:
         self._model = read_graph(bundle, self._file)
         self._weights = {tensor.name: tensor for tensor in self._model.graph.initializer}
         self._producers = {output: node for node in self._model.graph.node for output in node.output}
-        self.products = self._find_products()
+        self.outputs = {output.name for output in self._model.graph.output}
+        self.matmuls = self._find_matmuls()
 
     @property
     def nodes(self) -> Sequence[Any]:
@@ -75,9 +75,10 @@ class StepGraph:
         return nodes
 
     @property
-    def value_heads(self) -> int:
-        """Heads of keys and values."""
-        return self._bundle.manifest.backbone.kv_heads
+    def value_shape(self) -> tuple[int, int]:
+        """Heads of keys and values, and channels of each."""
+        backbone = self._bundle.manifest.backbone
+        return backbone.kv_heads, backbone.head_dim
 
     @property
     def folder(self) -> Path:
@@ -134,6 +135,23 @@ class StepGraph:
         element = next(known, 0)
         return helper.tensor_dtype_to_np_dtype(element) if element else np.dtype(self._bundle.manifest.dtype)
 
+    def producer(self, name: str) -> Any:
+        """The node that makes a tensor; None for inputs and weights."""
+        return self._producers.get(name)
+
+    @cached_property
+    def readers(self) -> Mapping[str, Sequence[str]]:
+        """Names of the nodes that read each tensor, nodes of graphs inside them counted as theirs."""
+        found: dict[str, list[str]] = {}
+        for node in self._model.graph.node:
+            for name in _read_by(node):
+                found.setdefault(name, []).append(node.name)
+        return found
+
+    def is_vector(self, name: str, size: int) -> bool:
+        """Whether a tensor is a constant [size]."""
+        return name in self._weights and list(self._weights[name].dims) == [size]
+
     def weights_bytes(self) -> int:
         """Of all weights of some rank in float32, which is what ONNX Runtime makes of them on a CPU."""
         sizes: Iterator[int] = (math.prod(tensor.dims) for tensor in self._weights.values() if len(tensor.dims) > 1)
@@ -166,97 +184,22 @@ class StepGraph:
         size = max(1, _BLOCK // max(weight.shape[0], 1))
         return (weight[:, start : start + size] for start in range(0, weight.shape[1], size))
 
-    def smoothable(self) -> dict[str, list[tuple[str, int]]]:
-        """Activations whose channels can be scaled for free, with (name, axis) of all the weights that read them.
-
-        An activation counts if products of the backbone are all that reads it, and it is a constant vector [C] times something
-        (a norm, whose weight then takes the factors), something times another product (up in an MLP, whose weight does), or what
-        attention makes of values that come from a product (whose weight does; see :meth:`sharing_queries`).
-        """
-        readers: dict[str, list[str]] = {}
-        for node in self._model.graph.node:
-            for name in _read_by(node):
-                readers.setdefault(name, []).append(node.name)
-        outputs = {output.name for output in self._model.graph.output}
-        products: dict[str, list[Product]] = {}
-        for product in self.products:
-            products.setdefault(product.activation, []).append(product)
-        return {
-            name: list(dict.fromkeys((product.weight, product.axis) for product in found))
-            for name, found in products.items()
-            if name not in outputs
-            and sorted(readers[name]) == sorted(product.name for product in found)
-            and not any(product.of_heads for product in found)
-            and (self.sharing_queries(name) or self._takes_factors(self._producers.get(name), found[0].channels, readers))
-        }
-
-    def sharing_queries(self, activation: str) -> int:
-        """How many query heads share each head of the values that attention makes ``activation`` of; 0: it comes from elsewhere.
-
-        Channel c of a query's head is a mean of channel c of its head of values: that product's outputs can take the factors,
-        which are the same for all queries that share it.
-        """
-        node = self._producers.get(activation)
-        while node is not None and node.op_type in ("Reshape", "Transpose"):
-            node = self._producers.get(node.input[0])
-        if node is None or node.op_type != "Attention":
-            return 0
-        made = self._product_of_values(node.input[2])
-        weight, transposed = (None, False) if made is None else self._weight_of(made)
-        backbone = self._bundle.manifest.backbone
-        width = backbone.key_size
-        if weight is None or weight.dims[0 if transposed else 1] != width:
-            return 0
-        return next((each.channels // width for each in self.products if each.activation == activation), 0)
-
-    def _product_of_values(self, name: str) -> Any:
-        """The product with a constant weight that a step's own rows of the values in ``name`` come from."""
-        node = self._producers.get(name)
-        if node is None or self._weight_of(node)[0] is not None:
-            return node
-        if node.op_type in ("Add", "Concat"):  # a bias; rows of the step before, which come from an input
-            found = [made for each in node.input if (made := self._product_of_values(each)) is not None]
-            return found[0] if len(found) == 1 else None
-        at = _FROM_VALUES.get(node.op_type)
-        return None if at is None else self._product_of_values(node.input[at])
-
-    def _takes_factors(self, node: Any, channels: int, readers: Mapping[str, Sequence[str]]) -> bool:
-        """Whether ``node`` is a Mul with a constant vector, or with a product whose output channels may be scaled."""
-        return (
-            node is not None
-            and node.op_type == "Mul"
-            and not node.domain
-            and any(self._is_vector(name, channels) or self._is_own_product(name, channels, readers) for name in node.input)
-        )
-
-    def _is_own_product(self, name: str, channels: int, readers: Mapping[str, Sequence[str]]) -> bool:
-        """Whether ``name`` is a product, perhaps with a constant bias [C] added, that only one node reads."""
-        made = self._producers.get(name)
-        if made is None or len(readers[name]) > 1:
-            return False
-        if made.op_type == "Add" and any(self._is_vector(each, channels) for each in made.input):
-            return any(self._is_own_product(each, channels, readers) for each in made.input)
-        return self._weight_of(made)[0] is not None
-
-    def _is_vector(self, name: str, channels: int) -> bool:
-        return name in self._weights and list(self._weights[name].dims) == [channels]
-
-    def _find_products(self) -> list[Product]:
+    def _find_matmuls(self) -> list[Matmul]:
         of_backbone = {node.name for node in self.needed_nodes((step_io.LAST_ROW, step_io.NEXT_TOKEN))}
         found = []
         for node in self._model.graph.node:
-            weight, transposed = self._weight_of(node)
+            weight, transposed = self.weight_of(node)
             if weight is not None:
                 axis = 0 if transposed else 1
                 channels = int(weight.dims[1 - axis])
-                found.append(Product(node.name, node.input[0], weight.name, axis, channels, node.name not in of_backbone))
+                found.append(Matmul(node.name, node.input[0], weight.name, axis, channels, node.name not in of_backbone))
         return found
 
-    def _weight_of(self, node: Any) -> tuple[Any, bool]:
+    def weight_of(self, node: Any) -> tuple[Any, bool]:
         """The constant matrix that a node multiplies with, perhaps through a Transpose, and whether it stands [out, in]."""
         import onnx
 
-        if node.op_type not in _PRODUCTS or node.domain:
+        if node.op_type not in _MATMULS or node.domain:
             return None, False
         name = node.input[1]
         transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)

@@ -1,4 +1,4 @@
-"""How far a tuned backbone's next-token distribution is from the original's, without keeping logits of every position."""
+"""The KL divergence between a tuned backbone and the original as a loss: logits of all positions never exist at once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.nn import functional
 _CHUNK = 256  # positions whose logits exist at a time
 
 
-class _Divergence(torch.autograd.Function):
-    """Sum of KL(teacher ‖ tuned) over rows. The gradient in a tuned row is (tuned − teacher probabilities) · weight."""
+class _KlLoss(torch.autograd.Function):
+    """Sums KL(teacher‖tuned) over rows. The gradient of a tuned row is (tuned − teacher probabilities) · weight."""
 
     @staticmethod
     def forward(ctx: Any, tuned: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -34,10 +34,10 @@ class _Divergence(torch.autograd.Function):
         return gradient * gradients[0], None, None, None
 
 
-def mean_divergence(tuned: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Mean KL(teacher ‖ tuned) in nats; ``tuned`` and ``teacher`` [n, H] hidden states, ``weight`` [V, H] projects both.
+def kl_loss(tuned: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute the mean KL(teacher‖tuned) in nats, as :func:`..distributions.kl_divergence` does.
 
-    Only ``tuned`` gets a gradient.
+    ``tuned`` and ``teacher`` are hidden states [n, H]. ``weight`` [V, H] projects both. Only ``tuned`` gets a gradient.
     """
-    total: Tensor = _Divergence.apply(tuned.float(), teacher.float(), weight, bias)  # type: ignore[no-untyped-call]
+    total: Tensor = _KlLoss.apply(tuned.float(), teacher.float(), weight, bias)  # type: ignore[no-untyped-call]
     return total / len(tuned)

@@ -1,4 +1,4 @@
-"""Which products of a step graph are found, in whatever way their weights stand, and what scales those have."""
+"""Which matmuls of a step graph are found, in whatever way their weights stand, and what scales those have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ onnx = pytest.importorskip("onnx")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from medusa_deploy.calibration.int8.products import Product, StepGraph  # noqa: E402
+from medusa_deploy.calibration.int8.matmuls import Matmul, StepGraph  # noqa: E402
 from medusa_deploy.runtime.errors import BundleIntegrityError  # noqa: E402
 from medusa_deploy.runtime.files.bundle import Bundle, open_bundle, record_files  # noqa: E402
 from support.records import write_stub_bundle  # noqa: E402
@@ -69,14 +69,14 @@ WEIGHTS = {"plain": WEIGHT, "turned": np.ascontiguousarray(WEIGHT.T), "whole": n
 @pytest.mark.parametrize("external", [None, "weights.bin"])
 def test_products_are_found_however_their_weights_stand_and_have_equal_scales(external: str | None, tmp_path: Path):
     graph = graph_of(tmp_path, NODES, WEIGHTS, external)
-    assert graph.products == [
-        Product("plain_product", "x", "plain", 1, IN, of_heads=False),
-        Product("turned_product", "x", "turned", 0, IN, of_heads=True),
-        Product("gemm", "x", "turned", 0, IN, of_heads=True),
+    assert graph.matmuls == [
+        Matmul("plain_product", "x", "plain", 1, IN, of_heads=False),
+        Matmul("turned_product", "x", "turned", 0, IN, of_heads=True),
+        Matmul("gemm", "x", "turned", 0, IN, of_heads=True),
     ]
     expected = np.abs(WEIGHT).max(0) / np.float32(127)
-    for product in graph.products:
-        assert graph.weight_scales(product.weight, product.axis).tolist() == expected.tolist()
+    for matmul in graph.matmuls:
+        assert graph.weight_scales(matmul.weight, matmul.axis).tolist() == expected.tolist()
 
 
 def test_half_precision_weights_have_float32_scales(tmp_path: Path):
