@@ -12,7 +12,6 @@ from typing import Any, Self
 import numpy as np
 
 from ...runtime.errors import CalibrationError
-from ...runtime.executors.executor import StepBuffers
 from ...runtime.files.bundle import write_whole
 from .observers import BINS, RangeObserver
 from .products import Product
@@ -32,14 +31,14 @@ class Observations:
         """Nothing seen yet of what these products read."""
         return cls({product.activation: RangeObserver(product.activation, product.channels) for product in products})
 
-    def take(self, values: Iterable[tuple[str, np.ndarray]], buffers: StepBuffers, *, prefill: bool) -> None:
+    def take(self, values: Iterable[tuple[str, np.ndarray]], positions: np.ndarray, *, prefill: bool) -> None:
         """Take in what one call showed: activations by name."""
         for name, value in values:
             self.observers[name].observe(value)
         if prefill:
-            self.prefill_rows += buffers.rows
+            self.prefill_rows += len(positions)
         else:
-            self.tree_rows += buffers.rows
+            self.tree_rows += len(positions)
 
     def merge(self, other: Self) -> None:
         """Take in all that ``other`` has seen."""
