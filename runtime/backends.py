@@ -33,30 +33,16 @@ class LoadOptions:
             raise UsageError(f"the backend {self.backend} takes no {' or '.join(given)}", hint="leave it out")
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """An executor; whether it can verify trees, and the numbers of rows that its steps have (None: any in the bundle's limit).
-
-    ``deepest``: how many drafted tokens a step can accept (None: as many as there are heads).
-    """
-
-    executor: Executor
-    drafts: bool = True
-    step_rows: tuple[int, ...] | None = None
-    deepest: int | None = None
-
-
-def _cpu(bundle: Bundle, options: LoadOptions) -> Loaded:
+def _cpu(bundle: Bundle, options: LoadOptions) -> Executor:
     from .executors.ort import OrtExecutor
 
     options.refuse("target")
     manifest = bundle.manifest
-    variant = options.variant or ("cpu" if options.slots == 1 and "cpu" in manifest.variants else "standard")
+    variant = options.variant or ("cpu" if "cpu" in manifest.variants else "standard")
     known = [name for name in manifest.variants if name in ("standard", "int8") or is_cpu(name)]
     if variant not in known:
         raise UsageError(f"the bundle has no variant {variant!r} for the CPU", hint=f"its variants: {', '.join(known)}")
-    executor = OrtExecutor(ort_model(bundle, options.slots, variant), options.threads)
-    return Loaded(executor, drafts=not is_cpu(variant) or options.slots == 1, deepest=executor.deepest)
+    return OrtExecutor(ort_model(bundle, options.slots, variant), options.threads)
 
 
 def is_cpu(variant: str) -> bool:
@@ -64,13 +50,13 @@ def is_cpu(variant: str) -> bool:
     return variant == "cpu" or variant.startswith("cpu-")
 
 
-def _cuda(bundle: Bundle, options: LoadOptions) -> Loaded:
+def _cuda(bundle: Bundle, options: LoadOptions) -> Executor:
     from .executors.ort_cuda import OrtDeviceExecutor
 
     options.refuse("target", "threads")
     if options.variant not in (None, "standard"):
         raise UsageError(f"the backend cuda runs the standard graph, not {options.variant!r}", hint="leave the variant out")
-    return Loaded(OrtDeviceExecutor(ort_model(bundle, options.slots, "standard")))
+    return OrtDeviceExecutor(ort_model(bundle, options.slots, "standard"))
 
 
 def ort_model(bundle: Bundle, slots: int, variant: str) -> OrtModel:
@@ -90,15 +76,14 @@ def ort_model(bundle: Bundle, slots: int, variant: str) -> OrtModel:
     )
 
 
-def _tensorrt(bundle: Bundle, options: LoadOptions) -> Loaded:
+def _tensorrt(bundle: Bundle, options: LoadOptions) -> Executor:
     from .executors.tensorrt.load import load_executor
 
     options.refuse("threads", "variant")
-    executor = load_executor(bundle, options.backend, options.target, options.slots)
-    return Loaded(executor, step_rows=executor.step_rows)
+    return load_executor(bundle, options.backend, options.target, options.slots)
 
 
-BACKENDS: dict[str, Callable[[Bundle, LoadOptions], Loaded]] = {
+BACKENDS: dict[str, Callable[[Bundle, LoadOptions], Executor]] = {
     "cpu": _cpu,
     "cuda": _cuda,
     "tensorrt": _tensorrt,

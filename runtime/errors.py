@@ -125,6 +125,10 @@ class SlotError(DeployError):
     """More sequences than slots."""
 
 
+class StepError(DeployError):
+    """An engine call failed while it decoded a request; the request has ended."""
+
+
 class PromptError(DeployError):
     """A prompt is empty, is not valid for this bundle, or holds token ids outside the vocabulary."""
 

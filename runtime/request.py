@@ -1,36 +1,52 @@
-"""What is asked of a session and what it answers: requests, stream chunks, finished generations."""
+"""Requests and answers: the records that pass between an application and a session."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence as SequenceOf
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import InitVar, dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from .drafting.draft import Drafter
-from .loop.sequence import FinishReason, Sequence, Stats
+from .errors import UsageError
 from .sampling import SamplingParams
-from .text.stops import StopChecker
 from .tree import Tree
 
 if TYPE_CHECKING:
-    from .text.tokenizer import StreamDecoder
+    from .drafting.draft import Drafter
 
 Message = Mapping[str, str]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Drafting by the most promising rows, new ones in each step (:class:`.draft.BestRows`).
+
+    ``count``: rows of every step, the root included. None takes as many as pay, chosen in each step (:mod:`.row_budget`); the
+    mode typical, whose text depends on the drafts, then takes as many as the bundle's tree has. ``lookup``: whether text that
+    repeats itself drafts too (:mod:`.lookup`); None says yes. Executors that run ahead of the host take the bundle's tree where
+    neither is given.
+    """
+
+    count: int | None = None
+    lookup: bool | None = None
+
+
+AUTOMATIC = Rows()
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One thing to generate from: exactly one of ``prompt``, ``messages`` and ``token_ids``.
+    """One prompt and how to answer it: exactly one of ``prompt``, ``messages`` and ``token_ids``.
 
-    ``tree``: the same rows in every step; ``ROOT_ONLY`` decodes plainly. Without one, each step verifies the ``rows`` that
-    promise most (:class:`.draft.BestRows`); None: as many as pay, in each step (:mod:`.row_budget`), except that the mode
-    typical, whose text depends on what is drafted, takes as many as the bundle's tree has. ``lookup``: whether what the text
-    repeats is among them (:mod:`.lookup`); None: where the host drafts. Executors that run ahead of the host take the bundle's
-    tree where neither ``rows`` nor ``lookup`` asks the host to draft. ``drafter`` drafts instead of all these. ``cancel`` is
-    asked before every step.
-    ``keep_hidden`` collects the backbone's hidden state behind every emitted token.
+    ``drafting``: how steps are drafted, by :class:`Rows`, by a tree that is the same in every step (``ROOT_ONLY`` decodes
+    plainly), or by a drafter of one's own. ``tree``, ``rows``, ``lookup`` and ``drafter`` are older names for parts of it.
+    ``priority``: smaller numbers are served first. ``deadline``: seconds from submission after which the request is cancelled.
+    ``cancel`` is asked before every step. ``keep_hidden`` collects the backbone's hidden state behind every emitted token.
+
+    Raises:
+        UsageError: two of the ways to draft are given.
     """
 
     prompt: str | None = None
@@ -41,17 +57,91 @@ class Request:
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     ignore_eos: bool = False
-    tree: Tree | None = None
-    rows: int | None = None
-    lookup: bool | None = None
-    drafter: Drafter | None = None
+    drafting: Rows | Tree | Drafter = AUTOMATIC
+    priority: int = 0
+    deadline: float | None = None
     cancel: Callable[[], bool] | None = None
     keep_hidden: bool = False
+    tree: InitVar[Tree | None] = None
+    rows: InitVar[int | None] = None
+    lookup: InitVar[bool | None] = None
+    drafter: InitVar[Drafter | None] = None
+
+    def __post_init__(self, tree: Tree | None, rows: int | None, lookup: bool | None, drafter: Drafter | None) -> None:
+        given = {"tree": tree, "rows": rows, "lookup": lookup, "drafter": drafter}
+        names = [name for name, value in given.items() if value is not None]
+        if not names:
+            return
+        if self.drafting is not AUTOMATIC:
+            raise UsageError(f"got drafting and {', '.join(names)}", hint="give drafting alone: the others are parts of it")
+        if tree is not None and rows is not None:
+            raise UsageError(f"got a tree and {rows} rows", hint="give one of them: a tree has its own number")
+        if drafter is not None and len(names) > 1:
+            others = ", ".join(name for name in names if name != "drafter")
+            raise UsageError(f"got a drafter and {others}", hint="a drafter chooses the rows: leave the others out")
+        if tree is not None and lookup:
+            raise UsageError("got a tree and lookup=True", hint="a tree's rows come from the heads alone: leave one of them out")
+        object.__setattr__(self, "drafting", tree or drafter or Rows(rows, lookup))
+
+
+@dataclass(slots=True)
+class Stats:
+    """Cost of a generation. ``accepted[a]``: decode steps that accepted ``a`` drafted tokens.
+
+    ``rows_histogram[n]``: decode steps that verified n rows. ``plain_steps``: steps of one row in which no heads ran. ``probes``:
+    steps that ran the heads only to see whether drafting pays again. ``lookup_steps``: steps whose rows were chosen among
+    repeated text, too.
+
+    Where the number of rows was left open, ``trust`` holds the factors that the probabilities of each head, and of lookup, were
+    multiplied by. ``costs`` holds the cost of a step by its rows, and of the heads, against a plain step (:mod:`.row_budget`).
+    Both are as of the end, or up to 16 steps before it where a stop string or the caller ended the generation.
+    """
+
+    prompt_tokens: int = 0
+    steps: int = 0
+    emitted: int = 0
+    rows: int = 0
+    rows_histogram: dict[int, int] = field(default_factory=dict)
+    plain_steps: int = 0
+    probes: int = 0
+    accepted: dict[int, int] = field(default_factory=dict)
+    lookup_steps: int = 0
+    trust: list[float] | None = None
+    costs: dict[str, float] | None = None
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    engine_seconds: float = 0.0
+
+    def add_step(self, rows: int, accepted: int, emitted: int, *, heads: bool, looked_up: bool) -> None:
+        """Count one decode step that kept ``emitted`` tokens. ``heads``: whether they ran for this sequence."""
+        self.steps += 1
+        self.rows += rows
+        self.rows_histogram[rows] = self.rows_histogram.get(rows, 0) + 1
+        self.plain_steps += rows == 1 and not heads
+        self.lookup_steps += looked_up
+        self.emitted += emitted
+        self.accepted[accepted] = self.accepted.get(accepted, 0) + 1
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """1 + accepted drafted tokens per decode step."""
+        total = sum(accepted * steps for accepted, steps in self.accepted.items())
+        return 1.0 + total / self.steps if self.steps else 1.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second of decoding, the prefill excluded."""
+        return self.emitted / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def host_fraction(self) -> float:
+        """Share of the decoding time spent outside the engine."""
+        return 1.0 - self.engine_seconds / self.decode_seconds if self.decode_seconds else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What one step of a stream adds; the last one carries the finish reason."""
+    """The addition of one step to a stream; the last one carries the finish reason."""
 
     text: str
     token_ids: list[int]
@@ -61,7 +151,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A finished generation. ``token_ids`` are all emitted tokens, an end-of-sequence token included."""
+    """A finished generation. ``token_ids`` are all emitted tokens, an end-of-sequence token included.
+
+    ``error``: the reason where ``finish_reason`` is "error"; text and tokens are then those emitted before it.
+    """
 
     text: str
     token_ids: list[int]
@@ -69,51 +162,4 @@ class Generation:
     prompt_token_ids: list[int]
     stats: Stats
     hidden: np.ndarray | None = None
-
-
-class Run:
-    """Turns the tokens of one sequence into text, stop strings applied."""
-
-    def __init__(
-        self, sequence: Sequence, decoder: StreamDecoder | None, stops: StopChecker, cancel: Callable[[], bool] | None
-    ) -> None:
-        self.sequence = sequence
-        self._decoder = decoder
-        self._stops = stops
-        self._cancel = cancel
-        self._text: list[str] = []
-
-    def goes_on(self) -> bool:
-        """Whether there is another step to do; asks ``cancel``."""
-        sequence = self.sequence
-        if sequence.finish_reason is None and self._cancel is not None and self._cancel():
-            sequence.finish_reason = "cancelled"
-        return sequence.finish_reason is None
-
-    def take(self, tokens: list[int]) -> Chunk:
-        """Text of newly emitted tokens, as far as it is certain."""
-        text = "" if self._decoder is None else self._decoder.push([t for t in tokens if t not in self.sequence.eos_token_ids])
-        text = self._stops.push(text)
-        if self._stops.stopped and self.sequence.finish_reason in (None, "length"):
-            self.sequence.finish_reason = "stop"
-        self._text.append(text)
-        return Chunk(text, tokens)
-
-    def last_chunk(self) -> Chunk:
-        """What was held back, with the finish reason and the statistics."""
-        text = self._rest()
-        self._text.append(text)
-        return Chunk(text, [], self.sequence.finish_reason, self.sequence.stats)
-
-    def _rest(self) -> str:
-        tail = "" if self._decoder is None else self._decoder.flush()
-        return str(self._stops.push(tail) + self._stops.flush())
-
-    def generation(self) -> Generation:
-        """The finished generation."""
-        sequence = self.sequence
-        assert sequence.finish_reason is not None
-        text = "".join(self._text) + self._rest()
-        hidden = np.stack(sequence.hidden[: len(sequence.emitted)]) if sequence.keep_hidden else None
-        prompt = sequence.tokens[: sequence.prompt_length]
-        return Generation(text, sequence.emitted, sequence.finish_reason, prompt, sequence.stats, hidden)
+    error: Exception | None = None

@@ -2,8 +2,8 @@
 
 Unit of time: a plain step, which emits one token. A step of n rows takes the n with the largest
 ``expected tokens(n) − throughput · cost(n)``, and the heads run while the tokens that their candidates lately added to a step,
-the cost of their rows subtracted, exceed ``throughput · cost of the heads``. This is Dinkelbach's algorithm for the largest ratio of
-two sums, tokens ÷ time: with the best throughput in the rule, the rule gives the best throughput.
+the cost of their rows subtracted, exceed ``throughput · cost of the heads``. This is Dinkelbach's algorithm for the largest ratio
+of two sums, tokens ÷ time: with the best throughput in the rule, the rule gives the best throughput.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class RowBudget:
     def __init__(self, sizes: tuple[int, ...], num_heads: int, scaling: PlattScaling, *, padded: bool = False) -> None:
         """``sizes``: the numbers of rows to choose from, ascending from 1. ``scaling``: of each head.
 
-        ``padded``: all sequences of a step get the same number of rows. Otherwise each one's rows are chosen, and cost time, alone.
+        ``padded``: all sequences of a step get the same number of rows. Otherwise each sequence's rows are chosen alone.
         """
         self._num_heads, self._scaling, self._padded = num_heads, scaling, padded
         # Steps of which the host decides the outcome have other costs: logits leave the engine, heads are a call of their own.

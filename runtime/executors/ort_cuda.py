@@ -154,7 +154,9 @@ class OrtDeviceExecutor(OrtBase):
         """Run the graph; the results are in ``bound.outputs`` afterwards. Returns the seconds that it took."""
         inputs = bound.inputs
         self._check_rows(inputs)
-        visible = visible_rows(int(inputs.write_index.max()) + inputs.rows, self.layout.rows)
+        # Padding of resting slots is written, but never read: T follows the active ones.
+        ends = inputs.write_index[inputs.forced > 0]
+        visible = visible_rows(int(ends.max(initial=self._margin)) + inputs.rows, self.layout.rows)
         started = time.perf_counter()
         for name in step_io.STEP_INPUTS:
             if name != step_io.COLUMNS and name in self._inputs:

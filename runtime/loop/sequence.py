@@ -1,84 +1,32 @@
-"""One generation in flight: its tokens, its newest candidates, and what the next step must commit."""
+"""One request in flight: its tokens, its state, and the newest candidates for its next step."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 from ..drafting.draft import NOTHING, Candidates, Draft, Drafter
+from ..request import FinishReason, Stats
 from ..sampling import SamplingParams
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+State = Literal["waiting", "prefill", "decode", "done"]
 
 
-@dataclass(slots=True)
-class Stats:
-    """What a generation cost. ``accepted[a]``: decode steps that accepted ``a`` drafted tokens.
-
-    ``rows_histogram[n]``: decode steps that verified n rows. ``plain_steps``: those of one row in which no heads ran; ``probes``:
-    those that ran the heads only to see whether drafting pays again. ``lookup_steps``: those whose rows were chosen from what the
-    text repeats, too.
-
-    Where the number of rows was left open, ``trust`` is what the chances by each head, and by lookup, were multiplied by, and
-    ``costs`` what a step costs by its rows, and the heads, against a plain one (:mod:`.row_budget`): at the end, or up to 16
-    steps before it where a stop string or the caller ended the generation.
-    """
-
-    prompt_tokens: int = 0
-    steps: int = 0
-    emitted: int = 0
-    rows: int = 0
-    rows_histogram: dict[int, int] = field(default_factory=dict)
-    plain_steps: int = 0
-    probes: int = 0
-    accepted: dict[int, int] = field(default_factory=dict)
-    lookup_steps: int = 0
-    trust: list[float] | None = None
-    costs: dict[str, float] | None = None
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    engine_seconds: float = 0.0
-
-    def add_step(self, draft: Draft, accepted: int, emitted: int, *, heads: bool) -> None:
-        """Count one decode step that kept ``emitted`` tokens. ``heads``: whether they ran for this sequence."""
-        rows = draft.shape.rows
-        self.steps += 1
-        self.rows += rows
-        self.rows_histogram[rows] = self.rows_histogram.get(rows, 0) + 1
-        self.plain_steps += rows == 1 and not heads
-        self.lookup_steps += draft.looked_up
-        self.emitted += emitted
-        self.accepted[accepted] = self.accepted.get(accepted, 0) + 1
-
-    @property
-    def mean_acceptance_length(self) -> float:
-        """1 + accepted drafted tokens per decode step."""
-        total = sum(accepted * steps for accepted, steps in self.accepted.items())
-        return 1.0 + total / self.steps if self.steps else 1.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens per second of decoding, the prefill excluded."""
-        return self.emitted / self.decode_seconds if self.decode_seconds else 0.0
-
-    @property
-    def host_fraction(self) -> float:
-        """Share of the decoding time spent outside the engine."""
-        return 1.0 - self.engine_seconds / self.decode_seconds if self.decode_seconds else 0.0
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """Tokens of one request. ``tokens`` is the only truth of what was emitted; the newest one is the next step's root.
 
-    ``candidates``: what the heads proposed at the row of the root. ``draft``: the rows that the newest step verifies; a prefill's
-    last row stands alone, as a root does. ``hidden``: the backbone's states [H] behind the emitted tokens, when they were asked
-    for; the last step may have added more than were emitted.
+    ``state``: waiting → prefill → decode → done. ``slot``: held in prefill and decode. ``computed``: prompt tokens whose rows are
+    in the cache. ``candidates``: the heads' at the row of the root. ``accepted_state``: hidden state [H] of the row that the host
+    accepted last, which the heads have yet to see. ``draft``: the rows that the newest step verifies. ``arrived``: the tokens
+    that it emitted. ``hidden``: the backbone's states [H] behind the emitted tokens, where they were asked for; the last step may
+    have added more than were emitted. ``cancelled``: set by other threads. ``deadline``: by the monotonic clock.
     """
 
-    slot: int
     tokens: list[int]
     prompt_length: int
     params: SamplingParams
@@ -86,10 +34,20 @@ class Sequence:
     eos_token_ids: frozenset[int]
     drafter: Drafter
     keep_hidden: bool = False
+    priority: int = 0
+    deadline: float | None = None
+    cancel: Callable[[], bool] | None = None
+    state: State = "waiting"
+    slot: int = -1
+    computed: int = 0
     candidates: Candidates | None = None
+    accepted_state: np.ndarray | None = None
     draft: Draft = NOTHING
+    arrived: list[int] = field(default_factory=list)
     hidden: list[np.ndarray] = field(default_factory=list)
+    cancelled: bool = False
     finish_reason: FinishReason | None = None
+    error: Exception | None = None
     stats: Stats = field(default_factory=Stats)
 
     @property
@@ -107,8 +65,24 @@ class Sequence:
         """Tokens that may still be emitted."""
         return self.max_new_tokens - (len(self.tokens) - self.prompt_length)
 
+    @property
+    def on_host(self) -> bool:
+        """Whether the host chooses its tokens from logits; the graph does it otherwise."""
+        return not self.params.plain_argmax
+
+    @property
+    def done(self) -> bool:
+        """Whether no further step is needed."""
+        return self.finish_reason is not None
+
+    def asks_to_end(self) -> bool:
+        """Whether it is cancelled or late; asks the request's own ``cancel`` once its prompt is under way."""
+        if self.cancelled or (self.deadline is not None and time.monotonic() >= self.deadline):
+            return True
+        return self.cancel is not None and self.computed > 0 and self.cancel()
+
     def emit(self, tokens: list[int]) -> list[int]:
-        """Append what fits: up to an end-of-sequence token or the length limit. Returns the tokens kept."""
+        """Append as many as fit: up to an end-of-sequence token or the length limit. Returns the tokens kept."""
         kept = tokens[: self.remaining]
         for index, token in enumerate(kept):
             if token in self.eos_token_ids:
@@ -119,3 +93,7 @@ class Sequence:
         if self.finish_reason is None and self.remaining <= 0:
             self.finish_reason = "length"
         return kept
+
+    def fail(self, error: Exception) -> None:
+        """End with ``error``; what was emitted stays."""
+        self.finish_reason, self.error = "error", error

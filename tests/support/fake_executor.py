@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from medusa_deploy.runtime.executors.executor import CacheLayout, StepBuffers, Wanted, chain_ancestors, visible_rows
+from medusa_deploy.runtime.executors.executor import Abilities, CacheLayout
+from medusa_deploy.runtime.executors.step_plan import SlotResult, SlotRows, StepPlan, StepResult
 from medusa_deploy.runtime.files.bundle import Bundle
 from medusa_deploy.runtime.files.manifest import Manifest, TextFacts
 from medusa_deploy.runtime.session import Session
@@ -67,102 +68,112 @@ class FakeLanguage:
 
 
 class FakeExecutor:
-    """See the module. ``fail_at``: the number of the call (step or prefill) that raises ``error`` before it does anything."""
+    """See the module. A call is the decoding rows of all slots, or one prefill chunk.
 
-    def __init__(self, facts: Manifest, slots: int, *, seed: int = 0) -> None:
+    ``fail_at``: the number of the call that ends with ``error`` before it does anything. ``padded``: slots that rest get padding,
+    as many rows as the step has, behind the rows that they keep. ``nan``: tokens whose rows come out as NaN.
+    """
+
+    def __init__(self, facts: Manifest, slots: int, *, seed: int = 0, padded: bool = False) -> None:
         backbone, heads = facts.backbone, facts.heads
         self.layout = CacheLayout(
             backbone.layers, slots, backbone.kv_heads, facts.limits.cache_rows, backbone.head_dim, facts.dtype
         )
+        self.abilities = Abilities(slots, heads.num_heads, padded=padded)
         self.engine_seconds = 0.0
         self.language = _language(backbone.vocab_size, heads.num_heads, heads.top_k, seed)
         self.calls = 0
+        self.plans: list[StepPlan] = []
         self.fail_at: int | None = None
         self.error: BaseException = RuntimeError("the engine failed")
+        self.nan: frozenset[int] = frozenset()
+        self._margin = heads.num_heads
         self._hidden_size = backbone.hidden_size
         self._tokens = np.full((slots, facts.limits.cache_rows), _NOTHING)
         self._positions = np.full((slots, facts.limits.cache_rows), _NOTHING)
-        self._buffers: dict[tuple[int, Wanted], StepBuffers] = {}
 
-    def buffers(self, rows: int, wanted: Wanted) -> StepBuffers:
-        key = (rows, wanted)
-        if key not in self._buffers:
-            self._buffers[key] = self._allocate(self.layout.slots, rows, rows, wanted)
-        return self._buffers[key]
-
-    def step(self, buffers: StepBuffers, wanted: Wanted) -> None:
-        assert buffers is self._buffers[buffers.rows, wanted]
-        self._call(buffers, wanted, 0)
-
-    def prefill(self, slot: int, tokens: np.ndarray, start: int, wanted: Wanted) -> StepBuffers:
-        buffers = self._allocate(1, len(tokens), 1, wanted)
-        buffers.idle(0, start)
-        buffers.tokens[0] = tokens
-        buffers.positions[0] = np.arange(start, start + len(tokens))
-        buffers.ancestors[0] = chain_ancestors(len(tokens))
-        buffers.forced[0] = len(tokens)
-        self._call(buffers, wanted, slot)
-        return buffers
+    def run(self, plan: StepPlan) -> StepResult:
+        self.plans.append(plan)
+        assert len({rows.slot for rows in plan.active}) == len(plan.active), "a slot has one entry"
+        for slot, (length, moves) in enumerate(zip(plan.lengths, plan.moves, strict=True)):
+            self._move(slot, length, moves)
+        decoding = [rows for rows in plan.active if rows.forced == 1]
+        found: dict[int, SlotResult | Exception] = {}
+        for rows in [decoding] * bool(decoding) + [[rows] for rows in plan.active if rows.forced != 1]:
+            found |= self._call(plan, rows)
+        return StepResult(tuple([found[rows.slot] for rows in plan.active]))
 
     def propose(self, hidden: np.ndarray, root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         candidates = np.stack([self.language.propose(int(h[0]), int(r)) for h, r in zip(hidden, root, strict=True)])
         return candidates, np.zeros(candidates.shape, np.float32)
 
-    def _allocate(self, slots: int, rows: int, logit_rows: int, wanted: Wanted) -> StepBuffers:
-        sizes = (self.language.heads, self.language.top_k, self._hidden_size, self.language.vocab)
-        return StepBuffers.allocate(slots, rows, logit_rows, *sizes, self.layout.dtype, wanted)
+    def took(self, seconds: float) -> None:
+        """The newest call took so long; tests make it up."""
+        self.engine_seconds += seconds
 
-    def _call(self, buffers: StepBuffers, wanted: Wanted, first_slot: int) -> None:
+    def _call(self, plan: StepPlan, active: list[SlotRows]) -> dict[int, SlotResult | Exception]:
         self.calls += 1
         if self.calls == self.fail_at:
+            if isinstance(self.error, Exception):
+                return {rows.slot: self.error for rows in active}
             raise self.error
-        visible = visible_rows(buffers, self.layout.rows)
-        # Outputs that weren't asked for, and rows that are padding, hold what must not be used.
-        buffers.candidates[:] = _NOTHING
-        buffers.logits[:] = np.nan
-        buffers.hidden[:] = np.nan
-        for index in range(len(buffers.tokens)):
-            self._slot(buffers, index, first_slot + index, visible, wanted)
+        if self.abilities.padded:
+            self._pad(plan, {rows.slot for rows in plan.active}, max(rows.count for rows in active))
+        return {rows.slot: self._slot(rows, plan.lengths[rows.slot]) for rows in active}
 
-    def _slot(self, buffers: StepBuffers, index: int, slot: int, visible: int, wanted: Wanted) -> None:
-        start, margin, rows = int(buffers.write_index[index]), buffers.commit.shape[1], buffers.rows
-        assert margin <= start and start + rows <= visible <= self.layout.rows
-        for cache, new in ((self._tokens, buffers.tokens), (self._positions, buffers.positions)):
-            cache[slot, start - margin : start] = cache[slot, buffers.commit[index]]
-            cache[slot, start : start + rows] = new[index]
-        kept = buffers.logit_rows[index]
-        states = np.zeros(rows, np.int64)
-        for row in np.flatnonzero(np.diagonal(buffers.ancestors[index])).tolist():
-            states[row] = self.language.state(self._context(buffers, index, slot, row))
-            if row in kept:
-                at = int(np.flatnonzero(kept == row)[0])
-                if wanted.logits:
-                    buffers.logits[index, at] = self.language.table[states[row]]
-                if wanted.hidden:
-                    buffers.hidden[index, at, 0] = states[row]
-        last = self._accept(buffers, index, states)
-        buffers.last_row[index] = last
-        buffers.next_token[index] = self.language.table[states[last]].argmax()
-        if wanted.heads and buffers.forced[index]:
-            buffers.candidates[index] = self.language.propose(int(states[last]), int(buffers.next_token[index]))
+    def _move(self, slot: int, length: int, moves: tuple[int, ...]) -> None:
+        end = self._margin + length
+        for cache in (self._tokens, self._positions):
+            cache[slot, end - len(moves) : end] = cache[slot, [self._margin + row for row in moves]]
 
-    def _context(self, buffers: StepBuffers, index: int, slot: int, row: int) -> np.ndarray:
+    def _pad(self, plan: StepPlan, active: set[int], rows: int) -> None:
+        for slot, length in enumerate(plan.lengths):
+            if slot not in active:
+                for cache in (self._tokens, self._positions):
+                    cache[slot, self._margin + length : self._margin + length + rows] = _NOTHING
+
+    def _slot(self, rows: SlotRows, length: int) -> SlotResult:
+        start, shape, wanted, language = self._margin + length, rows.shape, rows.wanted, self.language
+        assert start + rows.count <= self.layout.rows
+        assert rows.count == shape.rows and rows.forced in (1, rows.count)
+        self._tokens[rows.slot, start : start + rows.count] = rows.tokens
+        self._positions[rows.slot, start : start + rows.count] = length + shape.depths
+        states = np.array([language.state(self._context(rows, start, row)) for row in range(rows.count)])
+        last = self._accept(rows, states)
+        kept = states[-1:] if rows.prefills else states
+        logits = language.table[kept].copy()
+        broken = np.isin(rows.tokens[-len(kept) :], list(self.nan))
+        logits[broken] = np.nan
+        hidden = np.full((len(kept), self._hidden_size), np.nan, np.float32)
+        hidden[:, 0] = kept
+        token = int(language.table[states[last]].argmax())
+        candidates = language.propose(int(states[last]), token) if wanted.heads else None
+        return SlotResult(
+            last_row=last,
+            next_token=token,
+            finite=int(rows.tokens[last]) not in self.nan,
+            candidates=candidates,
+            log_probs=None if candidates is None else np.zeros(candidates.shape, np.float32),
+            logits=logits if wanted.logits else None,
+            hidden=hidden if wanted.hidden else None,
+        )
+
+    def _context(self, rows: SlotRows, start: int, row: int) -> np.ndarray:
         """Tokens that a row sees, in the order of their positions."""
-        start, margin = int(buffers.write_index[index]), buffers.commit.shape[1]
-        seen = np.concatenate([np.arange(margin, start), start + np.flatnonzero(buffers.ancestors[index, row])])
+        slot, position = rows.slot, int(start - self._margin + rows.shape.depths[row])
+        seen = np.concatenate([np.arange(self._margin, start), start + np.flatnonzero(rows.shape.ancestors[row])])
         positions, tokens = self._positions[slot, seen], self._tokens[slot, seen]
-        expected = np.arange(buffers.positions[index, row] + 1)
-        assert np.array_equal(np.sort(positions), expected), f"slot {slot} row {row} sees the positions {positions.tolist()}"
+        assert np.array_equal(np.sort(positions), np.arange(position + 1)), f"slot {slot} row {row} sees {positions.tolist()}"
         assert ((tokens >= 0) & (tokens < self.language.vocab)).all(), f"slot {slot} row {row} sees the tokens {tokens.tolist()}"
         return np.asarray(tokens[np.argsort(positions)])
 
-    def _accept(self, buffers: StepBuffers, index: int, states: np.ndarray) -> int:
+    def _accept(self, rows: SlotRows, states: np.ndarray) -> int:
         """The deepest row whose path is made of greedy tokens, the first of several."""
-        ancestors, last, deepest = buffers.ancestors[index], 0, 0
-        for row in range(buffers.rows):
+        ancestors, last, deepest = rows.shape.ancestors, 0, 0
+        for row in range(rows.count):
             path = np.flatnonzero(ancestors[row])
-            drafted = [(path[i - 1], path[i]) for i in range(1, len(path)) if path[i] >= buffers.forced[index]]
-            alive = all(buffers.tokens[index, child] == self.language.table[states[parent]].argmax() for parent, child in drafted)
+            drafted = [(path[i - 1], path[i]) for i in range(1, len(path)) if path[i] >= rows.forced]
+            alive = all(rows.tokens[child] == self.language.table[states[parent]].argmax() for parent, child in drafted)
             if alive and len(path) > deepest:
                 last, deepest = row, len(path)
         return last
@@ -180,6 +191,7 @@ def fake_session(
     eos_token_ids: tuple[int, ...] = (),
     text_folder: Path | None = None,
     seed: int = 0,
+    padded: bool = False,
 ) -> FakeSession:
     """A session of the tiny model's sizes over a :class:`FakeExecutor`. It speaks text when there is a folder for its files."""
     facts = manifest(capacity=capacity, prefill_chunk=prefill_chunk, tree=tree)
@@ -189,8 +201,8 @@ def fake_session(
         else write_text_files(text_folder, eos_token_ids=eos_token_ids)
     )
     facts = replace(facts, text=text)
-    session = FakeSession(Bundle(text_folder or Path("nowhere"), facts), FakeExecutor(facts, slots, seed=seed), slots)
-    session._decoder.clock = lambda: session.executor.engine_seconds  # what is chosen must not depend on this machine
+    session = FakeSession(Bundle(text_folder or Path("nowhere"), facts), FakeExecutor(facts, slots, seed=seed, padded=padded))
+    session.loop.clock = lambda: session.executor.engine_seconds  # what is chosen must not depend on this machine
     return session
 
 

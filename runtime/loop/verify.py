@@ -1,0 +1,43 @@
+"""Verification: from an engine's results to the rows that survive. Pure: nothing is changed here."""
+
+from __future__ import annotations
+
+from ..errors import DeployError, NumericsError, StepError
+from ..executors.step_plan import SlotResult, SlotRows, StepPlan, StepResult
+from .acceptance import Acceptance, accept
+from .scheduler import Turn
+
+_NOTHING = Acceptance((), [])
+
+
+def verify(turns: list[Turn], plan: StepPlan, result: StepResult) -> list[Acceptance | Exception]:
+    """Return, for each turn, the accepted rows with the emitted tokens, or the error that ends its sequence.
+
+    A prompt whose end isn't reached accepts nothing and emits nothing.
+    """
+    return [_verified(turn, rows, found) for turn, rows, found in zip(turns, plan.active, result.slots, strict=True)]
+
+
+def _verified(turn: Turn, rows: SlotRows, found: SlotResult | Exception) -> Acceptance | Exception:
+    if isinstance(found, Exception):
+        return found if isinstance(found, DeployError) else _engine_failed(found)
+    if not found.finite:
+        return NumericsError("the engine returned NaN", hint="verify the bundle: medusa-deploy verify BUNDLE")
+    sequence = turn.sequence
+    if turn.prompt_rows and sequence.computed + turn.prompt_rows < sequence.prompt_length:
+        return _NOTHING
+    if not sequence.on_host:
+        path = () if turn.prompt_rows or rows.count == 1 else rows.shape.row_paths[found.last_row]
+        return Acceptance(path, [*rows.tokens[list(path)].tolist(), found.next_token])
+    assert found.logits is not None
+    parents, tokens = (rows.shape.parents, rows.tokens) if not turn.prompt_rows else (rows.shape.parents[:1], rows.tokens[-1:])
+    try:
+        return accept(sequence.params, parents, tokens, found.logits, sequence.tokens, sequence.prompt_length)
+    except NumericsError as error:
+        return error
+
+
+def _engine_failed(cause: Exception) -> StepError:
+    error = StepError(f"the engine failed: {cause}", hint="try again; check the bundle with: medusa-deploy verify BUNDLE")
+    error.__cause__ = cause
+    return error
