@@ -6,15 +6,16 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from ... import __version__
 from ...runtime.backends import ort_model
 from ...runtime.errors import CalibrationError
-from ...runtime.executors.executor import StepBuffers, Wanted
 from ...runtime.executors.ort import Bound, OrtExecutor, OrtModel
+from ...runtime.executors.ort_base import fetched
+from ...runtime.executors.step_plan import SlotRows, Wanted
 from ...runtime.files.bundle import Bundle
 from ...runtime.files.scales_file import model_digest
 from ...runtime.session import Session
@@ -27,21 +28,22 @@ _MOST_OBSERVED_BYTES = 256 << 20
 SAVE_EVERY = 30.0
 
 
-class _Binding(NamedTuple):
-    """A binding of the executor, and the tensors that were bound behind its own outputs."""
-
-    inner: Bound
-    observed: list[str]
-
-
 class Watcher(Protocol):
-    """Looks at tensors [B, N, C] of every call, by name; they are valid until it returns."""
+    """Looks at tensors [B, N, C] of every call, by name; they are valid until it returns.
 
-    def take(self, values: Iterable[tuple[str, np.ndarray]], buffers: StepBuffers, *, prefill: bool) -> None: ...
+    ``positions`` int64 [N]: of the call's rows in the text.
+    """
+
+    def take(self, values: Iterable[tuple[str, np.ndarray]], positions: np.ndarray, *, prefill: bool) -> None: ...
 
 
 class ObservingExecutor(OrtExecutor):
-    """The CPU executor on a graph with more outputs, whose values go to ``watcher`` after every call."""
+    """The CPU executor on a graph with more outputs, whose values go to ``watcher`` after every call.
+
+    ``prompt_length``: a call whose rows begin before it is a prefill.
+    """
+
+    prompt_length = 0
 
     def __init__(
         self, model: OrtModel, graph: StepGraph, tensors: Mapping[str, bool], watcher: Watcher, threads: int | None
@@ -58,19 +60,34 @@ class ObservingExecutor(OrtExecutor):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._step_graph.folder))
         return self._step_graph.with_outputs(self._of_heads)
 
-    def _bind(self, buffers: StepBuffers, wanted: Wanted, slot: int | None) -> _Binding:
-        assert not wanted.hidden, "that output may be one of the tensors, too"
-        inner: Bound = super()._bind(buffers, wanted, slot)
-        observed = [name for name, of_heads in self._of_heads.items() if wanted.heads or not of_heads]
-        for name in observed:
-            inner.io.bind_output(name)
-        return _Binding(inner, observed)
+    def _bind(self, rows: SlotRows) -> Bound:
+        bound = super()._bind(rows)
+        self._bind_added(bound, rows.wanted)
+        return bound
 
-    def _run(self, buffers: StepBuffers, binding: _Binding, slot: int | None) -> None:
-        super()._run(buffers, binding.inner, slot)
-        outputs = binding.inner.io.get_outputs()[-len(binding.observed) :] if binding.observed else []
-        values = ((name, value.numpy()) for name, value in zip(binding.observed, outputs, strict=True))
-        self.watcher.take(values, buffers, prefill=slot is not None)
+    def _call(self, bound: Bound, rows: SlotRows, length: int) -> None:
+        super()._call(bound, rows, length)
+        added, outputs = self._added(rows.wanted), bound.io.get_outputs()
+        by_name = dict(zip(added, outputs[len(outputs) - len(added) :], strict=True))
+        values = (
+            (name, by_name[name].numpy() if name in by_name else getattr(bound.outputs, name))
+            for name in self._observed(rows.wanted)
+        )
+        self.watcher.take(values, length + rows.shape.depths, prefill=length < self.prompt_length)
+        # Bindings are kept, one for each length of a chunk. Bound anew, they hold no values until their next call.
+        self._bind_added(bound, rows.wanted)
+
+    def _bind_added(self, bound: Bound, wanted: Wanted) -> None:
+        for name in self._added(wanted):
+            bound.io.bind_output(name)
+
+    def _added(self, wanted: Wanted) -> list[str]:
+        """The observed tensors that aren't outputs of a call anyway."""
+        own = fetched(wanted)
+        return [name for name in self._observed(wanted) if name not in own]
+
+    def _observed(self, wanted: Wanted) -> list[str]:
+        return [name for name, of_heads in self._of_heads.items() if wanted.heads or not of_heads]
 
 
 class Calibrator:
@@ -151,7 +168,7 @@ class Calibrator:
 
     def watch(self, prompt: Sequence[int], max_new_tokens: int, watcher: Watcher) -> None:
         """Answer one prompt and show ``watcher`` what the matmuls read."""
-        self._executor.watcher = watcher
+        self._executor.watcher, self._executor.prompt_length = watcher, len(prompt)
         self.session.generate(token_ids=prompt, max_new_tokens=max_new_tokens, tree=self.session.tree)
 
 

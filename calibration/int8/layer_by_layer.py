@@ -12,8 +12,9 @@ import numpy as np
 
 from ...runtime.errors import CalibrationError
 from ...runtime.executors import step_io
-from ...runtime.executors.executor import StepBuffers, Wanted, chain_ancestors, visible_rows
+from ...runtime.executors.one_slot import prefill_rows
 from ...runtime.executors.ort_base import CPU_PROVIDER, import_onnxruntime
+from ...runtime.executors.step_arrays import StepInputs, visible_rows
 from ...runtime.files.bundle import Bundle
 from ...runtime.files.scales_file import Smoothing
 from ...runtime.request import Request
@@ -147,11 +148,11 @@ class LayerCalibrator:
         session = self._open(stage)
         for index, text in enumerate(texts):
             sample = RowSample(sampled if index < SAMPLED_PROMPTS else (), len(text))
-            for buffers, before in self._calls(stage, text, run.states[index]):
-                values = self._run(session, stage, buffers, before)
+            for inputs, before in self._calls(stage, text, run.states[index]):
+                values = self._run(session, stage, inputs, before)
                 for name in stage.activations:
                     run.seen.observers[name].observe(values[name])
-                sample.take(((name, values[name]) for name in sampled), buffers, prefill=True)
+                sample.take(((name, values[name]) for name in sampled), inputs.positions[0], prefill=True)
                 if stage.after is not None:
                     run.states[index] = values[stage.after]
             for name, found in sample.rows.items():
@@ -174,49 +175,45 @@ class LayerCalibrator:
 
     def _calls(
         self, stage: Stage, text: Sequence[int], state: np.ndarray | None
-    ) -> Iterator[tuple[StepBuffers, np.ndarray | None]]:
-        """Buffers and hidden states [B, N, H] of the calls that take a text through a stage.
+    ) -> Iterator[tuple[StepInputs, np.ndarray | None]]:
+        """Inputs and hidden states [B, N, H] of the calls that take a text through a stage.
 
         A layer takes it as one prefill. Behind the layers each token has a slot of its own, [n, 1, H], in which it is the root.
         """
         ids = np.asarray(text, np.int64)
         if stage.after is not None:
-            buffers = self._buffers(1, len(ids))
-            buffers.tokens[0], buffers.positions[0] = ids, np.arange(len(ids))
-            buffers.ancestors[0] = chain_ancestors(len(ids))
-            buffers.forced[0] = len(ids)
-            yield buffers, state
+            inputs = self._inputs(1, len(ids))
+            inputs.fill(prefill_rows(0, ids), 0)
+            yield inputs, state
             return
         assert state is not None, "a model has layers"
         for start in range(0, len(ids), _PLAIN_ROWS):
             part = slice(start, start + _PLAIN_ROWS)
-            buffers = self._buffers(len(ids[part]), 1)
-            buffers.tokens[:, 0], buffers.positions[:, 0] = ids[part], np.arange(len(ids))[part]
-            buffers.ancestors[:] = True
-            buffers.forced[:] = 1
-            yield buffers, state[0, part, None]
+            inputs = self._inputs(len(ids[part]), 1)
+            inputs.tokens[:, 0], inputs.positions[:, 0] = ids[part], np.arange(len(ids))[part]
+            inputs.ancestors[:] = True
+            inputs.forced[:] = 1
+            yield inputs, state[0, part, None]
 
-    def _buffers(self, slots: int, rows: int) -> StepBuffers:
-        backbone, heads = self.manifest.backbone, self.manifest.heads
-        sizes = (heads.num_heads, heads.top_k, backbone.hidden_size, backbone.vocab_size)
-        buffers = StepBuffers.allocate(slots, rows, 1, *sizes, self.manifest.dtype, Wanted())
+    def _inputs(self, slots: int, rows: int) -> StepInputs:
+        inputs = StepInputs.allocate(slots, rows, 1, self.manifest.heads.num_heads)
         for slot in range(slots):
-            buffers.idle(slot, 0)
-        return buffers
+            inputs.rest(0, index=slot)
+        return inputs
 
-    def _run(self, session: Any, stage: Stage, buffers: StepBuffers, before: np.ndarray | None) -> dict[str, np.ndarray]:
+    def _run(self, session: Any, stage: Stage, inputs: StepInputs, before: np.ndarray | None) -> dict[str, np.ndarray]:
         """One call. Caches are empty: they are read where the stage's own rows are, and for their size."""
-        cache = np.zeros((len(buffers.tokens), *self._cache_shape), self.manifest.dtype)  # pages that nobody reads take no memory
+        cache = np.zeros((len(inputs.tokens), *self._cache_shape), self.manifest.dtype)  # pages that nobody reads take no memory
         feeds = {}
         for name in (value.name for value in session.get_inputs()):
             if name == stage.before:
                 feeds[name] = before
             elif name == step_io.COLUMNS:
-                feeds[name] = np.arange(visible_rows(buffers, self._cache_shape[1]))
+                feeds[name] = np.arange(visible_rows(int(inputs.write_index.max()) + inputs.rows, self._cache_shape[1]))
             elif name.startswith("past_"):
                 feeds[name] = cache
             else:
-                feeds[name] = getattr(buffers, name)
+                feeds[name] = getattr(inputs, name)
         values = dict(zip(stage.outputs, session.run(stage.outputs, feeds), strict=True))
         if stage.before is not None:
             values[stage.before] = before

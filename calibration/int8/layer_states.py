@@ -9,7 +9,7 @@ import numpy as np
 
 from ...runtime.backends import ort_model
 from ...runtime.executors import step_io
-from ...runtime.executors.executor import StepBuffers, Wanted
+from ...runtime.executors.one_slot import prefill_rows, run_one
 from ...runtime.files.bundle import Bundle
 from .collect import ObservingExecutor
 from .matmuls import StepGraph
@@ -121,7 +121,7 @@ class LayerStates:
         tensors = {name: False for name in self._names if name is not None}
         self._executor = ObservingExecutor(ort_model(bundle, 1, variant), graph, tensors, self, threads)
 
-    def take(self, values: Iterable[tuple[str, np.ndarray]], buffers: StepBuffers, *, prefill: bool) -> None:
+    def take(self, values: Iterable[tuple[str, np.ndarray]], positions: np.ndarray, *, prefill: bool) -> None:
         """Keep them."""
         for name, value in values:
             self._seen.setdefault(name, []).append(value[0].astype(np.float32))
@@ -131,5 +131,5 @@ class LayerStates:
         self._seen = {}
         ids = np.asarray(tokens, np.int64)
         for start in range(0, len(ids), self._chunk):
-            self._executor.prefill(0, ids[start : start + self._chunk], start, Wanted())
+            run_one(self._executor, prefill_rows(0, ids[start : start + self._chunk]), [start])
         return [None if name is None else np.concatenate(self._seen[name]) for name in self._names]

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from ...runtime.errors import CalibrationError
-from ...runtime.executors.executor import StepBuffers
 from .collect import Calibrator, Progress
 
 MOST_BYTES = 6 << 30
@@ -32,7 +31,7 @@ class Moments:
         self.sums = {name: np.zeros((count, count), np.float32) for name, count in channels.items()}
         self.rows = dict.fromkeys(channels, 0)
 
-    def take(self, values: Iterable[tuple[str, np.ndarray]], _buffers: StepBuffers, *, prefill: bool) -> None:
+    def take(self, values: Iterable[tuple[str, np.ndarray]], _positions: np.ndarray, *, prefill: bool) -> None:
         """Take in a prefill; rows of steps don't count: many are drafted and rejected."""
         if not prefill:
             return

@@ -12,7 +12,6 @@ from typing import Any, Self
 import numpy as np
 
 from ...runtime.errors import CalibrationError
-from ...runtime.executors.executor import StepBuffers
 from ...runtime.files.bundle import write_whole
 from .matmuls import Matmul
 from .observers import BINS, RangeObserver
@@ -32,14 +31,14 @@ class Observations:
         """Nothing seen yet of what these matmuls read."""
         return cls({matmul.activation: RangeObserver(matmul.activation, matmul.channels) for matmul in matmuls})
 
-    def take(self, values: Iterable[tuple[str, np.ndarray]], buffers: StepBuffers, *, prefill: bool) -> None:
+    def take(self, values: Iterable[tuple[str, np.ndarray]], positions: np.ndarray, *, prefill: bool) -> None:
         """Take in what one call showed: activations by name."""
         for name, value in values:
             self.observers[name].observe(value)
         if prefill:
-            self.prefill_rows += buffers.rows
+            self.prefill_rows += len(positions)
         else:
-            self.tree_rows += buffers.rows
+            self.tree_rows += len(positions)
 
     def merge(self, other: Self) -> None:
         """Take in all that ``other`` has seen."""

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ...runtime.executors.executor import StepBuffers
 from ...runtime.files.scales_file import Smoothing
 from .collect import Calibrator, Progress
 from .matmuls import StepGraph
@@ -29,10 +28,9 @@ class RowSample:
         self._positions = {round(at) for at in np.linspace(0, prompt_length - 1, _OF_PROMPT)}
         self._steps = 0
 
-    def take(self, values: Iterable[tuple[str, np.ndarray]], buffers: StepBuffers, *, prefill: bool) -> None:
+    def take(self, values: Iterable[tuple[str, np.ndarray]], positions: np.ndarray, *, prefill: bool) -> None:
         """Keep what belongs to the sample of a call's activations [1, N, C]."""
-        positions = buffers.positions[0].tolist()
-        chosen = [row for row, at in enumerate(positions) if at in self._positions] if prefill else [0]
+        chosen = [row for row, at in enumerate(positions.tolist()) if at in self._positions] if prefill else [0]
         if not prefill:
             self._steps += 1
             if self._steps > _OF_STEPS:

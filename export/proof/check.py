@@ -13,7 +13,9 @@ import numpy as np
 import torch
 
 from ...runtime.errors import ExportMismatchError, NumericsError
-from ...runtime.executors.executor import Executor, StepBuffers, Wanted
+from ...runtime.executors.executor import Executor
+from ...runtime.executors.one_slot import prefill_rows, run_one
+from ...runtime.executors.step_plan import SlotRows, Wanted, rows_to_move
 from ...runtime.tree import Tree
 from ..backbone.record import Backbone
 from ..heads.module import HeadStack
@@ -69,34 +71,25 @@ def observe(executor: Executor, num_heads: int, vocab_size: int, *, prompt_rows:
     tree = probe_tree(num_heads)
     rng = np.random.default_rng(seed)
     prompt = rng.integers(0, vocab_size, prompt_rows)
-    greedy = int(executor.prefill(0, prompt, 0, Wanted()).next_token[0])
-    prefill = executor.prefill(0, prompt, 0, _WANTED)
-    rows = [(prompt, prefill.logits[0, 0].astype(np.float32))]
-    head_pairs = [(prompt, int(prefill.next_token[0]), prefill.candidates[0].copy())]
-    context, length, moved = prompt, prompt_rows, list[int]()
+    rest = [0] * (executor.layout.slots - 1)
+    greedy = run_one(executor, prefill_rows(0, prompt), [0, *rest]).next_token
+    prefill = run_one(executor, prefill_rows(0, prompt, _WANTED), [0, *rest])
+    assert prefill.logits is not None and prefill.candidates is not None, "they were wanted"
+    rows = [(prompt, prefill.logits[0].astype(np.float32))]
+    head_pairs = [(prompt, prefill.next_token, prefill.candidates.copy())]
+    context, length, moves = prompt, prompt_rows, tuple[int, ...]()
     for _ in range(2):
-        buffers = executor.buffers(tree.rows, _WANTED)
-        _fill(buffers, tree, rng.integers(0, vocab_size, tree.rows), length, moved, executor.layout.slots)
-        executor.step(buffers, _WANTED)
-        tokens = buffers.tokens[0].copy()
+        tokens = rng.integers(0, vocab_size, tree.rows)
+        step = run_one(executor, SlotRows(0, tokens, tree, wanted=_WANTED), [length, *rest], moves)
+        assert step.logits is not None, "they were wanted"
         for row in range(tree.rows):
             path = [0, *tree.row_paths[row]]
-            rows.append((np.concatenate([context, tokens[path]]), buffers.logits[0, row].astype(np.float32)))
+            rows.append((np.concatenate([context, tokens[path]]), step.logits[row].astype(np.float32)))
         # Take the last (deepest) path as accepted, whatever the logits say: the next step must see exactly its rows.
-        path = list(tree.row_paths[-1])
-        moved = [buffers.margin + length + row for row in path]
-        context, length = np.concatenate([context, tokens[[0, *path]]]), length + 1 + len(path)
+        accepted = tree.row_paths[-1]
+        moves = rows_to_move(length, accepted)
+        context, length = np.concatenate([context, tokens[[0, *accepted]]]), length + 1 + len(accepted)
     return Observed(rows, head_pairs, greedy)
-
-
-def _fill(buffers: StepBuffers, tree: Tree, tokens: np.ndarray, length: int, moved: list[int], slots: int) -> None:
-    for slot in range(slots):
-        buffers.idle(slot, length if slot == 0 else 0)
-    buffers.tokens[0] = tokens
-    buffers.positions[0] = length + tree.depths
-    buffers.ancestors[0] = tree.ancestors
-    buffers.forced[0] = 1
-    buffers.move(0, length, moved)
 
 
 def compare(observed: Observed, reference: Reference, backbone: Backbone, heads: HeadStack) -> CheckReport:

@@ -11,13 +11,15 @@ from hypothesis import given, strategies as st
 
 from medusa_deploy.runtime import Session
 from medusa_deploy.runtime.executors import step_io
-from medusa_deploy.runtime.executors.executor import CacheLayout, Wanted, kept_rows
+from medusa_deploy.runtime.executors.executor import CacheLayout
 from medusa_deploy.runtime.executors.ort import OrtModel
+from medusa_deploy.runtime.executors.step_arrays import StepInputs
+from medusa_deploy.runtime.executors.step_plan import SlotRows, StepPlan, rows_to_move
 from medusa_deploy.runtime.tree import Tree, chain
+from support.plans import EVERYTHING, prefill
 from support.tiny import HEADS, VOCAB
 
 device_executor: Any = pytest.importorskip("medusa_deploy.export.proof.device_executor")
-EVERYTHING = Wanted(heads=True, logits=True, hidden=True)
 TREES = {
     "chain": chain(HEADS),
     "two branches": Tree.from_choices([(branch, *(0,) * depth) for branch in (0, 1) for depth in range(HEADS)]),
@@ -36,37 +38,33 @@ def _executor(bundle: Path, session: Session, slots: int) -> Any:
 
 @pytest.mark.parametrize("name", TREES)
 def test_closed_over_itself_it_emits_what_plain_decoding_emits(tiny_bundle: Path, tiny_session: Session, name: str) -> None:
-    """Two slots at different lengths, a third one idle; every step's inputs but the first are the step before's outputs."""
-    tree, steps, margin = TREES[name], 12, HEADS
+    """Two slots at different lengths, a third one idle; every step's rows but the first are the step before's outputs."""
+    tree, steps = TREES[name], 12
     executor = _executor(tiny_bundle, tiny_session, 3)
     rng = np.random.default_rng(3)
     prompts = {0: rng.integers(3, VOCAB, 7), 2: rng.integers(3, VOCAB, 31)}
-    buffers = executor.buffers(tree.rows, EVERYTHING)
-    buffers.idle(1, 0)
     fills = np.zeros((3, tree.rows), np.int64)
+    tokens, lengths = np.zeros((3, tree.rows), np.int64), [0, 0, 0]
+    moves: list[tuple[int, ...]] = [(), (), ()]
     emitted: dict[int, list[int]] = {}
     for slot, prompt in prompts.items():
-        first = executor.prefill(slot, prompt, 0, EVERYTHING)
-        emitted[slot] = [int(first.next_token[0])]
-        buffers.idle(slot, len(prompt))
-        fills[slot, 1:] = tree.slots[0] * first.candidates.shape[2] + tree.slots[1]
-        buffers.tokens[slot] = [emitted[slot][0], *first.candidates[0][tree.slots[0], tree.slots[1]]]
-        buffers.positions[slot] = len(prompt) + tree.depths
-        buffers.ancestors[slot], buffers.forced[slot] = tree.ancestors, 1
+        first = prefill(executor, slot, prompt, wanted=EVERYTHING)
+        assert first.candidates is not None
+        emitted[slot], lengths[slot] = [first.next_token], len(prompt)
+        fills[slot, 1:] = tree.slots[0] * first.candidates.shape[1] + tree.slots[1]
+        tokens[slot] = [first.next_token, *first.candidates[tree.slots[0], tree.slots[1]]]
     accepted = 0
     for _ in range(steps):
-        executor.step(buffers, EVERYTHING, fills)
+        active = tuple([SlotRows(slot, tokens[slot], tree, wanted=EVERYTHING) for slot in prompts])
+        executor.run(StepPlan(active, tuple(lengths), tuple(moves)), fills)
         closing = executor.closing
+        tokens = closing[step_io.NEXT_TOKENS]
         for slot in prompts:
             emitted[slot] += [int(token) for token in closing[step_io.EMITTED][slot] if token >= 0]
-        before, count = buffers.write_index.copy(), closing[step_io.NEXT_KEPT_COUNT]
-        buffers.tokens[:], buffers.positions[:] = closing[step_io.NEXT_TOKENS], closing[step_io.NEXT_POSITIONS]
-        buffers.write_index[:] = closing[step_io.NEXT_WRITE_INDEX]
-        # As the host would say it: cache rows, right-aligned before the new write index.
-        buffers.commit[:] = buffers.write_index[:, None] - margin + np.arange(margin)
-        for slot in prompts:
-            kept = closing[step_io.NEXT_KEPT][slot, : count[slot]]
-            buffers.commit[slot, margin - len(kept) :] = before[slot] + kept
+            kept = closing[step_io.NEXT_KEPT][slot, : closing[step_io.NEXT_KEPT_COUNT][slot]].tolist()
+            moves[slot] = rows_to_move(lengths[slot], tuple(kept))
+            lengths[slot] = int(closing[step_io.NEXT_WRITE_INDEX][slot]) - HEADS
+            assert closing[step_io.NEXT_POSITIONS][slot].tolist() == (lengths[slot] + tree.depths).tolist()
             accepted += len(kept)
     assert accepted > 0, "the tree accepted nothing: the test proves nothing"
     for slot, prompt in prompts.items():
@@ -84,13 +82,16 @@ def test_kept_rows_put_the_same_rows_in_the_same_places_as_a_commit(data: st.Dat
     path = sorted(data.draw(st.sets(st.integers(1, 9), max_size=margin)))
     before = margin + length
     write_index = before + 1 + len(path)
-    commit = write_index - margin + np.arange(margin)
-    commit[margin - len(path) :] = [before + row for row in path]
+    moves = rows_to_move(length, tuple(path))
+    inputs = StepInputs.allocate(1, 1, 1, margin)
+    inputs.rest(length + 1 + len(path), moves)
+    assert inputs.write_index.tolist() == [write_index]
     cache = np.arange(40)
     expected = cache.copy()
-    expected[write_index - margin : write_index] = cache[commit]
-    kept, count = kept_rows(commit[None], np.array([write_index]), np.array([before]))
+    expected[write_index - margin : write_index] = cache[inputs.commit[0]]
+    kept, count = device_executor.kept_rows([moves], np.array([length]), margin)
     got = cache.copy()
     got[write_index - count[0] : write_index] = cache[before + kept[0, : count[0]]]
     assert got.tolist() == expected.tolist()
     assert (kept[0, count[0] :] == 0).all()
+    assert got[write_index - len(path) : write_index].tolist() == [before + row for row in path]

@@ -11,14 +11,14 @@ import pytest
 
 from medusa_deploy.runtime import Session, load
 from medusa_deploy.runtime.executors import step_io
-from medusa_deploy.runtime.executors.executor import Executor, StepBuffers, Wanted
+from medusa_deploy.runtime.executors.step_plan import rows_to_move
 from medusa_deploy.runtime.tree import Tree
+from support.plans import EVERYTHING, prefill, verify
 from support.tiny import HEADS, VOCAB
 
 onnx: Any = pytest.importorskip("onnx")
 
 LAYERS, OPSET = 2, 24
-EVERYTHING = Wanted(heads=True, logits=True, hidden=True)
 
 
 @pytest.fixture(scope="module")
@@ -106,38 +106,28 @@ def test_only_caches_have_a_fixed_length(graphs: dict[str, Any]) -> None:
 # -- both graphs compute the same ----------------------------------------------------------------------------------
 
 
-def _tree_step(executor: Executor, tree: Tree, tokens: np.ndarray, length: int, commit: np.ndarray) -> StepBuffers:
-    buffers = executor.buffers(tree.rows, EVERYTHING)
-    buffers.idle(0, length)
-    buffers.tokens[0], buffers.positions[0], buffers.ancestors[0] = tokens, length + tree.depths, tree.ancestors
-    buffers.forced[0], buffers.commit[0, -HEADS:] = 1, commit
-    executor.step(buffers, EVERYTHING)
-    return buffers
-
-
 def test_both_graphs_agree_on_random_steps(tiny_bundle: Path, tiny_session: Session) -> None:
     executors = {"cpu": tiny_session.executor, "standard": load(tiny_bundle, threads=1, variant="standard").executor}
     rng = np.random.default_rng(0)
     tree = Tree.from_choices([(branch, *(0,) * depth) for branch in range(3) for depth in range(HEADS)])
     for length in (1, 9, 40, 200):
-        prompt, path = rng.integers(0, VOCAB, length), list(tree.row_paths[-1])
+        prompt, path = rng.integers(0, VOCAB, length), tree.row_paths[-1]
         after = length + 1 + len(path)
-        moved = np.arange(after, after + HEADS)
-        moved[HEADS - len(path) :] = [HEADS + length + row for row in path]
-        steps = [
-            (rng.integers(0, VOCAB, tree.rows), length, np.arange(length, length + HEADS)),
-            (rng.integers(0, VOCAB, tree.rows), after, moved),
+        steps: list[tuple[np.ndarray, int, tuple[int, ...]]] = [
+            (rng.integers(0, VOCAB, tree.rows), length, ()),
+            (rng.integers(0, VOCAB, tree.rows), after, rows_to_move(length, path)),
         ]
-        found: dict[str, list[np.ndarray]] = {}
+        found: dict[str, list[Any]] = {}
         guesses: dict[str, list[np.ndarray]] = {variant: [] for variant in executors}
         for variant, executor in executors.items():
-            buffers = executor.prefill(0, prompt, 0, EVERYTHING)
-            found[variant] = [buffers.logits.copy(), buffers.hidden.copy(), buffers.next_token.copy()]
-            for arguments in steps:
-                buffers = _tree_step(executor, tree, *arguments)
-                results = (buffers.logits, buffers.hidden, buffers.next_token, buffers.last_row)
-                found[variant] += [array.copy() for array in results]
-                guesses[variant].append(buffers.log_probs.copy())
+            result = prefill(executor, 0, prompt, 0, EVERYTHING)
+            assert result.logits is not None and result.hidden is not None
+            found[variant] = [result.logits.copy(), result.hidden.copy(), result.next_token]
+            for tokens, kept, moves in steps:
+                result = verify(executor, 0, tree, tokens, kept, moves, EVERYTHING)
+                assert result.logits is not None and result.hidden is not None and result.log_probs is not None
+                found[variant] += [result.logits.copy(), result.hidden.copy(), result.next_token, result.last_row]
+                guesses[variant].append(result.log_probs.copy())
             written = executor.caches[:, 0, :, HEADS : HEADS + after]  # type: ignore[attr-defined]
             found[variant].append(written.copy())
         for one, other in zip(found["cpu"], found["standard"], strict=True):
@@ -147,10 +137,11 @@ def test_both_graphs_agree_on_random_steps(tiny_bundle: Path, tiny_session: Sess
 
 def test_the_heads_graph_agrees_with_the_heads_of_the_step(tiny_session: Session) -> None:
     executor = tiny_session.executor
-    buffers = executor.prefill(0, np.arange(10), 0, EVERYTHING)
-    candidates, log_probs = executor.propose(buffers.hidden[0], buffers.next_token)
-    assert np.array_equal(candidates, buffers.candidates)
-    np.testing.assert_allclose(log_probs, buffers.log_probs, atol=1e-5)
+    result = prefill(executor, 0, np.arange(10), 0, EVERYTHING)
+    assert result.hidden is not None and result.candidates is not None
+    candidates, log_probs = executor.propose(result.hidden, np.array([result.next_token]))
+    assert np.array_equal(candidates[0], result.candidates)
+    np.testing.assert_allclose(log_probs[0], result.log_probs, atol=1e-5)
 
 
 def test_on_the_cpu_heads_are_computed_only_where_they_are_wanted(graphs: dict[str, Any]) -> None:

@@ -13,9 +13,11 @@ from hypothesis.extra.numpy import arrays
 
 from medusa_deploy.export.quantise.engine_weights import LARGEST, channel_scales, quantised
 from medusa_deploy.runtime.errors import QuantisationError
-from medusa_deploy.runtime.executors.executor import CacheLayout, Wanted
+from medusa_deploy.runtime.executors.executor import CacheLayout
 from medusa_deploy.runtime.executors.ort import OrtModel
+from medusa_deploy.runtime.executors.step_plan import Wanted
 from medusa_deploy.runtime.files.bundle import Bundle, open_bundle
+from support.plans import prefill
 
 pytest.importorskip("onnx_ir")
 
@@ -117,7 +119,12 @@ def last_logits(bundle: Bundle, graph: Path, prompts: np.ndarray) -> np.ndarray:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     executor._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    return np.stack([executor.prefill(0, prompt, 0, Wanted(logits=True)).logits[0, -1].astype(np.float32) for prompt in prompts])
+    found = []
+    for prompt in prompts:
+        result = prefill(executor, 0, prompt, wanted=Wanted(logits=True))
+        assert result.logits is not None
+        found.append(result.logits[-1].astype(np.float32))
+    return np.stack(found)
 
 
 def half_precision_bundle(folder: Path) -> Bundle:

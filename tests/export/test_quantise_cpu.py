@@ -26,12 +26,13 @@ from medusa_deploy.export.quantise.smooth_cpu import smooth
 from medusa_deploy.export.quantise.takers import with_takers
 from medusa_deploy.export.variant import add_variant, check_variant
 from medusa_deploy.runtime.errors import BundleExistsError, QuantisationError, UsageError
-from medusa_deploy.runtime.executors.executor import Wanted
+from medusa_deploy.runtime.executors.step_plan import Wanted
 from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.runtime.files.scales_file import Layer, Scales, Smoothing
 from medusa_deploy.runtime.session import load
 from medusa_deploy.tools.measure.divergence import Divergence, taken_apart
 from medusa_deploy.tools.prompt_source import random_prompts
+from support.plans import prefill
 from support.tiny import VOCAB
 
 EXACT = CpuPrecision(layers=32, projection=32, heads=32)
@@ -236,8 +237,9 @@ def test_a_variant_runs_beside_the_others_and_is_replaced_whole(graph: Any, bund
     session = load(bundle_copy, variant="cpu-int8", threads=1)
     assert session.generate(token_ids=PROMPTS[0], max_new_tokens=8).token_ids
     for prompt in PROMPTS:
-        after = session.executor.prefill(0, np.array(prompt), 0, Wanted(logits=True))
-        assert after.next_token[0] == after.logits[0, 0].argmax(), "chosen among the logits that were computed again"
+        after = prefill(session.executor, 0, prompt, wanted=Wanted(logits=True))
+        assert after.logits is not None
+        assert after.next_token == after.logits[0].argmax(), "chosen among the logits that were computed again"
     with pytest.raises(BundleExistsError, match="cpu-int8"):
         check_variant(opened.manifest, "cpu-int8", force=False)
     with pytest.raises(UsageError, match="standard"):

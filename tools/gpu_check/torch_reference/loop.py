@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ....runtime.executors.executor import chain_ancestors
-from ....runtime.tree import Tree
+from ....runtime.tree import Shape, Tree
 from .step import Inputs, Outputs, TorchStep
 from .weights import Heads
 
@@ -62,7 +61,7 @@ class Loop:
         chain = Inputs(
             tokens=torch.from_numpy(prompts).to(device),
             positions=torch.arange(rows, device=device).repeat(slots, 1),
-            ancestors=torch.from_numpy(chain_ancestors(rows)).to(device)[None].repeat(slots, 1, 1),
+            ancestors=torch.from_numpy(Shape.chain(rows).ancestors).to(device)[None].repeat(slots, 1, 1),
             forced=full,
             write_index=torch.full_like(full, margin),
             logit_rows=full[:, None] - 1,
