@@ -117,6 +117,13 @@ def test_the_python_examples_run(example: str, text_bundle: Path, tmp_path: Path
     exec(compile(program, "README.md", "exec"), {"__name__": "__main__"})  # noqa: S102
 
 
+def test_the_readme_is_short_and_its_first_command_is_on_the_first_screen() -> None:
+    text = README.read_text("utf-8")
+    assert len(text.split()) <= 800
+    assert text.splitlines().index("$ make demo") < 40
+    assert len((ROOT / "docs" / "design.md").read_text("utf-8").splitlines()) <= 200
+
+
 def test_no_file_names_a_path_of_one_machine() -> None:
     pattern = re.compile(r"(?<![\w.$}])/(?:home|mnt|opt|root|Users|work|workspace)/")
     kinds = ("", ".md", ".py", ".toml", ".txt", ".json", ".jsonl", ".yml")
