@@ -18,12 +18,13 @@ def big_models() -> str:
                 f"{found['weights_bytes'] / 1e9:.1f} GB",
                 *(f"{part['seconds']:.1f} s" for part in (export, build)),
                 f"{found['total_seconds']:.1f} s",
+                f"{found['total_cpu_seconds']:.1f} s",
                 *(f"{part['peak_rss_bytes'] / GIB:.1f} GiB" for part in (export, build)),
                 f"{found['stored_plan_bytes']['step.plan.xz'] / 1e6:.2f} MB",
                 f"{found['uncompressed_plan_bytes']['step.plan.xz'] / 1e6:.0f} MB",
             )
         )
-    header = ("", "weights", "export", "build", "both", "export's peak RSS", "build's", "step plan on disk", "unpacked")
+    header = ("", "weights", "export", "build", "both", "CPU time", "export's peak RSS", "build's", "step plan", "unpacked")
     machine = report("big-7b")["machine"]
     return f"""## Big models
 
