@@ -10,8 +10,10 @@ import re
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from medusa_deploy.runtime.tree import Tree
 from medusa_deploy.tools.cli import VERBS
 from support.documents import DOCS, README, ROOT, blocks, commands, outside_blocks
 from support.text import text_bundle
@@ -115,6 +117,27 @@ def test_the_python_examples_run(example: str, text_bundle: Path, tmp_path: Path
     monkeypatch.chdir(tmp_path)
     program = re.sub(r"\bload\(\s*([\"'])[^\"']*\1", f"load({str(text_bundle)!r}", example)
     exec(compile(program, "README.md", "exec"), {"__name__": "__main__"})  # noqa: S102
+
+
+def test_the_readme_is_short_and_its_first_command_is_on_the_first_screen() -> None:
+    text = README.read_text("utf-8")
+    assert len(text.split()) <= 800
+    assert text.splitlines().index("$ make demo") < 40
+    assert len((ROOT / "docs" / "design.md").read_text("utf-8").splitlines()) <= 200
+
+
+def test_the_worked_example_of_the_concepts_is_what_the_code_says() -> None:
+    text = (ROOT / "docs" / "concepts.md").read_text("utf-8")
+    example = re.search(r"`Tree\.from_choices\((\[.*?\])\)`", text, re.DOTALL)
+    assert example
+    tree = Tree.from_choices(ast.literal_eval(example[1]))
+    mismatch = np.array([0, 0, 1, 0])
+    for row, (ancestors, product) in enumerate(zip(tree.ancestors, tree.ancestors @ mismatch, strict=True)):
+        picture = " ".join("FT"[int(seen)] for seen in ancestors)
+        assert re.search(rf"^  {picture}\b", text, re.MULTILINE)
+        assert re.search(rf"^ {row}     {picture}       {mismatch[row]}          {product}     ", text, re.MULTILINE)
+    for name, values in (("parent", tree.parents), ("depth", tree.depths)):
+        assert re.search(rf"{name} +{' +'.join(map(str, values))}$", text, re.MULTILINE)
 
 
 def test_no_file_names_a_path_of_one_machine() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+FIRST_BUNDLE = ROOT / "docs" / "first-bundle.md"
 DOCS = sorted([*ROOT.glob("*.md"), *(path for name in ("docs", "heads", "benchmarks") for path in (ROOT / name).rglob("*.md"))])
 
 

@@ -16,9 +16,10 @@ import pytest
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+from medusa_deploy.runtime.loop.decode import Decoder
+
 from medusa_deploy.runtime.errors import CapacityError, NumericsError, UsageError, VocabularyMismatchError
 from medusa_deploy.runtime.files.bundle import record_files
-from medusa_deploy.runtime.loop.decode import Decoder
 from medusa_deploy.runtime.session import Session, load
 from medusa_deploy.tools import cli
 from medusa_deploy.tools.compare.budget import QualityBudget, judge

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from medusa_deploy.runtime.loop.decode import Decoder
 
 from medusa_deploy.runtime.errors import CapacityError
-from medusa_deploy.runtime.loop.decode import Decoder
 from medusa_deploy.runtime.sampling import SamplingParams
 from medusa_deploy.runtime.session import Session
 from medusa_deploy.runtime.tree import Tree

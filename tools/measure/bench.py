@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from ...runtime.errors import UsageError
-from ...runtime.executors.executor import AheadExecutor
 from ...runtime.sampling import SamplingParams
 from ...runtime.session import Session
 from ...runtime.tree import ROOT_ONLY, Tree
@@ -98,7 +97,7 @@ def ways_of(
     """Ways that :func:`bench` compares, by name."""
     best, heads_only = (Way(rows=rows, lookup=lookup) for lookup in (True, False))
     ways = {"plain": Way(ROOT_ONLY), "medusa": best, "heads_only": heads_only}
-    if rows is None and isinstance(session.executor, AheadExecutor):
+    if rows is None and session.executor.abilities.ahead:
         heads_only = Way(rows=session.tree.rows)  # without a number, these sessions take the tree
         ways = {"plain": Way(ROOT_ONLY), "medusa": Way(session.tree), "best_rows": best, "heads_only": heads_only}
     ways |= {f"rows_{number}": Way(rows=number, lookup=True) for number in fixed_rows}
