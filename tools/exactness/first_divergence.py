@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...runtime.loop.sequence import Stats
+from ...runtime.request import Stats
 from ...runtime.sampling import SamplingParams
 from ...runtime.session import Session
 from ...runtime.tree import Tree
