@@ -39,7 +39,7 @@ _NEUTRAL = {"auto_mapping", "base_model_name_or_path", "inference_mode", "init_l
 
 @dataclass(frozen=True, slots=True)
 class LoraShape:
-    """Weight + ``alpha / rank`` · B A for each linear layer whose last name is in ``targets``; A [rank, in], B [out, rank]."""
+    """LoRA: weight + ``alpha / rank`` · B A for linear layers whose last name is in ``targets``; A [rank, in], B [out, rank]."""
 
     rank: int
     alpha: float

@@ -1,4 +1,4 @@
-"""scales.json: read back unchanged, refused by rule, bound to one model."""
+"""``scales.json`` is read back unchanged, refused by rule, and bound to one model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def scales(maxima: list[float] | None = None) -> Scales:
 
 
 def changed(path: Path, edit: dict[str, Any]) -> Path:
-    """``path`` with fields replaced; a dotted name goes down."""
+    """Replaces fields of ``path``. A dotted name goes down."""
     raw = json.loads(path.read_text("utf-8"))
     for name, value in edit.items():
         *above, last = name.split(".")
