@@ -55,7 +55,7 @@ def readme_block() -> str:
     ]
     shown = [(name, f"{rate:.1f}", f"{ratio:.2f}×", f"{length:.2f}") for name, rate, ratio, length in rows]
     environment = first["environment"]
-    header = ("fp32", "tokens/s", "× plain in the same run", "tokens a step")
+    header = ("32-bit floats (fp32)", "tokens/s", "× plain in the same run", "tokens a step")
     return wrapped(f"""{table(header, shown)}
 
 SmolLM2-135M-Instruct, greedy, {first["prompts"]} held-out chat prompts of at most {first["max_new_tokens"]} new tokens,

@@ -15,7 +15,7 @@ import pytest
 
 from medusa_deploy.runtime.tree import Tree
 from medusa_deploy.tools.cli import VERBS
-from support.documents import DOCS, README, ROOT, blocks, commands, outside_blocks
+from support.documents import DOCS, README, ROOT, blocks, commands, inline_commands, outside_blocks
 from support.text import text_bundle
 
 FOLDERS = ("benchmarks", "calibration", "docs", "export", "heads", "runtime", "src", "tests", "tools")
@@ -77,6 +77,11 @@ def test_every_command_is_one_that_exists(path: Path, words: list[str]) -> None:
         assert [word for word in words[2:] if word.startswith(FOLDERS) and not (ROOT / word).exists()] == []
     else:
         assert words[0] in FOREIGN or (ROOT / words[0]).is_file()
+
+
+@pytest.mark.parametrize("words", list(inline_commands(README)), ids=id_of)
+def test_every_command_in_the_text_of_the_readme_is_one_that_exists(words: list[str]) -> None:
+    check_verb(words[1:])
 
 
 def check_verb(words: list[str]) -> None:

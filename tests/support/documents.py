@@ -24,6 +24,12 @@ def outside_blocks(path: Path) -> str:
     return re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
 
 
+def inline_commands(path: Path) -> Iterator[list[str]]:
+    """Commands of ``medusa-deploy`` in the running text of a document; a verb alone is none."""
+    for found in re.findall(r"`(medusa-deploy [^`]+ [^`]+)`", outside_blocks(path)):
+        yield shlex.split(found)
+
+
 def commands(path: Path) -> Iterator[list[str]]:
     """Shell commands of a document; where a block marks them with ``$``, its other lines are output."""
     for block in blocks(path, "console", "bash", "sh", "shell"):
