@@ -115,7 +115,7 @@ class Calibrator:
         # All activations of a call are in memory at once, so a call of a large model gets fewer rows.
         chunk = max(1, min(limits.prefill_chunk, _MOST_OBSERVED_BYTES // _row_bytes(self.products)))
         manifest = replace(bundle.manifest, limits=replace(limits, prefill_chunk=chunk))
-        self.session = Session(Bundle(bundle.folder, manifest), self._executor, 1)
+        self.session = Session(Bundle(bundle.folder, manifest), self._executor)
 
     def settings(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> dict[str, Any]:
         """What a run's observations depend on, as JSON."""

@@ -75,7 +75,7 @@ class Divergence:
     def of(self, model: ir.Model) -> tuple[float, float]:
         """Of a graph in memory; see :meth:`of_session`."""
         executor = _InMemory(ort_model(self._bundle, 1, "cpu"), model, self._threads)
-        return self.of_session(Session(self._bundle, executor, 1))
+        return self.of_session(Session(self._bundle, executor))
 
     def of_session(self, session: Session) -> tuple[float, float]:
         """Mean divergence in nats, and the share of positions where the most likely token is the same."""
