@@ -20,6 +20,7 @@ from medusa_deploy.calibration.int8.observations import Observations  # noqa: E4
 from medusa_deploy.calibration.int8.ranges import Method  # noqa: E402
 from medusa_deploy.calibration.int8.scales import make_scales  # noqa: E402
 from medusa_deploy.runtime.errors import CalibrationError, QuantisationError, RangeError  # noqa: E402
+from medusa_deploy.runtime.executors.step_plan import SlotRows  # noqa: E402
 from medusa_deploy.runtime.files.bundle import open_bundle  # noqa: E402
 from medusa_deploy.runtime.files.scales_file import read_scales  # noqa: E402
 from medusa_deploy.tools.prompt_source import random_prompts  # noqa: E402
@@ -69,14 +70,14 @@ def test_what_is_observed_is_what_torch_computes_in_prefill_and_in_every_row_of_
 ):
     (prompt,) = random_prompts(VOCAB, 256, 1, seed=3)
     steps: list[tuple[int, np.ndarray, np.ndarray]] = []
-    run = module.ObservingExecutor._run
+    call = module.ObservingExecutor._call
 
-    def spy(self: Any, buffers: Any, binding: Any, slot: int | None) -> None:
-        if slot is None:
-            steps.append((int(buffers.positions[0, 0]), buffers.tokens[0].copy(), buffers.ancestors[0].copy()))
-        run(self, buffers, binding, slot)
+    def spy(self: Any, bound: Any, rows: SlotRows, length: int) -> None:
+        if length >= len(prompt):
+            steps.append((length, rows.tokens.copy(), rows.shape.ancestors))
+        call(self, bound, rows, length)
 
-    monkeypatch.setattr(module.ObservingExecutor, "_run", spy)
+    monkeypatch.setattr(module.ObservingExecutor, "_call", spy)
     found = calibrator.collect([prompt], 8)
     emitted = calibrator.session.generate(token_ids=prompt, max_new_tokens=8, tree=calibrator.session.tree).token_ids
     text = prompt + emitted

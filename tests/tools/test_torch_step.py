@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from medusa_deploy.runtime import ROOT_ONLY, Session, Tree, load
-from medusa_deploy.runtime.executors.executor import StepBuffers, Wanted
+from medusa_deploy.runtime.backends import ort_model
+from medusa_deploy.runtime.executors.one_slot import prefill_rows
+from medusa_deploy.runtime.executors.ort_cuda import OrtDeviceExecutor
+from medusa_deploy.runtime.executors.step_arrays import StepInputs, StepOutputs
+from medusa_deploy.runtime.executors.step_plan import SlotRows, rows_to_move
+from support.plans import EVERYTHING
 from support.tiny import HEADS, VOCAB, tiny_head_set
 from support.trees import random_tree
 
@@ -27,7 +32,6 @@ from medusa_deploy.tools.gpu_check.torch_reference.weights import (  # noqa: E40
 )
 from medusa_deploy.tools.sizing.model_sizes import ModelShape  # noqa: E402
 
-EVERYTHING = Wanted(heads=True, logits=True, hidden=True)
 ATTENTIONS = [fused_attention, product_attention]
 TINY = Shapes("support", ModelShape("LlamaForCausalLM", 2, 64, 4, 2, 16, VOCAB, 128, 512))
 
@@ -55,55 +59,52 @@ def step_of(weights: Any, session: Session, slots: int, **options: Any) -> Torch
     return TorchStep(weights, empty_caches(weights, slots, session.manifest.limits.cache_rows), HEADS, **options)
 
 
-def as_inputs(buffers: StepBuffers) -> Inputs:
+def as_inputs(inputs: StepInputs) -> Inputs:
     names = ("tokens", "positions", "ancestors", "forced", "write_index", "commit", "logit_rows")
-    return Inputs(**{name: torch.from_numpy(getattr(buffers, name).copy()) for name in names})
+    return Inputs(**{name: torch.from_numpy(getattr(inputs, name).copy()) for name in names})
 
 
-def assert_equal(found: Any, buffers: StepBuffers, alive: np.ndarray) -> None:
+def assert_equal(found: Any, outputs: StepOutputs, alive: np.ndarray) -> None:
     """Outputs agree; rows that are padding hold nothing."""
-    np.testing.assert_allclose(found.logits.numpy()[alive], buffers.logits[alive], atol=2e-5)
-    np.testing.assert_allclose(found.hidden.numpy()[alive], buffers.hidden[alive], atol=2e-5)
-    np.testing.assert_array_equal(found.last_row.numpy(), buffers.last_row)
-    np.testing.assert_array_equal(found.next_token.numpy(), buffers.next_token)
-    np.testing.assert_array_equal(found.candidates.numpy(), buffers.candidates)
-    np.testing.assert_allclose(found.log_probs.numpy(), buffers.log_probs, atol=2e-5)
+    np.testing.assert_allclose(found.logits.numpy()[alive], outputs.logits[alive], atol=2e-5)
+    np.testing.assert_allclose(found.hidden.numpy()[alive], outputs.hidden[alive], atol=2e-5)
+    np.testing.assert_array_equal(found.last_row.numpy(), outputs.last_row)
+    np.testing.assert_array_equal(found.next_token.numpy(), outputs.next_token)
+    np.testing.assert_array_equal(found.candidates.numpy(), outputs.candidates)
+    np.testing.assert_allclose(found.log_probs.numpy(), outputs.log_probs, atol=2e-5)
 
 
 @pytest.mark.parametrize("attend", ATTENTIONS)
 def test_steps_are_the_step_graphs(session: Session, weights: Any, attend: Any) -> None:
     """Two slots of different lengths; trees of random tokens, some made to be right; every path is committed once."""
-    rng, executor = np.random.default_rng(0), session.executor
+    rng, executor = np.random.default_rng(0), OrtDeviceExecutor(ort_model(session.bundle, 2, "standard"), "cpu", threads=1)
     step = step_of(weights, session, 2, attend=attend)
     heads = heads_of(tiny_head_set(), weights, session.manifest.heads.top_k)
     lengths = [11, 30]
+    moves: list[tuple[int, ...]] = [(), ()]
     for slot, length in enumerate(lengths):
-        prompt = rng.integers(0, VOCAB, length)
-        buffers = executor.prefill(slot, prompt, 0, EVERYTHING)
+        bound = executor._bind(slot, 1, length, 1, EVERYTHING)
+        bound.inputs.fill(prefill_rows(slot, rng.integers(0, VOCAB, length)), 0)
+        executor._call(bound)
         alone = TorchStep(weights, [cache[slot : slot + 1] for cache in step.caches], HEADS, attend)
-        assert_equal(alone.run(as_inputs(buffers), 64, heads), buffers, np.ones((1, 1), bool))
-    commit = np.stack([np.arange(length, length + HEADS) for length in lengths])
+        assert_equal(alone.run(as_inputs(bound.inputs), 64, heads), bound.outputs, np.ones((1, 1), bool))
     for turn in range(4):
         trees = [random_tree(rng, depth=HEADS, max_rows=8) for _ in lengths]
         rows = max(tree.rows for tree in trees) + 1  # at least one row of padding
-        buffers = executor.buffers(rows, EVERYTHING)
+        bound = executor._bind(0, 2, rows, rows, EVERYTHING)
+        inputs, outputs = bound.inputs, bound.outputs
         alive = np.zeros((2, rows), bool)
         for slot, tree in enumerate(trees):
-            buffers.idle(slot, lengths[slot])
             alive[slot, : tree.rows] = True
-            buffers.tokens[slot, : tree.rows] = rng.integers(0, VOCAB, tree.rows)
-            buffers.positions[slot, : tree.rows] = lengths[slot] + tree.depths
-            buffers.ancestors[slot, : tree.rows, : tree.rows] = tree.ancestors
-            buffers.forced[slot] = 1 if turn % 2 else tree.rows  # all rows count as right: the deepest path wins
-        buffers.commit[:] = commit
-        executor.step(buffers, EVERYTHING)
-        assert_equal(step.run(as_inputs(buffers), 128, heads), buffers, alive)
+            inputs.fill(SlotRows(slot, rng.integers(0, VOCAB, tree.rows), tree), lengths[slot], moves[slot], slot)
+            if not turn % 2:
+                inputs.forced[slot] = tree.rows  # all rows count as right: the deepest path wins
+        executor._call(bound)
+        assert_equal(step.run(as_inputs(inputs), 128, heads), outputs, alive)
         for slot, tree in enumerate(trees):
-            path = tree.row_paths[int(buffers.last_row[slot])]
-            start, lengths[slot] = lengths[slot], lengths[slot] + 1 + len(path)
-            commit[slot] = np.arange(lengths[slot], lengths[slot] + HEADS)
-            if path:
-                commit[slot, HEADS - len(path) :] = [HEADS + start + row for row in path]
+            path = tree.row_paths[int(outputs.last_row[slot])]
+            moves[slot] = rows_to_move(lengths[slot], path)
+            lengths[slot] += 1 + len(path)
 
 
 @pytest.mark.parametrize("attend", ATTENTIONS)
