@@ -81,7 +81,7 @@ class TrtExecutor:
         self._host = HostSide(cuda, manifest, slots, self._profiles, chunk)
         self._optional = OptionalOutputs(cuda, manifest, self._state.optional)
         self._ring = [Landing.allocate(cuda, self._host.step_layout(most).per_step.nbytes) for _ in range(RING)]
-        self._prompt_landing = Landing.allocate(cuda, self._host.prompt_layout(chunk).per_step.nbytes)
+        self._chunks = [Landing.allocate(cuda, self._host.prompt_layout(chunk).per_step.nbytes) for _ in range(slots)]
         self._current_set = 0  # holds the next step's inputs
         self._carried_rows = 1  # rows of the newest step: the next step takes them over
         self._launched = 0  # steps that the stream got
@@ -105,7 +105,6 @@ class TrtExecutor:
         except AssertionError:
             raise
         except Exception as error:
-            self._following = None
             found |= dict.fromkeys([rows.slot for rows in decoding or plan.active], error)
             if not found:
                 raise
@@ -126,7 +125,8 @@ class TrtExecutor:
     def _decode(self, plan: StepPlan, decoding: Sequence[SlotRows]) -> dict[int, SlotResult | Exception]:
         """Runs the step of the ``decoding`` slots, which moves the accepted rows of all slots."""
         tree = goes_on(plan)
-        if self._following is None or not self._following.is_step_of(decoding, plan.lengths):
+        following, self._following = self._following, None  # whatever fails from here on, the next plan starts anew
+        if following is None or not following.is_step_of(decoding, plan.lengths):
             self._discard()
             # A step that was launched after the caller's newest results has moved what they accepted.
             moves = plan.moves if self._launched == self._delivered else ((),) * len(plan.moves)
@@ -157,7 +157,8 @@ class TrtExecutor:
             inputs.draft_slots[:] = 0
             inputs.draft_slots[:, 1 : tree.rows] = tree.slots[0] * self._top_k + tree.slots[1]
         self._check_room(int((inputs.write_index - inputs.kept_count).max()) + inputs.rows)
-        self._launch(staged.layout, int(inputs.write_index.max()) + inputs.rows, staged, decoding)
+        longest = max((plan.lengths[rows.slot] for rows in decoding), default=0)
+        self._launch(staged.layout, self._margin + longest + inputs.rows, staged, decoding)
 
     def _start_following(self, plan: StepPlan, tree: Tree) -> None:
         """Enqueues the step after ``plan``'s with the inputs that the device computes, if the longest outcome leaves room for it.
@@ -168,12 +169,11 @@ class TrtExecutor:
         """
         layout = self._host.step_layout(self._carried_rows)
         longest = max(plan.lengths[rows.slot] for rows in plan.active) + 1 + tree.depth
-        end = self._margin + max(longest, *plan.lengths) + layout.rows
-        if end + self._margin <= self.layout.rows:
-            self._launch(layout, end)
+        if self._fits(self._margin + max(longest, *plan.lengths) + layout.rows):
+            self._launch(layout, self._margin + longest + layout.rows)
 
     def _launch(self, layout: StepLayout, end: int, staged: Staged | None = None, decoding: Sequence[SlotRows] = ()) -> None:
-        """Enqueues a step that looks at cache rows below ``end``, and the copies of its results.
+        """Enqueues a step whose active slots look at cache rows below ``end``, and the copies of its results.
 
         ``staged``: the host's inputs (None: the device's own). ``decoding``: rows that may want optional outputs.
         """
@@ -200,14 +200,14 @@ class TrtExecutor:
         landing = self._flying.popleft()
         seconds = self._wait(landing)
         self._delivered, self._began = landing.number, plan.lengths
-        self._following = Following.after(plan, tree, landing.views) if self._flying and tree is not None else None
+        if self._flying and tree is not None:
+            self._following = Following.after(plan, tree, landing.views)
         tokens = landing.views[step_io.TOKENS]
         assert all(np.array_equal(tokens[rows.slot, : rows.count], rows.tokens) for rows in decoding), "another step's results"
         return {rows.slot: landing.result(rows.slot, rows, seconds, self._optional.of(rows.slot)) for rows in decoding}
 
     def _discard(self) -> None:
         """Waits for the steps in flight and forgets their results."""
-        self._following = None
         while self._flying:
             self._wait(self._flying.popleft())
 
@@ -215,7 +215,7 @@ class TrtExecutor:
 
     def _prefill(self, rows: SlotRows, length: int) -> SlotResult | Exception:
         """Writes and verifies one chunk. It has its own buffers, so the carried rows of other slots stay."""
-        state, landing = self._state, self._prompt_landing
+        state, landing = self._state, self._chunks[rows.slot]
         try:
             staged = self._host.prompt(rows.count)
             staged.inputs.fill(rows, length)
@@ -268,14 +268,16 @@ class TrtExecutor:
     def _visible(self, end: int) -> int:
         return min(-(-end // COLUMN_BUCKET) * COLUMN_BUCKET, self.layout.rows)
 
-    def _check_room(self, end: int) -> None:
-        """Refuses a step that would write past a cache's end. The graph writes K rows past the step's own.
+    def _fits(self, end: int) -> bool:
+        """Tells if a cache has room for a step's own rows below ``end``. The graph writes K rows past them.
 
         A device would put rows past the end over valid ones.
         """
-        end += self._margin
-        if end > self.layout.rows:
+        return end + self._margin <= self.layout.rows
+
+    def _check_room(self, end: int) -> None:
+        if not self._fits(end):
             raise CapacityError(
-                f"a step would write up to cache row {end}, there are {self.layout.rows}",
+                f"a step would write up to cache row {end + self._margin}, there are {self.layout.rows}",
                 hint="ask for fewer tokens or rows, or export with a larger --capacity or --max-rows",
             )
