@@ -16,7 +16,6 @@ import pytest
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from medusa_deploy.runtime.loop.decode import Decoder
 
 from medusa_deploy.runtime.errors import CapacityError, NumericsError, UsageError, VocabularyMismatchError
 from medusa_deploy.runtime.files.bundle import record_files
@@ -31,6 +30,7 @@ from medusa_deploy.tools.measure import layer_errors as layers_module
 from medusa_deploy.tools.measure.agreement import Agreement
 from medusa_deploy.tools.measure.hit_table import count_hits
 from medusa_deploy.tools.prompt_source import random_prompts
+from support.faulty import wrong_next_tokens
 from support.text import text_bundle
 from support.tiny import VOCAB
 
@@ -334,15 +334,9 @@ def test_the_verb_exits_with_1_over_the_budget(tiny_bundle: Path, other_bundle: 
 def test_the_verb_exits_with_1_when_a_divergence_is_unexplained(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    accept = Decoder._accept
-
-    def wrong(self: Decoder, sequence: Any, *arguments: Any) -> Any:
-        outcome = accept(self, sequence, *arguments)
-        if sequence.drafter.rows == 1 or len(sequence.emitted) != 5:
-            return outcome
-        return dataclasses.replace(outcome, tokens=[*outcome.tokens[:-1], (outcome.tokens[-1] + 1) % VOCAB])
-
-    monkeypatch.setattr(Decoder, "_accept", wrong)
+    wrong_next_tokens(
+        monkeypatch, lambda turn: turn.sequence.drafter.rows > 1 and len(turn.sequence.emitted) == 5, VOCAB
+    )
     assert cli.main(["compare", str(tiny_bundle), str(tiny_bundle), *OPTIONS, "--min-acceptance-ratio", "0"]) == 1
     shown = capsys.readouterr().out
     assert re.match(r"OVER BUDGET: [1-9]\d* unexplained divergences \(none\)", shown)

@@ -9,18 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from medusa_deploy.runtime.loop.decode import Decoder
 
 from medusa_deploy.runtime.errors import CapacityError
+from medusa_deploy.runtime.executors.step_plan import StepPlan
 from medusa_deploy.runtime.sampling import SamplingParams
 from medusa_deploy.runtime.session import Session
-from medusa_deploy.runtime.tree import Tree
+from medusa_deploy.runtime.tree import Shape, Tree
 from medusa_deploy.tools import cli
 from medusa_deploy.tools.exactness.first_divergence import first_divergence
 from medusa_deploy.tools.exactness.verify import verify
 from medusa_deploy.tools.measure.probe import Probe
 from medusa_deploy.tools.prompt_source import random_prompts
 from medusa_deploy.tools.tree_set import NAMES, TreeSet, trees_for
+from support.faulty import wrong_next_tokens, wrong_plans
 
 PROMPTS = random_prompts(128, 256, 3, seed=5)
 TOKENS = 24
@@ -91,27 +92,23 @@ def test_sampled_tokens_are_equal_for_equal_seeds(tiny_session: Session, trees: 
 
 def test_wrong_positions_are_found(tiny_session: Session, trees: TreeSet, monkeypatch: pytest.MonkeyPatch):
     """Drafted rows that stand where the root stands: their logits are wrong, and no rounding is to blame."""
-    draft = Decoder._draft
 
-    def flat(self: Decoder, sequence: Any, buffers: Any) -> None:
-        draft(self, sequence, buffers)
-        buffers.positions[sequence.slot] = self.slots.lengths[sequence.slot]
+    def flat(plan: StepPlan) -> StepPlan:
+        shapes = [Shape(rows.shape.parents, 0 * rows.shape.depths, rows.shape.ancestors) for rows in plan.active]
+        changed = [
+            rows if rows.prefills else dataclasses.replace(rows, shape=shape)
+            for rows, shape in zip(plan.active, shapes, strict=True)
+        ]
+        return dataclasses.replace(plan, active=tuple(changed))
 
-    monkeypatch.setattr(Decoder, "_draft", flat)
+    wrong_plans(monkeypatch, flat)
     report = verify(tiny_session, PROMPTS, trees={"chain": trees.trees["chain"]}, max_new_tokens=TOKENS)
     assert report["unexplained"] == report["trees"]["chain"]["unexplained"] > 0
 
 
 def test_a_lost_commit_is_found(tiny_session: Session, monkeypatch: pytest.MonkeyPatch):
     """Accepted rows of a branch stay where they were written: the next steps look at rejected ones."""
-    commit = Decoder._commit
-
-    def forgetful(self: Decoder, sequence: Any, outcome: Any) -> list[int]:
-        kept = commit(self, sequence, outcome)
-        self._to_move[sequence.slot] = []
-        return kept
-
-    monkeypatch.setattr(Decoder, "_commit", forgetful)
+    wrong_plans(monkeypatch, lambda plan: dataclasses.replace(plan, moves=((),) * len(plan.moves)))
     tree = Tree.from_choices([(1,), (2,), (3,), (0,), (0, 1), (0, 0), (0, 0, 1), (0, 0, 0)])
     report = verify(tiny_session, PROMPTS, trees={"wide": tree}, max_new_tokens=TOKENS)
     assert report["unexplained"] > 0
@@ -167,21 +164,11 @@ def test_the_verb_reports_and_exits_with_0(tiny_bundle: Path, tmp_path: Path, ca
 def test_the_verb_exits_with_1_when_something_is_unexplained(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(Decoder, "_accept", _never_right(Decoder._accept))
+    wrong_next_tokens(monkeypatch, lambda turn: turn.sequence.drafter.rows > 1, 128)
     assert cli.main(["verify", str(tiny_bundle), "--count", "1", "--max-new-tokens", "4", "--trees", "chain"]) == 1
     shown = capsys.readouterr().out
     assert "1 UNEXPLAINED" in shown
     assert "gap" in shown
-
-
-def _never_right(accept: Any) -> Any:
-    def wrong(self: Decoder, sequence: Any, *arguments: Any, **options: Any) -> Any:
-        outcome = accept(self, sequence, *arguments, **options)
-        if sequence.drafter.rows == 1:
-            return outcome
-        return dataclasses.replace(outcome, tokens=[*outcome.tokens[:-1], (outcome.tokens[-1] + 1) % 128])
-
-    return wrong
 
 
 def test_transformers_agrees(tiny_session: Session, tiny_model: Path):
