@@ -12,7 +12,7 @@ HEAVY = (
     "torch onnx onnx_ir onnxscript transformers tensorrt tensorrt_rtx onnxruntime tokenizers minijinja safetensors "
     "starlette uvicorn msgspec hypothesis pytest"
 )
-ON_USE = "_hashlib bz2 fcntl glob hashlib lzma random secrets shutil tempfile"
+ON_USE = "_hashlib bz2 fcntl glob hashlib json lzma medusa_deploy.runtime.files pathlib random secrets shutil tempfile"
 _IMPORT = """
 import importlib, sys
 importlib.import_module(sys.argv[1])
@@ -43,4 +43,4 @@ def test_the_command_line_does_not_import_numpy_either() -> None:
 
 
 def test_the_probe_sees_what_is_imported() -> None:
-    assert _loaded_by("medusa_deploy.runtime", "numpy json torch") == ["numpy", "json"]
+    assert _loaded_by("medusa_deploy.runtime", "numpy threading torch") == ["numpy", "threading"]

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError
-from ..files.manifest import TextFacts
 from ..request import Message, Request
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from ..files.manifest import TextFacts
 
 
 class PromptEncoder:
