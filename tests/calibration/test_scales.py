@@ -154,7 +154,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_result(
 def test_what_an_interrupted_prompt_showed_is_not_counted_twice(
     calibrator: Calibrator, seen: Observations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    run, calls = module.ObservingExecutor._run, 0
+    run, calls = module.ObservingExecutor._call, 0
 
     def failing(*arguments: Any) -> None:
         nonlocal calls
@@ -164,7 +164,7 @@ def test_what_an_interrupted_prompt_showed_is_not_counted_twice(
         run(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.ObservingExecutor, "_run", failing)
+        patch.setattr(module.ObservingExecutor, "_call", failing)
         with pytest.raises(KeyboardInterrupt):
             calibrator.collect(PROMPTS, 24, tmp_path / "progress")
     resumed = calibrator.collect(PROMPTS, 24, tmp_path / "progress")
