@@ -6,7 +6,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common as passes
 
 from ...runtime.executors import step_io
+from ..trace.names import joined_names
 from .patterns import MICROSOFT, either, elements, made_by, new_constant, new_node, stand_for
 
 ATTENTION = "GroupQueryAttention"
@@ -93,12 +94,16 @@ def _table(graph: ir.Graph, value: ir.Value, rows: int, width: int) -> ir.Value 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """``x`` times a constant matrix [in, out], stored ``transposed`` or not, plus a constant [out] if there is a bias."""
+    """``x`` times a constant matrix [in, out], stored ``transposed`` or not, plus a constant [out] if there is a bias.
+
+    ``names``: the metadata of its node (:mod:`..trace.names`).
+    """
 
     x: ir.Value
     weight: ir.Value
     transposed: bool
     bias: ir.Value | None
+    names: Mapping[str, str]
 
 
 def _pack(graph: ir.Graph, attention: ir.Node) -> None:
@@ -134,7 +139,9 @@ def joined(products: Sequence[Product], name: str) -> list[ir.Node]:
     nodes = [_concat([each.weight for each in products], 0 if first.transposed else 1, f"{name}/weight")]
     if first.transposed:
         nodes.append(_named("Transpose", [nodes[-1].outputs[0]], {"perm": [1, 0]}, f"{name}/weight/transposed"))
-    return [*nodes, _named("MatMul", [first.x, nodes[-1].outputs[0]], {}, name)]
+    product = _named("MatMul", [first.x, nodes[-1].outputs[0]], {}, name)
+    product.metadata_props.update(joined_names(each.names for each in products))
+    return [*nodes, product]
 
 
 def product_of(value: ir.Value | None, readers: int = 1) -> Product | None:
@@ -157,7 +164,7 @@ def product_of(value: ir.Value | None, readers: int = 1) -> Product | None:
     width = weight.shape[1 if turned is None else 0]
     if bias is not None and bias.shape != (width,):
         return None
-    return Product(product.inputs[0], weight, turned is not None, bias)
+    return Product(product.inputs[0], weight, turned is not None, bias, product.metadata_props)
 
 
 def _concat(values: list[ir.Value | None], axis: int, name: str) -> ir.Node:
