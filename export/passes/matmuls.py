@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...runtime.executors import step_io
-from .patterns import made_by
+from .patterns import producer_if
 
 _MULTIPLY = ("MatMul", "MatMulNBits")
 _CACHE = re.compile(step_io.past_names(1)[0].replace("0", r"(\d+)"))
@@ -122,10 +122,10 @@ def _constant_matrix(node: ir.Node) -> tuple[tuple[ir.Value, ...], bool]:
     if node.op_type != "MatMul" or node.domain:
         return (), False
     value = node.inputs[1]
-    transpose = made_by(value, "Transpose")
+    transpose = producer_if(value, "Transpose")
     if transpose is not None:
         value = transpose.inputs[0]
-    concat = made_by(value, "Concat")
+    concat = producer_if(value, "Concat")
     parts = [value] if concat is None else list(concat.inputs)
     if concat is not None and concat.attributes["axis"].as_int() != (1 if transpose is None else 0):
         return (), False

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from ...runtime.files.scales_file import Scales
 from ..passes.matmuls import CpuProduct
-from ..passes.patterns import made_by, new_constant
+from ..passes.patterns import new_constant, producer_if
 
 GRID = "block"
 _NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # operator to the input that its weight is
@@ -63,11 +63,11 @@ def _into_norm(graph: ir.Graph, value: ir.Value, factors: np.ndarray) -> bool:
 
 
 def _into_product(value: ir.Value, factors: np.ndarray, by_output: dict[ir.Value, CpuProduct]) -> bool:
-    gated = made_by(value, "Mul")
+    gated = producer_if(value, "Mul")
     for factor in () if gated is None else gated.inputs:
         if factor is None or len(factor.uses()) > 1:
             continue
-        split = made_by(factor, "Split")
+        split = producer_if(factor, "Split")
         product = by_output.get(factor if split is None else split.inputs[0])  # type: ignore[arg-type]
         if product is None:
             continue

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from ...runtime.errors import QuantisationError
 from ...runtime.files.scales_file import Scales
-from ..passes.patterns import made_by
+from ..passes.patterns import producer_if
 from .engine_weights import Weight, lazy, release, weight_of
 
 GRID = "tensor"
@@ -64,7 +64,7 @@ def fold_smoothing(graph: ir.Graph, scales: Scales, activations: Iterable[str]) 
 
 def _into_norm(graph: ir.Graph, value: ir.Value, factors: np.ndarray) -> bool:
     """Let the constant vector that ``value`` is a multiple of take 1/factors."""
-    scaled = made_by(value, "Mul")
+    scaled = producer_if(value, "Mul")
     for index, vector in enumerate(() if scaled is None else scaled.inputs):
         if scaled is not None and _is_vector(vector, len(factors)):
             _divide(graph, scaled, index, factors)
@@ -76,7 +76,7 @@ def _into_up(
     graph: ir.Graph, value: ir.Value, factors: np.ndarray, products: Mapping[ir.Value, ir.Node], changes: dict[ir.Node, _Change]
 ) -> bool:
     """Let the product that ``value`` is a multiple of take 1/factors."""
-    gated = made_by(value, "Mul")
+    gated = producer_if(value, "Mul")
     return gated is not None and any(_into_outputs(graph, each, factors, products, changes) for each in gated.inputs)
 
 
@@ -99,9 +99,9 @@ def _into_values(
 def attention_of(value: ir.Value | None) -> ir.Node | None:
     """The attention whose heads side by side are ``value``."""
     for operator in ("Reshape", "Transpose"):
-        node = made_by(value, operator)
+        node = producer_if(value, operator)
         value = None if node is None else node.inputs[0]
-    return made_by(value, "Attention")
+    return producer_if(value, "Attention")
 
 
 def _values_of(value: ir.Value | None) -> ir.Value | None:
@@ -126,7 +126,7 @@ def _into_outputs(
     changes: dict[ir.Node, _Change],
 ) -> bool:
     """Let the product, and its bias, that alone makes ``value``, which is read once, take 1/factors."""
-    biased = made_by(value, "Add")
+    biased = producer_if(value, "Add")
     inner = value if biased is None else next((each for each in biased.inputs if each in products), None)
     if value is None or inner is None or inner not in products or len(value.uses()) > 1 or len(inner.uses()) > 1:
         return False
