@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..passes.matmuls import constant_matrix
-from ..passes.patterns import new_constant, stand_for
+from ..passes.patterns import new_constant, replace_uses
 
 # By number of axes of x.
 _EQUATIONS = {2: "nh,oh->no", 3: "bnh,oh->bno"}
@@ -92,7 +92,7 @@ def _replace(graph: ir.Graph, old: Sequence[ir.Node], new: Sequence[ir.Node], ou
     for value, before in zip(new[-1].outputs, outputs, strict=True):
         name = before.name
         value.shape = before.shape
-        stand_for(value, before)
+        replace_uses(value, before)
         before.name, value.name = f"{name}/before", name
     for node in old:
         graph.remove(node, safe=True)

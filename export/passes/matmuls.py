@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...runtime.executors import step_io
-from .patterns import made_by
+from .patterns import producer_if
 
 MATMULS = ("MatMul", "Gemm")
 _MULTIPLY = ("MatMul", "MatMulNBits")
@@ -41,10 +41,10 @@ def constant_matrix(node: ir.Node) -> Matrix | None:
         return None
     value, flag = node.inputs[1], node.attributes.get("transB")
     transposed = flag is not None and bool(flag.as_int())
-    turn = made_by(value, "Transpose")
+    turn = producer_if(value, "Transpose")
     if turn is not None:
         value, transposed = turn.inputs[0], not transposed
-    concat = made_by(value, "Concat")
+    concat = producer_if(value, "Concat")
     if concat is not None and concat.attributes["axis"].as_int() != (0 if transposed else 1):
         return None
     parts = (value,) if concat is None else tuple(concat.inputs)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from .matmuls import CpuMatmul
-from .patterns import Nodes, stand_for
+from .patterns import Nodes, replace_uses
 
 
 def rescore(graph: ir.Graph, projection: CpuMatmul, approximate: ir.Value, count: int) -> ir.Value:
@@ -27,7 +27,7 @@ def rescore(graph: ir.Graph, projection: CpuMatmul, approximate: ir.Value, count
     logits = build.add("ScatterElements", [approximate, likely, exact], {"axis": -1})
     for choice in greedy_choices(projection):
         # Looking through all logits once more takes as long as finding the likely ones did.
-        stand_for(likeliest(build, likely, exact, choice), choice)
+        replace_uses(likeliest(build, likely, exact, choice), choice)
     graph.insert_after(approximate.producer(), build.nodes)  # type: ignore[arg-type]
     return logits
 

@@ -20,7 +20,7 @@ from ...runtime.executors import step_io
 from ..quantise.blocks import Grid, values
 from ..quantise.cpu import few_bits, few_bits_size, rounded
 from .matmuls import CpuMatmul, find_matmuls
-from .patterns import MICROSOFT, Nodes, new_constant, stand_for
+from .patterns import MICROSOFT, Nodes, new_constant, replace_uses
 from .rescore import exact_logits, greedy_choices, largest, likeliest
 
 _PREFIX = "screen"
@@ -92,7 +92,7 @@ def unscreen(model: ir.Model) -> None:
     without.remove(list(without), safe=True)  # or what they read would count as used
     graph.insert_before(choice, nodes)
     for result, old in zip(results, choice.outputs, strict=True):
-        stand_for(result, old)
+        replace_uses(result, old)
     graph.remove(choice, safe=True)
     passes.RemoveUnusedNodesPass()(model)
     graph.inputs.remove(next(value for value in graph.inputs if value.name == step_io.LOGITS_WANTED))

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..passes.matmuls import MATMULS, constant_matrix
-from ..passes.patterns import stand_for
+from ..passes.patterns import replace_uses
 
 _PREFIX = "run_order."
 _PIECE_BYTES = 8 << 20
@@ -79,7 +79,7 @@ def _multiply_in_pieces(matmul: ir.Node, turn: ir.Node, pieces: list[ir.Value]) 
     whole, result = nodes[-1].outputs[0], output.name
     whole.shape = output.shape
     graph.insert_before(matmul, nodes)
-    stand_for(whole, output)
+    replace_uses(whole, output)
     output.name, whole.name = f"{result}/before", result
     graph.remove(matmul, safe=True)
     if turn.graph is not None and not turn.outputs[0].uses():  # ONNX Runtime would run it

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from ...runtime.files.bundle import Bundle
 from ...runtime.files.scales_file import Scales, Smoothing, Taker
-from ..passes.patterns import made_by
+from ..passes.patterns import producer_if
 from .engine_weights import weight_of
 
 _FROM_VALUES = {"Slice": 0, "TensorScatter": 1, "GatherElements": 0, "Transpose": 0}
@@ -49,9 +49,9 @@ def find_takers(graph: ir.Graph, smoothing: Mapping[str, Mapping[str, Smoothing]
 def attention_of(value: ir.Value | None) -> ir.Node | None:
     """Find the attention whose heads side by side are ``value``."""
     for operator in ("Reshape", "Transpose"):
-        node = made_by(value, operator)
+        node = producer_if(value, operator)
         value = None if node is None else node.inputs[0]
-    return made_by(value, "Attention")
+    return producer_if(value, "Attention")
 
 
 def biases_of(layer: ir.Node, channels: int) -> list[tuple[ir.Node, int]]:
@@ -69,7 +69,7 @@ def is_vector(value: ir.Value | None, size: int) -> bool:
 
 def _taker(value: ir.Value, channels: int, layers: Mapping[ir.Value, ir.Node]) -> Taker | None:
     """The norm, or the layer, that ``value`` is a multiple of."""
-    scaled = made_by(value, "Mul")
+    scaled = producer_if(value, "Mul")
     if scaled is None:
         return None
     for vector in scaled.inputs:
@@ -108,7 +108,7 @@ def _step_values(value: ir.Value | None) -> ir.Value | None:
 
 def _own_layer(value: ir.Value | None, channels: int, layers: Mapping[ir.Value, ir.Node]) -> str | None:
     """The layer that makes ``value``, perhaps with a bias, if only one node reads both."""
-    biased = made_by(value, "Add")
+    biased = producer_if(value, "Add")
     inner = value if biased is None else next((each for each in biased.inputs if each in layers), None)
     if value is None or inner is None or inner not in layers or len(value.uses()) > 1 or len(inner.uses()) > 1:
         return None

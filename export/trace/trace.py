@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes import common as passes
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -16,6 +15,7 @@ from ...runtime.executors import step_io
 from ..backbone.record import Backbone
 from ..heads.module import HeadStack
 from .link import link_weights
+from .names import keep_names
 from .quiet import quiet
 from .step import HeadsModule, StepModule
 
@@ -96,8 +96,7 @@ def _export(module: nn.Module, arguments: tuple[object, ...], dynamic: object, i
         )
     assert program is not None
     model = program.model
-    # The exporter notes for every node in which file of this machine it was written.
-    passes.ClearMetadataAndDocStringPass()(model)
+    keep_names(model)
     return model
 
 
