@@ -89,6 +89,7 @@ class TrtExecutor:
         self._began = (0,) * slots  # rows before that one's, in each slot
         self._flying: deque[Landing] = deque()  # launched, not waited for
         self._following: Following | None = None  # what the step in flight computes
+        self._unsettled = False  # a run that failed has left something in the stream
 
     def run(self, plan: StepPlan) -> StepResult:
         """Runs the plan: one step of the decoding slots, then each prefill chunk; see :class:`.executor.Executor`.
@@ -100,6 +101,7 @@ class TrtExecutor:
         decoding = [rows for rows in plan.active if not rows.prefills]
         found: dict[int, SlotResult | Exception] = {}
         try:
+            self._settle()
             self._optional.reserve(plan.active)
             found |= self._decode(plan, decoding)
         except AssertionError:
@@ -111,6 +113,7 @@ class TrtExecutor:
         for rows in plan.active:
             if rows.slot not in found:
                 found[rows.slot] = self._prefill(rows, plan.lengths[rows.slot])
+        self._unsettled = any(isinstance(each, Exception) for each in found.values())
         return StepResult(tuple([found[rows.slot] for rows in plan.active]))
 
     def propose(self, hidden: np.ndarray, root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -125,7 +128,7 @@ class TrtExecutor:
     def _decode(self, plan: StepPlan, decoding: Sequence[SlotRows]) -> dict[int, SlotResult | Exception]:
         """Runs the step of the ``decoding`` slots, which moves the accepted rows of all slots."""
         tree = goes_on(plan)
-        following, self._following = self._following, None  # whatever fails from here on, the next plan starts anew
+        following, self._following = self._following, None
         if following is None or not following.is_step_of(decoding, plan.lengths):
             self._discard()
             # A step that was launched after the caller's newest results has moved what they accepted.
@@ -185,8 +188,8 @@ class TrtExecutor:
         self._run_step(layout, end)
         self._launched += 1
         landing.number = self._launched
-        self._flying.append(landing)
         self._land(landing, layout, per_step, decoding)
+        self._flying.append(landing)
 
     def _run_step(self, layout: StepLayout, end: int) -> None:
         """Enqueues the engine on the current set and swaps the sets."""
@@ -210,6 +213,14 @@ class TrtExecutor:
         """Waits for the steps in flight and forgets their results."""
         while self._flying:
             self._wait(self._flying.popleft())
+
+    def _settle(self) -> None:
+        """Waits for what a run that failed has left: its uploads read buffers that the host is about to fill."""
+        if self._unsettled:
+            self._cuda.synchronize(self._stream)
+            self._flying.clear()
+            self._following = None
+        self._unsettled = True
 
     # -- a prefill chunk -------------------------------------------------------------------------------------------
 
