@@ -22,8 +22,8 @@ FOLDERS = ("benchmarks", "calibration", "docs", "export", "heads", "runtime", "s
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
 # Commands of other programs, which no test here runs.
 FOREIGN = ("cd", "git", "ls", "source", ".", "cat")
-# Which test runs a verb, where it isn't tests/tools/test_VERB.py.
-RUN_BY = {"export": "tests/tools/test_export_verb.py"}
+# Which test runs a verb, where it isn't tests/tools/verbs/test_VERB.py.
+RUN_BY = {"export": "tests/tools/verbs/test_export_verb.py"}
 
 
 def slug(heading: str) -> str:
@@ -94,7 +94,7 @@ def check_verb(words: list[str]) -> None:
     words = words[1 : next((index for index, word in enumerate(words) if word in ("|", ">", "2>")), None)]
     if words != ["--help"]:
         parser.parse_args(words)
-    assert (ROOT / RUN_BY.get(verb.name, f"tests/tools/test_{verb.name}.py")).is_file()
+    assert (ROOT / RUN_BY.get(verb.name, f"tests/tools/verbs/test_{verb.name}.py")).is_file()
 
 
 @pytest.mark.parametrize("path", DOCS, ids=id_of)

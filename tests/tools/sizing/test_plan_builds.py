@@ -71,7 +71,7 @@ def test_the_real_model_and_its_bundle_are_as_large_as_planned() -> None:
     pytest.importorskip("transformers")
     from medusa_deploy.tools.making.demo_bundle import HEADS, ensure_bundle
 
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     bundle = open_bundle(ensure_bundle(root / "build", root / HEADS), check_hashes=False)
     plan = plan_deployment(bundle=bundle.folder)
     preset = plan_deployment(

@@ -22,7 +22,7 @@ from medusa_deploy.export.engines.tensorrt import TensorRT
 from medusa_deploy.runtime.errors import EngineError, EngineMemoryError, MissingDependencyError, UsageError
 from medusa_deploy.runtime.executors.tensorrt import engine as trt_engine
 
-STAND_IN = Path(__file__).parents[1] / "support" / "standin"
+STAND_IN = Path(__file__).parents[2] / "support" / "standin"
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from medusa_deploy.tools.figure.projection import TITLE, describe_projection, dr
 from medusa_deploy.tools.gpu_check.stages.overhead import PUBLISHED, SOURCE, project
 from medusa_deploy.tools.verbs.figure import draw_figure, draw_projected
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BENCH = ROOT / "benchmarks" / "results" / "smollm2-grounded.json"
 H200 = ROOT / "benchmarks" / "results" / "gpu-h200.json"
 COMMITTED = ROOT / "docs" / "projection.svg"

@@ -15,7 +15,7 @@ from medusa_deploy.tools import extras, machine
 from medusa_deploy.tools.cli import USER_ERROR, main
 from medusa_deploy.tools.verbs import doctor
 
-PROJECT = Path(__file__).parents[2] / "pyproject.toml"
+PROJECT = Path(__file__).parents[3] / "pyproject.toml"
 
 
 def _names(requirements: list[str], table: dict[str, list[str]]) -> set[str]:

@@ -21,7 +21,7 @@ from medusa_deploy.tools.figure.data import figure_data
 from medusa_deploy.tools.figure.draw import describe, draw
 from medusa_deploy.tools.verbs.figure import draw_figure
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results" / "smollm2-grounded.json"
 COMMITTED = ROOT / "docs" / "speedup.svg"
 ONE, TWO = Path("one.json"), Path("two.json")

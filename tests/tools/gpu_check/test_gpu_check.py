@@ -43,7 +43,7 @@ def test_sizes_are_those_that_plan_knows_and_need_no_torch() -> None:
     for name in {*SIZES} - {"tiny"}:
         assert SIZES[name].model == find_preset(name).shape
     code = "import sys, medusa_deploy.tools.gpu_check.options; print({'torch', 'onnxruntime', 'transformers'} & {*sys.modules})"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3] / "src")}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 
