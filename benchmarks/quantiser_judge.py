@@ -1,6 +1,6 @@
 """What quantising did to next-token distributions: judged by the same texts and the same reference, whatever computed them.
 
-Needs numpy alone, so that the worker in another library's environment judges by the same code.
+Needs numpy and this repository's ``src`` on the path: the worker in another library's environment judges by the same code.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from medusa_deploy.calibration.distributions import kl_divergence, log_softmax
 
 TEXTS, REFERENCE = "texts.json", "reference.npy"
 Logits = Callable[[list[int], list[int]], np.ndarray]
@@ -43,7 +45,7 @@ class Judge:
     ) -> Judge:
         """Keep the texts and what the reference predicts in them."""
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / REFERENCE, np.concatenate([log_softmax(logits(*text)) for text in texts]))
+        np.save(folder / REFERENCE, np.concatenate([log_softmax(logits(*text)).astype(np.float32) for text in texts]))
         (folder / TEXTS).write_text(json.dumps({"calibration": calibration, "texts": texts}), "utf-8")
         return cls.read(folder)
 
@@ -55,10 +57,10 @@ class Judge:
         nll, same, kl, at = 0.0, 0, [], 0
         for prompt, answer in self.texts:
             expected = self.reference[at : at + len(answer)]
-            found = log_softmax(logits(prompt, answer))
+            found = log_softmax(logits(prompt, answer)).astype(np.float32)
             rows = np.arange(len(answer))
             nll += float((expected[rows, answer] - found[rows, answer]).sum())
-            kl.append(float((np.exp(expected) * (expected - found)).sum()))
+            kl.append(float(kl_divergence(expected, found).sum()))
             same += int((expected.argmax(1) == found.argmax(1)).sum())
             at += len(answer)
         return {
@@ -68,17 +70,3 @@ class Judge:
             "kl_error": float(np.std(kl) * len(kl) ** 0.5 / at),
             "argmax_agreement": same / at,
         }
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities float32 [n, V].
-
-    Raises:
-        ValueError: NaN or infinity among the logits.
-    """
-    if not np.isfinite(logits).all():
-        raise ValueError("NaN or infinite logits")
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(1, keepdims=True))
-    return shifted.astype(np.float32)

@@ -3,6 +3,7 @@
 Usage: ``python benchmarks/quantiser_modelopt.py JUDGE_FOLDER MODEL CONFIG [--block N] [--keep PATTERN,…] [--texts N]``
 
 Runs in an environment of its own: nvidia-modelopt, requests (which it needs and does not ask for), transformers, torch, numpy.
+PYTHONPATH has to name this repository's ``src``.
 """
 
 from __future__ import annotations

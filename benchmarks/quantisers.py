@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -141,7 +142,7 @@ def _w8a8(args: argparse.Namespace, _judge: Judge, _name: str, keep: list[str] |
 
 def _quantise(args: argparse.Namespace, _judge: Judge, name: str, bits: int, rounding: str) -> tuple[Logits, dict[str, Any]]:
     from medusa_deploy.export.quantise.cpu import CpuPrecision
-    from medusa_deploy.tools.verbs.quantise import quantise as put
+    from medusa_deploy.tools.making.variant import quantise as put
 
     precision = CpuPrecision(layers=bits, projection=32, heads=32, block=args.block)
     variant = f"cpu-{name.removeprefix('ours-').removeprefix('cpu-')}"
@@ -166,7 +167,8 @@ def _modelopt(
     command += ["--block", str(args.block)] if in_blocks else []
     command += ["--keep", ",".join(keep)] if keep else []
     command += ["--texts", str(texts)] if texts is not None else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONPATH": str(HERE.parent / "src")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
         raise ValueError(done.stderr.strip().splitlines()[-1])
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -13,8 +13,9 @@ from ..runtime.executors import step_io
 from ..runtime.files.adapter_file import Adapter
 from ..runtime.files.heads import HeadConfig, HeadSet
 from ..runtime.tree import ROOT_ONLY, Tree, chain
-from .backbone.backbone import DTYPES, backbone_shape, load_config
+from .backbone.backbone import backbone_shape, load_config
 from .backbone.linked import stored_parameters
+from .backbone.record import DTYPES
 from .heads.layouts import ReadHeads, check_fit, read_heads
 from .passes.cpu_heads import narrow_size
 from .passes.screen import screen_size
@@ -93,7 +94,7 @@ def plan_export(
     if dtype == "fp32":  # what the CPU graph has of its own
         written_bytes += narrow_size(head_config) + screen_size((shape.vocab_size, shape.hidden_size))
     text = sum((Path(model) / name).stat().st_size for name in _TEXT_FILES if (Path(model) / name).is_file())
-    slot = 2 * shape.layers * shape.kv_heads * rows * shape.head_dim * item
+    slot = shape.cache_bytes(rows, item)
     return ExportPlan(
         architecture=shape.architecture,
         layers=shape.layers,

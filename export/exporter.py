@@ -20,10 +20,11 @@ from ..runtime.executors.executor import CacheLayout
 from ..runtime.executors.ort import OrtExecutor, OrtModel
 from ..runtime.files.bundle import record_files, sha256, staged_folder
 from ..runtime.files.heads import HeadConfig, HeadSet, PlattScaling
-from ..runtime.files.manifest import MANIFEST_NAME, BackboneFacts, HeadFacts, Limits, Manifest, TextFacts
+from ..runtime.files.manifest import MANIFEST_NAME, HeadFacts, Limits, Manifest, TextFacts
 from ..runtime.tree import Tree
-from .backbone.backbone import DTYPES, Backbone, load_backbone
+from .backbone.backbone import load_backbone
 from .backbone.linked import load_linked_backbone, prune_projection
+from .backbone.record import DTYPES, Backbone
 from .backbone.tokenizer import write_text_files
 from .estimate import DEFAULT_TREE, bundle_trees, refuse_linked_adapter, tree_rows
 from .graphs import HEADS_GRAPH, write_graphs
@@ -108,10 +109,10 @@ def export_bundle(
         shape = backbone.shape
         places: dict[str, Any] = {}
         layout = CacheLayout(shape.layers, 1, shape.kv_heads, rows, shape.head_dim, _NUMPY_DTYPES[dtype])
-        if backbone.linked is None:
-            checks = _check(folder, graphs, layout, backbone, stack, report)
-        else:
+        if weights == "linked":
             checks, places = check_linked(folder, graphs, layout, backbone, stack, report)
+        else:
+            checks = _check(folder, graphs, layout, backbone, stack, report)
         report("hashing")
         known = {path: future.result() for path, future in hashes.items()}
         provenance = {
@@ -153,15 +154,7 @@ def _manifest(
 ) -> dict[str, Any]:
     shape, config = backbone.shape, heads.config
     return {
-        "backbone": BackboneFacts(
-            shape.architecture,
-            shape.layers,
-            shape.hidden_size,
-            shape.attention_heads,
-            shape.kv_heads,
-            shape.head_dim,
-            shape.vocab_size,
-        ),
+        "backbone": shape,
         "heads": HeadFacts(
             config.kind, config.num_heads, top_k, config.projection, config.draft_vocab_size or shape.vocab_size, scaling
         ),

@@ -1,4 +1,4 @@
-"""Runs a bundle on calibration data as a service would, and watches what its products read."""
+"""Runs a bundle on calibration data as a service would, and watches what its matmuls read."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ...runtime.files.bundle import Bundle
 from ...runtime.files.scales_file import model_digest
 from ...runtime.session import Session
 from ...runtime.text.prompts import prompts_digest
+from .matmuls import Matmul, StepGraph
 from .observations import Observations
-from .products import Product, StepGraph
 
 Progress = Callable[[int, str], object]
 _MOST_OBSERVED_BYTES = 256 << 20
@@ -94,7 +94,7 @@ class Calibrator:
     """A bundle that is watched while it answers: prompts are prefilled, then decoded greedily on the bundle's default tree.
 
     So the rows are those that an engine computes, rejected ones included. The tree is fixed, because rows chosen by time would be
-    others in every run. ``products``: those that are watched; where the tree is its root alone, no heads run, and theirs aren't.
+    others in every run. ``matmuls``: those that are watched; where the tree is its root alone, no heads run, and theirs aren't.
     """
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
@@ -103,17 +103,17 @@ class Calibrator:
         Raises:
             MissingDependencyError: onnxruntime isn't installed.
             BundleIntegrityError: the graph can't be read.
-            CalibrationError: no product in it has a constant weight.
+            CalibrationError: no matmul in it has a constant weight.
         """
         self.bundle = bundle
         self.graph = StepGraph(bundle)
-        self.products = watched_products(bundle, self.graph)
-        tensors = {product.activation: product.of_heads for product in self.products}
-        watcher = Observations.of(self.products)
+        self.matmuls = watched_matmuls(bundle, self.graph)
+        tensors = {matmul.activation: matmul.of_heads for matmul in self.matmuls}
+        watcher = Observations.of(self.matmuls)
         self._executor = ObservingExecutor(ort_model(bundle, 1, "standard"), self.graph, tensors, watcher, threads)
         limits = bundle.manifest.limits
         # All activations of a call are in memory at once, so a call of a large model gets fewer rows.
-        chunk = max(1, min(limits.prefill_chunk, _MOST_OBSERVED_BYTES // _row_bytes(self.products)))
+        chunk = max(1, min(limits.prefill_chunk, _MOST_OBSERVED_BYTES // _row_bytes(self.matmuls)))
         manifest = replace(bundle.manifest, limits=replace(limits, prefill_chunk=chunk))
         self.session = Session(Bundle(bundle.folder, manifest), self._executor)
 
@@ -142,7 +142,7 @@ class Calibrator:
             OutputError: the progress file can't be written.
         """
         settings = self.settings(prompts, max_new_tokens)
-        total = Observations.of(self.products)
+        total = Observations.of(self.matmuls)
         if progress_file is not None:
             total.resume(progress_file, settings)
         saved, since = total.prompts, time.monotonic()
@@ -161,28 +161,28 @@ class Calibrator:
 
     def _observe(self, prompt: Sequence[int], max_new_tokens: int) -> Observations:
         """What one prompt and its answer show. A run that is interrupted keeps whole prompts only."""
-        seen = Observations.of(self.products)
+        seen = Observations.of(self.matmuls)
         self.watch(prompt, max_new_tokens, seen)
         seen.prompts = 1
         return seen
 
     def watch(self, prompt: Sequence[int], max_new_tokens: int, watcher: Watcher) -> None:
-        """Answer one prompt and show ``watcher`` what the products read."""
+        """Answer one prompt and show ``watcher`` what the matmuls read."""
         self._executor.watcher, self._executor.prompt_length = watcher, len(prompt)
         self.session.generate(token_ids=prompt, max_new_tokens=max_new_tokens, tree=self.session.tree)
 
 
-def watched_products(bundle: Bundle, graph: StepGraph) -> list[Product]:
-    """The products of a bundle's graph that calibration is about: those of the heads only where the tree has rows for them.
+def watched_matmuls(bundle: Bundle, graph: StepGraph) -> list[Matmul]:
+    """The matmuls of a bundle's graph that calibration is about: those of the heads only where the tree has rows for them.
 
     Raises:
         CalibrationError: there is none with a constant weight.
     """
     heads_run = bundle.manifest.tree().rows > 1
-    products = [product for product in graph.products if heads_run or not product.of_heads]
-    if not products:
-        raise CalibrationError("no product in the step graph has a constant weight", hint="export the bundle again")
-    return products
+    matmuls = [matmul for matmul in graph.matmuls if heads_run or not matmul.of_heads]
+    if not matmuls:
+        raise CalibrationError("no matrix product in the step graph has a constant weight", hint="export the bundle again")
+    return matmuls
 
 
 def run_facts(bundle: Bundle, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -197,6 +197,6 @@ def run_facts(bundle: Bundle, prompts: Sequence[Sequence[int]]) -> dict[str, Any
     }
 
 
-def _row_bytes(products: Sequence[Product]) -> int:
+def _row_bytes(matmuls: Sequence[Matmul]) -> int:
     """Of all observed activations, float32, in a call of one row."""
-    return 4 * sum({product.activation: product.channels for product in products}.values())
+    return 4 * sum({matmul.activation: matmul.channels for matmul in matmuls}.values())

@@ -19,12 +19,13 @@ from ...runtime.files.bundle import Bundle
 from ...runtime.files.scales_file import Smoothing
 from ...runtime.request import Request
 from ...runtime.text.encoder import PromptEncoder
-from .collect import SAVE_EVERY, Progress, run_facts, watched_products
+from .collect import SAVE_EVERY, Progress, run_facts, watched_matmuls
 from .layer_cut import Stage, cut_layers
 from .layer_progress import LayerProgress
+from .matmuls import StepGraph
 from .observations import Observations
-from .products import StepGraph
 from .row_sample import SAMPLED_PROMPTS, RowSample, smooth_activation
+from .takers import smoothable
 
 LONGEST_TEXT = 512
 _PLAIN_ROWS = 64  # of the last stage at a time: each has logits of the whole vocabulary
@@ -52,14 +53,14 @@ class LayerCalibrator:
         Raises:
             MissingDependencyError: onnxruntime isn't installed.
             BundleIntegrityError: the graph can't be read.
-            CalibrationError: no product has a constant weight, or the graph isn't a chain of layers.
+            CalibrationError: no matmul has a constant weight, or the graph isn't a chain of layers.
         """
         self._ort = import_onnxruntime("cpu")
         self._threads = threads
         self.bundle, self.manifest = bundle, bundle.manifest
         self.graph = StepGraph(bundle)
-        self.products = watched_products(bundle, self.graph)
-        self.stages = cut_layers(self.graph, self.manifest.backbone.layers, self.products)
+        self.matmuls = watched_matmuls(bundle, self.graph)
+        self.stages = cut_layers(self.graph, self.manifest.backbone.layers, self.matmuls)
         self.longest = min(LONGEST_TEXT, self.manifest.limits.capacity)
         self._encoder = PromptEncoder(self.manifest.text, self.manifest.backbone.vocab_size, bundle.path)
         backbone = self.manifest.backbone
@@ -99,11 +100,11 @@ class LayerCalibrator:
         if not all(0 < len(text) <= self.longest for text in texts):
             raise CalibrationError("a text is empty or too long", hint=f"give texts of 1 to {self.longest} tokens")
         settings = {**self.settings(texts), "alphas": list(alphas)}
-        run = LayerProgress(Observations.of(self.products), [None] * len(texts))
+        run = LayerProgress(Observations.of(self.matmuls), [None] * len(texts))
         run.seen.prompts, run.seen.prefill_rows = len(texts), sum(map(len, texts))
         if progress_file is not None:
             run.resume(progress_file, settings, list(map(len, texts)))
-        smoothable = self.graph.smoothable() if alphas else {}
+        can_be_smoothed = smoothable(self.graph) if alphas else {}
         weights: dict[tuple[str, int], np.ndarray] = {}
         since = time.monotonic()
         for done, stage in enumerate(self.stages):
@@ -114,22 +115,23 @@ class LayerCalibrator:
 
             rows = {}
             if done >= run.stages:
-                rows = self._observe(stage, texts, run, [each for each in stage.activations if each in smoothable], note)
+                rows = self._observe(stage, texts, run, [each for each in stage.activations if each in can_be_smoothed], note)
             note("scales of weights")
-            for key in dict.fromkeys((product.weight, product.axis) for product in stage.products):
+            for key in dict.fromkeys((matmul.weight, matmul.axis) for matmul in stage.matmuls):
                 weights[key] = self.graph.weight_scales(*key)
             for activation, sampled in rows.items():
                 note(f"smoothing {activation}")
                 maxima = run.seen.observers[activation].channel_maxima
-                readers = smoothable[activation]
-                run.smoothing[activation] = smooth_activation(self.graph, activation, readers, sampled, maxima, alphas)
+                run.smoothing[activation] = smooth_activation(
+                    self.graph, can_be_smoothed[activation], sampled, maxima, alphas
+                )
             run.stages = max(run.stages, done + 1)
             progress(done + 1, name)
             if progress_file is not None and time.monotonic() - since >= SAVE_EVERY and done + 1 == run.stages:
                 run.save(progress_file, settings)
                 since = time.monotonic()
-        order = dict.fromkeys((product.weight, product.axis) for product in self.products)
-        return Measured(run.seen, {key: weights[key] for key in order}, {name: run.smoothing[name] for name in smoothable})
+        order = dict.fromkeys((matmul.weight, matmul.axis) for matmul in self.matmuls)
+        return Measured(run.seen, {key: weights[key] for key in order}, {name: run.smoothing[name] for name in can_be_smoothed})
 
     def _observe(
         self,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ...runtime.errors import CalibrationError
 from ...runtime.executors import step_io
 from .layer_states import layer_outputs
-from .products import Product, StepGraph
+from .matmuls import Matmul, StepGraph
 
 _HINT = "calibrate the whole graph: --no-layer-by-layer, on a machine with memory for all weights in float32"
 
@@ -18,18 +18,18 @@ class Stage:
     """A piece of the graph. ``before``: the hidden state that it reads; None in the first, which begins with the tokens.
 
     ``after``: the one that it hands on; None in the last: final norm, vocabulary projection and heads. ``layer``: its number.
-    ``products``: those in it.
+    ``matmuls``: those in it.
     """
 
     layer: int
     before: str | None
     after: str | None
-    products: Sequence[Product]
+    matmuls: Sequence[Matmul]
 
     @property
     def activations(self) -> dict[str, int]:
-        """What its products read, and how many channels each has."""
-        return {product.activation: product.channels for product in self.products}
+        """What its matmuls read, and how many channels each has."""
+        return {matmul.activation: matmul.channels for matmul in self.matmuls}
 
     @property
     def outputs(self) -> list[str]:
@@ -38,8 +38,8 @@ class Stage:
         return [name for name in dict.fromkeys(names) if name != self.before]
 
 
-def cut_layers(graph: StepGraph, layers: int, products: Sequence[Product]) -> list[Stage]:
-    """The stages of a graph, in order; every one of ``products`` belongs to one of them.
+def cut_layers(graph: StepGraph, layers: int, matmuls: Sequence[Matmul]) -> list[Stage]:
+    """The stages of a graph, in order; every one of ``matmuls`` belongs to one of them.
 
     A node belongs to the stage behind the last hidden state that it depends on. What depends on none (mask, rotation, shapes) is
     no stage: it is little work, and every stage that needs it computes it anew.
@@ -61,7 +61,7 @@ def cut_layers(graph: StepGraph, layers: int, products: Sequence[Product]) -> li
             number_of[name] = behind.get(name, number)
     boundaries = [None, *states, None]
     stages = [
-        Stage(number, boundaries[number], boundaries[number + 1], [p for p in products if number_of_node[p.name] == number])
+        Stage(number, boundaries[number], boundaries[number + 1], [p for p in matmuls if number_of_node[p.name] == number])
         for number in range(layers + 1)
     ]
     for stage in stages:

@@ -9,10 +9,10 @@ import numpy as np
 
 from ...runtime.backends import ort_model
 from ...runtime.executors import step_io
-from ...runtime.executors.one_slot import prefill_rows, run_one
+from ...runtime.executors.one_slot import run_prompt
 from ...runtime.files.bundle import Bundle
 from .collect import ObservingExecutor
-from .products import StepGraph
+from .matmuls import StepGraph
 
 # Nodes whose result is their first input in another form.
 _SAME_VALUE = ("Cast", "Identity", "QuantizeLinear", "DequantizeLinear")
@@ -129,7 +129,5 @@ class LayerStates:
     def states(self, tokens: Sequence[int]) -> list[np.ndarray | None]:
         """For each layer, what it hands on for these tokens, float32 [n, H]; None where its tensor isn't known."""
         self._seen = {}
-        ids = np.asarray(tokens, np.int64)
-        for start in range(0, len(ids), self._chunk):
-            run_one(self._executor, prefill_rows(0, ids[start : start + self._chunk]), [start])
+        run_prompt(self._executor, 0, tokens, self._chunk, [0])
         return [None if name is None else np.concatenate(self._seen[name]) for name in self._names]

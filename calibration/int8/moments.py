@@ -1,4 +1,4 @@
-"""Second moments of what products read: how errors of one input's weights can be taken back by the others (GPTQ)."""
+"""Second moments of what matmuls read: how errors of one input's weights can be taken back by the others (GPTQ)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Moments:
 def collect_moments(
     calibrator: Calibrator, texts: Sequence[Sequence[int]], progress: Progress = lambda _done, _note: None
 ) -> dict[str, np.ndarray]:
-    """E[xᵀx] of what the backbone's products read in prefills of ``texts``, token ids: float32 [C, C] by name of the weight.
+    """E[xᵀx] of what the backbone's matmuls read in prefills of ``texts``, token ids: float32 [C, C] by name of the weight.
 
     The vocabulary projection reads one row a prefill: with fewer than 256 of them it is left out.
 
@@ -53,8 +53,8 @@ def collect_moments(
         CalibrationError: fewer than 256 rows, or activations too large for their moments.
         CapacityError: a text doesn't fit into a slot.
     """
-    products = [product for product in calibrator.products if not product.of_heads]
-    moments = Moments({product.activation: product.channels for product in products})
+    matmuls = [matmul for matmul in calibrator.matmuls if not matmul.of_heads]
+    moments = Moments({matmul.activation: matmul.channels for matmul in matmuls})
     for done, text in enumerate(texts, 1):
         calibrator.watch(text, 1, moments)
         progress(done, f"{max(moments.rows.values())} rows")
@@ -62,4 +62,4 @@ def collect_moments(
     if most < FEWEST_ROWS:
         raise CalibrationError(f"the data gave {most} rows, GPTQ needs {FEWEST_ROWS}", hint="give more or longer prompts")
     means = {name: moments.sums[name] / np.float32(rows) for name, rows in moments.rows.items() if rows >= FEWEST_ROWS}
-    return {product.weight: means[product.activation] for product in products if product.activation in means}
+    return {matmul.weight: means[matmul.activation] for matmul in matmuls if matmul.activation in means}

@@ -13,8 +13,8 @@ import numpy as np
 
 from ...runtime.errors import CalibrationError
 from ...runtime.files.bundle import write_whole
+from .matmuls import Matmul
 from .observers import BINS, RangeObserver
-from .products import Product
 
 
 @dataclass(slots=True)
@@ -27,9 +27,9 @@ class Observations:
     tree_rows: int = 0
 
     @classmethod
-    def of(cls, products: Iterable[Product]) -> Self:
-        """Nothing seen yet of what these products read."""
-        return cls({product.activation: RangeObserver(product.activation, product.channels) for product in products})
+    def of(cls, matmuls: Iterable[Matmul]) -> Self:
+        """Nothing seen yet of what these matmuls read."""
+        return cls({matmul.activation: RangeObserver(matmul.activation, matmul.channels) for matmul in matmuls})
 
     def take(self, values: Iterable[tuple[str, np.ndarray]], positions: np.ndarray, *, prefill: bool) -> None:
         """Take in what one call showed: activations by name."""

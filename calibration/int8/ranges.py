@@ -14,6 +14,7 @@ import numpy as np
 
 from ...runtime.errors import RangeError, UsageError
 from ...runtime.files.scales_file import LEVELS, SMALLEST_SCALE
+from ..distributions import kl_divergence
 from .observers import RangeObserver, coarser
 
 _FEWEST_BINS = LEVELS + 1  # below, a step is finer than a bin, and the histogram knows nothing of it
@@ -90,7 +91,7 @@ def _entropy(observer: RangeObserver, _method: Method) -> float:
     width = observer.width * (1 << _ENTROPY_DOUBLINGS)
     top = _top(counts)
     kept = [bins for bins in range(_FEWEST_BINS, top) if counts[bins - 1]]
-    return min([top, *kept], key=lambda bins: kl_divergence(counts, bins)) * width
+    return min([top, *kept], key=lambda bins: histogram_divergence(counts, bins)) * width
 
 
 METHODS: dict[str, Callable[[RangeObserver, Method], float]] = {
@@ -101,7 +102,7 @@ METHODS: dict[str, Callable[[RangeObserver, Method], float]] = {
 }
 
 
-def kl_divergence(counts: np.ndarray, bins: int) -> float:
+def histogram_divergence(counts: np.ndarray, bins: int) -> float:
     """KL(P, Q) in nats: P, the first ``bins`` counts with all others added to the last; Q, they alone in 128 equal levels.
 
     A level's mass is spread evenly over those of its bins that hold something. Infinite where Q has none and P has some.
@@ -117,7 +118,7 @@ def kl_divergence(counts: np.ndarray, bins: int) -> float:
     there = p > 0
     if (q[there] == 0).any():
         return float("inf")
-    return float(np.sum(p[there] * np.log(p[there] / q[there])))
+    return float(kl_divergence(np.log(p[there]), np.log(q[there])))
 
 
 def squared_error(observer: RangeObserver, limit: float) -> float:

@@ -1,16 +1,17 @@
-"""Rows of activations, a bounded number of them: what the search for smoothing factors tries its products on."""
+"""Rows of activations, a bounded number of them: what the search for smoothing factors tries its matmuls on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from ...runtime.files.scales_file import Smoothing
 from .collect import Calibrator, Progress
+from .matmuls import StepGraph
 from .observations import Observations
-from .products import StepGraph
 from .smoothing import choose_smoothing
+from .takers import Smoothable, smoothable
 
 SAMPLED_PROMPTS = 16
 _FEWEST_PROMPTS = 4
@@ -46,7 +47,7 @@ def sample_rows(
 
     The same every time. Models whose activations are so many that the rows would pass 1 GiB get fewer prompts, 4 at least.
     """
-    channels = {product.activation: product.channels for product in calibrator.products}
+    channels = {matmul.activation: matmul.channels for matmul in calibrator.matmuls}
     of_prompt = 4 * (_OF_PROMPT + _OF_STEPS) * sum(channels[name] for name in names)
     count = max(_FEWEST_PROMPTS, min(SAMPLED_PROMPTS, _MOST_BYTES // max(of_prompt, 1)))
     rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
@@ -60,18 +61,17 @@ def sample_rows(
 
 def smooth_activation(
     graph: StepGraph,
-    activation: str,
-    readers: Sequence[tuple[str, int]],
+    activation: Smoothable,
     rows: np.ndarray,
     maxima: np.ndarray,
     alphas: Sequence[float | None],
 ) -> dict[str, Smoothing]:
-    """By grid, the best smoothing of one activation: its ``rows`` [R, C], what it reached, and the weights that read it."""
-    sharing = graph.sharing_queries(activation)
-    heads = (graph.value_heads, sharing) if sharing else None
-    return choose_smoothing(
-        rows, maxima, lambda: (block for key in readers for block in graph.weight_blocks(*key)), alphas, heads
-    )
+    """Find the best smoothing of one activation for each grid, by its ``rows`` [R, C] and the largest magnitudes [C]."""
+
+    def weights() -> Iterator[np.ndarray]:
+        return (block for key in activation.readers for block in graph.weight_blocks(*key))
+
+    return choose_smoothing(rows, maxima, weights, alphas, activation.heads)
 
 
 def find_smoothing(
@@ -84,10 +84,10 @@ def find_smoothing(
 ) -> Mapping[str, Mapping[str, Smoothing]]:
     """Smoothing of every activation that can be smoothed for free, by grid; ``seen`` has their ranges. No alphas: none."""
     graph = calibrator.graph
-    smoothable = graph.smoothable() if alphas else {}
-    rows = sample_rows(calibrator, list(smoothable), prompts, max_new_tokens) if smoothable else {}
+    found = smoothable(graph) if alphas else {}
+    rows = sample_rows(calibrator, list(found), prompts, max_new_tokens) if found else {}
     result = {}
-    for done, (name, readers) in enumerate(smoothable.items(), 1):
-        result[name] = smooth_activation(graph, name, readers, rows.pop(name), seen.observers[name].channel_maxima, alphas)
-        progress(done, f"of {len(smoothable)} activations")
+    for done, (name, activation) in enumerate(found.items(), 1):
+        result[name] = smooth_activation(graph, activation, rows.pop(name), seen.observers[name].channel_maxima, alphas)
+        progress(done, f"of {len(found)} activations")
     return result

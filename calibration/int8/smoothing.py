@@ -3,7 +3,7 @@
 The factor of channel j is |x_j|^α / max|w_j|^(1-α) (G. Xiao et al., arXiv 2211.10438, equation 4). What |x_j| is depends on the
 grid. With one scale for the whole activation it is the largest magnitude ever seen, as in the paper. With scales of their own for
 every row, a channel that is huge in one row harms no other: there it is the root mean square of its share in a row. One α suits
-no two layers alike, so every activation gets its own, by the error of its products on rows that were seen.
+no two layers alike, so every activation gets its own, by the error of its matmuls on rows that were seen.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def choose_smoothing(
         for grid in GRIDS
         for alpha in dict.fromkeys([None, *tried[grid]])
     }
-    errors = _product_errors(x, maxima, weights, factors)
+    errors = _matmul_errors(x, maxima, weights, factors)
     result = {}
     for grid in GRIDS:
         best = min(tried[grid], key=lambda alpha: errors[grid, alpha])
@@ -85,10 +85,10 @@ def _typical(x: np.ndarray) -> np.ndarray:
     return result
 
 
-def _product_errors(
+def _matmul_errors(
     x: np.ndarray, maxima: np.ndarray, weights: Weights, factors: Mapping[tuple[str, float | None], np.ndarray]
 ) -> dict[tuple[str, float | None], float]:
-    """By grid and alpha: mean over the rows of ‖y - y_int8‖² / ‖y‖², y being all products of a row."""
+    """By grid and alpha: mean over the rows of ‖y - y_int8‖² / ‖y‖², y being all matmuls of a row."""
     int8_rows = {key: _int8_rows(x / s, float((maxima / s).max()), key[0]) for key, s in factors.items()}
     squares = np.zeros(len(x))
     lost = {key: np.zeros(len(x)) for key in int8_rows}

@@ -23,8 +23,8 @@ from ...runtime.files.heads import HeadSet
 from ..answers.sequences import AnsweredPrompt, Batch, make_batch, plan_batches
 from .adapter import adapter_files, adapter_parameters, add_adapter
 from .checkpoint import resume_checkpoint, save_checkpoint
-from .divergence import mean_divergence
 from .examples import draft_indices, draft_labels
+from .kl_loss import kl_loss
 from .trainable import TrainableHeads, check_trainable, loss_weights
 
 _REPORTED = 20  # steps that a point of the curve is the mean of
@@ -192,7 +192,7 @@ class _Run:
             hidden = states.flatten(0, 1)[batch.rows.to(self.device)].float()
             heads = self.heads.loss(hidden, batch.roots.to(self.device), labels)
         teacher = batch.hidden[chosen].to(self.device)
-        divergence = mean_divergence(hidden[chosen.to(self.device)], teacher, output.weight, output.bias)
+        divergence = kl_loss(hidden[chosen.to(self.device)], teacher, output.weight, output.bias)
         loss = divergence + config.heads_weight * (self.weights * heads).sum()
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -5,54 +5,24 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...runtime.errors import CheckpointError, DeployError, UnsupportedArchitectureError
-from ..trace import attention
+from ...runtime.files.backbone import BackboneShape
 from .adapter import merge_adapter
+from .record import DTYPES, Backbone
 
 if TYPE_CHECKING:
     from ...runtime.files.adapter_file import Adapter
-    from .linked import LinkedWeights
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # Position encodings whose frequencies don't depend on the sequence, and those that don't while it is short.
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # What a causal LM may do between the vocabulary projection and its logits, and the value that does nothing.
 _LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
-
-
-@dataclass(frozen=True, slots=True)
-class BackboneShape:
-    """Sizes of a decoder: what buffers, profiles and heads depend on."""
-
-    architecture: str
-    layers: int
-    hidden_size: int
-    attention_heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position: int
-    tied: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Backbone:
-    """A transformers causal LM and its sizes.
-
-    ``linked``: where the weights are, when ``module`` has none.
-    """
-
-    module: Any
-    shape: BackboneShape
-    dtype: torch.dtype
-    linked: LinkedWeights | None = None
 
 
 def load_backbone(source: Path, dtype: str, capacity: int, adapter: Adapter | None = None) -> Backbone:
@@ -73,9 +43,7 @@ def load_backbone(source: Path, dtype: str, capacity: int, adapter: Adapter | No
             parameter.data = parameter.data.to(DTYPES[dtype])
     _check_finite(module)
     freeze_rope(module)
-    shape = backbone_shape(module)
-    attention.install(module)
-    return Backbone(module, shape, DTYPES[dtype])
+    return Backbone(module, backbone_shape(module), DTYPES[dtype])
 
 
 def load_module(source: Path, dtype: str) -> Any:
@@ -217,11 +185,9 @@ def _sliding_windows(config: Any) -> list[int]:
 
 
 def backbone_shape(module: Any) -> BackboneShape:
-    """Sizes from the config, checked against the module's own weights."""
+    """Read the sizes from the config; the vocabulary's from the projection, which may have more rows than the config says."""
     config = module.config
     attention_heads = config.num_attention_heads
-    embedding = module.get_input_embeddings().weight
-    output = module.get_output_embeddings().weight
     return BackboneShape(
         architecture=type(module).__name__,
         layers=config.num_hidden_layers,
@@ -229,9 +195,7 @@ def backbone_shape(module: Any) -> BackboneShape:
         attention_heads=attention_heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or attention_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // attention_heads,
-        vocab_size=int(output.shape[0]),
-        max_position=int(config.max_position_embeddings),
-        tied=embedding is output,
+        vocab_size=int(module.get_output_embeddings().weight.shape[0]),
     )
 
 

@@ -12,19 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ...runtime.errors import CheckpointError, UnsupportedArchitectureError
 from ...runtime.files.heads import HeadSet
-from ..trace import attention
-from ..trace.optimise import optimise
-from ..trace.trace import quiet
-from .backbone import DTYPES, Backbone, backbone_shape, freeze_rope, load_config, locate, transformers_errors
+from .backbone import backbone_shape, freeze_rope, load_config, locate, transformers_errors
 from .checkpoint import Report, find_stored, place
+from .record import DTYPES, Backbone
 from .safetensors_header import StoredTensor
 
 CHECKED_LAYERS = 2
@@ -32,48 +29,22 @@ CHECKED_LAYERS = 2
 
 @dataclass(frozen=True, slots=True)
 class LinkedWeights:
-    """Where the weights of a backbone without storage are. ``stored``: by parameter name of the causal LM, in ``folder``.
+    """Weights in the checkpoint's own files: the module's parameters are fake tensors of ``mode``.
 
-    ``files``: how each file came into the bundle.
+    ``tensors``: each parameter's place by its name in the causal LM. ``files``: how each file came into the bundle.
     """
 
     mode: FakeTensorMode
-    folder: Path
-    stored: Mapping[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor]
     files: Mapping[str, str]
 
-    def attach(self, model: ir.Model, module: nn.Module) -> None:
-        """Optimise a model that was traced from ``module``'s parameters, and point its initializers into the files."""
-        places = {id(parameter): self.stored[name] for name, parameter in module.named_parameters()}
-        linked = {}
-        for value in model.graph.initializers.values():
-            raw = getattr(value.const_value, "raw", None)
-            if isinstance(raw, FakeTensor):
-                linked[value] = places[id(raw)]
-                value.const_value = None  # nothing that depends on it may be folded
-        with quiet():
-            optimise(model, _keeps_weights)
-        for value, stored in linked.items():
-            value.const_value = _external(stored, self.folder, value)
+    def tracing(self) -> FakeTensorMode:
+        """Enter the mode that the fake parameters belong to."""
+        return self.mode
 
-
-def _keeps_weights(node: ir.Node) -> bool | None:
-    """Heads' weights stay as the backbone's are, output by output, so that products with them can be merged."""
-    weight = node.op_type == "Transpose" and node.inputs[0] is not None and node.inputs[0].is_initializer()
-    return False if weight else None
-
-
-def _external(stored: StoredTensor, folder: Path, value: ir.Value) -> ir.ExternalTensor:
-    assert value.dtype is not None
-    return ir.ExternalTensor(
-        stored.file.relative_to(folder).as_posix(),
-        stored.offset,
-        stored.nbytes,
-        value.dtype,
-        shape=ir.Shape(stored.shape),
-        name=value.name or "",
-        base_dir=folder,
-    )
+    def stored(self, parameter: str) -> StoredTensor:
+        """Return the place of a parameter."""
+        return self.tensors[parameter]
 
 
 def load_linked_backbone(source: Path, dtype: str, capacity: int, folder: Path, report: Report) -> Backbone:
@@ -89,7 +60,7 @@ def load_linked_backbone(source: Path, dtype: str, capacity: int, folder: Path, 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     module = empty_module(config, DTYPES[dtype], mode)
     stored = {name: placed.tensors[tensor.name] for name, tensor in needed.items()}
-    weights = LinkedWeights(mode, folder, stored, placed.files)
+    weights = LinkedWeights(mode, stored, placed.files)
     return Backbone(module, backbone_shape(module), DTYPES[dtype], weights)
 
 
@@ -163,7 +134,6 @@ def empty_module(config: Any, dtype: torch.dtype, mode: FakeTensorMode | None) -
     if mode is not None:
         with mode:
             replace_parameters(module, {name: torch.empty(p.shape, dtype=dtype) for name, p in module.named_parameters()})
-        attention.install(module)
     return module
 
 
@@ -178,25 +148,27 @@ def replace_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -
 
 def first_layers(backbone: Backbone, layers: int = CHECKED_LAYERS) -> tuple[Backbone, Any]:
     """The backbone cut to its first ``layers``, twice: as it is traced, and as a torch module over the mapped weights."""
-    weights = backbone.linked
-    assert weights is not None
+    weights = backbone.weights
+    assert isinstance(weights, LinkedWeights)
     config = copy.deepcopy(backbone.module.config)
     config.num_hidden_layers = min(layers, backbone.shape.layers)
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     module = empty_module(config, backbone.dtype, weights.mode)
     real = empty_module(config, backbone.dtype, None)
-    attention.install(real)
-    mapped = {name: torch.from_numpy(weights.stored[name].mapped()) for name, _ in real.named_parameters()}
+    mapped = {name: torch.from_numpy(weights.tensors[name].mapped()) for name, _ in real.named_parameters()}
     replace_parameters(real, mapped)
     return replace(backbone, module=module, shape=backbone_shape(module)), real
 
 
 def prune_projection(backbone: Backbone, heads: HeadSet) -> HeadSet:
-    """Heads over a pruned vocabulary take rows of the backbone's projection: read them where the module can't give them."""
-    if backbone.linked is None or heads.config.projection != "pruned" or "projection.weight" in heads.tensors:
+    """Give heads over a pruned vocabulary their rows of the backbone's projection, where the module has no numbers."""
+    if heads.config.projection != "pruned" or "projection.weight" in heads.tensors:
         return heads
     projection = backbone.module.get_output_embeddings().weight
     name = next(name for name, parameter in backbone.module.named_parameters() if parameter is projection)
-    rows = backbone.linked.stored[name].mapped()[heads.tensors["token_map"]]
+    stored = backbone.weights.stored(name)
+    if stored is None:
+        return heads
+    rows = stored.mapped()[heads.tensors["token_map"]]
     return replace(heads, tensors={**heads.tensors, "projection.weight": rows})

@@ -12,7 +12,7 @@ from onnx_ir.passes import common as passes
 
 from ...runtime.executors import step_io
 from ...runtime.tree import MAX_ROWS
-from .patterns import Nodes, made_by, stand_for
+from .patterns import Nodes, producer_if, replace_uses
 
 _REPLACED = (step_io.ANCESTORS, step_io.FORCED, step_io.WRITE_INDEX, step_io.COLUMNS, step_io.COMMIT)
 
@@ -42,7 +42,7 @@ def _accept(graph: ir.Graph, parents: ir.Value, paths: ir.Value) -> None:
     outputs = {value.name: value for value in graph.outputs}
     last_row, next_token = outputs[step_io.LAST_ROW], outputs[step_io.NEXT_TOKEN]
     picked = next_token.producer()  # [B] of [B, 1], which is greedy [B, R] at the last row
-    taken = None if picked is None else made_by(picked.inputs[0], "GatherElements")
+    taken = None if picked is None else producer_if(picked.inputs[0], "GatherElements")
     assert taken is not None, "the traced step gathers its next token"
     greedy, last = taken.inputs
     build = Nodes(graph, "accept")
@@ -58,7 +58,7 @@ def _accept(graph: ir.Graph, parents: ir.Value, paths: ir.Value) -> None:
     for new, old in zip((deepest, token, *made), (last, taken.outputs[0], last_row, next_token), strict=True):
         assert old is not None
         new.shape = old.shape
-        stand_for(new, old)
+        replace_uses(new, old)
     argmax = greedy.producer() if greedy is not None else None
     assert argmax is not None
     graph.insert_after(argmax, build.nodes)

@@ -11,9 +11,9 @@ from onnx_ir.passes import common as passes
 
 from ...runtime.files.heads import HeadConfig, expected_shapes
 from ..quantise.cpu import DEFAULT_BLOCKS, CpuPrecision, few_bits_size, largest_block, put_bits, rounded
-from .matmuls import find_products
+from .matmuls import find_matmuls
 from .merge import Product, joined, product_of
-from .patterns import MICROSOFT, Nodes, either, made_by, new_constant, stand_for
+from .patterns import MICROSOFT, Nodes, match_commutative, new_constant, producer_if, replace_uses
 
 _PRECISION = CpuPrecision()
 
@@ -28,7 +28,7 @@ def narrow_heads(model: ir.Model, *, shared: bool) -> None:
         if node.op_type == "Concat":
             _join_blocks(graph, node)
     passes.RemoveUnusedNodesPass()(model)
-    products = [product for product in find_products(model) if product.of_heads]
+    products = [product for product in find_matmuls(model) if product.of_heads]
     for product in products[:-1] if shared else products:
         block = _PRECISION.block_of(product)
         if block is not None:
@@ -72,14 +72,14 @@ def _join_blocks(graph: ir.Graph, stack: ir.Node) -> None:
     total.shape = stack.outputs[0].shape
     assert stack.graph is not None
     stack.graph.insert_before(stack, [*nodes, *build.nodes])
-    stand_for(total, stack.outputs[0])
+    replace_uses(total, stack.outputs[0])
 
 
 def _block(total: ir.Node) -> tuple[ir.Value, Product] | None:
     """What is added and the product of ``x + silu(product)``."""
     for x, value in (total.inputs, total.inputs[::-1]):
-        gated = made_by(value, "Mul")
-        linear, sigmoid = either(gated, "Sigmoid")
+        gated = producer_if(value, "Mul")
+        linear, sigmoid = match_commutative(gated, "Sigmoid")
         if x is None or linear is None or sigmoid is None or sigmoid.inputs[0] is not linear:
             continue
         product = product_of(linear, readers=2)

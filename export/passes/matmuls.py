@@ -1,4 +1,9 @@
-"""The products of a CPU graph whose weights are constant: what they multiply with, and where their inputs come from."""
+"""Finds the matrix products of a graph whose weights are constant: what they multiply with, and which layer they belong to.
+
+Every pass, quantiser and engine of this folder finds them here, on onnx_ir graphs. Calibration has a finder of its own, on ONNX
+protos (:mod:`medusa_deploy.calibration.int8.matmuls`): export and calibration don't import each other, what both import is the
+runtime, and that knows neither onnx nor onnx_ir.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +14,51 @@ import numpy as np
 import onnx_ir as ir
 
 from ...runtime.executors import step_io
-from .patterns import made_by
+from .patterns import producer_if
 
+MATMULS = ("MatMul", "Gemm")
 _MULTIPLY = ("MatMul", "MatMulNBits")
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 _CACHE = re.compile(step_io.past_names(1)[0].replace("0", r"(\d+)"))
 
 
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """The constant matrix that a node multiplies with.
+
+    ``parts``: initializers that stand side by side along its outputs, most often one. ``transposed``: stored [outputs, inputs].
+    ``turn``: the Transpose between them and the node, or None.
+    """
+
+    parts: tuple[ir.Value, ...]
+    transposed: bool
+    turn: ir.Node | None
+
+
+def constant_matrix(node: ir.Node) -> Matrix | None:
+    """Find the float matrix that a MatMul or Gemm multiplies with, perhaps through a Transpose or a Concat of several."""
+    if node.op_type not in MATMULS or node.domain:
+        return None
+    value, flag = node.inputs[1], node.attributes.get("transB")
+    transposed = flag is not None and bool(flag.as_int())
+    turn = producer_if(value, "Transpose")
+    if turn is not None:
+        value, transposed = turn.inputs[0], not transposed
+    concat = producer_if(value, "Concat")
+    if concat is not None and concat.attributes["axis"].as_int() != (0 if transposed else 1):
+        return None
+    parts = (value,) if concat is None else tuple(concat.inputs)
+    found = tuple(part for part in parts if part is not None and _is_matrix(part))
+    return Matrix(found, transposed, turn) if len(found) == len(parts) else None
+
+
+def _is_matrix(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return value.is_initializer() and tensor is not None and tensor.dtype in _FLOATS and len(tensor.shape) == 2
+
+
 @dataclass(slots=True, eq=False)
-class CpuProduct:
+class CpuMatmul:
     """A MatMul with a constant matrix W [N, K] of N outputs.
 
     ``weights``: initializers that W is made of, side by side along its outputs; ``transposed``: whether they are stored [N, K].
@@ -67,17 +109,17 @@ class CpuProduct:
         return matrix
 
 
-def find_products(model: ir.Model) -> list[CpuProduct]:
-    """All products of the graph and of its branches with constant matrices of at least two rows and columns."""
-    found: list[CpuProduct] = []
+def find_matmuls(model: ir.Model) -> list[CpuMatmul]:
+    """All matmuls of the graph and of its branches with constant matrices of at least two rows and columns."""
+    found: list[CpuMatmul] = []
     last: int | None = None  # layer of the last attention that was passed
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         last = last if (layer := _attention_layer(node)) is None else layer
-        weights, transposed = _constant_matrix(node)
-        if weights:
+        matrix = constant_matrix(node) if node.op_type == "MatMul" else None
+        if matrix is not None and all(map(_is_large, matrix.parts)):
             is_projection = node.outputs[0].name == step_io.LOGITS
-            in_layers = node.graph is model.graph and not is_projection
-            found.append(CpuProduct(node, weights, transposed, _layer_of(node, last) if in_layers else None, is_projection))
+            layer = _layer_of(node, last) if node.graph is model.graph and not is_projection else None
+            found.append(CpuMatmul(node, matrix.parts, matrix.transposed, layer, is_projection))
     return found
 
 
@@ -95,9 +137,9 @@ def plain_step_bytes(model: ir.Model) -> int:
     return sum(matrices.values())
 
 
-def _layer_of(product: ir.Node, last: int | None) -> int | None:
+def _layer_of(matmul: ir.Node, last: int | None) -> int | None:
     """Of queries, keys and values: the layer of the attention that reads them; of others, that of the last one before them."""
-    seen, waiting = {product}, [product]
+    seen, waiting = {matmul}, [matmul]
     while waiting:
         for user in waiting.pop().successors():
             layer = _attention_layer(user)
@@ -117,26 +159,10 @@ def _attention_layer(node: ir.Node) -> int | None:
     return None
 
 
-def _constant_matrix(node: ir.Node) -> tuple[tuple[ir.Value, ...], bool]:
-    """The initializers that a MatMul multiplies with, perhaps through a Transpose or a Concat, and whether they stand [N, K]."""
-    if node.op_type != "MatMul" or node.domain:
-        return (), False
-    value = node.inputs[1]
-    transpose = made_by(value, "Transpose")
-    if transpose is not None:
-        value = transpose.inputs[0]
-    concat = made_by(value, "Concat")
-    parts = [value] if concat is None else list(concat.inputs)
-    if concat is not None and concat.attributes["axis"].as_int() != (1 if transpose is None else 0):
-        return (), False
-    if not all(part is not None and part.is_initializer() and _is_matrix(part) for part in parts):
-        return (), False
-    return tuple(part for part in parts if part is not None), transpose is not None
-
-
-def _is_matrix(value: ir.Value) -> bool:
-    tensor = value.const_value
-    return tensor is not None and tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 2 and min(tensor.shape.numpy()) > 1
+def _is_large(value: ir.Value) -> bool:
+    """Whether a matrix is float32, as the kernels for few bits take it, and more than a vector."""
+    assert value.const_value is not None
+    return value.const_value.dtype == ir.DataType.FLOAT and min(_shape(value)) > 1
 
 
 def _shape(value: ir.Value) -> tuple[int, ...]:

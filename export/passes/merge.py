@@ -6,7 +6,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,9 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common as passes
 
 from ...runtime.executors import step_io
-from .patterns import MICROSOFT, either, elements, made_by, new_constant, new_node, stand_for
+from ..trace.names import joined_names
+from .matmuls import constant_matrix
+from .patterns import MICROSOFT, elements, match_commutative, new_constant, new_node, producer_if, replace_uses
 
 ATTENTION = "GroupQueryAttention"
 _COS_CACHE, _SIN_CACHE, _POSITIONS = 7, 8, 9  # inputs of the attention
@@ -42,7 +44,7 @@ def _rotate_inside(graph: ir.Graph, attention: ir.Node) -> None:
     A tree's rows of one depth share a position. The operator reads only the first one where all visible rows are the step's
     own (a first prompt), which the margin before every cache rules out.
     """
-    query, key = (made_by(value, "RotaryEmbedding") for value in attention.inputs[:2])
+    query, key = (producer_if(value, "RotaryEmbedding") for value in attention.inputs[:2])
     past = attention.inputs[3]
     if query is None or key is None or past is None or past.shape is None:
         return
@@ -93,12 +95,16 @@ def _table(graph: ir.Graph, value: ir.Value, rows: int, width: int) -> ir.Value 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """``x`` times a constant matrix [in, out], stored ``transposed`` or not, plus a constant [out] if there is a bias."""
+    """``x`` times a constant matrix [in, out], stored ``transposed`` or not, plus a constant [out] if there is a bias.
+
+    ``names``: the metadata of its node (:mod:`..trace.names`).
+    """
 
     x: ir.Value
     weight: ir.Value
     transposed: bool
     bias: ir.Value | None
+    names: Mapping[str, str]
 
 
 def _pack(graph: ir.Graph, attention: ir.Node) -> None:
@@ -134,30 +140,30 @@ def joined(products: Sequence[Product], name: str) -> list[ir.Node]:
     nodes = [_concat([each.weight for each in products], 0 if first.transposed else 1, f"{name}/weight")]
     if first.transposed:
         nodes.append(_named("Transpose", [nodes[-1].outputs[0]], {"perm": [1, 0]}, f"{name}/weight/transposed"))
-    return [*nodes, _named("MatMul", [first.x, nodes[-1].outputs[0]], {}, name)]
+    product = _named("MatMul", [first.x, nodes[-1].outputs[0]], {}, name)
+    product.metadata_props.update(joined_names(each.names for each in products))
+    return [*nodes, product]
 
 
 def product_of(value: ir.Value | None, readers: int = 1) -> Product | None:
     """How ``value`` is made, if it is a product with a constant matrix and has so many readers."""
-    bias, product = either(made_by(value, "Add"), "MatMul")
+    bias, product = match_commutative(producer_if(value, "Add"), "MatMul")
     if product is None:
-        product = made_by(value, "MatMul")
+        product = producer_if(value, "MatMul")
     elif bias is None or bias.const_value is None:
         return None
     if value is None or product is None or product.inputs[0] is None:
         return None
     if len(value.uses()) != readers or len(product.outputs[0].uses()) != (readers if bias is None else 1):
         return None
-    weight = product.inputs[1]
-    turned = made_by(weight, "Transpose")  # where weights are linked, they are stored as the checkpoint has them
-    if turned is not None:
-        weight = turned.inputs[0]
-    if weight is None or weight.const_value is None or weight.shape is None or len(weight.shape) != 2:
+    matrix = constant_matrix(product)
+    if matrix is None or len(matrix.parts) != 1 or matrix.parts[0].shape is None:
         return None
-    width = weight.shape[1 if turned is None else 0]
-    if bias is not None and bias.shape != (width,):
+    (weight,) = matrix.parts
+    # Where weights are linked, they are stored as the checkpoint has them: transposed.
+    if bias is not None and bias.shape != (weight.shape[0 if matrix.transposed else 1],):  # type: ignore[index]
         return None
-    return Product(product.inputs[0], weight, turned is not None, bias)
+    return Product(product.inputs[0], weight, matrix.transposed, bias, product.metadata_props)
 
 
 def _concat(values: list[ir.Value | None], axis: int, name: str) -> ir.Node:
@@ -178,7 +184,7 @@ def _named(op: str, inputs: list[ir.Value | None], attributes: dict[str, object]
 
 def _norm_of_sum(graph: ir.Graph, norm: ir.Node) -> None:
     """The norm of a sum of two values [B, N, H] to SkipSimplifiedLayerNormalization, which makes the sum as well."""
-    total = made_by(norm.inputs[0], "Add")
+    total = producer_if(norm.inputs[0], "Add")
     if total is None or norm.attributes["axis"].as_int() != -1:
         return
     shapes = [None if value is None else value.shape for value in total.inputs]
@@ -191,8 +197,8 @@ def _norm_of_sum(graph: ir.Graph, norm: ir.Node) -> None:
     both = ir.Node(MICROSOFT, "SkipSimplifiedLayerNormalization", inputs, attributes, outputs=outputs, name=name)
     normal.shape = summed.shape = shapes[0]
     graph.insert_before(norm, [both])
-    stand_for(normal, norm.outputs[0])
-    stand_for(summed, total.outputs[0])
+    replace_uses(normal, norm.outputs[0])
+    replace_uses(summed, total.outputs[0])
 
 
 # -- rows of a matrix ------------------------------------------------------------------------------------------------
@@ -200,8 +206,8 @@ def _norm_of_sum(graph: ir.Graph, norm: ir.Node) -> None:
 
 def _gather_rows(graph: ir.Graph, gather: ir.Node) -> None:
     """Whole rows of [B, N, H], which a traced gather picks element by element with an index for each, to GatherND."""
-    data, spread = gather.inputs[0], made_by(gather.inputs[1], "Expand")
-    raised = None if spread is None else made_by(spread.inputs[0], "Unsqueeze")
+    data, spread = gather.inputs[0], producer_if(gather.inputs[1], "Expand")
+    raised = None if spread is None else producer_if(spread.inputs[0], "Unsqueeze")
     if data is None or data.shape is None or raised is None or spread is None:
         return
     shape, axis = elements(spread.inputs[1]), elements(raised.inputs[1])
@@ -210,18 +216,18 @@ def _gather_rows(graph: ir.Graph, gather: ir.Node) -> None:
     rows = new_node("GatherND", [data, raised.outputs[0]], {"batch_dims": 1}, gather.outputs[0].name)
     rows.outputs[0].shape = gather.outputs[0].shape
     graph.insert_before(gather, [rows])
-    stand_for(rows.outputs[0], gather.outputs[0])
+    replace_uses(rows.outputs[0], gather.outputs[0])
 
 
 def _look_up(graph: ir.Graph, gather: ir.Node) -> None:
     """Elements of a vector, looked up by indices of one number each, to a plain Gather."""
-    table, raised = gather.inputs[0], made_by(gather.inputs[1], "Unsqueeze")
+    table, raised = gather.inputs[0], producer_if(gather.inputs[1], "Unsqueeze")
     if table is None or table.shape is None or len(table.shape) != 1 or raised is None or elements(raised.inputs[1]) != [-1]:
         return
     found = new_node("Gather", [table, raised.inputs[0]], {"axis": 0}, gather.outputs[0].name)
     found.outputs[0].shape = gather.outputs[0].shape
     graph.insert_before(gather, [found])
-    stand_for(found.outputs[0], gather.outputs[0])
+    replace_uses(found.outputs[0], gather.outputs[0])
 
 
 _PASSES = (

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from .matmuls import CpuProduct
-from .patterns import Nodes, stand_for
+from .matmuls import CpuMatmul
+from .patterns import Nodes, replace_uses
 
 
-def rescore(graph: ir.Graph, projection: CpuProduct, approximate: ir.Value, count: int) -> ir.Value:
+def rescore(graph: ir.Graph, projection: CpuMatmul, approximate: ir.Value, count: int) -> ir.Value:
     """Nodes behind ``approximate`` [B, R, V] that compute the ``count`` largest logits again; returns the logits.
 
     The greedy choice is the largest of those that were computed again.
@@ -27,7 +27,7 @@ def rescore(graph: ir.Graph, projection: CpuProduct, approximate: ir.Value, coun
     logits = build.add("ScatterElements", [approximate, likely, exact], {"axis": -1})
     for choice in greedy_choices(projection):
         # Looking through all logits once more takes as long as finding the likely ones did.
-        stand_for(likeliest(build, likely, exact, choice), choice)
+        replace_uses(likeliest(build, likely, exact, choice), choice)
     graph.insert_after(approximate.producer(), build.nodes)  # type: ignore[arg-type]
     return logits
 
@@ -39,7 +39,7 @@ def largest(build: Nodes, values: ir.Value, count: int) -> tuple[ir.Value, ir.Va
     return found, tokens
 
 
-def exact_logits(build: Nodes, projection: CpuProduct, tokens: ir.Value) -> ir.Value:
+def exact_logits(build: Nodes, projection: CpuMatmul, tokens: ir.Value) -> ir.Value:
     """Logits of ``tokens`` [B, R, n], of the projection's own weights, in that shape."""
     (weight,) = projection.weights
     last = build.constant("last", [-1])
@@ -58,7 +58,7 @@ def likeliest(build: Nodes, tokens: ir.Value, logits: ir.Value, like: ir.Value) 
     return token
 
 
-def greedy_choices(projection: CpuProduct) -> Iterator[ir.Value]:
+def greedy_choices(projection: CpuMatmul) -> Iterator[ir.Value]:
     """What is greedily chosen of the projection's logits: values [B, R]."""
     for node in projection.node.outputs[0].consumers():
         if node.op_type == "ArgMax" and [node.attributes[name].as_int() for name in ("axis", "keepdims")] == [-1, 0]:

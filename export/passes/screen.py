@@ -19,8 +19,8 @@ from onnx_ir.passes import common as passes
 from ...runtime.executors import step_io
 from ..quantise.blocks import Grid, values
 from ..quantise.cpu import few_bits, few_bits_size, rounded
-from .matmuls import CpuProduct, find_products
-from .patterns import MICROSOFT, Nodes, new_constant, stand_for
+from .matmuls import CpuMatmul, find_matmuls
+from .patterns import MICROSOFT, Nodes, new_constant, replace_uses
 from .rescore import exact_logits, greedy_choices, largest, likeliest
 
 _PREFIX = "screen"
@@ -40,7 +40,7 @@ def screen(model: ir.Model) -> None:
     Raises:
         QuantisationError: a weight holds NaN or infinity.
     """
-    found = [product for product in find_products(model) if product.is_projection]
+    found = [matmul for matmul in find_matmuls(model) if matmul.is_projection]
     if not found or not screen_size(found[0].shape) or len(found[0].weights) != 1:
         return
     (projection,) = found
@@ -92,18 +92,18 @@ def unscreen(model: ir.Model) -> None:
     without.remove(list(without), safe=True)  # or what they read would count as used
     graph.insert_before(choice, nodes)
     for result, old in zip(results, choice.outputs, strict=True):
-        stand_for(result, old)
+        replace_uses(result, old)
     graph.remove(choice, safe=True)
     passes.RemoveUnusedNodesPass()(model)
     graph.inputs.remove(next(value for value in graph.inputs if value.name == step_io.LOGITS_WANTED))
 
 
-def _bounded(build: Nodes, projection: CpuProduct) -> tuple[ir.Value, ir.Value]:
+def _bounded(build: Nodes, projection: CpuMatmul) -> tuple[ir.Value, ir.Value]:
     """Logits in 8 bits, and how far at most each is off: both [B, R, V]."""
     graph, hidden = build.graph, projection.activation
     grid, codes = rounded(projection, _BITS, _BLOCK)
-    product, _ = few_bits(graph, projection, grid, codes, _PREFIX)
-    build.nodes.append(product)
+    matmul, _ = few_bits(graph, projection, grid, codes, _PREFIX)
+    build.nodes.append(matmul)
     lengths, missed = _lengths(projection.matrix(), grid, codes)
     # A block of n values up to a rounds in steps of a / 127: what is lost of it has a length of at most √n · a / 254.
     half_step = _SLACK * math.sqrt(_BLOCK) / 254
@@ -113,9 +113,9 @@ def _bounded(build: Nodes, projection: CpuProduct) -> tuple[ir.Value, ir.Value]:
     lost = build.add("ReduceL2", [peaks, axis], {"keepdims": 1})  # [B, R, 1]
     factors = np.stack([half_step * lengths, _SLACK * missed]).astype(np.float32)
     if not missed.any():  # weights that stood on such a grid from the beginning
-        return product.outputs[0], build.add("Mul", [lost, new_constant(graph, factors[0], f"{_PREFIX}/factors")])
+        return matmul.outputs[0], build.add("Mul", [lost, new_constant(graph, factors[0], f"{_PREFIX}/factors")])
     sizes = build.add("Concat", [lost, build.add("ReduceL2", [hidden, axis], {"keepdims": 1})], {"axis": -1})
-    return product.outputs[0], build.add("MatMul", [sizes, new_constant(graph, factors, f"{_PREFIX}/factors")])
+    return matmul.outputs[0], build.add("MatMul", [sizes, new_constant(graph, factors, f"{_PREFIX}/factors")])
 
 
 def _lengths(weight: np.ndarray, grid: Grid, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +129,7 @@ def _lengths(weight: np.ndarray, grid: Grid, codes: np.ndarray) -> tuple[np.ndar
     return lengths, missed
 
 
-def _choose(graph: ir.Graph, projection: CpuProduct, greedy: ir.Value, token: ir.Value, whole: ir.Value) -> None:
+def _choose(graph: ir.Graph, projection: CpuMatmul, greedy: ir.Value, token: ir.Value, whole: ir.Value) -> None:
     """Move the projection and its greedy choice into the branch that is taken where ``whole`` says so."""
     logits, chooser = projection.node.outputs[0], greedy.producer()
     assert chooser is not None

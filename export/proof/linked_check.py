@@ -17,15 +17,15 @@ import onnx
 from ...runtime.errors import ExportMismatchError
 from ...runtime.executors.executor import CacheLayout
 from ...runtime.executors.ort import OrtExecutor, OrtModel
-from ..backbone.backbone import Backbone
 from ..backbone.checkpoint import Report
-from ..backbone.linked import first_layers
+from ..backbone.linked import LinkedWeights, first_layers
+from ..backbone.record import Backbone
 from ..backbone.safetensors_header import StoredTensor, read_header
 from ..graphs import HEADS_GRAPH, write_graphs
 from ..heads.module import HeadStack
 from .check import CheckReport, Observed, Reference, compare, eager_reference, observe
 from .device_executor import DeviceGraphExecutor
-from .run_order import run_products_in_turn
+from .run_order import run_matmuls_in_turn
 
 # Rows of the prompt: each takes part in matrix products as wide as the backbone, on a CPU and in fp16.
 _PROMPT_ROWS = 8
@@ -55,7 +55,8 @@ def check_linked(
     Raises:
         NumericsError, ExportMismatchError: the first layers don't reproduce the torch module, or a place is wrong.
     """
-    assert backbone.linked is not None
+    weights = backbone.weights
+    assert isinstance(weights, LinkedWeights)
     cut, real = first_layers(backbone)
     stack.project_through(cut.module.get_output_embeddings())
     report(f"tracing {cut.shape.layers} layers for the check")
@@ -65,7 +66,7 @@ def check_linked(
     observed = {}
     for name, path in graphs.items():
         report(f"checking {few.layers} layers of the {name} graph")
-        run_products_in_turn(folder / path)
+        run_matmuls_in_turn(folder / path)
         model = OrtModel(folder / path, folder / f"{_PREFIX}{HEADS_GRAPH}", few, *sizes)
         executor = DeviceGraphExecutor(model, frugal_options()) if name == "device" else _FrugalExecutor(model)
         observed[name] = observe(executor, stack.config.num_heads, cut.shape.vocab_size, prompt_rows=_PROMPT_ROWS)
@@ -76,9 +77,9 @@ def check_linked(
     for written in folder.glob(f"{_PREFIX}*"):
         written.unlink()
     report("checking where all weights lie")
-    needed = {tensor.name: tensor for tensor in backbone.linked.stored.values()}
+    needed = {tensor.name: tensor for tensor in weights.tensors.values()}
     places = {name: asdict(check_places(folder / path, needed, layout.layers)) for name, path in variants.items()}
-    files = dict(backbone.linked.files)
+    files = dict(weights.files)
     return checks, {"files": files, "checked_layers": few.layers, "layers": layout.layers, "places": places}
 
 

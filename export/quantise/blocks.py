@@ -45,7 +45,7 @@ def nearest(weight: np.ndarray, grid: Grid) -> np.ndarray:
 def compensated(weight: np.ndarray, grid: Grid, moments: np.ndarray) -> np.ndarray:
     """Codes like :func:`nearest`, but what rounding one input adds to the outputs is taken back by the inputs after it.
 
-    GPTQ (E. Frantar et al., arXiv 2210.17323, algorithm 1) for the second moments E[xᵀx] [K, K] of what the product reads; the
+    GPTQ (E. Frantar et al., arXiv 2210.17323, algorithm 1) for the second moments E[xᵀx] [K, K] of what the matmul reads; the
     grid stays that of the weights as they were, so that codes can be made of it alone.
     """
     count, size = weight.shape

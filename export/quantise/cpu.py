@@ -1,6 +1,6 @@
-"""The CPU graph with its weights in 8 or 4 bits: products become ONNX Runtime's MatMulNBits.
+"""The CPU graph with its weights in 8 or 4 bits: matmuls become ONNX Runtime's MatMulNBits.
 
-That operator rounds what it reads to 8 bits in blocks of each row (accuracy level 4), so a product's row doesn't depend on the
+That operator rounds what it reads to 8 bits in blocks of each row (accuracy level 4), so a matmul's row doesn't depend on the
 rows beside it, as it would with a scale for a whole activation. What rounding still does to exactness is in docs/quantisation.md.
 """
 
@@ -17,7 +17,7 @@ from onnx_ir.passes import common as passes
 
 from ...runtime.errors import QuantisationError, UsageError
 from ...runtime.files.scales_file import Scales
-from ..passes.matmuls import CpuProduct, find_products, plain_step_bytes
+from ..passes.matmuls import CpuMatmul, find_matmuls, plain_step_bytes
 from ..passes.patterns import MICROSOFT, new_constant, new_node
 from ..passes.rescore import rescore
 from .blocks import Grid, compensated, make_grid, nearest, packed
@@ -35,9 +35,9 @@ _ROUNDED_AT_A_TIME = 1 << 22  # weights
 class CpuPrecision:
     """Bits of the weights: 4, 8, or 32 for those that stay as they are.
 
-    ``layers``: of the backbone's layers, ``kept`` (by the name of a :class:`.matmuls.CpuProduct`) overrides it;
+    ``layers``: of the backbone's layers, ``kept`` (by the name of a :class:`.matmuls.CpuMatmul`) overrides it;
     ``projection`` onto the vocabulary; ``heads``, as far as they haven't 8 bits before (:mod:`.cpu_heads`). ``block``: inputs
-    that share a scale (None: ``DEFAULT_BLOCKS``, or the largest smaller one that divides a product's inputs),
+    that share a scale (None: ``DEFAULT_BLOCKS``, or the largest smaller one that divides a matmul's inputs),
     ``projection_block`` in the projection.
     ``rescored``: how many of the largest logits are computed again from the projection's own weights; 0 for none.
     """
@@ -58,24 +58,24 @@ class CpuPrecision:
             if block is not None and block not in BLOCKS:
                 raise UsageError(f"blocks of {block} inputs", hint=f"one of {', '.join(map(str, BLOCKS))}")
 
-    def bits(self, product: CpuProduct) -> int:
-        """Of one product."""
-        if product.is_projection:
+    def bits(self, matmul: CpuMatmul) -> int:
+        """Of one matmul."""
+        if matmul.is_projection:
             return self.projection
-        return self.heads if product.of_heads else self.kept.get(product.name, self.layers)
+        return self.heads if matmul.of_heads else self.kept.get(matmul.name, self.layers)
 
-    def block_of(self, product: CpuProduct) -> int | None:
-        """Inputs of one product that share a scale; None: no block that may be taken divides them, so it stays as it is."""
-        if product.is_projection:
-            return largest_block(self.projection_block, product.shape[1])
+    def block_of(self, matmul: CpuMatmul) -> int | None:
+        """Inputs of one matmul that share a scale; None: no block that may be taken divides them, so it stays as it is."""
+        if matmul.is_projection:
+            return largest_block(self.projection_block, matmul.shape[1])
         if self.block is not None:
-            return self.block if product.shape[1] % self.block == 0 else None
-        return largest_block(DEFAULT_BLOCKS.get(self.bits(product), max(DEFAULT_BLOCKS.values())), product.shape[1])
+            return self.block if matmul.shape[1] % self.block == 0 else None
+        return largest_block(DEFAULT_BLOCKS.get(self.bits(matmul), max(DEFAULT_BLOCKS.values())), matmul.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
 class CpuReport:
-    """``bits`` of each product; ``smoothed`` activations; bytes of the products' weights ``before`` and ``after``.
+    """``bits`` of each matmul; ``smoothed`` activations; bytes of the matmuls' weights ``before`` and ``after``.
 
     ``plain``: bytes of those that a plain step reads afterwards.
     """
@@ -89,7 +89,7 @@ class CpuReport:
 
 Advance = Callable[[int, str], object]
 Made = dict[tuple[str, int], tuple[Grid, np.ndarray]]
-"""Codes by product and bits: what several graphs have in common needn't be rounded again."""
+"""Codes by matmul and bits: what several graphs have in common needn't be rounded again."""
 
 
 def quantise_cpu(
@@ -100,11 +100,11 @@ def quantise_cpu(
     made: Made | None = None,
     advance: Advance = lambda _done, _name: None,
 ) -> CpuReport:
-    """Rewrite the products of a CPU graph, in place.
+    """Rewrite the matmuls of a CPU graph, in place.
 
-    ``scales``: what quantised products read is smoothed first. ``moments``: by name of a weight, E[xᵀx] [K, K] of what is
+    ``scales``: what quantised matmuls read is smoothed first. ``moments``: by name of a weight, E[xᵀx] [K, K] of what is
     multiplied with it, before smoothing: with 4 bits it is rounded by GPTQ, all others to the nearest. ``made`` keeps codes
-    from call to call with the same scales, moments and blocks. ``advance`` hears of each product, and how many are done.
+    from call to call with the same scales, moments and blocks. ``advance`` hears of each matmul, and how many are done.
 
     Raises:
         QuantisationError: a weight holds NaN or infinity, there is nothing to quantise, or heads of 8 bits are to have 4.
@@ -112,36 +112,36 @@ def quantise_cpu(
     graph = model.graph
     if precision.heads == 4 and any(node.op_type == "MatMulNBits" for node in ir.traversal.RecursiveGraphIterator(graph)):
         raise QuantisationError("the heads of this CPU graph have 8 bits already", hint="leave --heads-bits out")
-    products = find_products(model)
-    blocks = {each: precision.block_of(each) for each in products}
-    bits = {each: 32 if blocks[each] is None else precision.bits(each) for each in products}
-    read = {product.activation for product in products if bits[product] < 32}
+    matmuls = find_matmuls(model)
+    blocks = {each: precision.block_of(each) for each in matmuls}
+    bits = {each: 32 if blocks[each] is None else precision.bits(each) for each in matmuls}
+    read = {matmul.activation for matmul in matmuls if bits[matmul] < 32}
     if not read:
         raise QuantisationError(
-            "no product of the CPU graph was quantised",
+            "no matrix product of the CPU graph was quantised",
             hint=f"their inputs have to be multiples of {precision.block or min(BLOCKS)}: "
             + ("leave --block out" if precision.block else "they stay in fp32"),
         )
-    smoothed = [] if scales is None else smooth(graph, products, scales, read)
+    smoothed = [] if scales is None else smooth(graph, matmuls, scales, read)
     before, after = 0, 0
-    for done, product in enumerate(products):
-        advance(done, product.name)
-        size, wanted, block = 4 * int(np.prod(product.shape)), bits[product], blocks[product]
+    for done, matmul in enumerate(matmuls):
+        advance(done, matmul.name)
+        size, wanted, block = 4 * int(np.prod(matmul.shape)), bits[matmul], blocks[matmul]
         before += size
         if wanted == 32 or block is None:
-            take_in(graph, product)
+            take_in(graph, matmul)
         else:
-            key = (product.name, wanted)
+            key = (matmul.name, wanted)
             found = made.get(key) if made is not None else None
             if found is None:
-                of_input = (moments or {}).get(str(product.weights[0].name))
-                found = rounded(product, wanted, block, of_input)
+                of_input = (moments or {}).get(str(matmul.weights[0].name))
+                found = rounded(matmul, wanted, block, of_input)
             if made is not None:
                 made[key] = found
-            size = put_bits(graph, product, *found, precision.rescored)
+            size = put_bits(graph, matmul, *found, precision.rescored)
         after += size
     passes.RemoveUnusedNodesPass()(model)
-    return CpuReport({product.name: wanted for product, wanted in bits.items()}, smoothed, before, after, plain_step_bytes(model))
+    return CpuReport({matmul.name: wanted for matmul, wanted in bits.items()}, smoothed, before, after, plain_step_bytes(model))
 
 
 def largest_block(block: int, inputs: int) -> int | None:
@@ -154,16 +154,16 @@ def few_bits_size(shape: tuple[int, int], bits: int, block: int) -> int:
     return math.prod(shape) * bits // 8 + math.prod(shape) // block * 4
 
 
-def rounded(product: CpuProduct, bits: int, block: int, moments: np.ndarray | None = None) -> tuple[Grid, np.ndarray]:
-    """Grid and codes of a product's weight; ``moments`` as in :func:`quantise_cpu`."""
-    matrix = product.matrix()
+def rounded(matmul: CpuMatmul, bits: int, block: int, moments: np.ndarray | None = None) -> tuple[Grid, np.ndarray]:
+    """Grid and codes of a matmul's weight; ``moments`` as in :func:`quantise_cpu`."""
+    matrix = matmul.matrix()
     if not np.isfinite(matrix).all():
-        raise QuantisationError(f"the weight of {product.name} holds NaN or infinity", hint="the checkpoint's weights are broken")
+        raise QuantisationError(f"the weight of {matmul.name} holds NaN or infinity", hint="the checkpoint's weights are broken")
     if bits != 4 or moments is None:
         return _rounded_alone(matrix, bits, block)
     grid = make_grid(matrix, bits, block)
     # Moments of x / s are those of x, divided by both factors.
-    factors = np.broadcast_to(product.multipliers, (product.shape[1],))
+    factors = np.broadcast_to(matmul.multipliers, (matmul.shape[1],))
     return grid, compensated(matrix, grid, moments / np.outer(factors, factors))
 
 
@@ -177,16 +177,16 @@ def _rounded_alone(matrix: np.ndarray, bits: int, block: int) -> tuple[Grid, np.
     return Grid(bits, scales, zeros), codes
 
 
-def put_bits(graph: ir.Graph, product: CpuProduct, grid: Grid, codes: np.ndarray, rescored: int = 0) -> int:
-    """Put MatMulNBits in a product's place; returns the bytes of its weights."""
-    node = product.node
-    made, size = few_bits(graph, product, grid, codes, str(node.name))
+def put_bits(graph: ir.Graph, matmul: CpuMatmul, grid: Grid, codes: np.ndarray, rescored: int = 0) -> int:
+    """Put MatMulNBits in a matmul's place; returns the bytes of its weights."""
+    node = matmul.node
+    made, size = few_bits(graph, matmul, grid, codes, str(node.name))
     old, result = node.outputs[0], made.outputs[0]
     home = node.graph
     assert home is not None
     home.insert_before(node, [made])
-    if product.is_projection and rescored and len(product.weights) == 1:
-        result = rescore(graph, product, result, rescored)
+    if matmul.is_projection and rescored and len(matmul.weights) == 1:
+        result = rescore(graph, matmul, result, rescored)
         result.type, result.shape = old.type, old.shape
     name = old.name
     ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
@@ -195,15 +195,15 @@ def put_bits(graph: ir.Graph, product: CpuProduct, grid: Grid, codes: np.ndarray
     return size
 
 
-def few_bits(graph: ir.Graph, product: CpuProduct, grid: Grid, codes: np.ndarray, name: str) -> tuple[ir.Node, int]:
-    """A MatMulNBits that computes what ``product`` does, in no graph yet, and the bytes of its weights."""
+def few_bits(graph: ir.Graph, matmul: CpuMatmul, grid: Grid, codes: np.ndarray, name: str) -> tuple[ir.Node, int]:
+    """A MatMulNBits that computes what ``matmul`` does, in no graph yet, and the bytes of its weights."""
     stored = _stored(name, grid, codes)
-    inputs = [product.activation, *(new_constant(graph, array, part) for part, array in stored.items())]
-    outputs, size = product.shape
+    inputs = [matmul.activation, *(new_constant(graph, array, part) for part, array in stored.items())]
+    outputs, size = matmul.shape
     attributes: dict[str, Any] = {"K": size, "N": outputs, "bits": grid.bits, "block_size": codes.shape[-1]}
     attributes["accuracy_level"] = _ROUND_ACTIVATIONS_TO_INT8
     made = new_node("MatMulNBits", inputs, attributes, name, domain=MICROSOFT)
-    made.outputs[0].type, made.outputs[0].shape = product.node.outputs[0].type, product.node.outputs[0].shape
+    made.outputs[0].type, made.outputs[0].shape = matmul.node.outputs[0].type, matmul.node.outputs[0].shape
     return made, sum(array.nbytes for array in stored.values())
 
 
@@ -215,9 +215,9 @@ def _stored(name: str, grid: Grid, codes: np.ndarray) -> dict[str, np.ndarray]:
     return {f"{name}/{part}": np.ascontiguousarray(values) for part, values in parts.items()}
 
 
-def take_in(graph: ir.Graph, product: CpuProduct) -> None:
-    """Give a product that keeps its type a weight with the smoothing that was left to it."""
-    if (product.multipliers == 1).all() and (product.divisors == 1).all():
+def take_in(graph: ir.Graph, matmul: CpuMatmul) -> None:
+    """Give a matmul that keeps its type a weight with the smoothing that was left to it."""
+    if (matmul.multipliers == 1).all() and (matmul.divisors == 1).all():
         return
-    smoothed = new_constant(graph, np.ascontiguousarray(product.matrix().T), f"{product.node.name}/smoothed")
-    product.node.replace_input_with(1, smoothed)
+    smoothed = new_constant(graph, np.ascontiguousarray(matmul.matrix().T), f"{matmul.node.name}/smoothed")
+    matmul.node.replace_input_with(1, smoothed)

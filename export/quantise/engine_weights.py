@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...runtime.errors import QuantisationError
+from ..passes.matmuls import constant_matrix
 from ..weights import WeightsFile
 
 LARGEST = 127
@@ -34,7 +35,7 @@ class QuantisationReport:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """The constant matrix ``value`` of a product, the node and input that read it (a Transpose, perhaps), its axis of outputs."""
+    """The constant matrix ``value`` of a matmul, the node and input that read it (a Transpose, perhaps), its axis of outputs."""
 
     value: ir.Value
     user: ir.Node
@@ -80,7 +81,7 @@ def quantised(weight: np.ndarray, scales: np.ndarray, axis: int) -> np.ndarray:
 def quantise_weights(model: ir.Model, skipped: Collection[str] = ()) -> QuantisationReport:
     """Rewrite the large MatMul and Gemm weights of ``model``, in place; values are computed when they are saved, one by one.
 
-    ``skipped``: names of the products that keep theirs.
+    ``skipped``: names of the matmuls that keep theirs.
     """
     graph = model.graph
     made: dict[tuple[str, int], tuple[ir.Value, ir.Value]] = {}
@@ -131,32 +132,22 @@ def write_quantised(
 
 
 def holds_8_bits(node: ir.Node) -> bool:
-    """Whether a product's weight is one that :func:`quantise_weights` rewrites."""
+    """Whether a matmul's weight is one that :func:`quantise_weights` rewrites."""
     found = weight_of(node)
     return found is not None and found.value.const_value is not None and found.value.const_value.size >= _SMALLEST_WEIGHT
 
 
 def weight_of(node: ir.Node) -> Weight | None:
-    """The weight of a MatMul or Gemm that has a constant one."""
-    if node.op_type not in ("MatMul", "Gemm") or node.domain:
+    """Find the weight of a MatMul or Gemm: a constant matrix that stands in the node's graph, whole."""
+    matrix = constant_matrix(node)
+    if matrix is None or len(matrix.parts) != 1:
         return None
-    user, index = node, 1
-    value = node.inputs[1]
-    transposed = node.op_type == "Gemm" and _flag(node, "transB")
-    producer = None if value is None else value.producer()
-    if producer is not None and producer.op_type == "Transpose" and len(value.uses()) == 1:  # type: ignore[union-attr]
-        user, index, value, transposed = producer, 0, producer.inputs[0], not transposed
-    if value is None or value.const_value is None or value.name not in node.graph.initializers:  # type: ignore[union-attr]
+    (value,) = matrix.parts
+    turn = matrix.turn
+    if value.name not in node.graph.initializers or (turn is not None and len(turn.outputs[0].uses()) > 1):  # type: ignore[union-attr]
         return None
-    tensor = value.const_value
-    if len(tensor.shape) != 2 or tensor.dtype not in (ir.DataType.FLOAT16, ir.DataType.FLOAT):
-        return None
-    return Weight(value, user, index, 0 if transposed else 1)
-
-
-def _flag(node: ir.Node, name: str) -> bool:
-    attribute = node.attributes.get(name)
-    return attribute is not None and bool(attribute.as_int())
+    axis = 0 if matrix.transposed else 1
+    return Weight(value, node, 1, axis) if turn is None else Weight(value, turn, 0, axis)
 
 
 def _stored(graph: ir.Graph, weight: ir.Value, axis: int) -> tuple[ir.Value, ir.Value]:

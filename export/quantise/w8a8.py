@@ -1,7 +1,7 @@
-"""Activations in 8 bits, too: what products read goes through QuantizeLinear and DequantizeLinear, of standard operators only.
+"""Activations in 8 bits, too: what matmuls read goes through QuantizeLinear and DequantizeLinear, of standard operators only.
 
-Symmetric, with one scale an activation, as TensorRT takes it: with int8 weights beside it (:mod:`.engine_weights`), the product
-is one of integers. Smoothing (:mod:`.smooth_standard`) comes first. Where one scale can't serve an activation, the product keeps
+Symmetric, with one scale an activation, as TensorRT takes it: with int8 weights beside it (:mod:`.engine_weights`), the matmul
+is one of integers. Smoothing (:mod:`.smooth_standard`) comes first. Where one scale can't serve an activation, the matmul keeps
 it as it is; its weight is in int8 all the same, so that costs no bytes.
 """
 
@@ -17,14 +17,16 @@ import onnx_ir as ir
 from ...runtime.errors import UsageError
 from ...runtime.executors import step_io
 from ...runtime.files.scales_file import LEVELS, Scales
+from ..passes.matmuls import MATMULS
 from ..passes.patterns import new_constant
 from .engine_weights import QuantisationReport, holds_8_bits, quantise_weights
-from .smooth_standard import GRID, attention_of, fold_smoothing
+from .smooth_standard import GRID, fold_smoothing
+from .takers import attention_of
 
 LARGEST_ERROR = 4e-4
-"""Relative squared error of a product: activations of those that int8 is simulated to change more stay as they are."""
+"""Relative squared error of a matmul: activations of those that int8 is simulated to change more stay as they are."""
 OF_ATTENTION = 4.0
-"""How much larger that of attention's output product may be: what it adds to the hidden state is small (docs/calibration.md)."""
+"""How much larger that of attention's output matmul may be: what it adds to the hidden state is small (docs/calibration.md)."""
 _SMALLEST_HALF = float(np.finfo(np.float16).smallest_normal)
 _CHOICES = ("int8", "fp16")
 
@@ -67,7 +69,7 @@ def quantise_network(model: ir.Model, options: Int8Options, scales: Scales | Non
 
 
 def quantise_activations(model: ir.Model, scales: Scales, keep: Iterable[str] | None = None) -> list[str]:
-    """Smooth a step graph and quantise what the backbone's products read, in place; returns their names.
+    """Smooth a step graph and quantise what the backbone's matmuls read, in place; returns their names.
 
     ``keep``: see :class:`Int8Options`.
 
@@ -92,12 +94,12 @@ def quantise_activations(model: ir.Model, scales: Scales, keep: Iterable[str] | 
     return [str(node.name) for found in readers.values() for node in found]
 
 
-def _spoils(product: ir.Node, scales: Scales) -> bool:
-    """Whether int8 changes a product (or its activation, if none was tried) too much."""
-    activation = scales.layers[str(product.name)].activation
+def _spoils(matmul: ir.Node, scales: Scales) -> bool:
+    """Whether int8 changes a matmul (or its activation, if none was tried) too much."""
+    activation = scales.layers[str(matmul.name)].activation
     tried = scales.smoothing.get(activation)
     error = tried[GRID].error if tried else scales.activations[activation].relative_error ** 2
-    return error > LARGEST_ERROR * (OF_ATTENTION if attention_of(product.inputs[0]) is not None else 1)
+    return error > LARGEST_ERROR * (OF_ATTENTION if attention_of(matmul.inputs[0]) is not None else 1)
 
 
 def activation_scale(scales: Scales, activation: str, *, smoothed: bool) -> float:
@@ -109,13 +111,13 @@ def activation_scale(scales: Scales, activation: str, *, smoothed: bool) -> floa
 
 
 def parts(graph: ir.Graph) -> Mapping[str, str]:
-    """What the products of a graph belong to, by their names: ``backbone``, ``projection`` or ``heads``."""
+    """What the matmuls of a graph belong to, by their names: ``backbone``, ``projection`` or ``heads``."""
     outputs = {value.name: value for value in graph.outputs}
     backbone, projection = (_needed_by(outputs.get(name)) for name in (step_io.HIDDEN, step_io.LOGITS))
     return {
         str(node.name): "backbone" if node in backbone else "projection" if node in projection else "heads"
         for node in graph
-        if node.op_type in ("MatMul", "Gemm") and not node.domain
+        if node.op_type in MATMULS and not node.domain
     }
 
 

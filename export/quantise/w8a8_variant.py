@@ -19,7 +19,7 @@ NAME = "int8"
 def write_w8a8_variant(bundle: Bundle, scales: Scales, keep: Iterable[str] | None = None, *, force: bool = False) -> Bundle:
     """Add the variant ``int8`` and return the bundle as it is now.
 
-    Its products of the backbone are those of an engine built with these scales: smoothed, activations and weights in 8 bits.
+    Its matmuls of the backbone are those of an engine built with these scales: smoothed, activations and weights in 8 bits.
     ``keep``: see :class:`.w8a8.Int8Options`; those layers, the projection onto the vocabulary and the heads stay as they are,
     whereas an engine has their weights in 8 bits.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...runtime.executors.step_io import HIDDEN_BIAS
 from ..heads.module import HeadStack
-from .attention import TraceCache, tracing
+from .attention import TraceCache, install, tracing
 
 
 def visibility_mask(ancestors: Tensor, write_index: Tensor, columns: Tensor, margin: int, dtype: torch.dtype) -> Tensor:
@@ -95,6 +95,7 @@ class StepModule(nn.Module):
 
     def __init__(self, backbone: Any, heads: HeadStack, margin: int) -> None:
         super().__init__()
+        install(backbone)
         self.decoder = backbone.get_decoder()
         self.embedding = backbone.get_input_embeddings()
         self.projection = backbone.get_output_embeddings()

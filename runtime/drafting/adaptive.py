@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
-from ..files.heads import PlattScaling
 from .acceptance_stats import AcceptanceStats, Evidence
 from .draft import NOTHING, Candidates, Draft, Scale, TokenPath, compiled, ranked_paths
 from .lookup import PromptLookup
 from .step_cost import Track
+
+if TYPE_CHECKING:
+    from ..files.heads import PlattScaling
 
 _SUREST = 0.98
 """Highest probability of a candidate, whatever its head says."""

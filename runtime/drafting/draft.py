@@ -5,13 +5,15 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ..files.heads import PlattScaling
 from ..tree import ROOT_ONLY, Shape, Tree
 from .lookup import PromptLookup
+
+if TYPE_CHECKING:
+    from ..files.heads import PlattScaling
 
 UNKNOWN_SCALING = ((0.7, -1.0),)
 """Of all heads that nobody measured: surer than right, as both sets of heads in the repository were found to be."""

@@ -32,3 +32,19 @@ def run_one(executor: Executor, rows: SlotRows, lengths: Sequence[int], moves: t
     if isinstance(result, Exception):
         raise result
     return result
+
+
+def run_prompt(
+    executor: Executor, slot: int, tokens: Sequence[int], chunk: int, lengths: Sequence[int], wanted: Wanted = NO_OUTPUTS
+) -> SlotResult:
+    """Write a prompt into a slot from its first row on, ``chunk`` tokens a step. Returns the last step's result.
+
+    ``wanted``: outputs of the prompt's last row. Raises the exception that an engine call ended with, if one failed.
+    """
+    ids, kept = np.asarray(tokens, np.int64), list(lengths)
+    starts = range(0, len(ids), chunk)
+    for start in starts:
+        kept[slot] = start
+        rows = prefill_rows(slot, ids[start : start + chunk], wanted if start == starts[-1] else NO_OUTPUTS)
+        result = run_one(executor, rows, kept)
+    return result

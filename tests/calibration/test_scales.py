@@ -86,7 +86,7 @@ def test_what_is_observed_is_what_torch_computes_in_prefill_and_in_every_row_of_
     ]
     assert len(paths) == found.tree_rows > 4
     expected = linear_inputs(tiny_model, [(prompt, len(prompt)), *paths])
-    products = calibrator.products[: PER_LAYER * LAYERS]
+    products = calibrator.matmuls[: PER_LAYER * LAYERS]
     for product, maxima in zip(products, expected, strict=True):
         observer = found.observers[product.activation]
         np.testing.assert_allclose(observer.channel_maxima, maxima, rtol=1e-4, atol=1e-5)
@@ -96,7 +96,7 @@ def test_what_is_observed_is_what_torch_computes_in_prefill_and_in_every_row_of_
 def test_every_product_with_a_constant_weight_is_there_and_sees_the_rows_that_it_computes(
     calibrator: Calibrator, seen: Observations
 ):
-    products = calibrator.products
+    products = calibrator.matmuls
     of_heads = [product for product in products if product.of_heads]
     (projection,) = [product for product in products[PER_LAYER * LAYERS :] if not product.of_heads]
     assert len(products) == PER_LAYER * LAYERS + 1 + HEADS + 1
@@ -119,7 +119,7 @@ def test_scales_are_ranges_and_weights_in_127_steps_and_are_read_back(
     path.write_text(scales.to_json(), "utf-8")
     read = read_scales(path, calibrator.bundle.manifest)
     assert read.to_json() == scales.to_json()
-    product = calibrator.products[6]
+    product = calibrator.matmuls[6]
     activation, weights = read.of_layer(product.name)
     tensor = load_file(tiny_model / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
     np.testing.assert_allclose(weights, np.abs(tensor).max(1) / 127, rtol=1e-6)
@@ -194,7 +194,7 @@ def test_a_large_model_is_prefilled_in_fewer_rows_at_a_time(
     assert small.session.manifest.limits.prefill_chunk < 16
     found = small.collect(PROMPTS, 24)
     assert found.prefill_rows == seen.prefill_rows
-    name = small.products[0].activation
+    name = small.matmuls[0].activation
     np.testing.assert_allclose(found.observers[name].channel_maxima, seen.observers[name].channel_maxima, rtol=1e-4)
 
 
@@ -203,7 +203,7 @@ def test_where_the_tree_is_its_root_alone_heads_run_in_no_step_and_are_not_watch
     plain = Calibrator(replace(bundle, manifest=replace(bundle.manifest, trees={"default": []})), threads=1)
     found = plain.collect(PROMPTS, 24)
     assert found.tree_rows > 0
-    assert not any(product.of_heads for product in plain.products)
+    assert not any(product.of_heads for product in plain.matmuls)
     scales = make_scales(plain, found, Method(), plain.settings(PROMPTS, 24))
     assert len(scales.layers) == PER_LAYER * LAYERS + 1
     assert set(scales.activations) < set(seen.observers)
@@ -214,7 +214,7 @@ def test_too_little_data_is_refused(calibrator: Calibrator, seen: Observations):
         found = calibrator.collect(prompts, new_tokens)
         with pytest.raises(CalibrationError, match=what):
             make_scales(calibrator, found, Method(), {})
-    untouched = Observations.of(calibrator.products)
+    untouched = Observations.of(calibrator.matmuls)
     untouched.prefill_rows = untouched.tree_rows = 1000
     with pytest.raises(CalibrationError, match="never computed"):
         make_scales(calibrator, untouched, Method(), {})

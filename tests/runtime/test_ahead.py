@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from medusa_deploy.runtime import ROOT_ONLY, Request, SamplingParams, Session, load
-from medusa_deploy.runtime.errors import NumericsError
+from medusa_deploy.runtime.executors import step_io
+from medusa_deploy.runtime.executors.step_plan import SlotResult, StepPlan, StepResult
 from medusa_deploy.runtime.executors.tensorrt import executor as trt
 from medusa_deploy.runtime.executors.tensorrt.executor import TrtExecutor
 from medusa_deploy.runtime.tree import Tree, chain
 from support.fake_cuda import FakeRuntime
+from support.fake_engine import load_fake
 from support.fake_trt import FakeTrt
+from support.plans import Caller
 from support.tiny import HEADS, VOCAB
 from support.trees import prefix_closed
 
@@ -27,13 +30,11 @@ Load = Callable[..., Session]
 
 
 @pytest.fixture(scope="module")
-def sessions(engine_bundle: Path) -> dict[int, Session]:
+def sessions(engine_bundle: Path) -> Iterator[dict[int, Session]]:
     """Sessions of 1 and 3 slots on a fake GPU, with small steps of the visible length so that it changes often."""
-    from support.fake_engine import load_fake
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trt, "COLUMN_BUCKET", 32)
-        return {slots: load_fake(engine_bundle, patch, FakeTrt(FakeRuntime()), slots=slots) for slots in (1, 3)}
+        yield {slots: load_fake(engine_bundle, patch, FakeTrt(FakeRuntime()), slots=slots) for slots in (1, 3)}
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +44,10 @@ def reference(tiny_bundle: Path) -> Session:
 
 
 def _settled(session: Session) -> None:
-    """Nobody holds a slot, and the next request finds everything as a first one would."""
+    """Nobody holds a slot, and nothing is left to do or to move. A step in flight is nobody's: the next request discards it."""
     assert session.slots.free == session.slots.slots
-    assert not session.slots.lengths.any()
-    assert isinstance(session.executor, TrtExecutor) and not session.executor._flying
-    ahead = session._decoder._ahead
-    assert ahead is not None and not ahead.in_flight
+    assert not any(session.slots.moves)
+    assert not session.loop.tick()
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -112,69 +111,42 @@ def test_a_cancelled_stream_leaves_nothing_behind(
 
 
 def test_streams_that_take_turns_discard_nothing(
-    engine_bundle: Path, reference: Session, monkeypatch: pytest.MonkeyPatch
+    engine_bundle: Path, gpu: FakeTrt, reference: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from support.fake_engine import load_fake
-
-    session = load_fake(engine_bundle, monkeypatch, FakeTrt(FakeRuntime()), slots=3)
-    launched: list[int] = []
-    method = TrtExecutor.launch_next
-    monkeypatch.setattr(TrtExecutor, "launch_next", lambda self, end: (launched.append(end), method(self, end))[1])
+    session = load_fake(engine_bundle, monkeypatch, gpu, slots=3)
+    plans: list[StepPlan] = []
+    method = TrtExecutor.run
+    monkeypatch.setattr(TrtExecutor, "run", lambda self, plan: (plans.append(plan), method(self, plan))[1])
     prompts = [[4, 5, 6], [9] * 20]
-    streams = [session.stream(token_ids=prompt, max_new_tokens=30, tree=WIDE, ignore_eos=True) for prompt in prompts]
+    streams = [session.stream(token_ids=prompt, max_new_tokens=40, tree=WIDE, ignore_eos=True) for prompt in prompts]
     found: list[list[int]] = [[], []]
-    for _ in range(5):
+    ahead = 0
+    for _ in range(8):
         for index in (0, 1):
             found[index] += next(streams[index]).token_ids
-    assert launched == [], "one stream's next step is never the next step"
+            asked = sum(any(not rows.prefills for rows in plan.active) for plan in plans)
+            asked += sum(rows.prefills for plan in plans for rows in plan.active)
+            ahead = gpu.cuda.calls["copy DeviceToHost"] - asked  # each call brings its results by one copy
+            assert ahead in (0, 1), "all that was run but for the newest was asked for"
+    assert ahead == 1 and len(plans[-1].active) == 2, "both are in one step, and the next one is under way"
     for index in (0, 1):
         found[index] += [token for chunk in streams[index] for token in chunk.token_ids]
-        expected = reference.generate(token_ids=prompts[index], max_new_tokens=30, tree=WIDE, ignore_eos=True)
+        expected = reference.generate(token_ids=prompts[index], max_new_tokens=40, tree=WIDE, ignore_eos=True)
         assert found[index] == expected.token_ids
-    assert launched, "alone, it runs ahead"
 
 
-@pytest.mark.parametrize("before", range(1, 8))
-@pytest.mark.parametrize("failing", ["collect", "launch_next", "results"])
-def test_after_an_exception_the_sequence_goes_on_where_it_was(
-    sessions: dict[int, Session], reference: Session, monkeypatch: pytest.MonkeyPatch, failing: str, before: int
-) -> None:
-    """A step in flight is discarded with the one that failed; what it moved stays moved."""
-    session = sessions[1]
-    decoder = session._decoder
-    run = session._open(Request(token_ids=[4, 5, 6], max_new_tokens=60, tree=WIDE, ignore_eos=True))
-    sequence = run.sequence
-    decoder.prefill(sequence)
-    for _ in range(before):
-        decoder.step([sequence])
-    length, tokens = int(session.slots.lengths[0]), list(sequence.tokens)
-    with monkeypatch.context() as patch:
-        if failing == "results":
-            collect = TrtExecutor.collect
-
-            def broken(self: TrtExecutor) -> Any:
-                buffers = collect(self)
-                buffers.log_probs[:] = np.nan
-                return buffers
-
-            patch.setattr(TrtExecutor, "collect", broken)
-        else:
-            method, calls = getattr(TrtExecutor, failing), iter(range(9))
-
-            def fail_once(self: TrtExecutor, *arguments: Any) -> Any:
-                if next(calls) == 0:
-                    raise NumericsError("it failed")
-                return method(self, *arguments)
-
-            patch.setattr(TrtExecutor, failing, fail_once)
-        with pytest.raises(NumericsError):
-            decoder.step([sequence])
-    assert (int(session.slots.lengths[0]), sequence.tokens) == (length, tokens)
-    while sequence.finish_reason is None:
-        decoder.step([sequence])
-    decoder.release(sequence)
-    assert sequence.emitted == reference.generate(token_ids=[4, 5, 6], max_new_tokens=60, ignore_eos=True).token_ids
-    _settled(session)
+def test_heads_run_beside_a_step_in_flight(sessions: dict[int, Session], reference: Session) -> None:
+    """Their results are the step's own, and the step in flight is collected afterwards as if nothing had been."""
+    caller = Caller(sessions[3].executor)
+    emitted = [caller.prompt(1, [4, 5, 6])]
+    hidden = np.random.default_rng(0).normal(size=(2, sessions[3].manifest.backbone.hidden_size)).astype(np.float32)
+    roots = np.array([5, 6], np.int64)
+    expected = reference.executor.propose(hidden, roots)
+    for _ in range(6):
+        emitted += caller.step(caller.verifies(1, WIDE), follow=WIDE)[0]
+        for mine, theirs in zip(caller.executor.propose(hidden, roots), expected, strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-4)
+    assert emitted == reference.generate(token_ids=[4, 5, 6], max_new_tokens=len(emitted), ignore_eos=True).token_ids
 
 
 def test_a_prompt_between_two_steps_does_not_move_another_slots_rows(sessions: dict[int, Session], reference: Session) -> None:
@@ -195,19 +167,32 @@ def test_a_prompt_between_two_steps_does_not_move_another_slots_rows(sessions: d
 
 def test_what_a_step_emits_is_what_the_graph_says_that_it_emits(on_gpu: Load, gpu: FakeTrt) -> None:
     """``emitted`` leaves the device beside the rows that the host reads it from."""
-    from medusa_deploy.runtime.executors import step_io
-
     session = on_gpu()
-    executor = session.executor
-    assert isinstance(executor, TrtExecutor)
-    stream = session.stream(token_ids=[4, 5, 6], max_new_tokens=60, tree=WIDE, ignore_eos=True)
+    said: list[list[int]] = []
+    gpu.outputs = lambda found: said.append([int(token) for token in found[step_io.EMITTED][0] if token >= 0])
+    pieces = list(session.stream(token_ids=[4, 5, 6], max_new_tokens=60, tree=WIDE, ignore_eos=True))
     checked = 0
-    for index, chunk in enumerate(stream):
-        if index < 3 or chunk.finish_reason or not executor._flying:
-            continue
-        slot = executor._ring[(executor._launched - 1) % trt.RING]
-        layout = executor._host.step_layout(slot.rows)
-        emitted = layout.moving.views(slot.memory.bytes)[step_io.EMITTED][0]
-        assert [int(token) for token in emitted if token >= 0] == chunk.token_ids
-        checked += len(chunk.token_ids) > 1
+    for index, piece in enumerate(pieces[1:-2], start=1):  # neither the prompt's nor what the length limit cuts
+        assert said[index] == piece.token_ids
+        checked += len(piece.token_ids) > 1
     assert checked > 2
+
+
+def test_the_tokens_that_the_device_drafts_are_those_that_the_host_would_draft(
+    engine_bundle: Path, gpu: FakeTrt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host asks for a step by its tokens; one that drafted others is not taken for it."""
+    executor = load_fake(engine_bundle, monkeypatch, gpu).executor
+    made: list[np.ndarray] = []
+    gpu.outputs = lambda found: made.append(found[step_io.NEXT_TOKENS][0].copy())
+    caller = Caller(executor)
+    caller.prompt(0, [4, 5, 6])
+    for _ in range(6):
+        caller.step(caller.verifies(0, WIDE), follow=WIDE)
+        rows = caller.verifies(0, WIDE)
+        assert any(np.array_equal(tokens[: WIDE.rows], rows.tokens) for tokens in made[-2:])
+    rows.tokens[-1] = (rows.tokens[-1] + 1) % VOCAB
+    calls = gpu.cuda.calls["copy HostToDevice"]
+    result: StepResult = executor.run(caller.plan([rows], WIDE))
+    assert isinstance(result.slots[0], SlotResult)
+    assert gpu.cuda.calls["copy HostToDevice"] == calls + 2, "the host's own step"

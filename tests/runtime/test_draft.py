@@ -141,9 +141,7 @@ _texts = st.lists(st.integers(100, 124), min_size=1, max_size=20)
 
 
 @given(st.lists(_chances, min_size=1, max_size=3), st.integers(1, 9), _texts, st.data())
-def test_rows_are_the_best_paths_of_both(
-    chances: list[list[float]], rows: int, text: list[int], data: st.DataObject
-) -> None:
+def test_rows_are_the_best_paths_of_both(chances: list[list[float]], rows: int, text: list[int], data: st.DataObject) -> None:
     """Breadth order, parents drafted, and no other choice of as many rows promises more."""
     number = st.floats(-2, 2, width=16)
     scaling = tuple((abs(data.draw(number)), data.draw(number)) for _ in chances)

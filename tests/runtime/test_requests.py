@@ -52,8 +52,11 @@ def test_a_wrong_request_is_a_named_error_and_takes_no_slot(options: dict[str, A
     assert caught.value.hint
     with pytest.raises(error, match=said):
         list(session.stream(**options))
-    with pytest.raises(error, match=said):
-        list(session.generate_many([Request(**options)]))
+    with pytest.raises(error, match=said):  # keywords that exclude each other are refused before there is a request
+        ((_, refused),) = session.generate_many([Request(**options)])
+        assert (refused.finish_reason, refused.token_ids) == ("error", [])
+        assert refused.error is not None
+        raise refused.error
     assert session.slots.free == 1
     assert session.executor.calls == 0
 

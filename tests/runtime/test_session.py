@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from medusa_deploy.runtime import Chunk, Request, SamplingParams
+from medusa_deploy.runtime.drafting.draft import NOTHING, Draft
 from medusa_deploy.runtime.errors import (
     PromptError,
     SlotError,
+    StepError,
     UsageError,
 )
+from medusa_deploy.runtime.executors.step_plan import StepPlan, StepResult
 from support.fake_executor import FakeSession, fake_session
 from support.text import decode, encode
 from support.tiny import EOS
@@ -103,15 +107,34 @@ def test_a_wrong_stop_string_takes_no_slot(talking: FakeSession) -> None:
 # -- slots ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_held_slot_is_refused_and_free_again_when_its_stream_closes() -> None:
+def test_a_request_waits_for_a_slot_and_the_stream_that_holds_it_goes_on() -> None:
     session = fake_session()
     stream = session.stream(token_ids=[1], max_new_tokens=50)
-    next(stream)
+    first = next(stream).token_ids
+    assert session.generate(token_ids=[2], max_new_tokens=5).token_ids == session.language.greedy([2], 5)
+    assert first + [token for chunk in stream for token in chunk.token_ids] == session.language.greedy([1], 50)
+    assert session.slots.free == 1
+
+
+def test_a_slot_that_somebody_else_holds_for_good_is_an_error_and_not_a_wait() -> None:
+    session = fake_session()
+    slot = session.slots.acquire()
     with pytest.raises(SlotError, match="all 1 slots") as caught:
         session.generate(token_ids=[2])
     assert "slots" in caught.value.hint
     with pytest.raises(SlotError):
         next(session.generate_many([Request(token_ids=[2])]))
+    session.slots.release(slot)
+    found = session.generate(token_ids=[2], max_new_tokens=5, speculative=False)
+    assert found.token_ids == session.language.greedy([2], 5)
+    assert session.executor.calls == 5, "the requests that were refused left nothing behind"
+
+
+def test_a_stream_frees_its_slot_when_it_closes() -> None:
+    session = fake_session()
+    stream = session.stream(token_ids=[1], max_new_tokens=50)
+    next(stream)
+    assert session.slots.free == 0
     stream.close()  # type: ignore[attr-defined]
     assert session.slots.free == 1
     assert session.generate(token_ids=[2], max_new_tokens=5).token_ids == session.language.greedy([2], 5)
@@ -137,22 +160,70 @@ def test_a_stream_that_never_started_holds_nothing() -> None:
 def test_a_failing_engine_frees_the_slot_and_the_next_request_works(call: int) -> None:
     session = fake_session()
     session.executor.fail_at = call
-    with pytest.raises(RuntimeError, match="the engine failed"):
+    with pytest.raises(StepError, match="the engine failed"):
         session.generate(token_ids=[1] * 20, max_new_tokens=30)
     assert session.slots.free == 1
-    assert not session.slots.lengths.any()
     assert session.generate(token_ids=[3] * 20, max_new_tokens=30).token_ids == session.language.greedy([3] * 20, 30)
 
 
 @pytest.mark.parametrize("call", range(1, 12))
-def test_a_failing_engine_frees_all_slots_of_many(call: int) -> None:
+def test_a_failing_engine_call_ends_its_own_requests_alone(call: int) -> None:
     session = fake_session(3)
     session.executor.fail_at = call
     requests = [Request(token_ids=[token] * 10, max_new_tokens=10 + token) for token in range(1, 6)]
-    with pytest.raises(RuntimeError, match="the engine failed"):
-        list(session.generate_many(requests))
+    found = dict(session.generate_many(requests))
+    failed = {index for index, generation in found.items() if generation.finish_reason == "error"}
+    assert failed and len(found) == 5
+    for index, generation in found.items():
+        expected = session.language.greedy(list(requests[index].token_ids or ()), requests[index].max_new_tokens)
+        assert generation.token_ids == expected[: len(generation.token_ids)]
+        assert isinstance(generation.error, StepError) if index in failed else len(generation.token_ids) == len(expected)
     assert session.slots.free == 3
     assert sorted(index for index, _ in session.generate_many(requests)) == [0, 1, 2, 3, 4]
+
+
+def test_an_interrupt_ends_what_was_under_way_and_nothing_else() -> None:
+    session = fake_session(2)
+    other = session.submit(Request(token_ids=[5], max_new_tokens=5))
+    session.executor.error, session.executor.fail_at = KeyboardInterrupt(), 3
+    with pytest.raises(KeyboardInterrupt):
+        session.generate(token_ids=[1] * 20, max_new_tokens=30)
+    assert session.slots.free == 2
+    with pytest.raises(StepError, match="interrupted"):
+        other.result()
+    assert session.generate(token_ids=[3], max_new_tokens=9).token_ids == session.language.greedy([3], 9)
+
+
+class _Stubborn:
+    """A drafter of the caller's own that breaks at its third draft."""
+
+    rows, heads = 1, False
+
+    def __init__(self) -> None:
+        self.left = 2
+
+    def draft(self, candidates: object) -> Draft:
+        self.left -= 1
+        if self.left < 0:
+            raise ArithmeticError("no more drafts")
+        return NOTHING
+
+
+def test_a_drafter_that_fails_ends_its_own_request_alone() -> None:
+    session = fake_session(2)
+    requests = [Request(token_ids=[1], drafting=_Stubborn()), Request(token_ids=[2], max_new_tokens=20)]
+    found = dict(session.generate_many(requests))
+    assert isinstance(found[0].error, ArithmeticError)
+    assert found[0].token_ids == session.language.greedy([1], 3)
+    assert found[1].token_ids == session.language.greedy([2], 20)
+
+
+def test_a_cancel_function_that_fails_ends_its_own_request_alone() -> None:
+    session = fake_session(2)
+    requests = [Request(token_ids=[1], cancel=lambda: 1 / 0 > 1), Request(token_ids=[2], max_new_tokens=20)]
+    found = dict(session.generate_many(requests))
+    assert isinstance(found[0].error, ZeroDivisionError)
+    assert found[1].token_ids == session.language.greedy([2], 20)
 
 
 def test_leaving_many_early_frees_all_slots() -> None:
@@ -165,10 +236,12 @@ def test_leaving_many_early_frees_all_slots() -> None:
     assert session.slots.free == 3
 
 
-def test_a_wrong_request_among_many_frees_all_slots() -> None:
+def test_a_wrong_request_among_many_ends_alone() -> None:
     session = fake_session(2)
-    with pytest.raises(PromptError):
-        list(session.generate_many([Request(token_ids=[1]), Request(token_ids=[])]))
+    found = dict(session.generate_many([Request(token_ids=[1]), Request(token_ids=[]), Request(token_ids=[3], max_new_tokens=4)]))
+    assert isinstance(found[1].error, PromptError) and found[1].finish_reason == "error"
+    assert found[0].token_ids == session.language.greedy([1], 128)
+    assert found[2].token_ids == session.language.greedy([3], 4)
     assert session.slots.free == 2
 
 
@@ -230,3 +303,60 @@ def test_threads_share_a_session() -> None:
         thread.join()
     assert found == {token: [answer] * 3 for token, answer in expected.items()}
     assert session.slots.free == 4
+
+
+def test_threads_that_generate_stream_and_list_at_once_lose_nothing() -> None:
+    """Six threads on two slots: every answer is what it is alone, and every slot is free in the end."""
+    session = fake_session(2, prefill_chunk=4)
+    answers = {token: session.language.greedy([token] * 9, 12) for token in range(1, 7)}
+    lost: list[tuple[int, list[int]]] = []
+
+    def ask(token: int) -> list[int]:
+        options: dict[str, Any] = {"token_ids": [token] * 9, "max_new_tokens": 12}
+        match token % 3:
+            case 0:
+                return session.generate(**options).token_ids
+            case 1:
+                return [one for chunk in session.stream(**options) for one in chunk.token_ids]
+            case _:
+                found = dict(session.generate_many([Request(**options)] * 5))
+                return [one for index in range(5) for one in found[index].token_ids]
+
+    def work(token: int) -> None:
+        for _ in range(4):
+            expected = answers[token] * (5 if token % 3 == 2 else 1)
+            found = ask(token)
+            if found != expected:
+                lost.append((token, found))
+
+    threads = [threading.Thread(target=work, args=(token,)) for token in answers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert lost == []
+    assert session.slots.free == 2
+
+
+def test_threads_that_wait_share_their_steps() -> None:
+    session = fake_session(4)
+    start = threading.Barrier(4)
+
+    def work(token: int) -> None:
+        start.wait()
+        session.generate(token_ids=[token], max_new_tokens=60, speculative=False)
+
+    threads = [threading.Thread(target=work, args=(token,)) for token in range(4)]
+    slow = session.executor.run
+
+    def run(plan: StepPlan) -> StepResult:
+        time.sleep(0.001)  # as an engine does: the other threads get to submit
+        return slow(plan)
+
+    session.executor.run = run  # type: ignore[method-assign]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(len(plan.active) for plan in session.executor.plans) == 4
+    assert len(session.executor.plans) < 2 * 60, "four requests of 60 tokens took the steps of one, and few more"

@@ -14,18 +14,20 @@ SLOTS, CAPACITY = 3, 10
 
 
 class SlotMachine(RuleBasedStateMachine):
-    """Acquire, advance and release at random, beside a model that is a plain dictionary."""
+    """Acquire, advance, step and release at random, beside a model of plain dictionaries and lists."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = SlotPool(SLOTS, CAPACITY)
         self.held: dict[int, int] = {}
+        self.kept = [0] * SLOTS
+        self.moves: list[tuple[int, ...]] = [()] * SLOTS
 
     @precondition(lambda self: len(self.held) < SLOTS)
     @rule()
     def acquire(self) -> None:
         slot = self.pool.acquire()
-        assert slot not in self.held and 0 <= slot < SLOTS
+        assert slot == min(set(range(SLOTS)) - set(self.held)), "held slots stay close together"
         assert self.pool.lengths[slot] == 0
         self.held[slot] = 0
 
@@ -40,8 +42,15 @@ class SlotMachine(RuleBasedStateMachine):
     def advance(self, data: st.DataObject) -> None:
         slot = data.draw(st.sampled_from(sorted(self.held)))
         tokens = data.draw(st.integers(0, CAPACITY - self.held[slot]))
-        self.pool.advance(slot, tokens)
+        moves = tuple(range(50, 50 + data.draw(st.integers(0, tokens))))
+        self.pool.advance(slot, tokens, moves)
         self.held[slot] += tokens
+        self.moves[slot] = moves
+
+    @rule()
+    def step(self) -> None:
+        self.pool.moved()
+        self.moves = [()] * SLOTS
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -55,7 +64,8 @@ class SlotMachine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         slot = data.draw(st.sampled_from(sorted(self.held)))
         self.pool.release(slot)
-        del self.held[slot]
+        self.kept[slot] = self.held.pop(slot) - len(self.moves[slot])
+        self.moves[slot] = ()
         with pytest.raises(AssertionError):
             self.pool.release(slot)
 
@@ -65,7 +75,8 @@ class SlotMachine(RuleBasedStateMachine):
 
     @invariant()
     def lengths_are_what_was_committed(self) -> None:
-        assert np.array_equal(self.pool.lengths, [self.held.get(slot, 0) for slot in range(SLOTS)])
+        assert np.array_equal(self.pool.lengths, [self.held.get(slot, self.kept[slot]) for slot in range(SLOTS)])
+        assert self.pool.moves == tuple(self.moves)
 
 
 TestSlots = SlotMachine.TestCase

@@ -13,12 +13,16 @@ import pytest
 from medusa_deploy.runtime import ROOT_ONLY, SamplingParams, Session, load
 from medusa_deploy.runtime.drafting.draft import FixedTree
 from medusa_deploy.runtime.errors import CapacityError, UsageError
-from medusa_deploy.runtime.executors.executor import AheadExecutor, Wanted
-from medusa_deploy.runtime.executors.tensorrt import executor as trt
+from medusa_deploy.runtime.executors.step_plan import NO_OUTPUTS, SlotResult, SlotRows, Wanted
+from medusa_deploy.runtime.executors.tensorrt import executor as trt, staging
+from medusa_deploy.runtime.executors.tensorrt.context import Contexts
+from medusa_deploy.runtime.executors.tensorrt.cuda import Cuda
 from medusa_deploy.runtime.executors.tensorrt.executor import TrtExecutor
-from medusa_deploy.runtime.tree import Tree, chain
+from medusa_deploy.runtime.tree import Shape, Tree, chain
 from support.fake_engine import add_fake_engine, load_fake
 from support.fake_trt import FakeTrt, FakeTrtRtx
+from support.plans import HEADS_WANTED, Caller, chunk, succeeded
+from support.tiny import HEADS, VOCAB
 
 WIDE = Tree.from_choices([(a, *rest) for a in range(3) for rest in [(), (0,), (1,), (0, 0)]])
 Load = Callable[..., Session]
@@ -39,8 +43,10 @@ def _steps(session: Session, count: int, **options: Any) -> Iterator[None]:
 
 
 def test_it_is_an_executor_that_runs_ahead(on_gpu: Load, tiny_session: Session) -> None:
-    assert isinstance(on_gpu().executor, AheadExecutor)
-    assert not isinstance(tiny_session.executor, AheadExecutor)
+    abilities = on_gpu(slots=2).executor.abilities
+    assert abilities.ahead and abilities.padded
+    assert (abilities.slots, abilities.deepest, abilities.step_rows) == (2, HEADS, (1, 4, 8, 16))
+    assert not tiny_session.executor.abilities.ahead
 
 
 def test_both_packages_decode_as_the_cpu_does(
@@ -104,28 +110,65 @@ def test_in_the_steady_state_nothing_is_allocated_and_only_results_are_waited_fo
     assert spent["copy HostToDevice"] == (60 if "rows" in options else 0)
 
 
-def test_the_next_step_is_under_way_before_a_result_is_read(on_gpu: Load, gpu: FakeTrt, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_step_is_under_way_before_a_result_is_read(on_gpu: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     session = on_gpu()
     order: list[str] = []
-    for name in ("launch_next", "collect"):
-        method = getattr(TrtExecutor, name)
-        monkeypatch.setattr(
-            TrtExecutor, name, lambda self, *args, name=name, method=method: (order.append(name), method(self, *args))[1]
-        )
+    for kind, name in ((Contexts, "enqueue"), (Cuda, "wait")):
+        method = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *args, name=name, method=method: (order.append(name), method(*args))[1])
     for _ in _steps(session, 12, tree=WIDE):
         pass
-    assert order[:6] == ["launch_next", "collect"] * 3
-    assert order.count("collect") == order.count("launch_next") + 1, "the first step was launched by the host"
+    prompt, first, following = ["enqueue", "wait"], ["enqueue", "enqueue", "wait"], ["enqueue", "wait"]
+    assert order == [*prompt, *first, *following * 10], "the first step was launched by the host"
 
 
 def test_results_that_are_not_wanted_stay_on_the_device(on_gpu: Load, gpu: FakeTrt) -> None:
-    executor = _executor(on_gpu())
-    assert executor.buffers(4, Wanted(heads=True)).logits.size == 0
+    executor = on_gpu().executor
     before = gpu.cuda.calls.copy()
-    executor.prefill(0, np.array([1, 2]), 0, Wanted())
-    assert (gpu.cuda.calls - before)["copy DeviceToHost"] == 1
-    executor.prefill(0, np.array([1, 2]), 0, Wanted(logits=True, hidden=True))
-    assert (gpu.cuda.calls - before)["copy DeviceToHost"] == 1 + 3
+    for wanted, copies in ((NO_OUTPUTS, 1), (HEADS_WANTED, 2), (Wanted(logits=True, hidden=True), 2 + 3)):
+        caller = Caller(executor)
+        plan = caller.plan([chunk(0, [1, 2], wanted)])
+        (found,) = succeeded(executor.run(plan))
+        assert (gpu.cuda.calls - before)["copy DeviceToHost"] == copies
+        delivered = [getattr(found, name) is not None for name in ("candidates", "logits", "hidden")]
+        assert delivered == list(wanted)
+
+
+def test_slots_that_want_logits_get_their_own_rows_and_no_others(on_gpu: Load, gpu: FakeTrt) -> None:
+    caller = Caller(on_gpu(slots=3).executor)
+    for slot in range(3):
+        caller.prompt(slot, [slot + 3, 5, 6])
+    before = gpu.cuda.calls.copy()
+    rows = [caller.verifies(slot, WIDE, Wanted(heads=True, logits=slot == 1)) for slot in range(3)]
+    found = succeeded(caller.executor.run(caller.plan(rows)))
+    assert (gpu.cuda.calls - before)["copy DeviceToHost"] == 1 + 1
+    assert [each.logits is None for each in found] == [True, False, True]
+    assert found[1].logits is not None and found[1].logits.shape == (WIDE.rows, VOCAB)
+    assert int(found[1].logits[found[1].last_row].argmax()) == found[1].next_token
+
+
+def test_logits_of_all_sizes_share_one_block(on_gpu: Load, gpu: FakeTrt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a larger plan took stays up to the limit; more than that is given back in the next run."""
+    caller = Caller(on_gpu(slots=3).executor)
+    for slot in range(3):
+        caller.prompt(slot, [slot + 3, 5, 6])
+    without = set(gpu.cuda.pinned)
+
+    def kept(*trees: Tree, wanted: Wanted = Wanted(heads=True, logits=True)) -> list[int]:  # noqa: B008 - a constant
+        caller.step(*(caller.verifies(slot, tree, wanted) for slot, tree in enumerate(trees)))
+        return [len(block) for address, block in gpu.cuda.pinned.items() if address not in without]
+
+    row = VOCAB * 4
+    assert kept(ROOT_ONLY) == [row]
+    assert kept(WIDE, WIDE, chain(3)) == kept(ROOT_ONLY) == kept(chain(2), WIDE) == [32 * row]
+    allocations = gpu.cuda.allocations
+    kept(WIDE, WIDE, WIDE, wanted=HEADS_WANTED)
+    kept(WIDE, WIDE)
+    assert gpu.cuda.allocations == allocations, "in the steady state nothing is allocated"
+    monkeypatch.setattr(staging, "KEPT_BYTES", 20 * row)
+    assert kept(WIDE, WIDE) == [26 * row], "the 32 rows that were kept are too many now, and so are these"
+    assert kept(WIDE, wanted=HEADS_WANTED) == []
+    assert kept(WIDE) == [16 * row]
 
 
 def test_there_is_a_graph_for_each_size_and_set(on_gpu: Load, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,10 +208,21 @@ def test_a_session_that_is_gone_gives_its_memory_back(on_gpu: Load, gpu: FakeTrt
 # -- sizes ---------------------------------------------------------------------------------------------------------
 
 
+def _drafted(slot: int, rows: int) -> SlotRows:
+    """So many rows, all below the root."""
+    return SlotRows(slot, np.arange(3, 3 + rows), Shape.of((-1, *[0] * (rows - 1))))
+
+
 def test_a_step_takes_the_next_larger_profile(on_gpu: Load, gpu: FakeTrt) -> None:
     session = on_gpu()
-    assert [_executor(session).buffers(rows, Wanted()).rows for rows in (1, 2, 4, 5, 8, 13)] == [1, 4, 4, 8, 8, 16]
-    assert _executor(session).buffers(5, Wanted()) is _executor(session).buffers(7, Wanted())
+    caller = Caller(session.executor)
+    caller.prompt(0, [1, 2, 3])
+    sizes = {}
+    for rows in (1, 2, 4, 5, 8, 13):
+        caller.step(_drafted(0, rows))
+        sizes[rows] = gpu.enqueued[-1]["tokens"]
+    assert sizes == {1: (1, 1), 2: (1, 4), 4: (1, 4), 5: (1, 8), 8: (1, 8), 13: (1, 16)}
+    del gpu.enqueued[:]
     for _ in _steps(session, 3, tree=chain(2)):
         pass
     assert {shapes["tokens"] for shapes in gpu.enqueued[1:]} == {(1, 4)}
@@ -178,8 +232,10 @@ def test_more_rows_than_the_engine_takes_are_refused(bundle_copy: Path, gpu: Fak
     session = load_fake(add_fake_engine(bundle_copy, rows=(1, 4)), monkeypatch, gpu)
     with pytest.raises(CapacityError, match="a step of 13 rows, the engine takes 4"):
         session.generate(token_ids=[1], max_new_tokens=5, tree=WIDE)
+    caller = Caller(session.executor)
+    caller.prompt(0, [1, 2, 3])
     with pytest.raises(UsageError, match="a step of 5 rows, the engine takes up to 4") as caught:
-        _executor(session).buffers(5, Wanted())
+        caller.step(_drafted(0, 5))
     assert "--rows 1,4,5" in caught.value.hint
     assert session.slots.free == 1
 
@@ -196,12 +252,21 @@ def test_a_slot_can_be_filled_to_its_last_token(
         assert session.generate(tree=tree, **options).token_ids == cpu.generate(speculative=False, **options).token_ids
 
 
-def test_rows_past_the_end_of_a_cache_are_never_asked_for(on_gpu: Load) -> None:
-    executor = _executor(on_gpu())
-    buffers = executor.buffers(16, Wanted())
-    buffers.idle(0, executor.layout.rows - 16 - 3 - 2)
-    with pytest.raises(CapacityError, match="would write up to cache row"):
-        executor.step(buffers, Wanted())
+def test_rows_past_the_end_of_a_cache_are_never_asked_for(on_gpu: Load, gpu: FakeTrt) -> None:
+    executor = on_gpu(slots=2).executor
+    caller = Caller(executor)
+    for slot in range(2):
+        caller.prompt(slot, [1, 2, 3])
+    most = executor.layout.rows - HEADS - 16 - HEADS  # rows before a step of 16, behind which the graph writes K more
+    calls = len(gpu.enqueued)
+    for caller.lengths in ([most + 1, 3], [3, most + 1]):
+        found = executor.run(caller.plan([_drafted(0, 16)])).slots[0]
+        assert isinstance(found, CapacityError) and "would write up to cache row" in found.message
+    assert len(gpu.enqueued) == calls, "a slot that rests gets padding, too"
+    found = executor.run(caller.plan([chunk(1, [1] * 16)])).slots[0]
+    assert isinstance(found, CapacityError)
+    caller.lengths = [most, most]
+    assert isinstance(executor.run(caller.plan([_drafted(0, 16)])).slots[0], SlotResult)
 
 
 # -- which tree a request gets -------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class FakeExecutor:
     """See the module. A call is the decoding rows of all slots, or one prefill chunk.
 
     ``fail_at``: the number of the call that ends with ``error`` before it does anything. ``padded``: slots that rest get padding,
-    as many rows as the step has, behind the rows that they keep. ``nan``: tokens whose rows come out as NaN.
+    as many rows as the step has, behind the rows that they keep. ``nan``: tokens that make NaN of all rows that see them.
     """
 
     def __init__(self, facts: Manifest, slots: int, *, seed: int = 0, padded: bool = False) -> None:
@@ -138,12 +138,13 @@ class FakeExecutor:
         assert rows.count == shape.rows and rows.forced in (1, rows.count)
         self._tokens[rows.slot, start : start + rows.count] = rows.tokens
         self._positions[rows.slot, start : start + rows.count] = length + shape.depths
-        states = np.array([language.state(self._context(rows, start, row)) for row in range(rows.count)])
+        contexts = [self._context(rows, start, row) for row in range(rows.count)]
+        states = np.array([language.state(context) for context in contexts])
+        broken = np.array([bool(self.nan & set(context.tolist())) for context in contexts])
         last = self._accept(rows, states)
         kept = states[-1:] if rows.prefills else states
         logits = language.table[kept].copy()
-        broken = np.isin(rows.tokens[-len(kept) :], list(self.nan))
-        logits[broken] = np.nan
+        logits[broken[-len(kept) :]] = np.nan
         hidden = np.full((len(kept), self._hidden_size), np.nan, np.float32)
         hidden[:, 0] = kept
         token = int(language.table[states[last]].argmax())
@@ -151,7 +152,7 @@ class FakeExecutor:
         return SlotResult(
             last_row=last,
             next_token=token,
-            finite=int(rows.tokens[last]) not in self.nan,
+            finite=not broken[last],
             candidates=candidates,
             log_probs=None if candidates is None else np.zeros(candidates.shape, np.float32),
             logits=logits if wanted.logits else None,

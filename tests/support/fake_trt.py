@@ -41,7 +41,11 @@ def _enum(name: str, *members: str) -> Any:
 
 
 class FakeTrt:
-    """Stands in for the package ``tensorrt``. One instance a test; ``cuda`` is the driver whose memory its engines use."""
+    """Stands in for the package ``tensorrt``. One instance a test; ``cuda`` is the driver whose memory its engines use.
+
+    ``outputs``: is given the outputs of each call, by name, before they reach device memory; it may change them. ``refuse``: the
+    next calls that are put into a stream are refused, that many.
+    """
 
     __version__ = "9.9"
     DataType = _enum("DataType", "INT64", "BOOL", "FLOAT", "HALF")
@@ -63,6 +67,8 @@ class FakeTrt:
             name.replace("present", "past") if name.startswith("present") else None
         )
         self.on_host: set[str] = set()
+        self.outputs: Callable[[dict[str, np.ndarray]], None] = lambda _found: None
+        self.refuse = 0
         self.engines: list[FakeEngine] = []
 
     def Runtime(self, log: Any) -> FakeLoader:
@@ -202,6 +208,9 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         cuda = self.module.cuda
+        if self.module.refuse:
+            self.module.refuse -= 1
+            return False
         missing = set(self.engine.inputs) - set(self.shapes), set(self.engine.names) - set(self.addresses)
         if any(missing):
             raise DeviceFaultError(f"no shape or address for {missing}")
@@ -227,6 +236,7 @@ class FakeContext:
             feeds |= {past: found[present] for present, past in caches.items() if past is not None}
             found = self._computed(feeds)
         self._check_places(shapes, addresses, {name: value.nbytes for name, value in found.items()}, caches)
+        self.module.outputs(found)
         for name, value in found.items():
             self._array(name, value.shape, addresses[name])[...] = value
 

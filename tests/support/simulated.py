@@ -7,8 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from medusa_deploy.runtime.drafting.draft import Candidates
-from medusa_deploy.runtime.drafting.row_budget import RightSize
-from medusa_deploy.runtime.loop.acceptance import Acceptance
+from medusa_deploy.runtime.drafting.row_budget import RowBudget
 from medusa_deploy.runtime.loop.sequence import Sequence
 from medusa_deploy.runtime.sampling import SamplingParams
 
@@ -38,7 +37,7 @@ class Simulation:
         measured: bool = False, noise: float = 0.03, seed: int = 0,
     ) -> None:  # fmt: skip
         scaling = ((1.0, 0.0),) * HEADS if measured else ()
-        self.right_size = RightSize(sizes, HEADS, scaling)
+        self.row_budget = RowBudget(sizes, HEADS, scaling)
         self.rng = np.random.default_rng(seed)
         self._cost, self._of_heads, self._noise = cost, of_heads, noise
         self.sequence: Sequence
@@ -46,13 +45,12 @@ class Simulation:
     def run(self, propose: Callable[[np.random.Generator, list[int]], Candidates], tokens: int = 128) -> float:
         """Speed-up over plain decoding, with the same noise in the step times."""
         text = self.rng.integers(0, 5000, tokens + HEADS + 1).tolist()
-        drafter = self.right_size.drafter(None, on_host=False)
-        self.sequence = sequence = Sequence(0, [0], 0, SamplingParams(), tokens + 1, frozenset(), drafter)
+        drafter = self.row_budget.drafter(None, on_host=False)
+        self.sequence = sequence = Sequence([0], 0, SamplingParams(), tokens + 1, frozenset(), drafter)
         sequence.candidates = propose(self.rng, text) if drafter.heads else None
         taken = 0.0
-        self.right_size.pause()
         while (done := len(sequence.tokens) - 1) < tokens:
-            self.right_size.plan([sequence])
+            self.row_budget.choose([sequence])
             draft = drafter.draft(sequence.candidates)
             assert draft.shape.rows <= drafter.rows
             path: list[int] = []
@@ -66,8 +64,9 @@ class Simulation:
             seconds *= 0.03 * np.exp(self._noise * self.rng.normal())
             after = text[done + len(emitted) :]
             sequence.candidates = propose(self.rng, after) if drafter.heads else None
-            sequence.stats.add_step(draft, len(path), len(emitted), heads=drafter.heads)
-            self.right_size.learn([sequence], [Acceptance(tuple(path), emitted)], seconds)
+            stats, rows = sequence.stats, draft.shape.rows
+            stats.add_step(rows, len(path), len(emitted), heads=drafter.heads, looked_up=draft.looked_up)
+            self.row_budget.learn([sequence], [emitted], [seconds])
             sequence.tokens += emitted[: tokens - done]
         return tokens / taken
 

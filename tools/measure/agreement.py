@@ -8,7 +8,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from ...runtime.errors import NumericsError, UsageError
+from ...calibration.distributions import kl_divergence, log_softmax
+from ...runtime.errors import UsageError
 from ...runtime.session import Session
 from .probe import Probe
 
@@ -42,7 +43,7 @@ class _Found:
             index=first + rows,
             nll_a=-log_a[rows, labels],
             nll_b=-log_b[rows, labels],
-            kl=np.maximum((np.exp(log_a) * (log_a - log_b)).sum(1), 0.0),  # rounding leaves −1e-17
+            kl=np.maximum(kl_divergence(log_a, log_b), 0.0),  # rounding leaves −1e-17
             same=log_a.argmax(1) == log_b.argmax(1),
             margin=best - second,
         )
@@ -115,20 +116,6 @@ class Agreement:
             },
             "by_position": _by_position(found),
         }
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities float64 [n, V] of logits [n, V].
-
-    Raises:
-        NumericsError: NaN or infinity among them.
-    """
-    if not np.isfinite(logits).all():
-        raise NumericsError("the engine returned NaN or infinite logits", hint="verify the bundle: medusa-deploy verify BUNDLE")
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(1, keepdims=True))
-    return shifted
 
 
 def _histogram(values: np.ndarray, edges: Sequence[float]) -> list[int]:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...calibration.distributions import kl_divergence, log_softmax
 from ...runtime.backends import ort_model
 from ...runtime.executors.ort import OrtExecutor, OrtModel
 from ...runtime.session import Session
-from .agreement import log_softmax
 from .probe import Probe
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Divergence:
         """Mean divergence in nats, and the share of positions where the most likely token is the same."""
         total, same = 0.0, 0
         for reference, other in zip(self._reference, _log_probabilities(session, self.texts), strict=True):
-            total += float((np.exp(reference) * (reference - other)).sum())
+            total += float(kl_divergence(reference, other).sum())
             same += int((reference.argmax(-1) == other.argmax(-1)).sum())
         return total / self.positions, same / self.positions
 

@@ -8,7 +8,7 @@ from typing import Self
 
 import numpy as np
 
-from ...runtime.executors.one_slot import prefill_rows, run_one
+from ...runtime.executors.one_slot import run_one, run_prompt
 from ...runtime.executors.step_plan import NO_OUTPUTS, SlotResult, SlotRows, Wanted
 from ...runtime.session import Session
 from ...runtime.tree import ROOT_ONLY, Tree, chain
@@ -34,14 +34,9 @@ class Probe:
 
     def prefill(self, tokens: Sequence[int]) -> np.ndarray:
         """Start over with ``tokens``, in the session's chunks; the logits [V] after the last one, float32."""
-        ids = np.asarray(tokens, np.int64)
-        size = self._session.manifest.limits.prefill_chunk
-        for start in range(0, len(ids), size):
-            chunk = ids[start : start + size]
-            last = start + len(chunk) == len(ids)
-            self.length = start
-            result = self._run(prefill_rows(self._slot, chunk, Wanted(logits=last)))
-        self.length = len(ids)
+        chunk, lengths = self._session.manifest.limits.prefill_chunk, self._session.slots.lengths.tolist()
+        result = run_prompt(self._session.executor, self._slot, tokens, chunk, lengths, Wanted(logits=True))
+        self.length = len(tokens)
         logits: np.ndarray = _logits(result)[0]
         return logits
 
@@ -86,7 +81,7 @@ class Probe:
 
     def _run(self, rows: SlotRows) -> SlotResult:
         """Run ``rows`` in the probe's slot; the others rest."""
-        lengths = [int(length) for length in self._session.slots.lengths]
+        lengths = self._session.slots.lengths.tolist()
         lengths[self._slot] = self.length
         return run_one(self._session.executor, rows, lengths)
 

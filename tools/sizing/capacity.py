@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ...runtime.executors import step_io
+from ...runtime.files.backbone import BackboneShape
 from ...runtime.files.heads import HeadConfig, expected_shapes
 from .model_sizes import ModelShape
 
@@ -77,12 +78,12 @@ class Backbone:
     @property
     def embedding(self) -> Weights:
         """The table whose rows are gathered: fp16 in every precision."""
-        return Weights(others=self.shape.vocab * self.shape.hidden)
+        return Weights(others=self.shape.vocab_size * self.shape.hidden_size)
 
     @property
     def projection(self) -> Weights:
         """What the logits' product reads."""
-        return matrix(self.shape.vocab, self.shape.hidden)
+        return matrix(self.shape.vocab_size, self.shape.hidden_size)
 
     @property
     def parameters(self) -> int:
@@ -107,9 +108,9 @@ class Backbone:
 
 def backbone_of(shape: ModelShape) -> Backbone:
     """The weights that a model of this shape has."""
-    hidden, queries, keys = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    hidden, queries, keys = shape.hidden_size, shape.query_size, shape.key_size
     attention = matrix(queries, hidden) + matrix(keys, hidden) * 2 + matrix(hidden, queries)
-    mlp = matrix(shape.intermediate, hidden) * 2 + matrix(hidden, shape.intermediate)
+    mlp = matrix(shape.intermediate_size, hidden) * 2 + matrix(hidden, shape.intermediate_size)
     vectors = Weights(others=2 * hidden + (queries + 2 * keys if shape.qkv_bias else 0))
     return Backbone(shape, (attention + mlp + vectors) * shape.layers, Weights(others=hidden))
 
@@ -168,15 +169,15 @@ class Limits:
         return replace(self, capacity=capacity, batch=self.batch if batch is None else batch, prefill_chunk=chunk)
 
 
-def cache_bytes_per_token(shape: ModelShape) -> int:
-    """Keys and values of one token in all layers; fp16 in every precision."""
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * _HALF
+def cache_bytes_per_token(shape: BackboneShape) -> int:
+    """Bytes of one token's keys and values in all layers; fp16 in every precision."""
+    return shape.cache_bytes(1, _HALF)
 
 
-def cache_bytes(shape: ModelShape, num_heads: int, limits: Limits) -> int:
-    """Caches of all slots."""
+def cache_bytes(shape: BackboneShape, num_heads: int, limits: Limits) -> int:
+    """Bytes of all slots' caches; fp16 in every precision."""
     rows = step_io.cache_rows(limits.capacity, num_heads, limits.max_rows)
-    return rows * cache_bytes_per_token(shape) * limits.batch
+    return shape.cache_bytes(rows, _HALF) * limits.batch
 
 
 def workspace_bytes(backbone: Backbone, heads: Heads, limits: Limits, precision: str) -> int:
@@ -184,15 +185,15 @@ def workspace_bytes(backbone: Backbone, heads: Heads, limits: Limits, precision:
     shape, config = backbone.shape, heads.config
     rows = limits.batch * limits.max_rows
     total = step_io.cache_rows(limits.capacity, config.num_heads, limits.max_rows)
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    queries, keys = shape.query_size, shape.key_size
     widest = max(rows, limits.prefill_chunk)
-    activations = widest * (3 * shape.hidden + 2 * queries + 2 * keys + 3 * shape.intermediate) * _HALF
-    scores = widest * (2 * shape.heads + 1) * total * _HALF
-    logits = rows * shape.vocab * _HALF + limits.batch * config.num_heads * config.draft_vocab_size * 10
+    activations = widest * (3 * shape.hidden_size + 2 * queries + 2 * keys + 3 * shape.intermediate_size) * _HALF
+    scores = widest * (2 * shape.attention_heads + 1) * total * _HALF
+    logits = rows * shape.vocab_size * _HALF + limits.batch * config.num_heads * config.draft_vocab_size * 10
     carried = 2 * rows * cache_bytes_per_token(shape)
     dequantised = 0
     if precision == "int8":
-        dequantised = max(queries, keys, shape.intermediate, shape.vocab) * shape.hidden * _HALF
+        dequantised = max(queries, keys, shape.intermediate_size, shape.vocab_size) * shape.hidden_size * _HALF
     return activations + scores + logits + carried + dequantised
 
 

@@ -149,10 +149,10 @@ def _head_config(source: Source, form: str | None, num_heads: int, kind: HeadKin
     forms: dict[str, Projection] = {"own": "own", "shared": "shared", "pruned": "pruned"}
     if name not in forms or (name == "pruned") != bool(tokens):
         raise UsageError(f"unknown heads {form!r}", hint="own, shared, or pruned:TOKENS such as pruned:8192")
-    if num_heads < 1 or (tokens and not (tokens.isdecimal() and 1 <= int(tokens) <= shape.vocab)):
-        asked = f"{num_heads} heads over {tokens or shape.vocab} tokens"
-        raise UsageError(asked, hint=f"1 head or more, up to {shape.vocab} tokens")
-    return HeadConfig(kind, num_heads, 1, shape.hidden, int(tokens or shape.vocab), forms[name])
+    if num_heads < 1 or (tokens and not (tokens.isdecimal() and 1 <= int(tokens) <= shape.vocab_size)):
+        asked = f"{num_heads} heads over {tokens or shape.vocab_size} tokens"
+        raise UsageError(asked, hint=f"1 head or more, up to {shape.vocab_size} tokens")
+    return HeadConfig(kind, num_heads, 1, shape.hidden_size, int(tokens or shape.vocab_size), forms[name])
 
 
 def _limits(source: Source, capacity: int | None, batch: int | None, rows: tuple[int, ...]) -> Limits:

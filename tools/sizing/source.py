@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,18 +56,13 @@ def source_of_model(folder: Path) -> Source:
 
     config = load_config(folder, 1)
     module = empty_module(config)
-    facts = backbone_shape(module)
+    backbone_sizes = backbone_shape(module)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     shape = ModelShape(
-        facts.layers,
-        facts.hidden_size,
-        int(getattr(config, "intermediate_size", 4 * facts.hidden_size)),
-        facts.attention_heads,
-        facts.kv_heads,
-        facts.head_dim,
-        facts.vocab_size,
-        facts.max_position,
-        module.get_input_embeddings().weight is module.get_output_embeddings().weight,
+        **asdict(backbone_sizes),
+        intermediate_size=int(getattr(config, "intermediate_size", 4 * backbone_sizes.hidden_size)),
+        max_position=int(config.max_position_embeddings),
+        tied=module.get_input_embeddings().weight is module.get_output_embeddings().weight,
         window=int(window or 0),
     )
     tables = {id(module.get_input_embeddings().weight), id(module.get_output_embeddings().weight)}
@@ -83,7 +78,7 @@ def source_of_model(folder: Path) -> Source:
     large = backbone.parameters > 5 * 10**9
     rows, chunk = LARGE if large else EDGE
     limits = Limits(min(4096 if large else 2048, positions(shape)), 1, rows[-1], chunk)
-    return Source("model", f"{folder} ({facts.architecture})", str(folder), backbone, limits.at(), rows)
+    return Source("model", f"{folder} ({shape.architecture})", str(folder), backbone, limits.at(), rows)
 
 
 def source_of_bundle(folder: Path) -> Source:
@@ -123,8 +118,7 @@ def _bundle_backbone(manifest: Manifest, step: Mapping[str, tuple[int, ...]], co
 
     A tied projection that was folded into a matrix of its own is one: the plan is for what the graph holds.
     """
-    facts = manifest.backbone
-    hidden, vocab = facts.hidden_size, facts.vocab_size
+    hidden, vocab = manifest.backbone.hidden_size, manifest.backbone.vocab_size
     tables = [dims for dims in step.values() if sorted(dims) == sorted((vocab, hidden))]
     own = config.num_heads if config.projection == "own" and config.draft_vocab_size == vocab else 0
     tied = len(tables) - own == 1
@@ -135,17 +129,8 @@ def _bundle_backbone(manifest: Manifest, step: Mapping[str, tuple[int, ...]], co
     head_weights = heads.blocks + heads.projections
     other = (max(dims) for dims in step.values() if len(dims) == 2 and not {vocab, config.draft_vocab_size} & set(dims))
     intermediate = max(other, default=0)
-    shape = ModelShape(
-        facts.layers,
-        hidden,
-        intermediate,
-        facts.attention_heads,
-        facts.kv_heads,
-        facts.head_dim,
-        vocab,
-        manifest.limits.capacity,
-        tied,
-    )
+    capacity = manifest.limits.capacity
+    shape = ModelShape(**asdict(manifest.backbone), intermediate_size=intermediate, max_position=capacity, tied=tied)
     norm, table = Weights(others=hidden), matrix(vocab, hidden)
     tables_in_graph = 1 if tied else 2
     layers = Weights(

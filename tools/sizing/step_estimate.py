@@ -48,7 +48,7 @@ def estimate_step(
     shape, token = backbone.shape, cache_bytes_per_token(backbone.shape)
     nbytes = backbone.read(precision) + batch * (context + rows) * token
     products = backbone.layers.matrices + backbone.projection.parameters
-    products += 2 * shape.layers * shape.heads * shape.head_dim * context
+    products += 2 * shape.layers * shape.query_size * context
     flops = 2 * batch * rows * products
     if heads is not None:
         nbytes += heads.read(backbone, precision)
@@ -63,7 +63,7 @@ def compare_heads(
     backbone: Backbone, config: HeadConfig, gpu: Gpu | None, *, precision: str, rows: int, batch: int, context: int
 ) -> tuple[HeadsEstimate, ...]:
     """As many heads as ``config`` has with each form of projection: own, shared, and pruned (8192 tokens if ``config`` isn't)."""
-    vocab = backbone.shape.vocab
+    vocab = backbone.shape.vocab_size
     draft = config.draft_vocab_size if config.projection == "pruned" else min(8192, vocab)
     forms: tuple[tuple[Projection, int], ...] = (("own", vocab), ("shared", vocab), ("pruned", draft))
     found = []

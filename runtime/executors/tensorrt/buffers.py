@@ -70,14 +70,14 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class StepLayout:
-    """Layouts of a step of ``rows`` rows over ``slots`` slots. ``input_bytes``: offset of the results in the block per step."""
+    """Layouts of a step of ``rows`` rows over ``slots`` slots. ``inputs``: the part of the block per step before the results."""
 
     slots: int
     rows: int
     logit_rows: int
     per_shape: Layout
     per_step: Layout
-    input_bytes: int
+    inputs: Layout
 
     @staticmethod
     @lru_cache(maxsize=4096)
@@ -103,18 +103,11 @@ class StepLayout:
             (step_io.CANDIDATES, "int64", (slots, heads, top_k)),
             (step_io.LOG_PROBS, "float32", (slots, heads, top_k)),
         ]
-        split = Layout.of(inputs).nbytes
-        return StepLayout(slots, rows, logit_rows, Layout.of(per_shape), Layout.of([*inputs, *results]), split)
-
-    @property
-    def moving(self) -> Layout:
-        """The block per step, by its former name."""
-        return self.per_step
+        return StepLayout(slots, rows, logit_rows, *map(Layout.of, (per_shape, [*inputs, *results], inputs)))
 
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the small inputs, without that of ``columns``."""
-        per_step = self.per_step.shapes()
-        return {**self.per_shape.shapes(), **{name: per_step[name] for name in _NEXT}}
+        return {**self.per_shape.shapes(), **self.inputs.shapes()}
 
     def bindings(self, per_shape: int, current: int, following: int) -> dict[str, int]:
         """Returns the addresses of the small tensors.

@@ -1,4 +1,4 @@
-"""Runs steps on TensorRT. Inputs, state and results stay on the device; the host reads results one step late, from pinned memory.
+"""Runs step plans on TensorRT. Inputs, state and results stay on the device; the host may read results one step late.
 
 Two *sets* of buffers take turns (:mod:`.memory` has a picture). The current set holds a step's inputs, its results, and the rows
 carried over from the step before. The step writes the next inputs and its new rows into the other set: the next step doesn't
@@ -7,9 +7,8 @@ wait for the host.
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,23 +16,30 @@ import numpy as np
 from ...errors import CapacityError, UsageError
 from ...files.engine_record import EngineRecord
 from ...files.manifest import Manifest
-from ..executor import CacheLayout, StepBuffers, Wanted, chain_ancestors, kept_rows
+from ...tree import Tree
+from .. import step_io
+from ..executor import Abilities, CacheLayout
+from ..step_plan import SlotResult, SlotRows, StepPlan, StepResult
 from .buffers import StepLayout
 from .context import Contexts, profiles_by_rows
 from .cuda import Cuda
 from .engine import Engine
+from .following import Following, goes_on
 from .heads import TrtHeads
 from .memory import DeviceState
-from .staging import HostSide, RingEntry, Staged
+from .staging import HostSide, Landing, OptionalOutputs, Staged
 
 COLUMN_BUCKET = 256
 """The number of visible cache rows is a multiple of this. Smaller: more CUDA graphs. Larger: attention reads more rows."""
-RING = 4
-"""Entries of the ring of results: two for steps in flight, one that the host reads, one to spare."""
+RING = 3
+"""Places for results: of the step that the caller reads, of the one that the host waits for, and of the one that runs ahead."""
 
 
 class TrtExecutor:
     """Runs the device graph's engine on one stream. A step allocates nothing, and the host waits for results only.
+
+    A plan becomes one step over all slots, padded to a profile's number of rows, and one call for each prefill chunk. Resting
+    slots get padding behind the rows that they keep.
 
     ``contexts.graphs`` holds a CUDA graph for each repeated (rows, carried rows, visible rows, set).
     """
@@ -51,7 +57,7 @@ class TrtExecutor:
         *,
         graphs: bool = True,
     ) -> None:
-        """Allocates everything that steps use.
+        """Allocates everything that steps use, logits and hidden states on the host excepted.
 
         ``open_heads``: opens the plan of the heads, which only sampling needs. ``weights``: device addresses by input name.
 
@@ -62,186 +68,227 @@ class TrtExecutor:
         backbone, limits = manifest.backbone, manifest.limits
         self.layout = CacheLayout(backbone.layers, slots, backbone.kv_heads, limits.cache_rows, backbone.head_dim, manifest.dtype)
         self.engine_seconds = 0.0
-        self._cuda, self._stream, self._manifest = cuda, stream, manifest
+        self._cuda, self._stream = cuda, stream
+        self._margin, self._top_k = manifest.heads.num_heads, manifest.heads.top_k
         self._prefill_profile, self._profiles = profiles_by_rows(record, slots)
-        self.step_rows = tuple(sorted(self._profiles))
-        self.max_rows = self.step_rows[-1]
-        chunk = record.profiles[self._prefill_profile].rows[2]
+        self.abilities = Abilities(slots, self._margin, tuple(self._profiles), padded=True, ahead=True)
+        most, chunk = max(self._profiles), record.profiles[self._prefill_profile].rows[2]
         self.contexts = Contexts(cuda, stream, step, graphs=graphs)
-        self._state = DeviceState(cuda, manifest, slots, self.max_rows, chunk, weights)
+        self._state = DeviceState(cuda, manifest, slots, most, chunk, weights)
         self._state.write_columns(stream)
         self._open_heads: Callable[[], TrtHeads] = lambda: TrtHeads(cuda, stream, manifest, open_heads(), slots, weights)
         self._heads: TrtHeads | None = None
         self._host = HostSide(cuda, manifest, slots, self._profiles, chunk)
-        self._events = cuda.event(), cuda.event()
-        self._ring = [RingEntry.allocate(cuda, self._host.step_layout(self.max_rows).per_step.nbytes) for _ in range(RING)]
-        self._flying: deque[RingEntry] = deque()
-        self._launched = 0
+        self._optional = OptionalOutputs(cuda, manifest, self._state.optional)
+        self._ring = [Landing.allocate(cuda, self._host.step_layout(most).per_step.nbytes) for _ in range(RING)]
+        self._chunks = [Landing.allocate(cuda, self._host.prompt_layout(chunk).per_step.nbytes) for _ in range(slots)]
         self._current_set = 0  # holds the next step's inputs
         self._carried_rows = 1  # rows of the newest step: the next step takes them over
-        self._last_write_index = np.zeros(slots, np.int64)  # write index of the newest step
+        self._launched = 0  # steps that the stream got
+        self._delivered = 0  # the newest one that the caller has the results of
+        self._began = (0,) * slots  # rows before that one's, in each slot
+        self._flying: deque[Landing] = deque()  # launched, not waited for
+        self._following: Following | None = None  # what the step in flight computes
+        self._unsettled = False  # a run that failed has left something in the stream
 
-    # -- steps that the host decides -------------------------------------------------------------------------------
+    def run(self, plan: StepPlan) -> StepResult:
+        """Runs the plan: one step of the decoding slots, then each prefill chunk; see :class:`.executor.Executor`.
 
-    def buffers(self, rows: int, wanted: Wanted) -> StepBuffers:
-        """Returns the buffers of a step over all slots. Its rows: the smallest number ≥ ``rows`` that has a profile.
-
-        Raises:
-            UsageError: no profile has that many rows.
+        With ``follow``, the step after this one is enqueued before the host waits for this one's results. The next plan is then
+        half done if it asks for that step. If it asks for another one, the step in flight is discarded: its rows lie behind every
+        kept row, and what it had to move has been moved.
         """
-        fitting = [size for size in self._profiles if size >= rows]
-        if not fitting:
-            raise UsageError(
-                f"a step of {rows} rows, the engine takes up to {self.max_rows}",
-                hint=f"use fewer rows, or build it again with --rows {','.join(map(str, [*self._profiles, rows]))}",
-            )
-        return self._host.step(min(fitting), wanted).buffers
-
-    def step(self, buffers: StepBuffers, wanted: Wanted) -> None:
-        """Commits accepted rows, writes and verifies the rows of ``buffers``, and waits for the results.
-
-        Raises:
-            CapacityError: rows would be written past the end of a cache.
-        """
-        staged = self._host.step(buffers.rows, wanted)
-        assert not self._flying and staged.buffers is buffers
-        self._begin()
-        self._finish(staged, self._start(staged))
-
-    def prefill(self, slot: int, tokens: np.ndarray, start: int, wanted: Wanted) -> StepBuffers:
-        """Writes a chunk int64 [n] at positions ``start`` … of one slot. Returns buffers [1, …].
-
-        A prefill has its own buffers, so the carried rows of other slots stay.
-        """
-        assert not self._flying, "collect or discard what is in flight first"
-        rows, state = len(tokens), self._state
-        staged = self._host.prompt(rows, wanted)
-        buffers = staged.buffers
-        buffers.idle(0, start)
-        buffers.tokens[0] = tokens
-        buffers.positions[0] = np.arange(start, start + rows)
-        buffers.ancestors[0] = chain_ancestors(rows)
-        buffers.forced[0] = rows
-        visible = self._visible(int(buffers.write_index[0]) + rows)
-        per_step = state.prefill_per_step[0].address
-        self._begin()
-        self._upload(staged, state.prefill_per_shape.address, per_step)
-        self.contexts.enqueue(self._prefill_profile, None, lambda: state.prefill_bindings(staged.layout, slot, visible))
-        self._finish(staged, per_step)
-        return buffers
+        decoding = [rows for rows in plan.active if not rows.prefills]
+        found: dict[int, SlotResult | Exception] = {}
+        try:
+            self._settle()
+            self._optional.reserve(plan.active)
+            found |= self._decode(plan, decoding)
+        except AssertionError:
+            raise
+        except Exception as error:
+            found |= dict.fromkeys([rows.slot for rows in decoding or plan.active], error)
+            if not found:
+                raise
+        for rows in plan.active:
+            if rows.slot not in found:
+                found[rows.slot] = self._prefill(rows, plan.lengths[rows.slot])
+        self._unsettled = any(isinstance(each, Exception) for each in found.values())
+        return StepResult(tuple([found[rows.slot] for rows in plan.active]))
 
     def propose(self, hidden: np.ndarray, root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Runs the heads at rows chosen by the host: hidden [b, H], root int64 [b] → candidates, log_probs [b, K, k]."""
         self._heads = self._heads or self._open_heads()
-        started = time.perf_counter()
         results = self._heads(hidden, root)
-        self.engine_seconds += time.perf_counter() - started
+        self.engine_seconds += self._heads.seconds
         return results
 
-    # -- running ahead ---------------------------------------------------------------------------------------------
+    # -- one step over all slots -----------------------------------------------------------------------------------
 
-    def launch(self, buffers: StepBuffers) -> None:
-        """Starts the step that ``buffers`` and their ``draft_slots`` describe. Returns before it has run.
+    def _decode(self, plan: StepPlan, decoding: Sequence[SlotRows]) -> dict[int, SlotResult | Exception]:
+        """Runs the step of the ``decoding`` slots, which moves the accepted rows of all slots."""
+        tree = goes_on(plan)
+        following, self._following = self._following, None
+        if following is None or not following.is_step_of(decoding, plan.lengths):
+            self._discard()
+            # A step that was launched after the caller's newest results has moved what they accepted.
+            moves = plan.moves if self._launched == self._delivered else ((),) * len(plan.moves)
+            if not decoding and not any(moves):
+                return {}
+            self._start(plan, decoding, moves, tree)
+        if tree is not None:
+            self._start_following(plan, tree)
+        return self._collect(plan, decoding, tree)
+
+    def _start(self, plan: StepPlan, decoding: Sequence[SlotRows], moves: tuple[tuple[int, ...], ...], tree: Tree | None) -> None:
+        """Enqueues a step with the host's inputs. ``tree``: what the step after it verifies, if it follows from this one.
 
         Raises:
             CapacityError: rows would be written past the end of a cache.
+            UsageError: no profile has that many rows.
         """
-        assert not self._flying, "only one step is started from the host at a time"
-        staged, entry = self._host.staged(buffers), self._next_entry()
-        self._hand_over(entry, self._start(staged))
+        staged = self._host.step(self._profile_rows(max((rows.count for rows in decoding), default=1)))
+        inputs, by_slot = staged.inputs, {rows.slot: rows for rows in decoding}
+        for slot, length in enumerate(plan.lengths):
+            kept = tuple([row - self._began[slot] for row in moves[slot]])
+            assert all(0 < row < self._carried_rows for row in kept), "only rows of the newest step can be out of place"
+            if slot in by_slot:
+                inputs.fill(by_slot[slot], length, kept, slot)
+            else:
+                inputs.rest(length, kept, slot)
+        if tree is not None:
+            inputs.draft_slots[:] = 0
+            inputs.draft_slots[:, 1 : tree.rows] = tree.slots[0] * self._top_k + tree.slots[1]
+        self._check_room(int((inputs.write_index - inputs.kept_count).max()) + inputs.rows)
+        longest = max((plan.lengths[rows.slot] for rows in decoding), default=0)
+        self._launch(staged.layout, self._margin + longest + inputs.rows, staged, decoding)
 
-    def launch_next(self, end: int) -> None:
-        """Starts the step after the newest one, with the inputs that the device computed. It writes only rows below ``end``.
+    def _start_following(self, plan: StepPlan, tree: Tree) -> None:
+        """Enqueues the step after ``plan``'s with the inputs that the device computes, if the longest outcome leaves room for it.
 
-        Raises:
-            CapacityError: rows would be written past the end of a cache.
+        Sequences that take turns don't make it useless: one loop steps all of them in every plan, and ``follow`` says that all
+        have more to say and nobody joins. So the first step of a group is followed like every other one. What ends by a stop
+        costs one discarded step.
         """
-        assert self._flying, "there is no step to follow"
-        self._check_room(end)
-        entry = self._next_entry()
-        self._hand_over(entry, self._run(self._host.step_layout(self._carried_rows), end))
+        layout = self._host.step_layout(self._carried_rows)
+        longest = max(plan.lengths[rows.slot] for rows in plan.active) + 1 + tree.depth
+        if self._fits(self._margin + max(longest, *plan.lengths) + layout.rows):
+            self._launch(layout, self._margin + longest + layout.rows)
 
-    def collect(self) -> StepBuffers:
-        """Waits for the oldest step in flight. Returns its tokens and outputs, valid until two more steps are launched."""
-        entry = self._flying.popleft()
-        self._cuda.wait(entry.end)
-        self.engine_seconds += self._cuda.seconds_between(entry.start, entry.end)
-        buffers = entry.read(self._host.step_layout(entry.rows), self._manifest)
-        self._last_write_index[:] = buffers.write_index
-        return buffers
+    def _launch(self, layout: StepLayout, end: int, staged: Staged | None = None, decoding: Sequence[SlotRows] = ()) -> None:
+        """Enqueues a step whose active slots look at cache rows below ``end``, and the copies of its results.
 
-    def discard(self) -> None:
-        """Waits for the steps in flight and drops their results. They have moved the rows that they had to move."""
-        while self._flying:
-            self.collect()
+        ``staged``: the host's inputs (None: the device's own). ``decoding``: rows that may want optional outputs.
+        """
+        assert len(self._flying) < RING - 1, "the caller may still read the place that would be written"
+        landing, per_step = self._ring[self._launched % RING], self._state.per_step[self._current_set].address
+        self._cuda.record(landing.start, self._stream)
+        if staged is not None:
+            self._upload(staged, self._state.per_shape.address, per_step)
+        self._run_step(layout, end)
+        self._launched += 1
+        landing.number = self._launched
+        self._land(landing, layout, per_step, decoding)
+        self._flying.append(landing)
 
-    # -- the stream ------------------------------------------------------------------------------------------------
-
-    def _begin(self) -> None:
-        self._cuda.record(self._events[0], self._stream)
-
-    def _start(self, staged: Staged) -> int:
-        """Enqueues a step with the host's inputs. Returns the address of its block per step."""
-        buffers = staged.buffers
-        staged.kept[:], staged.kept_count[:] = kept_rows(buffers.commit, buffers.write_index, self._last_write_index)
-        end = int(buffers.write_index.max()) + buffers.rows
-        self._check_room(int((buffers.write_index - staged.kept_count).max()) + buffers.rows)
-        self._upload(staged, self._state.per_shape.address, self._state.per_step[self._current_set].address)
-        per_step = self._run(staged.layout, end)
-        self._last_write_index[:] = buffers.write_index
-        return per_step
-
-    def _run(self, layout: StepLayout, end: int) -> int:
-        """Enqueues a step on the current set and swaps the sets. Returns the address of its block per step."""
+    def _run_step(self, layout: StepLayout, end: int) -> None:
+        """Enqueues the engine on the current set and swaps the sets."""
         current, carried, visible = self._current_set, self._carried_rows, self._visible(end)
         key = (layout.rows, carried, visible, current)
         self.contexts.enqueue(self._profiles[layout.rows], key, lambda: self._state.bindings(layout, current, carried, visible))
         self._current_set, self._carried_rows = 1 - current, layout.rows
-        return self._state.per_step[current].address
+
+    def _collect(self, plan: StepPlan, decoding: Sequence[SlotRows], tree: Tree | None) -> dict[int, SlotResult | Exception]:
+        """Waits for the oldest step in flight, which is ``plan``'s, and returns its results by slot."""
+        landing = self._flying.popleft()
+        seconds = self._wait(landing)
+        self._delivered, self._began = landing.number, plan.lengths
+        if self._flying and tree is not None:
+            self._following = Following.after(plan, tree, landing.views)
+        tokens = landing.views[step_io.TOKENS]
+        assert all(np.array_equal(tokens[rows.slot, : rows.count], rows.tokens) for rows in decoding), "another step's results"
+        return {rows.slot: landing.result(rows.slot, rows, seconds, self._optional.of(rows.slot)) for rows in decoding}
+
+    def _discard(self) -> None:
+        """Waits for the steps in flight and forgets their results."""
+        while self._flying:
+            self._wait(self._flying.popleft())
+
+    def _settle(self) -> None:
+        """Waits for what a run that failed has left: its uploads read buffers that the host is about to fill."""
+        if self._unsettled:
+            self._cuda.synchronize(self._stream)
+            self._flying.clear()
+            self._following = None
+        self._unsettled = True
+
+    # -- a prefill chunk -------------------------------------------------------------------------------------------
+
+    def _prefill(self, rows: SlotRows, length: int) -> SlotResult | Exception:
+        """Writes and verifies one chunk. It has its own buffers, so the carried rows of other slots stay."""
+        state, landing = self._state, self._chunks[rows.slot]
+        try:
+            staged = self._host.prompt(rows.count)
+            staged.inputs.fill(rows, length)
+            end = self._margin + length + rows.count
+            self._check_room(end)
+            visible, per_step = self._visible(end), state.prefill_per_step[0].address
+            self._cuda.record(landing.start, self._stream)
+            self._upload(staged, state.prefill_per_shape.address, per_step)
+            self.contexts.enqueue(self._prefill_profile, None, lambda: state.prefill_bindings(staged.layout, rows.slot, visible))
+            self._land(landing, staged.layout, per_step, [rows])
+            return landing.result(0, rows, self._wait(landing), self._optional.of(rows.slot))
+        except AssertionError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever the driver or TensorRT raise ends this slot alone
+            return error
+
+    # -- the stream ------------------------------------------------------------------------------------------------
 
     def _upload(self, staged: Staged, per_shape: int, per_step: int) -> None:
         self._cuda.upload(per_shape, staged.per_shape.address, staged.layout.per_shape.nbytes, self._stream)
-        self._cuda.upload(per_step, staged.per_step.address, staged.layout.input_bytes, self._stream)
+        self._cuda.upload(per_step, staged.per_step.address, staged.layout.inputs.nbytes, self._stream)
 
-    def _finish(self, staged: Staged, per_step: int) -> None:
-        """Copies the results into the host's buffers and waits for them."""
-        layout, (start, end), copy = staged.layout, self._events, self._cuda.download
-        split = layout.input_bytes
-        copy(staged.per_step.address + split, per_step + split, layout.per_step.nbytes - split, self._stream)
-        for name, memory in staged.optional.items():
-            nbytes = getattr(staged.buffers, name).nbytes
-            copy(memory.address, self._state.optional[name].address, nbytes, self._stream)
-        self._cuda.record(end, self._stream)
-        self._cuda.wait(end)
-        self.engine_seconds += self._cuda.seconds_between(start, end)
+    def _land(self, landing: Landing, layout: StepLayout, per_step: int, active: Sequence[SlotRows]) -> None:
+        """Enqueues the copies of the call's inputs and results into ``landing``, and of what the ``active`` rows want beside."""
+        landing.expect(layout)
+        self._cuda.download(landing.memory.address, per_step, layout.per_step.nbytes, self._stream)
+        for rows in active:
+            self._optional.download(0 if rows.prefills else rows.slot, rows.slot, layout.logit_rows, self._stream)
+        self._cuda.record(landing.end, self._stream)
 
-    def _next_entry(self) -> RingEntry:
-        assert len(self._flying) < RING - 1, "the host may still read the entry that would be written"
-        self._launched += 1
-        entry = self._ring[self._launched % RING]
-        self._cuda.record(entry.start, self._stream)
-        return entry
-
-    def _hand_over(self, entry: RingEntry, per_step: int) -> None:
-        """Copies the inputs and results of the step that was just enqueued into ``entry``."""
-        entry.rows = self._carried_rows
-        self._cuda.download(entry.memory.address, per_step, self._host.step_layout(entry.rows).per_step.nbytes, self._stream)
-        self._cuda.record(entry.end, self._stream)
-        self._flying.append(entry)
+    def _wait(self, landing: Landing) -> float:
+        """Waits until the results have landed. Returns the call's time on the device."""
+        self._cuda.wait(landing.end)
+        seconds = self._cuda.seconds_between(landing.start, landing.end)
+        self.engine_seconds += seconds
+        return seconds
 
     # -- sizes -----------------------------------------------------------------------------------------------------
+
+    def _profile_rows(self, rows: int) -> int:
+        """Returns the smallest number of rows ≥ ``rows`` that has a profile."""
+        fitting = [size for size in self._profiles if size >= rows]
+        if not fitting:
+            raise UsageError(
+                f"a step of {rows} rows, the engine takes up to {max(self._profiles)}",
+                hint=f"use fewer rows, or build it again with --rows {','.join(map(str, [*self._profiles, rows]))}",
+            )
+        return min(fitting)
 
     def _visible(self, end: int) -> int:
         return min(-(-end // COLUMN_BUCKET) * COLUMN_BUCKET, self.layout.rows)
 
-    def _check_room(self, end: int) -> None:
-        """Refuses a step that would write past a cache's end. The graph writes K rows past the step's own.
+    def _fits(self, end: int) -> bool:
+        """Tells if a cache has room for a step's own rows below ``end``. The graph writes K rows past them.
 
         A device would put rows past the end over valid ones.
         """
-        end += self._manifest.heads.num_heads
-        if end > self.layout.rows:
+        return end + self._margin <= self.layout.rows
+
+    def _check_room(self, end: int) -> None:
+        if not self._fits(end):
             raise CapacityError(
-                f"a step would write up to cache row {end}, there are {self.layout.rows}",
+                f"a step would write up to cache row {end + self._margin}, there are {self.layout.rows}",
                 hint="ask for fewer tokens or rows, or export with a larger --capacity or --max-rows",
             )

@@ -16,7 +16,10 @@ from .engine import Engine
 
 
 class TrtHeads:
-    """Computes the candidates of up to ``slots`` rows from their hidden states and root tokens."""
+    """Computes the candidates of up to ``slots`` rows from their hidden states and root tokens.
+
+    ``seconds``: device time of the newest call, without the steps before it in the stream.
+    """
 
     def __init__(
         self, cuda: Cuda, stream: Any, manifest: Manifest, engine: Engine, slots: int, weights: Mapping[str, int]
@@ -32,7 +35,8 @@ class TrtHeads:
         layout = self._layout(slots)[0]
         self._device = cuda.allocate(layout.nbytes, "the heads' inputs and results")
         self._host = cuda.pinned(layout.nbytes, "the heads' inputs and results")
-        self._end = cuda.event()
+        self._start, self._end = cuda.event(), cuda.event()
+        self.seconds = 0.0
 
     def _layout(self, count: int) -> tuple[Layout, int]:
         """Returns the layout for ``count`` rows, and the bytes of its inputs, which come first."""
@@ -53,9 +57,11 @@ class TrtHeads:
         views[step_io.ROOT_TOKEN][:] = root
         shapes = {name: layout.shapes()[name] for name in (step_io.ROOT_HIDDEN, step_io.ROOT_TOKEN)}
         addresses = {**self._weights, **layout.addresses(self._device.address)}
+        self._cuda.record(self._start, self._stream)
         self._cuda.upload(self._device.address, self._host.address, split, self._stream)
         self._contexts.enqueue(0, None, lambda: Bindings(shapes, addresses))
         self._cuda.download(self._host.address + split, self._device.address + split, layout.nbytes - split, self._stream)
         self._cuda.record(self._end, self._stream)
         self._cuda.wait(self._end)
+        self.seconds = self._cuda.seconds_between(self._start, self._end)
         return views[step_io.CANDIDATES].copy(), views[step_io.LOG_PROBS].copy()

@@ -1,0 +1,191 @@
+"""The number of rows: what it costs, what is promised, whom to believe; and that none of it changes what is emitted."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from medusa_deploy.runtime import Request, SamplingParams
+from medusa_deploy.runtime.drafting.row_budget import _best
+from medusa_deploy.runtime.drafting.step_cost import StepCost, Track
+from medusa_deploy.runtime.executors.step_plan import SlotResult, StepPlan, StepResult
+from support.fake_executor import FakeSession, fake_session
+from support.simulated import Simulation, heads
+from support.tiny import VOCAB
+
+SIZES = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+
+
+def staircase(rows: int) -> float:
+    """Tiles of 6 rows, and a size that costs less than the one before it."""
+    return {8: 1.6, 12: 1.45}.get(rows, 1.0 + 0.3 * ((rows - 1) // 6) + 0.01 * (rows - 1))
+
+
+def observed(steps: list[tuple[int, bool]], noise: float = 0.0, load: Any = lambda step: 1.0, seed: int = 0) -> StepCost:
+    cost, track, rng = StepCost(SIZES), Track(), np.random.default_rng(seed)
+    for step, (rows, with_heads) in enumerate(steps):
+        seconds = (staircase(rows) + 0.08 * with_heads) * load(step) * math.exp(noise * rng.normal())
+        cost.observe(rows, with_heads, 0.03 * seconds, track)
+    return cost
+
+
+def mixed(count: int, seed: int = 1) -> list[tuple[int, bool]]:
+    rng = np.random.default_rng(seed)
+    return [(int(rows), bool(rows > 1 or rng.random() < 0.5)) for rows in rng.choice(SIZES, count)]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_costs_come_to_be_known_whatever_their_form(noise: float) -> None:
+    cost = observed(mixed(3000), noise)
+    assert cost.heads == pytest.approx(0.08, abs=0.03)
+    for rows in SIZES:
+        assert cost.of(rows, False) == pytest.approx(staircase(rows), rel=0.06)
+    assert cost.of(12, True) < cost.of(8, True)
+
+
+def test_a_busy_machine_and_a_growing_context_move_no_cost() -> None:
+    calm, busy = observed(mixed(2000)), observed(mixed(2000), load=lambda step: (1 + step / 500) * (3 if step % 400 > 200 else 1))
+    assert busy.curve == pytest.approx(calm.curve, rel=0.08)
+
+
+def test_interrupted_steps_move_costs_little() -> None:
+    rng = np.random.default_rng(3)
+    cost = observed(mixed(3000), load=lambda step: 20.0 if rng.random() < 0.03 else 1.0)
+    assert cost.curve == pytest.approx([staircase(rows) for rows in SIZES], rel=0.12)
+
+
+def test_one_size_alone_says_nothing_about_its_cost() -> None:
+    cost = observed([(5, True)] * 50, load=lambda step: 1 + step)
+    assert cost.curve == StepCost(SIZES).curve
+
+
+def test_few_steps_are_spent_on_measuring() -> None:
+    cost, track, spent = StepCost(SIZES), Track(), []
+    while (kind := cost.to_measure(track)) is not None:
+        spent.append(kind)
+        cost.observe(*kind, 0.01, track)
+    assert len(spent) == 12
+    assert max(rows for rows, _ in spent) == 8
+
+
+@given(
+    chances=st.lists(st.floats(0, 1), max_size=20),
+    pace=st.floats(1, 4),
+    costs=st.lists(st.floats(0.5, 3), min_size=8, max_size=8),
+)
+def test_the_size_chosen_is_the_best_of_all(chances: list[float], pace: float, costs: list[float]) -> None:
+    gains = list(itertools.accumulate(sorted(chances, reverse=True), initial=0.0))
+    cost = StepCost(SIZES)
+    cost.curve = (1.0, *costs)
+    rows, value = _best(gains, pace, cost)
+    values = {n: sum(sorted(chances, reverse=True)[: n - 1]) - pace * (t - 1) for n, t in zip(SIZES, cost.curve, strict=True)}
+    assert value == pytest.approx(max(values.values()))
+    assert values[rows] == pytest.approx(value)
+
+
+# -- whom to believe, in simulated time ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("says", [0.999, 0.5, 0.01])
+@pytest.mark.parametrize("measured", [False, True])
+def test_heads_that_are_always_wrong_cost_next_to_nothing(says: float, measured: bool) -> None:
+    simulation = Simulation(staircase, measured=measured)
+    first, *others = [simulation.run(heads(says, right=0.0)) for _ in range(4)]
+    assert first > 0.93, "the first request pays for finding out"
+    assert min(others) > 0.985
+    stats = simulation.sequence.stats
+    assert stats.plain_steps > 0.9 * stats.steps
+    assert 0 < stats.probes < 6
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_good_heads_are_used_nearly_as_well_as_costs_known_beforehand_allow(seed: int) -> None:
+    simulation = Simulation(staircase, measured=True, seed=seed)
+    speedups = [simulation.run(heads(0.6, right=0.6), 256) for _ in range(4)]
+    # A chain of 4 below the root: Σ 0.6^d accepted, in a step that costs staircase(5) + 0.05.
+    ideal = sum(0.6**depth for depth in range(5)) / (staircase(5) + 0.05)
+    assert np.mean(speedups[1:]) > 0.9 * ideal
+    assert simulation.sequence.stats.trust is not None
+    assert simulation.sequence.stats.trust[0] == pytest.approx(1.0, abs=0.25)
+
+
+def test_it_comes_back_when_heads_become_good() -> None:
+    simulation = Simulation(staircase)
+    for _ in range(4):
+        simulation.run(heads(0.9, right=0.0))
+    assert simulation.sequence.stats.plain_steps > 110
+    speedups = [simulation.run(heads(0.9, right=0.8)) for _ in range(8)]
+    assert speedups[-1] > 1.8
+
+
+def test_rows_that_cost_more_than_they_bring_are_not_taken() -> None:
+    simulation = Simulation(float)
+    speedups = [simulation.run(heads(0.5, right=0.5)) for _ in range(4)]
+    assert min(speedups[1:]) > 0.95
+    assert simulation.sequence.stats.rows_histogram == {1: 128}
+
+
+# -- what is emitted -----------------------------------------------------------------------------------------------
+
+
+def simulated_times(session: FakeSession, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Step times at random: any size may look like the best one."""
+    rng, run = np.random.default_rng(seed), session.executor.run
+
+    def timed(plan: StepPlan) -> StepResult:
+        result = run(plan)
+        for found in result.slots:
+            assert isinstance(found, SlotResult)
+            found.seconds = float(rng.exponential())
+            session.executor.engine_seconds += found.seconds
+        return result
+
+    monkeypatch.setattr(session.executor, "run", timed)
+
+
+@settings(max_examples=40)
+@given(
+    prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40),
+    count=st.integers(1, 120),
+    seed=st.integers(0, 99),
+    lookup=st.booleans(),
+)
+def test_whatever_is_chosen_the_text_is_plain_greedys(prompt: list[int], count: int, seed: int, lookup: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        session = fake_session(seed=seed % 3)
+        simulated_times(session, patch, seed)
+        for tokens in (prompt, prompt[::-1]):
+            generation = session.generate(token_ids=tokens, max_new_tokens=count, lookup=lookup)
+            assert generation.token_ids == session.language.greedy(tokens, count)
+            stats = generation.stats
+            assert sum(stats.rows_histogram.values()) == stats.steps
+            assert sum(rows * steps for rows, steps in stats.rows_histogram.items()) == stats.rows
+            assert max(stats.rows_histogram, default=0) <= session.max_rows
+
+
+def test_several_slots_and_modes_share_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    session, alone = fake_session(3), fake_session()
+    simulated_times(session, monkeypatch, 5)
+    sampled = SamplingParams(mode="sample", temperature=0.3, seed=2)
+    requests = [
+        Request(token_ids=[token] * 9, max_new_tokens=20 + token, params=sampled if token % 3 == 0 else SamplingParams(),
+                rows=7 if token % 4 == 1 else None)
+        for token in range(1, 9)
+    ]  # fmt: skip
+    found = dict(session.generate_many(requests))
+    for index, request in enumerate(requests):
+        expected = alone.generate(
+            token_ids=request.token_ids, max_new_tokens=request.max_new_tokens, params=request.params, speculative=False
+        )
+        assert found[index].token_ids == expected.token_ids
+    assert session.slots.free == 3
+
+
+def test_the_last_token_asked_for_takes_a_plain_step() -> None:
+    stats = fake_session().generate(token_ids=[1, 2], max_new_tokens=2).stats
+    assert (stats.steps, stats.rows, stats.plain_steps) == (1, 1, 1)
