@@ -154,30 +154,38 @@ Kind = TypeVar("Kind", bound=Sized)
 class Recent(Generic[Kind]):
     """Buffers by kind of call. The least recently used ones go when all hold more than ``limit`` bytes.
 
-    Buffers may grow while they are in use: their next use counts that.
+    Buffers may grow while they are in use: that is counted when others are asked for.
     """
 
     def __init__(self, limit: int = KEPT_BYTES) -> None:
         self._limit = limit
         self._kept: OrderedDict[Hashable, Kind] = OrderedDict()
         self._counted: dict[Hashable, int] = {}
+        self._newest: Hashable = None
         self.nbytes = 0
 
     def get(self, key: Hashable, make: Callable[[], Kind]) -> Kind:
         """The buffers of ``key``, made where they aren't kept."""
-        found = self._kept.get(key)
+        self._count()
+        found, self._newest = self._kept.get(key), key
         if found is None:
             self._kept[key] = found = make()
+            self._count()
         else:
             self._kept.move_to_end(key)
-        size, before = found.nbytes, self._counted.get(key)
-        if size != before:
-            self._counted[key] = size
-            self.nbytes += size - (before or 0)
-            while len(self._kept) > _KEPT_KINDS or (self.nbytes > self._limit and self._kept):
-                oldest, _ = self._kept.popitem(last=False)
-                self.nbytes -= self._counted.pop(oldest)
         return found
+
+    def _count(self) -> None:
+        """Count the buffers that were asked for last; drop what is too much then."""
+        newest = self._kept.get(self._newest)
+        before = self._counted.get(self._newest, 0)
+        if newest is None or newest.nbytes == before:
+            return
+        self._counted[self._newest] = newest.nbytes
+        self.nbytes += newest.nbytes - before
+        while len(self._kept) > _KEPT_KINDS or self.nbytes > self._limit:
+            oldest, _ = self._kept.popitem(last=False)
+            self.nbytes -= self._counted.pop(oldest, 0)
 
 
 def visible_rows(end: int, cache_rows: int, granularity: int = 64) -> int:
