@@ -1,4 +1,4 @@
-"""The device graph on ONNX Runtime's CPU provider: slow and simple, to check the file that TensorRT engines are built of."""
+"""Runs the device graph on ONNX Runtime's CPU provider: slow and simple, to check the file that TensorRT engines are built of."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RESULTS = (step_io.LAST_ROW, step_io.NEXT_TOKEN, step_io.CANDIDATES, step_io.LO
 
 @dataclass(slots=True)
 class _Carried:
-    """New rows [slots, H_kv, P, D_h] of the newest step, cache by cache, and where each slot wrote them."""
+    """Holds the new rows [slots, H_kv, P, D_h] of the newest step, cache by cache, and where each slot wrote them."""
 
     rows: list[np.ndarray]
     write_index: np.ndarray
@@ -26,11 +26,11 @@ class _Carried:
 
 @dataclass(slots=True)
 class DeviceGraphExecutor:
-    """An :class:`.executor.Executor` that feeds whole arrays and copies every cache in every step."""
+    """Implements :class:`.executor.Executor`: feeds whole arrays and copies every cache in every step."""
 
     model: OrtModel
     options: Any = None
-    """Of ONNX Runtime's session."""
+    """Options of ONNX Runtime's session."""
     layout: CacheLayout = field(init=False)
     engine_seconds: float = 0.0
     closing: dict[str, np.ndarray] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class DeviceGraphExecutor:
         self._caches = [np.zeros(shape, layout.dtype) for _ in range(2 * layout.layers)]
 
     def buffers(self, rows: int, wanted: Wanted) -> StepBuffers:
-        """Buffers of a step of ``rows`` rows over all slots; the same object every time."""
+        """Return the buffers of a step of ``rows`` rows over all slots: the same object every time."""
         key = (rows, wanted)
         if key not in self._buffers:
             self._buffers[key] = self._allocate(self.layout.slots, rows, rows, wanted)
@@ -65,7 +65,7 @@ class DeviceGraphExecutor:
         self._carried = _Carried(new, buffers.write_index.copy())
 
     def prefill(self, slot: int, tokens: np.ndarray, start: int, wanted: Wanted) -> StepBuffers:
-        """Write a chunk int64 [n] at positions ``start`` … of one slot; the returned buffers are [1, …]."""
+        """Write a chunk int64 [n] at positions ``start`` … of one slot. Returns buffers [1, …]."""
         rows = len(tokens)
         buffers = self._allocate(1, rows, 1, wanted)
         buffers.idle(0, start)
@@ -77,7 +77,7 @@ class DeviceGraphExecutor:
         return buffers
 
     def propose(self, hidden: np.ndarray, root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Not the device graph's part.
+        """Refuse: the device graph has no heads of its own.
 
         Raises:
             AssertionError: always.
@@ -87,7 +87,7 @@ class DeviceGraphExecutor:
     def _run(
         self, buffers: StepBuffers, caches: list[np.ndarray], carried: _Carried, draft_slots: np.ndarray | None
     ) -> list[np.ndarray]:
-        """One call; writes results and caches, returns the new rows."""
+        """Call the graph, write results and caches, and return the new rows."""
         layers = self.layout.layers
         kept, count = kept_rows(buffers.commit, buffers.write_index, carried.write_index)
         feeds: dict[str, np.ndarray] = {name: getattr(buffers, name) for name in _INPUTS}

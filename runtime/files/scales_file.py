@@ -1,8 +1,8 @@
-"""``scales.json``: the int8 scales of a model's activations and weights, and what they were measured on.
+"""Reads and writes ``scales.json``: int8 scales of a model's activations and weights, and what they were measured on.
 
-Scales are symmetric: a value is ``scale`` times an integer in −127 … 127, and the zero point is 0. Layers are products (MatMul or
-Gemm) with a constant weight, by the names of their nodes; activations have the names of tensors. Both are those of the bundle's
-standard graph, and of its device graph, which engines are built of.
+Scales are symmetric: a value is ``scale`` times an integer in −127 … 127, and the zero point is 0. Layers are MatMul and Gemm
+nodes with a constant weight, by their names. Activations have the names of tensors. Both are names of the bundle's standard
+graph, and of its device graph, which engines are built of.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SCHEMA_VERSION = 2
 LEVELS = 127
 BLOCK = 64
 GRIDS = ("block", "tensor")
-"""How int8 products hold their values. ``block``: a scale for every 64 channels of a row, and for every 64 inputs of an output
-channel of the weight. ``tensor``: one scale for the whole activation, and one for every output channel.
+"""Grids of an int8 matmul. ``block``: a scale for every 64 channels of a row, and for every 64 inputs of an output channel of the
+weight. ``tensor``: one scale for the whole activation, and one for every output channel.
 """
 TAKERS = ("norm", "layer", "values")
 SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
@@ -35,7 +35,7 @@ _HINT = "make scales with: medusa-deploy calibrate BUNDLE --data FILE -o scales.
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A product: the activation [.., C] that it reads, its weight, and the weight's axis (0 or 1) of output channels."""
+    """A matmul: the activation [.., C] that it reads, its weight, and the weight's axis (0 or 1) of output channels."""
 
     activation: str
     weight: str
@@ -62,10 +62,10 @@ class ActivationScale:
 
 @dataclass(frozen=True, slots=True)
 class Smoothing:
-    """Products read an activation divided by ``factors`` float32 [C], channel by channel; their weights are multiplied with them.
+    """Divides the channels of an activation by ``factors`` float32 [C]; the weights that read it are multiplied with them.
 
     ``alpha``: that the factors were made with; None leaves the activation as it is, and all factors are 1. ``error``: mean over
-    rows of ‖y - y_int8‖² / ‖y‖² of the activation's products with them, ``unsmoothed_error`` without.
+    rows of ‖y - y_int8‖² / ‖y‖² of the activation's matmuls with them, ``unsmoothed_error`` without.
     """
 
     alpha: float | None
