@@ -1,4 +1,4 @@
-"""What quantising did to next-token distributions: judged by the same texts and the same reference, whatever computed them.
+"""Judges what quantising does to next-token distributions: by the same texts and reference, whatever computes them.
 
 Needs numpy and this repository's ``src`` on the path: the worker in another library's environment judges by the same code.
 """
@@ -17,12 +17,12 @@ from medusa_deploy.calibration.distributions import kl_divergence, log_softmax
 
 TEXTS, REFERENCE = "texts.json", "reference.npy"
 Logits = Callable[[list[int], list[int]], np.ndarray]
-"""Prompt and answer of n tokens to logits [n, V] that the answer's tokens are chosen by."""
+"""Maps a prompt and an answer of n tokens to the logits [n, V] that the answer's tokens are chosen by."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """``calibration`` and ``texts``: prompts and answers, as token ids. ``reference``: log-probabilities float32 [n, V]."""
+    """Holds ``calibration`` and ``texts`` (prompts and answers, token ids) and log-probabilities ``reference`` float32 [n, V]."""
 
     calibration: list[tuple[list[int], list[int]]]
     texts: list[tuple[list[int], list[int]]]
@@ -30,7 +30,7 @@ class Judge:
 
     @classmethod
     def read(cls, folder: Path) -> Judge:
-        """What :meth:`write` left."""
+        """Read what :meth:`write` has written."""
         found = json.loads((folder / TEXTS).read_text("utf-8"))
         pairs = {name: [(prompt, answer) for prompt, answer in found[name]] for name in ("calibration", "texts")}
         return cls(**pairs, reference=np.load(folder / REFERENCE, mmap_mode="r"))
@@ -43,14 +43,14 @@ class Judge:
         texts: list[tuple[list[int], list[int]]],
         logits: Logits,
     ) -> Judge:
-        """Keep the texts and what the reference predicts in them."""
+        """Write the texts and the reference's predictions in them."""
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / REFERENCE, np.concatenate([log_softmax(logits(*text)).astype(np.float32) for text in texts]))
         (folder / TEXTS).write_text(json.dumps({"calibration": calibration, "texts": texts}), "utf-8")
         return cls.read(folder)
 
     def of(self, logits: Logits) -> dict[str, Any]:
-        """Perplexity of the answers against the reference, mean KL(reference ‖ other) in nats, how often the argmax is the same.
+        """Measure perplexity against the reference, mean KL(reference‖other) in nats, and the share of equal argmaxes.
 
         ``kl_error``: the standard error of the mean, texts taken as independent.
         """

@@ -1,4 +1,4 @@
-"""Next-token distributions as log-probabilities, and how far one is from another.
+"""Computes next-token distributions as log-probabilities, and the divergence of one from another.
 
 Needs numpy alone. :mod:`.training.kl_loss` computes the same divergence in torch, with a gradient.
 """

@@ -1,4 +1,4 @@
-"""Runs a bundle on calibration data as a service would, and watches what its matmuls read."""
+"""Runs a bundle on calibration data as a service would, and watches the activations of its matmuls."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Watcher(Protocol):
 
 
 class ObservingExecutor(OrtExecutor):
-    """The CPU executor on a graph with more outputs, whose values go to ``watcher`` after every call.
+    """Runs a graph with more outputs on the CPU, and shows them to ``watcher`` after every call.
 
     ``prompt_length``: a call whose rows begin before it is a prefill.
     """
@@ -48,7 +48,7 @@ class ObservingExecutor(OrtExecutor):
     def __init__(
         self, model: OrtModel, graph: StepGraph, tensors: Mapping[str, bool], watcher: Watcher, threads: int | None
     ) -> None:
-        """``tensors``: names in ``graph``, which is the one of ``model``, and whether only the heads' outputs need them."""
+        """Load ``graph``, which is that of ``model``. ``tensors``: names in it; True if only the heads' outputs need a tensor."""
         self._step_graph = graph
         self._of_heads = tensors
         self.watcher = watcher
@@ -91,10 +91,11 @@ class ObservingExecutor(OrtExecutor):
 
 
 class Calibrator:
-    """A bundle that is watched while it answers: prompts are prefilled, then decoded greedily on the bundle's default tree.
+    """Watches a bundle while it answers: prompts are prefilled, then decoded greedily on the bundle's default tree.
 
-    So the rows are those that an engine computes, rejected ones included. The tree is fixed, because rows chosen by time would be
-    others in every run. ``matmuls``: those that are watched; where the tree is its root alone, no heads run, and theirs aren't.
+    So the rows are those that an engine computes, rejected ones included. The tree is fixed: numbers of rows that are chosen by
+    time would differ in every run. ``matmuls``: the watched ones. If the tree is its root alone, no heads run, and their matmuls
+    aren't watched.
     """
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
@@ -118,7 +119,7 @@ class Calibrator:
         self.session = Session(Bundle(bundle.folder, manifest), self._executor)
 
     def settings(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> dict[str, Any]:
-        """What a run's observations depend on, as JSON."""
+        """Return everything that a run's observations depend on, as JSON."""
         facts = run_facts(self.bundle, prompts)
         return {**facts, "max_new_tokens": max_new_tokens, "tree": self.session.tree.choices()}
 
@@ -129,11 +130,11 @@ class Calibrator:
         progress_file: Path | None = None,
         progress: Progress = lambda _done, _note: None,
     ) -> Observations:
-        """Answer the prompts, given as token ids, and return what was seen of every activation.
+        """Answer the prompts, given as token ids, and return the observations of every activation.
 
-        ``progress_file``: where what was seen is kept from time to time, and when the run is interrupted; a run with the same
-        settings goes on behind the last prompt in it, and its result is the same. The caller removes it. ``progress`` gets the
-        number of prompts done and a note.
+        ``progress_file`` keeps the observations from time to time, and when the run is interrupted. A run with the same settings
+        goes on behind the last prompt in it, with the same result. The caller removes the file. ``progress`` gets the number of
+        prompts done and a note.
 
         Raises:
             RangeError: an activation holds NaN or infinity.
@@ -160,23 +161,23 @@ class Calibrator:
         return total
 
     def _observe(self, prompt: Sequence[int], max_new_tokens: int) -> Observations:
-        """What one prompt and its answer show. A run that is interrupted keeps whole prompts only."""
+        """Observe one prompt and its answer. A run that is interrupted keeps whole prompts only."""
         seen = Observations.of(self.matmuls)
         self.watch(prompt, max_new_tokens, seen)
         seen.prompts = 1
         return seen
 
     def watch(self, prompt: Sequence[int], max_new_tokens: int, watcher: Watcher) -> None:
-        """Answer one prompt and show ``watcher`` what the matmuls read."""
+        """Answer one prompt and show ``watcher`` the activations of the matmuls."""
         self._executor.watcher, self._executor.prompt_length = watcher, len(prompt)
         self.session.generate(token_ids=prompt, max_new_tokens=max_new_tokens, tree=self.session.tree)
 
 
 def watched_matmuls(bundle: Bundle, graph: StepGraph) -> list[Matmul]:
-    """The matmuls of a bundle's graph that calibration is about: those of the heads only where the tree has rows for them.
+    """List the matmuls of a bundle's graph that are calibrated: those of the heads only if the tree has rows for them.
 
     Raises:
-        CalibrationError: there is none with a constant weight.
+        CalibrationError: there is no matmul with a constant weight.
     """
     heads_run = bundle.manifest.tree().rows > 1
     matmuls = [matmul for matmul in graph.matmuls if heads_run or not matmul.of_heads]
@@ -186,7 +187,7 @@ def watched_matmuls(bundle: Bundle, graph: StepGraph) -> list[Matmul]:
 
 
 def run_facts(bundle: Bundle, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """What every way of calibrating says of its run: model, data and versions."""
+    """Return the facts that every way of calibrating records of its run: model, data and versions."""
     import onnxruntime
 
     return {
@@ -198,5 +199,5 @@ def run_facts(bundle: Bundle, prompts: Sequence[Sequence[int]]) -> dict[str, Any
 
 
 def _row_bytes(matmuls: Sequence[Matmul]) -> int:
-    """Of all observed activations, float32, in a call of one row."""
+    """Count the bytes of all observed activations, float32, in a call of one row."""
     return 4 * sum({matmul.activation: matmul.channels for matmul in matmuls}.values())

@@ -1,4 +1,4 @@
-"""Calibration of a model that doesn't fit into memory: texts pass through one layer after the other, each loaded alone."""
+"""Calibrates a model that doesn't fit into memory: texts pass through one layer after the other, each loaded alone."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from .row_sample import SAMPLED_PROMPTS, RowSample, smooth_activation
 from .takers import smoothable
 
 LONGEST_TEXT = 512
-_PLAIN_ROWS = 64  # of the last stage at a time: each has logits of the whole vocabulary
+_PLAIN_ROWS = 64  # rows of the last stage at a time: each has logits of the whole vocabulary
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What scales are made of. ``weights``: scales by (name, axis); ``smoothing``: by activation and grid."""
+    """Holds what scales are made of. ``weights``: scales by (name, axis). ``smoothing``: by activation and grid."""
 
     seen: Observations
     weights: Mapping[tuple[str, int], np.ndarray]
@@ -41,7 +41,7 @@ class Measured:
 
 
 class LayerCalibrator:
-    """A bundle's standard graph, run in stages over whole texts. Nothing is generated: every token would need all layers.
+    """Runs a bundle's standard graph in stages over whole texts. Generates nothing: every token would need all layers.
 
     So drafted rows of a tree are not seen. In the last stage each token of a text is the root of a step of its own: projection
     and heads see what they see in plain decoding of that text. Memory: one stage's weights, and the hidden states of all texts.
@@ -72,11 +72,11 @@ class LayerCalibrator:
         return self._encoder.codec
 
     def encode(self, request: Request) -> list[int]:
-        """A request's prompt as token ids."""
+        """Turn a request's prompt into token ids."""
         return self._encoder.encode(request)
 
     def settings(self, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """What the result depends on, as JSON."""
+        """Return everything that the result depends on, as JSON."""
         return {**run_facts(self.bundle, texts), "layer_by_layer": True, "longest_text": self.longest}
 
     def measure(
@@ -86,10 +86,10 @@ class LayerCalibrator:
         progress_file: Path | None = None,
         progress: Progress = lambda _done, _note: None,
     ) -> Measured:
-        """Take the texts, token ids of at most ``longest`` each, through all stages. No ``alphas``: no smoothing.
+        """Take the texts, token ids of at most ``longest`` each, through all stages. Without ``alphas`` nothing is smoothed.
 
-        ``progress_file``: where the state behind a stage is kept from time to time; a run with the same settings goes on behind
-        that stage, and its result is the same. The caller removes it. ``progress`` gets the number of stages done and a note.
+        ``progress_file`` keeps the state behind a stage from time to time. A run with the same settings goes on behind that
+        stage, with the same result. The caller removes the file. ``progress`` gets the number of stages done and a note.
 
         Raises:
             RangeError: an activation holds NaN or infinity, or a weight that no scale fits.
@@ -141,7 +141,7 @@ class LayerCalibrator:
         sampled: Sequence[str],
         note: Callable[[str], None],
     ) -> dict[str, np.ndarray]:
-        """Run a stage over all texts; the states of ``run`` become those behind it. Returns rows [R, C] of the ``sampled``."""
+        """Run a stage over all texts. The states of ``run`` become those behind it. Returns rows [R, C] of the ``sampled``."""
         rows: dict[str, list[np.ndarray]] = {name: [] for name in sampled}
         if not stage.outputs:
             return {}
@@ -161,7 +161,7 @@ class LayerCalibrator:
         return {name: np.concatenate(found) for name, found in rows.items()}
 
     def _open(self, stage: Stage) -> Any:
-        """A session with the stage's weights alone. It keeps no memory between calls."""
+        """Open a session with the stage's weights alone. It keeps no memory between calls."""
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
         options.inter_op_num_threads = 1
@@ -176,7 +176,7 @@ class LayerCalibrator:
     def _calls(
         self, stage: Stage, text: Sequence[int], state: np.ndarray | None
     ) -> Iterator[tuple[StepInputs, np.ndarray | None]]:
-        """Inputs and hidden states [B, N, H] of the calls that take a text through a stage.
+        """Yield inputs and hidden states [B, N, H] of the calls that take a text through a stage.
 
         A layer takes it as one prefill. Behind the layers each token has a slot of its own, [n, 1, H], in which it is the root.
         """
@@ -202,7 +202,7 @@ class LayerCalibrator:
         return inputs
 
     def _run(self, session: Any, stage: Stage, inputs: StepInputs, before: np.ndarray | None) -> dict[str, np.ndarray]:
-        """One call. Caches are empty: they are read where the stage's own rows are, and for their size."""
+        """Make one call. Caches are empty: the stage reads its own rows in them, and their size."""
         cache = np.zeros((len(inputs.tokens), *self._cache_shape), self.manifest.dtype)  # pages that nobody reads take no memory
         feeds = {}
         for name in (value.name for value in session.get_inputs()):

@@ -1,4 +1,8 @@
-"""The matmuls of a step graph that int8 is about: those with a constant weight. What they read, and scales of their weights."""
+"""Finds the matmuls of a step graph with a constant weight, cuts the graph into pieces, and scales the weights.
+
+Works on ONNX protos, which ONNX Runtime loads as they are. Export finds matmuls on onnx_ir graphs: it rewrites them
+(:mod:`medusa_deploy.export.passes.matmuls`), and neither package imports the other.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ _MATMULS = ("MatMul", "Gemm")
 class Matmul:
     """A MatMul or Gemm with a constant matrix.
 
-    ``activation`` [..., C]: the tensor that it reads. ``axis``: of the weight's output channels; ``channels``: C. ``of_heads``:
+    ``activation`` [..., C]: the tensor that it reads. ``axis``: of the weight's output channels. ``channels``: C. ``of_heads``:
     only the heads' outputs need it.
     """
 
@@ -37,7 +41,7 @@ class Matmul:
 
 
 def read_graph(bundle: Bundle, file: str) -> Any:
-    """The ONNX model in a file of the bundle, without the weights that lie in others.
+    """Read the ONNX model in a file of the bundle, without weights that lie in other files.
 
     Raises:
         BundleIntegrityError: it is no ONNX file.
@@ -70,7 +74,7 @@ class StepGraph:
 
     @property
     def nodes(self) -> Sequence[Any]:
-        """The graph's nodes, each behind those that it reads from."""
+        """The graph's nodes, each behind the nodes that it reads from."""
         nodes: Sequence[Any] = self._model.graph.node
         return nodes
 
@@ -82,11 +86,11 @@ class StepGraph:
 
     @property
     def folder(self) -> Path:
-        """Where the weights' files lie."""
+        """The folder of the weights' files."""
         return self._bundle.path(self._file).parent
 
     def with_outputs(self, names: Iterable[str]) -> bytes:
-        """The graph with these tensors as further outputs, serialised; its weights are where they were."""
+        """Serialise the graph with these tensors as further outputs. Its weights stay where they were."""
         import onnx
 
         model = onnx.ModelProto()
@@ -96,7 +100,7 @@ class StepGraph:
         return bytes(model.SerializeToString())
 
     def needed_nodes(self, outputs: Iterable[str], given: Iterable[str] = ()) -> list[Any]:
-        """The nodes that these tensors come from, in the graph's order; what is ``given`` needs none."""
+        """List the nodes that these tensors come from, in the graph's order. A tensor that is ``given`` needs none."""
         known, open_values, found = set(given), list(outputs), set()
         while open_values:
             name = open_values.pop()
@@ -107,7 +111,7 @@ class StepGraph:
         return [node for node in self._model.graph.node if node.output[0] in found]
 
     def piece(self, given: str | None, outputs: Sequence[str]) -> bytes:
-        """The nodes that ``outputs`` come from, serialised, with the weights and those of the graph's inputs that they read.
+        """Serialise the nodes that ``outputs`` come from, with the weights and the graph's inputs that they read.
 
         ``given``: a hidden state [B, N, H] that is an input of the piece instead of being computed.
         """
@@ -128,7 +132,7 @@ class StepGraph:
         return bytes(model.SerializeToString())
 
     def dtype_of(self, name: str) -> np.dtype[Any]:
-        """Of a tensor: what the graph says of it; the model's own where it says nothing."""
+        """Return a tensor's type in the graph; the model's own if the graph doesn't say it."""
         from onnx import helper
 
         known = (value.type.tensor_type.elem_type for value in self._model.graph.value_info if value.name == name)
@@ -136,12 +140,12 @@ class StepGraph:
         return helper.tensor_dtype_to_np_dtype(element) if element else np.dtype(self._bundle.manifest.dtype)
 
     def producer(self, name: str) -> Any:
-        """The node that makes a tensor; None for inputs and weights."""
+        """Return the node that makes a tensor; None for inputs and weights."""
         return self._producers.get(name)
 
     @cached_property
     def readers(self) -> Mapping[str, Sequence[str]]:
-        """Names of the nodes that read each tensor, nodes of graphs inside them counted as theirs."""
+        """Names of the nodes that read each tensor. A node reads what graphs inside it read."""
         found: dict[str, list[str]] = {}
         for node in self._model.graph.node:
             for name in _read_by(node):
@@ -149,16 +153,16 @@ class StepGraph:
         return found
 
     def is_vector(self, name: str, size: int) -> bool:
-        """Whether a tensor is a constant [size]."""
+        """True if a tensor is a constant [size]."""
         return name in self._weights and list(self._weights[name].dims) == [size]
 
     def weights_bytes(self) -> int:
-        """Of all weights of some rank in float32, which is what ONNX Runtime makes of them on a CPU."""
+        """Count the bytes of all weights of rank 2 and more in float32: ONNX Runtime converts them to that on a CPU."""
         sizes: Iterator[int] = (math.prod(tensor.dims) for tensor in self._weights.values() if len(tensor.dims) > 1)
         return 4 * sum(sizes)
 
     def weight_scales(self, name: str, axis: int) -> np.ndarray:
-        """Scales float32 of a weight's output channels: the largest magnitude in 127 steps. A channel of zeros has scale 1.
+        """Compute scales float32 of a weight's output channels: largest magnitude / 127. A channel of zeros has scale 1.
 
         Raises:
             QuantisationError: NaN or infinity.
@@ -178,7 +182,7 @@ class StepGraph:
         return np.where(largest == 0, np.float32(1), scales)
 
     def weight_blocks(self, name: str, axis: int) -> Iterator[np.ndarray]:
-        """The weight [C, outputs], in views of some outputs each, of at most about ``_BLOCK`` elements."""
+        """Yield the weight [C, outputs] in views of some outputs each, of at most about ``_BLOCK`` elements."""
         weight = self._values(name)
         weight = weight if axis else weight.T
         size = max(1, _BLOCK // max(weight.shape[0], 1))
@@ -196,7 +200,7 @@ class StepGraph:
         return found
 
     def weight_of(self, node: Any) -> tuple[Any, bool]:
-        """The constant matrix that a node multiplies with, perhaps through a Transpose, and whether it stands [out, in]."""
+        """Find the constant matrix that a node multiplies with, perhaps through a Transpose. The flag is true for [out, in]."""
         import onnx
 
         if node.op_type not in _MATMULS or node.domain:
@@ -213,7 +217,7 @@ class StepGraph:
         return tensor, transposed
 
     def _values(self, name: str) -> np.ndarray:
-        """The matrix, mapped where it lies in a file of its own."""
+        """Read the matrix. One that lies in a file of its own is mapped."""
         import onnx
         from onnx import helper, numpy_helper
 
@@ -227,6 +231,6 @@ class StepGraph:
 
 
 def _read_by(node: Any) -> set[str]:
-    """Names of the tensors that a node reads, in the graphs inside it, too."""
+    """Collect the names of the tensors that a node reads, in the graphs inside it, too."""
     inner = (each for attribute in node.attribute if attribute.HasField("g") for each in attribute.g.node)
     return {*node.input}.union(*map(_read_by, inner))

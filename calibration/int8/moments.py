@@ -1,4 +1,4 @@
-"""Second moments of what matmuls read: how errors of one input's weights can be taken back by the others (GPTQ)."""
+"""Measures second moments of activations: with them GPTQ lets other inputs take back the error of one input's weights."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ FEWEST_ROWS = 256
 
 
 class Moments:
-    """Sums of xᵀx over the rows x [C] of activations, by name: float32 [C, C]."""
+    """Sums xᵀx over the rows x [C] of activations, by name: float32 [C, C]."""
 
     def __init__(self, channels: Mapping[str, int]) -> None:
-        """``channels``: of each activation.
+        """Start with zeros. ``channels``: of each activation.
 
         Raises:
             CalibrationError: the matrices would take more than 6 GiB.
@@ -32,7 +32,7 @@ class Moments:
         self.rows = dict.fromkeys(channels, 0)
 
     def take(self, values: Iterable[tuple[str, np.ndarray]], _positions: np.ndarray, *, prefill: bool) -> None:
-        """Take in a prefill; rows of steps don't count: many are drafted and rejected."""
+        """Take in a prefill. Rows of steps don't count: many are drafted and rejected."""
         if not prefill:
             return
         for name, value in values:
@@ -45,9 +45,9 @@ class Moments:
 def collect_moments(
     calibrator: Calibrator, texts: Sequence[Sequence[int]], progress: Progress = lambda _done, _note: None
 ) -> dict[str, np.ndarray]:
-    """E[xᵀx] of what the backbone's matmuls read in prefills of ``texts``, token ids: float32 [C, C] by name of the weight.
+    """Measure E[xᵀx] of the backbone's activations in prefills of ``texts`` (token ids): float32 [C, C] by name of the weight.
 
-    The vocabulary projection reads one row a prefill: with fewer than 256 of them it is left out.
+    The vocabulary projection reads one row a prefill. With fewer than 256 rows it is left out.
 
     Raises:
         CalibrationError: fewer than 256 rows, or activations too large for their moments.

@@ -1,4 +1,4 @@
-"""What a calibration run has seen so far, in memory and on disk: an interrupted run goes on from it."""
+"""Keeps what a calibration run has seen so far, in memory and on disk, so that an interrupted run goes on from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .observers import BINS, RangeObserver
 
 @dataclass(slots=True)
 class Observations:
-    """``observers`` by activation; ``prompts`` done, and the rows that their prefills and their steps had."""
+    """Holds ``observers`` by activation, the number of ``prompts`` done, and the rows of their prefills and steps."""
 
     observers: Mapping[str, RangeObserver]
     prompts: int = 0
@@ -28,11 +28,11 @@ class Observations:
 
     @classmethod
     def of(cls, matmuls: Iterable[Matmul]) -> Self:
-        """Nothing seen yet of what these matmuls read."""
+        """Start with nothing seen of the activations of these matmuls."""
         return cls({matmul.activation: RangeObserver(matmul.activation, matmul.channels) for matmul in matmuls})
 
     def take(self, values: Iterable[tuple[str, np.ndarray]], positions: np.ndarray, *, prefill: bool) -> None:
-        """Take in what one call showed: activations by name."""
+        """Take in the activations of one call, by name."""
         for name, value in values:
             self.observers[name].observe(value)
         if prefill:
@@ -41,7 +41,7 @@ class Observations:
             self.tree_rows += len(positions)
 
     def merge(self, other: Self) -> None:
-        """Take in all that ``other`` has seen."""
+        """Add everything that ``other`` has seen."""
         for name, observer in self.observers.items():
             observer.merge(other.observers[name])
         self.prompts += other.prompts
@@ -49,7 +49,7 @@ class Observations:
         self.tree_rows += other.tree_rows
 
     def save(self, path: Path, settings: Mapping[str, Any], more: Mapping[str, np.ndarray] | None = None) -> None:
-        """Write everything to ``path``, whole or not at all. ``settings``: what must be the same in the run that goes on.
+        """Write everything to ``path``, whole or not at all. ``settings`` must be the same in the run that goes on.
 
         ``more``: arrays that belong to the same state.
 
@@ -69,7 +69,7 @@ class Observations:
         write_whole(path, lambda file: np.savez(file, **arrays))
 
     def resume(self, path: Path, settings: Mapping[str, Any], more: Sequence[str] = ()) -> dict[str, np.ndarray]:
-        """Take in what ``path`` holds; nothing when there is no such file. Returns the arrays ``more``.
+        """Load ``path``, if there is such a file, and return the arrays ``more``.
 
         Raises:
             CalibrationError: the file is damaged, or of a run with other settings.

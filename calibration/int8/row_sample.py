@@ -1,4 +1,4 @@
-"""Rows of activations, a bounded number of them: what the search for smoothing factors tries its matmuls on."""
+"""Samples a bounded number of rows of activations. The search for smoothing factors tries its matmuls on them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST_BYTES = 1 << 30
 
 
 class RowSample:
-    """Of one prompt: its first row and 7 others evenly spread over it, and the root rows of the first 8 steps."""
+    """Samples one prompt: its first row, 7 others that are evenly spread over it, and the root rows of the first 8 steps."""
 
     def __init__(self, names: Iterable[str], prompt_length: int) -> None:
         self.rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
@@ -29,7 +29,7 @@ class RowSample:
         self._steps = 0
 
     def take(self, values: Iterable[tuple[str, np.ndarray]], positions: np.ndarray, *, prefill: bool) -> None:
-        """Keep what belongs to the sample of a call's activations [1, N, C]."""
+        """Keep the sampled rows of a call's activations [1, N, C]."""
         chosen = [row for row, at in enumerate(positions.tolist()) if at in self._positions] if prefill else [0]
         if not prefill:
             self._steps += 1
@@ -43,9 +43,9 @@ class RowSample:
 def sample_rows(
     calibrator: Calibrator, names: Sequence[str], prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> dict[str, np.ndarray]:
-    """Rows float32 [R, C] of the activations ``names``, of the first prompts and their answers; R is at most 256.
+    """Sample rows float32 [R, C] of the activations ``names`` from the first prompts and their answers. R is at most 256.
 
-    The same every time. Models whose activations are so many that the rows would pass 1 GiB get fewer prompts, 4 at least.
+    Every call samples the same rows. If the rows would pass 1 GiB, fewer prompts are taken, 4 at least.
     """
     channels = {matmul.activation: matmul.channels for matmul in calibrator.matmuls}
     of_prompt = 4 * (_OF_PROMPT + _OF_STEPS) * sum(channels[name] for name in names)
@@ -82,7 +82,7 @@ def find_smoothing(
     alphas: Sequence[float | None],
     progress: Progress = lambda _done, _note: None,
 ) -> Mapping[str, Mapping[str, Smoothing]]:
-    """Smoothing of every activation that can be smoothed for free, by grid; ``seen`` has their ranges. No alphas: none."""
+    """Find the smoothing of every activation that can be smoothed for free, by grid. ``seen`` has their ranges."""
     graph = calibrator.graph
     found = smoothable(graph) if alphas else {}
     rows = sample_rows(calibrator, list(found), prompts, max_new_tokens) if found else {}

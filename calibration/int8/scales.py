@@ -1,4 +1,4 @@
-"""Scales from observations."""
+"""Makes scales from observations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FEWEST_ROWS = 128
 
 
 class Source(Protocol):
-    """A calibrator: its graph, and the matmuls in it that it watched."""
+    """A calibrator: its graph, and the matmuls that it watched."""
 
     @property
     def graph(self) -> StepGraph: ...
@@ -38,10 +38,10 @@ def make_scales(
     *,
     steps: bool = True,
 ) -> Scales:
-    """Scales of all activations that matmuls read, by ``method``, and of their weights, by largest magnitudes.
+    """Make scales of all activations by ``method``, and of their weights by largest magnitudes.
 
-    ``settings``: of the run that ``seen`` comes from; they become the provenance, with the counts of rows.
-    ``weights``: scales that are known already; None computes them. ``steps``: whether there must have been steps of a tree.
+    ``settings``: of the run that ``seen`` comes from. They become the provenance, with the counts of rows. ``weights``: known
+    scales; None computes them. ``steps``: require that steps of a tree were seen.
 
     Raises:
         CalibrationError: fewer than 128 rows, no step after a prefill, or an activation that was never computed.

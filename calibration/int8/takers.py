@@ -35,7 +35,7 @@ class Smoothable:
 
 
 def smoothable(graph: StepGraph) -> dict[str, Smoothable]:
-    """Find the activations that nothing but matrix matmuls of the backbone read, and whose factors something before can take."""
+    """Find the activations that only matmuls of the backbone read, and whose factors something before can take."""
     by_activation: dict[str, list[Matmul]] = {}
     for matmul in graph.matmuls:
         by_activation.setdefault(matmul.activation, []).append(matmul)
@@ -62,7 +62,7 @@ def _taker(graph: StepGraph, activation: str, channels: int) -> Taker | None:
 
 
 def _values_taker(graph: StepGraph, made: Any, channels: int) -> Taker | None:
-    """The layer of the values, if ``made`` puts the heads of attention side by side.
+    """Find the layer of the values, if ``made`` puts the heads of attention side by side.
 
     Channel c of a query's head is a mean of channel c of its head of values, so that layer's outputs can take the factors.
     """
@@ -76,7 +76,7 @@ def _values_taker(graph: StepGraph, made: Any, channels: int) -> Taker | None:
 
 
 def _step_values(graph: StepGraph, name: str) -> str | None:
-    """The tensor [B, N, heads · channels] of a step's own values, if nothing but attention and the caches reads them."""
+    """Find the tensor [B, N, heads · channels] of a step's own values, if nothing but attention and the caches reads it."""
     made = graph.producer(name)
     if made is None or len(graph.readers[name]) != 1:
         return None
@@ -90,7 +90,7 @@ def _step_values(graph: StepGraph, name: str) -> str | None:
 
 
 def _own_layer(graph: StepGraph, name: str, channels: int) -> str | None:
-    """The matrix matmul, perhaps with a constant bias [channels], that makes ``name``, if only one node reads that."""
+    """Find the matmul, perhaps with a constant bias [channels], that makes ``name``, if only one node reads that."""
     made = graph.producer(name)
     if made is not None and made.op_type == "Add" and not made.domain:
         inner = [each for each in made.input if not graph.is_vector(each, channels)]

@@ -1,4 +1,4 @@
-"""The KL divergence between a tuned backbone and the original as a loss: logits of all positions never exist at once."""
+"""Computes the KL divergence of a tuned backbone from the original as a loss: logits of all positions never exist at once."""
 
 from __future__ import annotations
 

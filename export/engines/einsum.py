@@ -67,7 +67,7 @@ def merged_name(names: Sequence[str]) -> str:
 
 
 def _merge(graph: ir.Graph, members: Sequence[ir.Node], weights: Group) -> ir.Value:
-    """One product of a merged weight, which is returned, and a split, in place of several products of one value."""
+    """Replace several products of one value by one with a merged weight, and a split. Returns the merged weight."""
     name = merged_name([str(weight.name) for weight in weights])
     shapes = [tuple(weight.shape.numpy()) for weight in weights if weight.shape is not None]
     rows = [shape[0] for shape in shapes]

@@ -24,7 +24,7 @@ _DTYPES = {ir.DataType.FLOAT16: "float16", ir.DataType.FLOAT: "float32"}
 
 
 class WeightStreamer:
-    """Rewrites the graphs of one bundle. ``inputs``: all weight inputs so far; equal weights of several graphs are one input."""
+    """Rewrites the graphs of one bundle. Equal weights of several graphs become one input."""
 
     def __init__(self, bundle: Bundle, *, merge: bool = True) -> None:
         self._bundle = bundle

@@ -59,11 +59,11 @@ def _is_matrix(value: ir.Value) -> bool:
 
 @dataclass(slots=True, eq=False)
 class CpuMatmul:
-    """A MatMul with a constant matrix W [N, K] of N outputs.
+    """A MatMul of the CPU graph with a constant matrix W [N, K] of N outputs.
 
-    ``weights``: initializers that W is made of, side by side along its outputs; ``transposed``: whether they are stored [N, K].
-    ``multipliers`` [K] of its inputs and ``divisors`` [N] of its outputs are to be taken into W. ``layer``: of the backbone, None
-    for the vocabulary projection and the heads.
+    ``weights``: initializers that make up W, side by side along its outputs. ``transposed``: stored [N, K]. ``multipliers`` [K]
+    of its inputs and ``divisors`` [N] of its outputs are to be taken into W. ``layer``: the backbone's layer, None for the
+    vocabulary projection and the heads.
     """
 
     node: ir.Node
@@ -76,12 +76,12 @@ class CpuMatmul:
 
     @property
     def name(self) -> str:
-        """As reports call it: with its layer, since nodes are only numbered."""
+        """Its name in reports: with its layer, since nodes are only numbered."""
         return str(self.node.name) if self.layer is None else f"layers.{self.layer}/{self.node.name}"
 
     @property
     def of_heads(self) -> bool:
-        """Whether only the heads' results need it."""
+        """True if only the heads' results need it."""
         return self.layer is None and not self.is_projection
 
     @property
@@ -91,18 +91,18 @@ class CpuMatmul:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """N and K."""
+        """Its sizes N and K."""
         return sum(self.widths), int(_shape(self.weights[0])[1 if self.transposed else 0])
 
     @property
     def activation(self) -> ir.Value:
-        """What it reads, [.., K]."""
+        """The value [.., K] that it reads."""
         value = self.node.inputs[0]
         assert value is not None
         return value
 
     def matrix(self) -> np.ndarray:
-        """W as float32 [N, K], multipliers and divisors taken in."""
+        """Return W as float32 [N, K], multipliers and divisors taken in."""
         parts = [weight.const_value.numpy() for weight in self.weights if weight.const_value is not None]
         whole = np.concatenate([part if self.transposed else part.T for part in parts])
         matrix: np.ndarray = np.ascontiguousarray(whole, np.float32) * self.multipliers / self.divisors[:, None]
@@ -110,9 +110,9 @@ class CpuMatmul:
 
 
 def find_matmuls(model: ir.Model) -> list[CpuMatmul]:
-    """All matmuls of the graph and of its branches with constant matrices of at least two rows and columns."""
+    """List all MatMuls of the graph and of its branches with constant matrices of at least two rows and columns."""
     found: list[CpuMatmul] = []
-    last: int | None = None  # layer of the last attention that was passed
+    last: int | None = None  # layer of the last attention so far
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         last = last if (layer := _attention_layer(node)) is None else layer
         matrix = constant_matrix(node) if node.op_type == "MatMul" else None
@@ -124,7 +124,7 @@ def find_matmuls(model: ir.Model) -> list[CpuMatmul]:
 
 
 def plain_step_bytes(model: ir.Model) -> int:
-    """Bytes of the matrices that a CPU graph multiplies with in every step; its branches are taken now and then."""
+    """Count the bytes of the matrices that a CPU graph multiplies with in every step: branches are taken now and then."""
     matrices: dict[str, int] = {}
     waiting = [node.inputs[index] for node in model.graph if node.op_type in _MULTIPLY for index in range(1, len(node.inputs))]
     while waiting:
@@ -138,7 +138,7 @@ def plain_step_bytes(model: ir.Model) -> int:
 
 
 def _layer_of(matmul: ir.Node, last: int | None) -> int | None:
-    """Of queries, keys and values: the layer of the attention that reads them; of others, that of the last one before them."""
+    """Find a matmul's layer: queries, keys and values belong to the attention that reads them, others to the last one before."""
     seen, waiting = {matmul}, [matmul]
     while waiting:
         for user in waiting.pop().successors():
@@ -160,7 +160,7 @@ def _attention_layer(node: ir.Node) -> int | None:
 
 
 def _is_large(value: ir.Value) -> bool:
-    """Whether a matrix is float32, as the kernels for few bits take it, and more than a vector."""
+    """True if a matrix is float32, as the kernels for few bits take it, and more than a vector."""
     assert value.const_value is not None
     return value.const_value.dtype == ir.DataType.FLOAT and min(_shape(value)) > 1
 

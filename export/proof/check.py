@@ -1,4 +1,4 @@
-"""Compare an exported bundle with the torch module it came from, before the bundle is committed.
+"""Compares an exported bundle with the torch module that it came from, before the bundle is committed.
 
 The reference is transformers' own attention over whole sequences, not the traced module: it shares no code with the step
 graph, so a wrong mask, position, cache row or commit shows.
@@ -24,12 +24,16 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2}
 _PROMPT = 24
 _WANTED = Wanted(heads=True, logits=True, hidden=True)
 Reference = Callable[[np.ndarray], np.ndarray]
-"""Tokens int64 [n] to float32 logits [n, V] after each of them."""
+"""Maps tokens int64 [n] to float32 logits [n, V] after each of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """``max_logit_error``: largest absolute difference, ``logit_scale``: largest absolute reference logit; ``rows`` compared."""
+    """Reports a comparison over ``rows`` rows.
+
+    ``max_logit_error``: largest absolute difference. ``logit_scale``: largest absolute logit of the reference.
+    ``argmax_agreement`` and ``head_agreement``: shares of rows, and of heads, with the same best token.
+    """
 
     max_logit_error: float
     logit_scale: float
@@ -39,15 +43,15 @@ class CheckReport:
 
 
 def probe_tree(heads: int) -> Tree:
-    """Two branches at every depth; the deepest last path is not made of adjacent rows, so committing it moves rows."""
+    """Make a tree of two branches at every depth. Its last path has rows that aren't adjacent, so committing it moves rows."""
     return Tree.from_choices([(branch, *(0,) * depth) for branch in (0, 1) for depth in range(heads)])
 
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What an executor returned. ``rows``: a context and the logits [V] after it. ``heads``: context, root, candidates [K, k].
+    """Holds an executor's results. ``rows``: contexts and the logits [V] after them. ``heads``: context, root, candidates [K, k].
 
-    ``greedy``: the token chosen after the context of the first row where no logits are wanted.
+    ``greedy``: the token that is chosen after the first row's context if no logits are wanted.
     """
 
     rows: list[tuple[np.ndarray, np.ndarray]]
@@ -56,7 +60,7 @@ class Observed:
 
 
 def check_executor(executor: Executor, backbone: Backbone, heads: HeadStack, seed: int = 0) -> CheckReport:
-    """Compare what :func:`observe` sees with the torch module.
+    """Compare the results of :func:`observe` with the torch module.
 
     Raises:
         NumericsError: logits that aren't finite.
@@ -93,7 +97,7 @@ def observe(executor: Executor, num_heads: int, vocab_size: int, *, prompt_rows:
 
 
 def compare(observed: Observed, reference: Reference, backbone: Backbone, heads: HeadStack) -> CheckReport:
-    """Every row's logits and every head's candidates against the torch module's.
+    """Compare every row's logits and every head's candidates with the torch module's.
 
     Raises:
         NumericsError, ExportMismatchError: as :func:`check_executor`.
@@ -137,7 +141,7 @@ def compare(observed: Observed, reference: Reference, backbone: Backbone, heads:
 
 
 def _after(tokens: np.ndarray, reference: Reference, known: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Logits [V] after ``tokens``, out of what is known of a sequence that begins with them, or else by the reference."""
+    """Look up the logits [V] after ``tokens`` in a known sequence that begins with them, or else ask the reference."""
     for sequence, logits in known:
         if np.array_equal(sequence[: len(tokens)], tokens):
             return np.asarray(logits[len(tokens) - 1])
@@ -147,7 +151,7 @@ def _after(tokens: np.ndarray, reference: Reference, known: list[tuple[np.ndarra
 
 
 def eager_reference(backbone: Backbone) -> Reference:
-    """Logits in float32, by transformers' own eager attention, which the module has from now on."""
+    """Switch the module to transformers' own eager attention. Returns a function that computes its logits in float32."""
     module = backbone.module
     module.set_attn_implementation("eager")
 

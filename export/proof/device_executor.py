@@ -1,4 +1,4 @@
-"""The device graph on ONNX Runtime's CPU provider: slow and simple, to check the file that TensorRT engines are built of."""
+"""Runs the device graph on ONNX Runtime's CPU provider: slow and simple, to check the file that TensorRT engines are built of."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _RESULTS = (step_io.LAST_ROW, step_io.NEXT_TOKEN, step_io.CANDIDATES, step_io.LO
 
 @dataclass(slots=True)
 class _Carried:
-    """New rows [slots, H_kv, P, D_h] of the newest step, cache by cache, and where each slot wrote them."""
+    """Holds the new rows [slots, H_kv, P, D_h] of the newest step, cache by cache, and where each slot wrote them."""
 
     rows: list[np.ndarray]
     write_index: np.ndarray
@@ -29,11 +29,11 @@ class _Carried:
 
 @dataclass(slots=True)
 class DeviceGraphExecutor:
-    """An :class:`.executor.Executor` that feeds whole arrays and copies every cache in every step."""
+    """Implements :class:`.executor.Executor`: feeds whole arrays and copies every cache in every step."""
 
     model: OrtModel
     options: Any = None
-    """Of ONNX Runtime's session."""
+    """Options of ONNX Runtime's session."""
     layout: CacheLayout = field(init=False)
     abilities: Abilities = field(init=False)
     engine_seconds: float = 0.0
@@ -58,7 +58,7 @@ class DeviceGraphExecutor:
     def run(self, plan: StepPlan, draft_slots: np.ndarray | None = None) -> StepResult:
         """Run the plan: all slots in one call, then each prefill chunk; see :class:`.executor.Executor`.
 
-        ``draft_slots`` int64 [B, N]: what the closing outputs of the first call fill the next step's rows with.
+        ``draft_slots`` int64 [B, N]: candidates that the closing outputs of the first call fill the next step's rows with.
         """
         found: dict[int, SlotResult | Exception] = {}
         decoding = [rows for rows in plan.active if not rows.prefills]
@@ -70,7 +70,7 @@ class DeviceGraphExecutor:
         return StepResult(tuple([found[rows.slot] for rows in plan.active]))
 
     def _batch(self, plan: StepPlan, active: list[SlotRows], draft_slots: np.ndarray | None) -> dict[int, SlotResult]:
-        """One call over all slots; those that have no rows in ``active`` rest."""
+        """Make one call over all slots; those without rows in ``active`` rest."""
         slots, by_slot = self.layout.slots, {rows.slot: rows for rows in active}
         count = max((rows.count for rows in active), default=1)
         inputs = StepInputs.allocate(slots, count, count, self.model.num_heads)
@@ -86,7 +86,7 @@ class DeviceGraphExecutor:
         return {rows.slot: outputs.result(rows.slot, rows, seconds) for rows in active}
 
     def _prefill(self, rows: SlotRows, length: int) -> SlotResult:
-        """One call over the slot of ``rows``."""
+        """Make one call over the slot of ``rows``."""
         inputs = StepInputs.allocate(1, rows.count, 1, self.model.num_heads)
         inputs.fill(rows, length)
         caches = [cache[rows.slot : rows.slot + 1] for cache in self._caches]
@@ -95,7 +95,7 @@ class DeviceGraphExecutor:
         return outputs.result(0, rows, seconds)
 
     def propose(self, hidden: np.ndarray, root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Not the device graph's part.
+        """Refuse: the device graph has no heads of its own.
 
         Raises:
             AssertionError: always.

@@ -1,7 +1,7 @@
-"""The CPU graph with its weights in 8 or 4 bits: matmuls become ONNX Runtime's MatMulNBits.
+"""Rewrites the CPU graph with weights in 8 or 4 bits: matmuls become ONNX Runtime's MatMulNBits.
 
-That operator rounds what it reads to 8 bits in blocks of each row (accuracy level 4), so a matmul's row doesn't depend on the
-rows beside it, as it would with a scale for a whole activation. What rounding still does to exactness is in docs/quantisation.md.
+That operator rounds its activation to 8 bits in blocks of each row (accuracy level 4). So a row of the result doesn't depend on
+the rows beside it, as it would with a scale for a whole activation. docs/quantisation.md says what rounding does to exactness.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from .smooth_cpu import smooth
 PRECISIONS = (4, 8, 32)
 BLOCKS = (16, 32, 64, 128)
 DEFAULT_BLOCKS = {4: 32, 8: 64}
-"""By bits. With blocks of 64 a step of a few rows takes a ninth less than with 32; 4 bits can't afford the coarser scales."""
+"""Block by bits. A step of a few rows takes a ninth less with 64 than with 32; 4 bits can't afford the coarser scales."""
 _ROUND_ACTIVATIONS_TO_INT8 = 4  # MatMulNBits' accuracy_level
 _ROUNDED_AT_A_TIME = 1 << 22  # weights
 
 
 @dataclass(frozen=True, slots=True)
 class CpuPrecision:
-    """Bits of the weights: 4, 8, or 32 for those that stay as they are.
+    """Says how many bits each weight gets: 4, 8, or 32 for weights that stay as they are.
 
-    ``layers``: of the backbone's layers, ``kept`` (by the name of a :class:`.matmuls.CpuMatmul`) overrides it;
-    ``projection`` onto the vocabulary; ``heads``, as far as they haven't 8 bits before (:mod:`.cpu_heads`). ``block``: inputs
-    that share a scale (None: ``DEFAULT_BLOCKS``, or the largest smaller one that divides a matmul's inputs),
-    ``projection_block`` in the projection.
-    ``rescored``: how many of the largest logits are computed again from the projection's own weights; 0 for none.
+    ``layers``: bits of the backbone's layers. ``kept`` overrides it by the name of a :class:`.matmuls.CpuMatmul`.
+    ``projection``: bits of the vocabulary projection. ``heads``: bits of those weights of heads that haven't 8 bits already
+    (:mod:`.cpu_heads`). ``block``: inputs that share a scale; None takes ``DEFAULT_BLOCKS``, or the largest smaller block that
+    divides a matmul's inputs. ``projection_block``: the same in the projection. ``rescored``: number of the largest logits that
+    are computed again from the projection's own weights.
     """
 
     layers: int = 8
@@ -59,13 +59,13 @@ class CpuPrecision:
                 raise UsageError(f"blocks of {block} inputs", hint=f"one of {', '.join(map(str, BLOCKS))}")
 
     def bits(self, matmul: CpuMatmul) -> int:
-        """Of one matmul."""
+        """Return the bits of one matmul."""
         if matmul.is_projection:
             return self.projection
         return self.heads if matmul.of_heads else self.kept.get(matmul.name, self.layers)
 
     def block_of(self, matmul: CpuMatmul) -> int | None:
-        """Inputs of one matmul that share a scale; None: no block that may be taken divides them, so it stays as it is."""
+        """Return how many inputs of one matmul share a scale; None if no allowed block divides them: it stays as it is."""
         if matmul.is_projection:
             return largest_block(self.projection_block, matmul.shape[1])
         if self.block is not None:
@@ -75,9 +75,9 @@ class CpuPrecision:
 
 @dataclass(frozen=True, slots=True)
 class CpuReport:
-    """``bits`` of each matmul; ``smoothed`` activations; bytes of the matmuls' weights ``before`` and ``after``.
+    """Reports a quantised graph: ``bits`` of each matmul, ``smoothed`` activations, weights' bytes ``before`` and ``after``.
 
-    ``plain``: bytes of those that a plain step reads afterwards.
+    ``plain``: bytes of the weights that a plain step reads afterwards.
     """
 
     bits: Mapping[str, int]
@@ -89,7 +89,7 @@ class CpuReport:
 
 Advance = Callable[[int, str], object]
 Made = dict[tuple[str, int], tuple[Grid, np.ndarray]]
-"""Codes by matmul and bits: what several graphs have in common needn't be rounded again."""
+"""Grids and codes by matmul and bits: several graphs share them, and each is rounded once."""
 
 
 def quantise_cpu(
@@ -102,9 +102,10 @@ def quantise_cpu(
 ) -> CpuReport:
     """Rewrite the matmuls of a CPU graph, in place.
 
-    ``scales``: what quantised matmuls read is smoothed first. ``moments``: by name of a weight, E[xᵀx] [K, K] of what is
-    multiplied with it, before smoothing: with 4 bits it is rounded by GPTQ, all others to the nearest. ``made`` keeps codes
-    from call to call with the same scales, moments and blocks. ``advance`` hears of each matmul, and how many are done.
+    ``scales``: smooth the activations of quantised matmuls first. ``moments``: E[xᵀx] [K, K] of a weight's activation before
+    smoothing, by the weight's name. GPTQ rounds a weight with moments to 4 bits; all others are rounded to the nearest.
+    ``made`` keeps codes from call to call with the same scales, moments and blocks. ``advance(done, name)`` is called before
+    each matmul.
 
     Raises:
         QuantisationError: a weight holds NaN or infinity, there is nothing to quantise, or heads of 8 bits are to have 4.
@@ -145,17 +146,21 @@ def quantise_cpu(
 
 
 def largest_block(block: int, inputs: int) -> int | None:
-    """The largest block, up to ``block``, that divides so many inputs."""
+    """Return the largest block, up to ``block``, that divides ``inputs``; None if none does."""
     return max((each for each in BLOCKS if each <= block and inputs % each == 0), default=None)
 
 
 def few_bits_size(shape: tuple[int, int], bits: int, block: int) -> int:
-    """Bytes of a matrix [N, K] in few bits, symmetric: codes, and a float32 scale a block."""
+    """Count the bytes of a symmetric matrix [N, K] in few bits: codes, and a float32 scale a block."""
     return math.prod(shape) * bits // 8 + math.prod(shape) // block * 4
 
 
 def rounded(matmul: CpuMatmul, bits: int, block: int, moments: np.ndarray | None = None) -> tuple[Grid, np.ndarray]:
-    """Grid and codes of a matmul's weight; ``moments`` as in :func:`quantise_cpu`."""
+    """Round a matmul's weight to a grid and codes. ``moments``: see :func:`quantise_cpu`.
+
+    Raises:
+        QuantisationError: the weight holds NaN or infinity.
+    """
     matrix = matmul.matrix()
     if not np.isfinite(matrix).all():
         raise QuantisationError(f"the weight of {matmul.name} holds NaN or infinity", hint="the checkpoint's weights are broken")
@@ -168,7 +173,7 @@ def rounded(matmul: CpuMatmul, bits: int, block: int, moments: np.ndarray | None
 
 
 def _rounded_alone(matrix: np.ndarray, bits: int, block: int) -> tuple[Grid, np.ndarray]:
-    """Each value to the nearest; a few rows at a time, because the search for scales takes several times their memory."""
+    """Round each value to the nearest, a few rows at a time: the search for scales takes several times their memory."""
     count = max(1, _ROUNDED_AT_A_TIME // matrix.shape[1])
     parts = [matrix[start : start + count] for start in range(0, len(matrix), count)]
     grids = [make_grid(part, bits, block) for part in parts]
@@ -178,7 +183,7 @@ def _rounded_alone(matrix: np.ndarray, bits: int, block: int) -> tuple[Grid, np.
 
 
 def put_bits(graph: ir.Graph, matmul: CpuMatmul, grid: Grid, codes: np.ndarray, rescored: int = 0) -> int:
-    """Put MatMulNBits in a matmul's place; returns the bytes of its weights."""
+    """Put MatMulNBits in a matmul's place. Returns the bytes of its weights."""
     node = matmul.node
     made, size = few_bits(graph, matmul, grid, codes, str(node.name))
     old, result = node.outputs[0], made.outputs[0]
@@ -196,7 +201,7 @@ def put_bits(graph: ir.Graph, matmul: CpuMatmul, grid: Grid, codes: np.ndarray, 
 
 
 def few_bits(graph: ir.Graph, matmul: CpuMatmul, grid: Grid, codes: np.ndarray, name: str) -> tuple[ir.Node, int]:
-    """A MatMulNBits that computes what ``matmul`` does, in no graph yet, and the bytes of its weights."""
+    """Make a MatMulNBits in place of ``matmul``, in no graph yet. Returns it and the bytes of its weights."""
     stored = _stored(name, grid, codes)
     inputs = [matmul.activation, *(new_constant(graph, array, part) for part, array in stored.items())]
     outputs, size = matmul.shape
@@ -208,7 +213,7 @@ def few_bits(graph: ir.Graph, matmul: CpuMatmul, grid: Grid, codes: np.ndarray, 
 
 
 def _stored(name: str, grid: Grid, codes: np.ndarray) -> dict[str, np.ndarray]:
-    """By name, what MatMulNBits reads after the activation, in its order."""
+    """Lay out the inputs of MatMulNBits behind the activation, by name, in its order."""
     parts = {"codes": packed(codes, grid.bits), "scales": grid.scales}
     if not grid.is_symmetric:
         parts["zero_points"] = packed(grid.zero_points, grid.bits)
@@ -216,7 +221,7 @@ def _stored(name: str, grid: Grid, codes: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def take_in(graph: ir.Graph, matmul: CpuMatmul) -> None:
-    """Give a matmul that keeps its type a weight with the smoothing that was left to it."""
+    """Multiply the smoothing that a matmul was given into its weight, for a matmul that stays in float32."""
     if (matmul.multipliers == 1).all() and (matmul.divisors == 1).all():
         return
     smoothed = new_constant(graph, np.ascontiguousarray(matmul.matrix().T), f"{matmul.node.name}/smoothed")

@@ -1,7 +1,8 @@
-"""SmoothQuant's migration on the CPU graph: what a matmul reads is divided channel by channel, its weight multiplied.
+"""Smooths the CPU graph: divides the channels of an activation by factors and multiplies the weights that read it with them.
 
-G. Xiao et al., SmoothQuant (arXiv 2211.10438), section 4. The division costs nothing where something before takes it: the weight
-of an RMS norm, or the output channels of the up matmul, which is multiplied with an MLP's gate.
+G. Xiao et al., SmoothQuant (arXiv 2211.10438), section 4. The division costs nothing where something before the activation takes
+it: the weight of an RMS norm, or the output channels of the up matmul, which is multiplied with an MLP's gate. ``scales.json``
+says what takes the factors.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from ..passes.matmuls import CpuMatmul
 from ..passes.patterns import new_constant
 
 GRID = "block"
-_NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # operator to the input that its weight is
+_NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}
+"""Fused norms: by operator, the input that its weight is."""
 
 
 def smooth(graph: ir.Graph, matmuls: Sequence[CpuMatmul], scales: Scales, values: Collection[ir.Value]) -> list[str]:
@@ -56,7 +58,7 @@ def smooth(graph: ir.Graph, matmuls: Sequence[CpuMatmul], scales: Scales, values
 
 
 def activations_of(matmuls: Sequence[CpuMatmul], scales: Scales) -> dict[CpuMatmul, str]:
-    """What the standard graph calls the activation that a matmul reads: both graphs have the same names of weights."""
+    """Find the standard graph's name of each matmul's activation, by the weight's name: both graphs have the same."""
     names = {layer.weight: layer.activation for layer in scales.layers.values()}
     return {matmul: names[str(matmul.weights[0].name)] for matmul in matmuls if matmul.weights[0].name in names}
 

@@ -1,4 +1,4 @@
-"""SmoothQuant's migration on the standard and the device graph: factors go into norms, layers and their readers.
+"""Smooths the standard and the device graph: factors go into norms, layers and their readers.
 
 :mod:`.smooth_cpu` does the same on the CPU graph, whose operators are others. Here attention's output can be smoothed, too: the
 layer of the values takes the factors, and the caches hold divided values. ``scales.json`` says what takes the factors.
@@ -22,7 +22,7 @@ GRID = "tensor"
 
 
 class _Change:
-    """What a matmul's weight is multiplied with by input, and divided by by output."""
+    """Collects the factors of one weight: ``multipliers`` of its inputs, ``divisors`` of its outputs."""
 
     def __init__(self) -> None:
         self.multipliers: np.ndarray | None = None
@@ -93,7 +93,7 @@ def _replace(graph: ir.Graph, node: ir.Node, index: int, made: ir.Value) -> None
 
 
 def _rewrite(graph: ir.Graph, node: ir.Node, change: _Change) -> None:
-    """A weight of its own for ``node``, changed."""
+    """Give ``node`` a changed weight of its own."""
     found = weight_of(node)
     assert found is not None and found.value.const_value is not None
     tensor = found.value.const_value

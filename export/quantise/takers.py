@@ -63,12 +63,12 @@ def biases_of(layer: ir.Node, channels: int) -> list[tuple[ir.Node, int]]:
 
 
 def is_vector(value: ir.Value | None, size: int) -> bool:
-    """Whether a value is a constant [size]."""
+    """True if a value is a constant [size]."""
     return value is not None and value.const_value is not None and tuple(value.const_value.shape.numpy()) == (size,)
 
 
 def _taker(value: ir.Value, channels: int, layers: Mapping[ir.Value, ir.Node]) -> Taker | None:
-    """The norm, or the layer, that ``value`` is a multiple of."""
+    """Find the norm, or the layer, that ``value`` is a multiple of."""
     scaled = producer_if(value, "Mul")
     if scaled is None:
         return None
@@ -80,7 +80,7 @@ def _taker(value: ir.Value, channels: int, layers: Mapping[ir.Value, ir.Node]) -
 
 
 def _values_taker(value: ir.Value, channels: int, layers: Mapping[ir.Value, ir.Node]) -> Taker | None:
-    """The layer of the values that attention makes ``value`` of."""
+    """Find the layer of the values that attention makes ``value`` of."""
     attention = attention_of(value)
     heads = None if attention is None else _step_values(attention.inputs[2])
     made = None if heads is None else heads.producer()
@@ -93,7 +93,7 @@ def _values_taker(value: ir.Value, channels: int, layers: Mapping[ir.Value, ir.N
 
 
 def _step_values(value: ir.Value | None) -> ir.Value | None:
-    """A step's own values [B, N, heads, channels], which attention reads as ``value``, if nothing but it and the caches does."""
+    """Find a step's own values [B, N, heads, channels] behind ``value``, if nothing but attention and the caches reads them."""
     node = None if value is None else value.producer()
     if value is None or node is None or len(value.uses()) != 1:
         return None
@@ -107,7 +107,7 @@ def _step_values(value: ir.Value | None) -> ir.Value | None:
 
 
 def _own_layer(value: ir.Value | None, channels: int, layers: Mapping[ir.Value, ir.Node]) -> str | None:
-    """The layer that makes ``value``, perhaps with a bias, if only one node reads both."""
+    """Find the layer that makes ``value``, perhaps with a bias, if only one node reads both."""
     biased = producer_if(value, "Add")
     inner = value if biased is None else next((each for each in biased.inputs if each in layers), None)
     if value is None or inner is None or inner not in layers or len(value.uses()) > 1 or len(inner.uses()) > 1:

@@ -45,7 +45,7 @@ def test_graphs_of_libraries_are_judged_on_the_same_texts(tiny_bundle: Path, tmp
     exact = judge.of(graph.logits(graph.path))
     assert exact["kl_nats"] < 1e-6
     assert exact["argmax_agreement"] == 1
-    assert graph.products == 14
+    assert graph.matmuls == 14
     found = {}
     for method in ("static", "4-bit-rtn"):
         quantise(graph, method, judge.calibration, tmp_path / method / "step.onnx", 32)

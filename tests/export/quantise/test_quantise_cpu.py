@@ -28,7 +28,7 @@ from medusa_deploy.export.variant import add_variant, check_variant
 from medusa_deploy.runtime.errors import BundleExistsError, QuantisationError, UsageError
 from medusa_deploy.runtime.executors.step_plan import Wanted
 from medusa_deploy.runtime.files.bundle import open_bundle
-from medusa_deploy.runtime.files.scales_file import Layer, Scales, Smoothing
+from medusa_deploy.runtime.files.scales_file import Layer, Scales, Smoothing, Taker
 from medusa_deploy.runtime.session import load
 from medusa_deploy.tools.measure.divergence import Divergence, taken_apart
 from medusa_deploy.tools.prompt_source import random_prompts
@@ -86,6 +86,40 @@ def test_smoothing_alone_changes_nothing(graph: Any, tiny_bundle: Path, divergen
         take_in(graph.graph, product)
     moved, same = divergence.of(graph)
     assert moved < 1e-6 and same == 1.0
+
+
+@pytest.mark.parametrize(("biased", "tied", "smoothed"), [(False, False, ["m"]), (True, False, []), (False, True, [])])
+def test_a_layer_takes_factors_unless_a_bias_or_another_reader_is_in_the_way(biased: bool, tied: bool, smoothed: list[str]):
+    make, float32 = onnx.helper, onnx.TensorProto.FLOAT
+    rng = np.random.default_rng(2)
+    arrays = {name: rng.normal(size=(8, 8)).astype(np.float32) for name in ("up", "down")} | {"bias": np.ones(8, np.float32)}
+    nodes = [make.make_node("MatMul", ["x", "up"], ["u0"], name="up")]
+    nodes += [make.make_node("Add", ["u0", "bias"], ["u"])] if biased else []
+    nodes += [make.make_node("MatMul", ["g", "up"], ["h"], name="again")] if tied else [make.make_node("Sigmoid", ["g"], ["h"])]
+    nodes.append(make.make_node("Mul", ["h", "u" if biased else "u0"], ["m"]))
+    nodes.append(make.make_node("MatMul", ["m", "down"], ["y"], name="down"))
+    graph = make.make_graph(
+        nodes,
+        "mlp",
+        [make.make_tensor_value_info(name, float32, [3, 8]) for name in ("x", "g")],
+        [make.make_tensor_value_info("y", float32, [3, 8])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    model = ir.from_proto(make.make_model(graph, opset_imports=[make.make_opsetid("", 21)], ir_version=10))
+    layers = {"up": Layer("x", "up", 1), "down": Layer("m", "down", 1)}
+    smoothing = {"m": {"block": Smoothing(0.5, 0.0, 0.0, np.exp(rng.normal(size=8)).astype(np.float32))}}
+    matmuls = find_matmuls(model)
+    scales = Scales("max", layers, {}, {}, {}, smoothing, {"m": Taker("layer", "up")})
+
+    def run() -> Any:
+        session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+        return session.run(None, {name: np.linspace(-1, 1, 24, dtype=np.float32).reshape(3, 8) for name in ("x", "g")})[0]
+
+    before = run()
+    assert smooth(model.graph, matmuls, scales, {matmul.activation for matmul in matmuls}) == smoothed
+    for matmul in matmuls:
+        take_in(model.graph, matmul)
+    np.testing.assert_allclose(run(), before, rtol=1e-4, atol=1e-5)
 
 
 def test_scales_of_older_versions_get_the_takers_that_calibrate_would_have_given_them(tiny_bundle: Path):
