@@ -39,7 +39,7 @@ def take_from_host(graph: ir.Graph) -> dict[str, ir.Value]:
 def _accept(graph: ir.Graph, parents: ir.Value, paths: ir.Value) -> None:
     """Find the deepest row of logits whose path has no mismatch, by one product in which a mismatch outweighs any depth.
 
-    ``score[r] = Σ_n value[n] · paths[n, r]``, where ``value`` is 1 for a row that matches and ``-2 · MAX_ROWS`` for one that doesn't.
+    ``score[r] = Σ_n value[n] · paths[n, r]``, where ``value`` is 1 where a row matches and ``-2 · MAX_ROWS`` where not.
     """
     inputs = {value.name: value for value in graph.inputs}
     outputs = {value.name: value for value in graph.outputs}
