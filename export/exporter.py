@@ -1,4 +1,4 @@
-"""Checkpoint and heads to bundle: trace, lower, check, commit."""
+"""Turns a checkpoint and heads into a bundle: trace, lower, check, commit."""
 
 from __future__ import annotations
 
@@ -59,11 +59,12 @@ def export_bundle(
 ) -> dict[str, Any]:
     """Write a bundle and return what was measured on the way.
 
-    ``heads``: a file or folder in any layout of :mod:`.layouts`; None exports the backbone alone (it decodes plainly).
+    ``heads``: a file or folder in any layout of :mod:`.heads.layouts`; None exports the backbone alone, which decodes plainly.
     An adapter that the heads were trained with is merged into the backbone.
-    ``weights``: ``copied`` into the bundle in the layout that engines like best, or ``linked``: the checkpoint's own safetensors
-    become files of the bundle (hard links where the file system has them) and are never in memory as a whole.
-    ``capacity``: tokens a slot holds, prompt and answer together. ``batch``: slots at most. ``report`` is told each phase.
+    ``weights``: ``copied`` or ``linked``. Copied weights enter the bundle in the layout that engines like best. Linked weights
+    are the checkpoint's own safetensors: they become files of the bundle (hard links where the file system has them) and are
+    never in memory as a whole.
+    ``capacity``: tokens a slot holds, prompt and answer together. ``batch``: slots at most. ``report`` receives each phase.
 
     Raises:
         CheckpointError, UnsupportedArchitectureError: the backbone can't be loaded or expressed.
@@ -88,7 +89,7 @@ def export_bundle(
         hashes: dict[Path, Future[str]] = {}
         if weights == "linked":
             backbone = load_linked_backbone(Path(model), dtype, capacity, folder, report)
-            # 13 GB of a 7B take as long as a tenth of the rest, which keeps one processor busy.
+            # Hashing the 13 GB of a 7B takes a tenth of the time of the rest, and the rest keeps one processor busy.
             hashes = {path: beside.submit(sha256, path) for path in folder.glob("*.safetensors")}
         else:
             backbone = load_backbone(Path(model), dtype, capacity, adapter)
@@ -136,7 +137,7 @@ def export_bundle(
 
 
 def identity_heads(backbone: Backbone) -> HeadSet:
-    """One head that repeats the backbone's own prediction: stands in where a backbone is exported alone."""
+    """Make one head that repeats the backbone's own prediction, for a backbone that is exported alone."""
     hidden = backbone.shape.hidden_size
     zeros = np.zeros((hidden, hidden), np.float32)
     tensors = {"head.0.layer.0.weight": zeros, "head.0.layer.0.bias": zeros[0]}

@@ -1,4 +1,4 @@
-"""All graphs of a bundle from one trace of the step and one of the heads."""
+"""Writes all graphs of a bundle from one trace of the step and one of the heads."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ HEADS_GRAPH = "heads.onnx"
 def write_graphs(
     backbone: Backbone, stack: HeadStack, rows: int, folder: Path, report: Callable[[str], None], prefix: str = ""
 ) -> dict[str, str]:
-    """Write every variant of the step, the heads, and the weights that are nowhere else into ``folder``.
+    """Write every variant of the step, the heads, and the weights that no other file holds into ``folder``.
 
-    ``prefix``: what their names begin with. Returns the variants' file names.
+    ``prefix``: the start of their names. Returns the file name of each variant.
     """
     for_device = trace_step(backbone, stack, rows)
     standard = for_device.clone()

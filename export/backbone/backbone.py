@@ -1,4 +1,4 @@
-"""Load a backbone through transformers and say what the step graph needs to know about it."""
+"""Loads a backbone through transformers, reads its sizes, and refuses what the step graph can't express."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .record import DTYPES, Backbone
 if TYPE_CHECKING:
     from ...runtime.files.adapter_file import Adapter
 
-# Position encodings whose frequencies don't depend on the sequence, and those that don't while it is short.
+# Position encodings by what their frequencies depend on: nothing, or the length of a long sequence.
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-# What a causal LM may do between the vocabulary projection and its logits, and the value that does nothing.
+# Settings that change logits after the vocabulary projection, and the value that changes nothing.
 _LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
 
 
 def load_backbone(source: Path, dtype: str, capacity: int, adapter: Adapter | None = None) -> Backbone:
     """Load a folder of safetensors (or a GGUF file, or a folder with one) in ``dtype`` for tracing.
 
-    ``adapter``: low-rank changes that are merged into the weights in float32, before they become ``dtype``.
+    ``adapter``: low-rank changes. They are merged in float32, before the weights become ``dtype``.
 
     Raises:
         CheckpointError: no such model, or non-finite weights.
@@ -47,7 +47,7 @@ def load_backbone(source: Path, dtype: str, capacity: int, adapter: Adapter | No
 
 
 def load_module(source: Path, dtype: str) -> Any:
-    """The transformers module of a model as transformers runs it, for evaluation.
+    """Load the module of a model as transformers runs it, in evaluation mode.
 
     Raises:
         CheckpointError: no such model, or tensors are missing.
@@ -68,7 +68,7 @@ def load_module(source: Path, dtype: str) -> Any:
 
 
 def load_config(source: Path, capacity: int) -> Any:
-    """The transformers config of a model, found expressible; its weights stay on disk.
+    """Load the config of a model and check its architecture; the weights stay on disk.
 
     Raises:
         CheckpointError: no such model.
@@ -85,7 +85,7 @@ def load_config(source: Path, capacity: int) -> Any:
 
 @contextlib.contextmanager
 def transformers_errors(source: Path) -> Iterator[None]:
-    """Call into transformers: without its progress bars and notes, and with what it raises as CheckpointError."""
+    """Silence the progress bars and notes of transformers, and turn its exceptions into CheckpointError."""
     from transformers.utils import logging
 
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -109,7 +109,7 @@ def transformers_errors(source: Path) -> Iterator[None]:
 
 
 def locate(source: Path) -> tuple[Path, dict[str, Any]]:
-    """The folder and the options that select a GGUF file in it."""
+    """Return a model's folder, and the options that select a GGUF file in it."""
     if not source.exists():
         raise CheckpointError(
             f"no such model: {source}", hint="give a folder with config.json and *.safetensors, or a .gguf file"
@@ -125,10 +125,10 @@ def locate(source: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def check_architecture(config: Any, capacity: int) -> None:
-    """Refuse by name what the step graph would get wrong.
+    """Refuse settings that the step graph would compute wrongly.
 
     Raises:
-        UnsupportedArchitectureError: with the setting, its value and the capacity.
+        UnsupportedArchitectureError: names the setting, its value and the capacity.
     """
     windows = _sliding_windows(config)
     if windows and min(windows) < capacity:
@@ -176,7 +176,7 @@ def _nested_rope(config: Any, rope: dict[str, Any]) -> str:
 
 
 def _sliding_windows(config: Any) -> list[int]:
-    """Windows that some layer really uses."""
+    """Return the sliding windows that some layer uses."""
     window = getattr(config, "sliding_window", None)
     if window is None or not getattr(config, "use_sliding_window", True):
         return []
@@ -208,7 +208,7 @@ def _check_finite(module: torch.nn.Module) -> None:
 
 
 def freeze_rope(module: torch.nn.Module) -> None:
-    """Within the checked capacity, length-dependent frequencies are their initial ones; keep the update out of the trace."""
+    """Keep the update of length-dependent frequencies out of the trace: within the checked capacity they never change."""
     for child in module.modules():
         if getattr(child, "rope_type", None) in _LENGTH_DEPENDENT_ROPE:
             child.rope_type = "static"  # type: ignore[assignment]

@@ -1,7 +1,7 @@
-"""A backbone whose weights stay where they are: traced without them, its graphs refer to the checkpoint's own shards.
+"""Loads a backbone without its weights: its graphs refer to the checkpoint's own shards.
 
-Parameters are fake tensors (shapes and no storage). In a traced graph each is replaced by ONNX external data that points into
-a safetensors file of the bundle.
+Parameters are fake tensors (shapes and no storage). :mod:`..trace.link` replaces each in a traced graph by ONNX external data
+that points into a safetensors file of the bundle.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class LinkedWeights:
 
 
 def load_linked_backbone(source: Path, dtype: str, capacity: int, folder: Path, report: Report) -> Backbone:
-    """A backbone without weights; the files that hold them are brought into ``folder``.
+    """Load a backbone without weights, and bring the files that hold them into ``folder``.
 
     Raises:
         CheckpointError: no folder of safetensors, a missing tensor, a damaged shard, or values that aren't finite.
@@ -65,7 +65,7 @@ def load_linked_backbone(source: Path, dtype: str, capacity: int, folder: Path, 
 
 
 def stored_parameters(source: Path, dtype: str, capacity: int) -> tuple[Any, dict[str, StoredTensor]]:
-    """The config of a model folder, and where each parameter of its causal LM is stored. No weights are read.
+    """Read the config of a model folder, and the place of each parameter of its causal LM. Reads no weights.
 
     Raises:
         CheckpointError, UnsupportedArchitectureError: as :func:`load_linked_backbone`.
@@ -100,7 +100,7 @@ def stored_parameters(source: Path, dtype: str, capacity: int) -> tuple[Any, dic
 
 
 def _check_tied(module: nn.Module, available: Mapping[str, StoredTensor]) -> None:
-    """A checkpoint may hold a tied weight under both names; then both must be the same numbers."""
+    """Check that a tied weight that is stored under both names has the same numbers under both."""
     first: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
@@ -115,7 +115,7 @@ def _check_tied(module: nn.Module, available: Mapping[str, StoredTensor]) -> Non
 
 
 def empty_module(config: Any, dtype: torch.dtype, mode: FakeTensorMode | None) -> Any:
-    """The causal LM of ``config`` without weights: fake parameters, or meta ones without a ``mode``. Buffers are real."""
+    """Make the causal LM of ``config`` without weights. Parameters are fake, or meta without a ``mode``; buffers are real."""
     from transformers import AutoModelForCausalLM
 
     def without_storage(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
@@ -138,7 +138,7 @@ def empty_module(config: Any, dtype: torch.dtype, mode: FakeTensorMode | None) -
 
 
 def replace_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give every parameter its tensor; those that are shared stay shared."""
+    """Give every parameter its tensor; shared parameters stay shared."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     new = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
     for child in module.modules():
@@ -147,7 +147,7 @@ def replace_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -
 
 
 def first_layers(backbone: Backbone, layers: int = CHECKED_LAYERS) -> tuple[Backbone, Any]:
-    """The backbone cut to its first ``layers``, twice: as it is traced, and as a torch module over the mapped weights."""
+    """Cut the backbone to its first ``layers``, twice: as it is traced, and as a torch module over the mapped weights."""
     weights = backbone.weights
     assert isinstance(weights, LinkedWeights)
     config = copy.deepcopy(backbone.module.config)

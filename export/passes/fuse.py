@@ -1,7 +1,7 @@
-"""Fewer, larger operators for ONNX Runtime on a CPU, whose own fusions miss these patterns in a traced graph.
+"""Fuses operators for ONNX Runtime on a CPU, whose own fusions miss these patterns in a traced graph.
 
-A step of one row runs some forty tiny operators a layer: what each costs to start is what is saved here. A pass replaces exactly
-the pattern that it names and leaves everything else alone, so a graph that looks different stays right, if slower.
+A step of one row runs some forty tiny operators a layer, and each costs time to start. A pass replaces exactly the pattern that
+it names and leaves everything else alone: a graph that looks different stays right, if slower.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _SWAP = [0, 2, 1, 3]
 
 
 def fuse(model: ir.Model) -> None:
-    """All passes, in place, on the lowered CPU graph."""
+    """Run all passes, in place, on the lowered CPU graph."""
     graph = model.graph
     for node in list(graph):
         if node.op_type == "Mul":
@@ -30,7 +30,7 @@ def fuse(model: ir.Model) -> None:
 
 
 def _norm(graph: ir.Graph, scaled: ir.Node) -> None:
-    """``weight · (x · 1/sqrt(mean(x²) + ε))`` over the last axis, in float32, to SimplifiedLayerNormalization."""
+    """Turn ``weight · (x · 1/sqrt(mean(x²) + ε))`` over the last axis, in float32, into SimplifiedLayerNormalization."""
     weight, inner = match_commutative(scaled, "Mul")
     x, reciprocal = match_commutative(inner, "Reciprocal")
     root = None if reciprocal is None else producer_if(reciprocal.inputs[0], "Sqrt")
@@ -49,10 +49,10 @@ def _norm(graph: ir.Graph, scaled: ir.Node) -> None:
 
 
 def _rotary(graph: ir.Graph, rotated: ir.Node) -> None:
-    """``x · cos + [-x₂, x₁] · sin``, both halves of cos and of sin alike, to RotaryEmbedding.
+    """Turn ``x · cos + [-x₂, x₁] · sin``, both halves of cos and of sin alike, into RotaryEmbedding.
 
-    ``x`` [B, H, N, D_h] is rows [B, N, H·D_h] split into heads: the operator takes those, and what it makes is split again, which
-    :func:`_unsplit` takes back together with the attention's own reshaping.
+    ``x`` [B, H, N, D_h] is rows [B, N, H·D_h] split into heads. The operator takes the rows, and its result is split again.
+    :func:`_unsplit` removes that split together with the attention's own reshaping.
     """
     direct, crossed = (producer_if(value, "Mul") for value in rotated.inputs[:2])
     if direct is None or crossed is None:
@@ -79,7 +79,7 @@ def _rotary(graph: ir.Graph, rotated: ir.Node) -> None:
 
 
 def _are_turned_halves(turned: ir.Node, x: ir.Value) -> bool:
-    """Whether ``turned`` is the upper half of the last axis of ``x``, negated, then the lower one."""
+    """Tell if ``turned`` is the negated upper half of the last axis of ``x``, then the lower half."""
     negated, low = producer_if(turned.inputs[0], "Neg"), producer_if(turned.inputs[1], "Slice")
     high = None if negated is None else producer_if(negated.inputs[0], "Slice")
     width = None if x.shape is None else x.shape[-1]
@@ -98,7 +98,7 @@ def _are_turned_halves(turned: ir.Node, x: ir.Value) -> bool:
 
 
 def _half(graph: ir.Graph, tensor: ir.Value | None) -> ir.Value | None:
-    """``f(a)`` [B, N, D_h / 2] where ``tensor`` is ``f(concat(a, a))`` [B, 1, N, D_h] and f is cos or sin; made once a graph."""
+    """Find or make ``f(a)`` [B, N, D_h / 2] for a ``tensor`` ``f(concat(a, a))`` [B, 1, N, D_h], where f is cos or sin."""
     spread = producer_if(tensor, "Unsqueeze")
     whole = None if spread is None else spread.inputs[0]
     function = producer_if(whole, "Cos") or producer_if(whole, "Sin")
@@ -114,7 +114,7 @@ def _half(graph: ir.Graph, tensor: ir.Value | None) -> ir.Value | None:
 
 
 def _unsplit(graph: ir.Graph, merge: ir.Node) -> None:
-    """Rows [B, N, H·D_h] split into heads and merged again, one right after the other, are what they were."""
+    """Remove a split of rows [B, N, H·D_h] into heads that is merged again at once."""
     back = _swap(merge.inputs[0])
     there = None if back is None else _swap(back.inputs[0])
     split = None if there is None else producer_if(there.inputs[0], "Reshape")
@@ -125,13 +125,13 @@ def _unsplit(graph: ir.Graph, merge: ir.Node) -> None:
 
 
 def _swap(value: ir.Value | None) -> ir.Node | None:
-    """The node that makes ``value``, if it swaps rows and heads."""
+    """Return the node that makes ``value``, if it swaps rows and heads."""
     node = producer_if(value, "Transpose")
     return node if node is not None and list(node.attributes["perm"].as_ints()) == _SWAP else None
 
 
 def _merged_width(merge: ir.Node) -> int | None:
-    """Size of the last of three axes that a Reshape makes."""
+    """Return the size of the last of three axes that a Reshape makes."""
     target, shape = elements(merge.inputs[1]), merge.outputs[0].shape
     if target is not None:
         return int(target[2]) if len(target) == 3 and target[:2] == [0, 0] else None

@@ -1,4 +1,4 @@
-"""Trace the step module into an ONNX graph whose attention nodes are still abstract (see :mod:`.lower`)."""
+"""Traces the step module into an ONNX graph with abstract attention nodes, which :mod:`..passes.lower` replaces."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .quiet import quiet
 from .step import HeadsModule, StepModule
 
 OPSET = 24
-# Example sizes of the trace. All differ, and none is 1, so that no dimension is taken for a constant or for another.
+# Example sizes of the trace. All differ, and none is 1, so that the exporter takes no dimension for a constant or for another.
 _B, _N, _R, _T = 2, 5, 3, 24
 
 
@@ -91,7 +91,7 @@ def _export(module: nn.Module, arguments: tuple[object, ...], dynamic: object, i
             dynamic_shapes=dynamic,  # type: ignore[arg-type]
             input_names=inputs,
             output_names=outputs,
-            optimize=not fake,  # folding wants numbers
+            optimize=not fake,  # folding needs numbers
             verbose=False,
         )
     assert program is not None
@@ -102,7 +102,7 @@ def _export(module: nn.Module, arguments: tuple[object, ...], dynamic: object, i
 
 @contextlib.contextmanager
 def _without_collection() -> Iterator[None]:
-    """A trace's objects live as long as it does: looking for cycles among them took an eighth of its time."""
+    """Stop garbage collection: a trace's objects live as long as it does, and looking for cycles took an eighth of its time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,6 +1,6 @@
-"""Known model sizes as data: shapes from the models' public configs, and where to start with limits and rows for each.
+"""Lists known model sizes as data: shapes from the models' public configs, with limits and rows to start from.
 
-Limits and rows are starting points, chosen by size and not measured; ``bench`` on the target machine is what decides.
+Limits and rows are chosen by size and not measured; ``bench`` on the target machine decides.
 """
 
 from __future__ import annotations
@@ -119,10 +119,10 @@ PRESETS = (
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of a name or a part of it: ``13b``, ``Vicuna-13B``, ``llama-3.2-1b``.
+    """Find a preset by its name or a part of it: ``13b``, ``Vicuna-13B``, ``llama-3.2-1b``.
 
     Raises:
-        UsageError: none, or more than one; with the nearest names.
+        UsageError: no preset or several have the name; with the nearest names.
     """
     names = {alias: preset.name for preset in PRESETS for alias in (preset.name, *preset.aliases)}
     found = look_up(name, names, "model size")
@@ -130,12 +130,12 @@ def find_preset(name: str) -> Preset:
 
 
 def look_up(name: str, names: Mapping[str, str], what: str, prefixes: tuple[str, ...] = ()) -> str:
-    """The value of the key that ``name`` means: itself, itself after one of ``prefixes``, or the only one that contains it.
+    """Find the value of a key: ``name`` itself, ``name`` after one of ``prefixes``, or the only key that contains it.
 
-    Case, spaces and signs between words don't count.
+    Ignores case, spaces and signs between words.
 
     Raises:
-        UsageError: none, or more than one; with the nearest values.
+        UsageError: no key or several match; with the nearest values.
     """
     import difflib
 
@@ -156,6 +156,6 @@ def look_up(name: str, names: Mapping[str, str], what: str, prefixes: tuple[str,
 
 
 def _plain(name: str) -> str:
-    """Without case, spaces and signs; a point between digits counts: 3.2 isn't 32."""
+    """Remove case, spaces and signs, but keep the point between digits: 3.2 isn't 32."""
     words = name.lower().replace("nvidia", "").replace("geforce", "")
     return "".join(sign for sign in words if sign.isalnum() or sign == ".")
