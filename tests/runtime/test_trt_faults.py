@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,16 @@ import pytest
 
 from medusa_deploy.runtime import ROOT_ONLY, Session, load
 from medusa_deploy.runtime.executors import step_io
-from medusa_deploy.runtime.executors.executor import StepBuffers
-from medusa_deploy.runtime.executors.ort import OrtExecutor
+from medusa_deploy.runtime.executors.ort import Bound, OrtExecutor
+from medusa_deploy.runtime.executors.step_plan import SlotResult, SlotRows, StepPlan, StepResult
 from medusa_deploy.runtime.executors.tensorrt import executor as trt
 from medusa_deploy.runtime.executors.tensorrt.buffers import StepLayout
 from medusa_deploy.runtime.executors.tensorrt.context import Bindings, Contexts
 from medusa_deploy.runtime.executors.tensorrt.cuda import Cuda
 from medusa_deploy.runtime.executors.tensorrt.executor import TrtExecutor
+from medusa_deploy.runtime.executors.tensorrt.following import Following
 from medusa_deploy.runtime.executors.tensorrt.memory import DeviceState, TensorBlock
-from medusa_deploy.runtime.loop import ahead
+from medusa_deploy.runtime.executors.tensorrt.staging import Landing, Staged
 from medusa_deploy.runtime.tree import Tree
 from support.fake_cuda import DeviceFaultError, FakeRuntime
 from support.fake_engine import load_fake
@@ -107,40 +108,68 @@ def _key_without(*left_out: int) -> Patch:
     return lambda patch: patch.setattr(Contexts, "enqueue", wrong)
 
 
-def _no_kept_rows(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trt, "kept_rows", lambda commit, *_: (commit * 0, commit[:, 0] * 0))
+def _no_moves(patch: pytest.MonkeyPatch) -> None:
+    right = TrtExecutor.run
+
+    def wrong(self: TrtExecutor, plan: StepPlan) -> StepResult:
+        return right(self, replace(plan, moves=((),) * len(plan.moves)))
+
+    patch.setattr(TrtExecutor, "run", wrong)
+
+
+def _moved_twice(patch: pytest.MonkeyPatch) -> None:
+    """What a discarded step has moved is taken for rows that are still to be moved."""
+    right = TrtExecutor._discard
+
+    def wrong(self: TrtExecutor) -> None:
+        right(self)
+        self._delivered = self._launched
+
+    patch.setattr(TrtExecutor, "_discard", wrong)
 
 
 def _rows_of_the_wrong_step(patch: pytest.MonkeyPatch) -> None:
-    right = TrtExecutor._run
+    right = TrtExecutor._run_step
 
-    def wrong(self: TrtExecutor, layout: StepLayout, end: int) -> int:
+    def wrong(self: TrtExecutor, layout: StepLayout, end: int) -> None:
         self._current_set = 1 - self._current_set
-        return right(self, layout, end)
+        right(self, layout, end)
 
-    patch.setattr(TrtExecutor, "_run", wrong)
+    patch.setattr(TrtExecutor, "_run_step", wrong)
 
 
 def _nothing_moves_after_a_prompt(patch: pytest.MonkeyPatch) -> None:
     """A prefill that uses the sets, as a step does."""
-    right = TrtExecutor.prefill
+    right = TrtExecutor._prefill
 
-    def wrong(self: TrtExecutor, *arguments: Any) -> StepBuffers:
-        buffers = right(self, *arguments)
-        self._current_set = self._current_set if arguments[2] else 1 - self._current_set  # once a prompt, not once a chunk
-        return buffers
+    def wrong(self: TrtExecutor, rows: SlotRows, length: int) -> SlotResult | Exception:
+        result = right(self, rows, length)
+        self._current_set = self._current_set if length else 1 - self._current_set  # once a prompt, not once a chunk
+        return result
 
-    patch.setattr(TrtExecutor, "prefill", wrong)
+    patch.setattr(TrtExecutor, "_prefill", wrong)
 
 
 def _draft_slots_forgotten(patch: pytest.MonkeyPatch) -> None:
-    right = TrtExecutor.launch
+    right = TrtExecutor._upload
 
-    def wrong(self: TrtExecutor, buffers: StepBuffers) -> None:
-        buffers.draft_slots[:] = 0
-        right(self, buffers)
+    def wrong(self: TrtExecutor, staged: Staged, *addresses: int) -> None:
+        staged.inputs.draft_slots[:] = 0
+        right(self, staged, *addresses)
 
-    patch.setattr(TrtExecutor, "launch", wrong)
+    patch.setattr(TrtExecutor, "_upload", wrong)
+
+
+def _into_the_first_place(patch: pytest.MonkeyPatch) -> None:
+    right = TrtExecutor._land
+
+    def wrong(self: TrtExecutor, landing: Landing, *arguments: Any) -> None:
+        if any(landing is place for place in self._ring):
+            landing.memory = self._ring[0].memory
+            landing._by_rows.clear()
+        right(self, landing, *arguments)
+
+    patch.setattr(TrtExecutor, "_land", wrong)
 
 
 _FAULTS: dict[str, Patch] = {
@@ -171,23 +200,18 @@ _FAULTS: dict[str, Patch] = {
     "one graph for both sets": _key_without(3),
     "one graph for all visible lengths": _key_without(2),
     "one graph for all numbers of carried rows": _key_without(1),
-    "nothing is moved": _no_kept_rows,
+    "nothing is moved": _no_moves,
+    "rows are moved twice": _moved_twice,
     "the sets don't alternate": _rows_of_the_wrong_step,
     "a prompt turns the sets": _nothing_moves_after_a_prompt,
     "no draft slots": _draft_slots_forgotten,
     "results are read early": lambda patch: patch.setattr(Cuda, "wait", lambda self, event: None),
-    "a ring of one": lambda patch: patch.setattr(TrtExecutor, "_hand_over", _into_the_first_entry(TrtExecutor._hand_over)),
-    "steps in flight are never discarded": lambda patch: patch.setattr(ahead.RunAhead, "leave", lambda self: None),
+    "a ring of one": _into_the_first_place,
+    "steps in flight are never discarded": lambda patch: patch.setattr(TrtExecutor, "_discard", lambda self: None),
+    "every step in flight is the one that was asked for": lambda patch: patch.setattr(
+        Following, "is_step_of", lambda self, decoding, lengths: True
+    ),
 }
-
-
-def _into_the_first_entry(right: Callable[[TrtExecutor, Any, int], None]) -> Callable[[TrtExecutor, Any, int], None]:
-    def wrong(self: TrtExecutor, entry: Any, per_step: int) -> None:
-        entry.memory = self._ring[0].memory
-        entry._views.clear()
-        right(self, entry, per_step)
-
-    return wrong
 
 
 @contextmanager
@@ -229,9 +253,9 @@ def test_the_device_graph_does_not_care_when_a_cache_is_written(engine_bundle: P
 class HastyExecutor(OrtExecutor):
     """Writes the caches in place before the rest of the graph reads them: a call that is made twice finds them written."""
 
-    def _run(self, buffers: StepBuffers, binding: Any, first_slot: int) -> None:
-        super()._run(buffers, binding, first_slot)
-        super()._run(buffers, binding, first_slot)
+    def _call(self, bound: Bound, rows: SlotRows, length: int) -> None:
+        super()._call(bound, rows, length)
+        super()._call(bound, rows, length)
 
 
 def test_a_graph_that_gathers_from_the_cache_it_writes_is_caught(tiny_bundle: Path, expected: Outcome) -> None:
@@ -239,7 +263,7 @@ def test_a_graph_that_gathers_from_the_cache_it_writes_is_caught(tiny_bundle: Pa
     assert _right(_use(session), expected)
     executor = session.executor
     assert isinstance(executor, OrtExecutor)
-    hasty = Session(session.bundle, HastyExecutor(executor.model, 1), 2)
+    hasty = Session(session.bundle, HastyExecutor(executor.model, 1))
     assert not _right(_use(hasty), expected)
 
 
@@ -247,6 +271,6 @@ def test_without_drafts_there_is_nothing_to_move_and_the_order_is_harmless(tiny_
     session = load(tiny_bundle, slots=2, variant="standard", threads=1)
     executor = session.executor
     assert isinstance(executor, OrtExecutor)
-    hasty = Session(session.bundle, HastyExecutor(executor.model, 1), 2)
+    hasty = Session(session.bundle, HastyExecutor(executor.model, 1))
     options: dict[str, Any] = {"token_ids": [4, 5, 6], "max_new_tokens": 30, "speculative": False}
     assert hasty.generate(**options).token_ids == session.generate(**options).token_ids

@@ -94,9 +94,9 @@ class TrtExecutor:
     def run(self, plan: StepPlan) -> StepResult:
         """Runs the plan: one step of the decoding slots, then each prefill chunk; see :class:`.executor.Executor`.
 
-        With ``follow``, the step after this one is enqueued before the host waits for this one's results. The next plan is then
-        half done if it asks for that step. If it asks for another one, the step in flight is discarded: its rows lie behind every
-        kept row, and what it had to move has been moved.
+        With ``follow``, the step after this one is enqueued before the host waits for this one's results. If the next plan asks
+        for that step, its results are collected. Else the step in flight is discarded: its rows lie behind every kept row, and it
+        has moved what was to be moved.
         """
         decoding = [rows for rows in plan.active if not rows.prefills]
         found: dict[int, SlotResult | Exception] = {}
@@ -129,7 +129,10 @@ class TrtExecutor:
         """Runs the step of the ``decoding`` slots, which moves the accepted rows of all slots."""
         tree = goes_on(plan)
         following, self._following = self._following, None
-        if following is None or not following.is_step_of(decoding, plan.lengths):
+        if following is not None and following.has_results_of(decoding, plan.lengths):
+            if len(decoding) < len(following.tokens):
+                tree = None  # the device would go on with the slots that have ended
+        else:
             self._discard()
             # A step that was launched after the caller's newest results has moved what they accepted.
             moves = plan.moves if self._launched == self._delivered else ((),) * len(plan.moves)
@@ -166,9 +169,9 @@ class TrtExecutor:
     def _start_following(self, plan: StepPlan, tree: Tree) -> None:
         """Enqueues the step after ``plan``'s with the inputs that the device computes, if the longest outcome leaves room for it.
 
-        Sequences that take turns don't make it useless: one loop steps all of them in every plan, and ``follow`` says that all
-        have more to say and nobody joins. So the first step of a group is followed like every other one. What ends by a stop
-        costs one discarded step.
+        The first step of a group is followed like every other one. One loop steps all sequences in every plan, so that sequences
+        which take turns discard nothing, and ``follow`` says that all of them have more than one token to go and that nobody
+        joins. Where some end all the same, the step in flight still serves the others.
         """
         layout = self._host.step_layout(self._carried_rows)
         longest = max(plan.lengths[rows.slot] for rows in plan.active) + 1 + tree.depth

@@ -49,13 +49,14 @@ class Following:
             tokens[slot][1:] = results[step_io.CANDIDATES][slot][tree.slots[0], tree.slots[1]]
         return cls(tree, tuple(lengths), tokens)
 
-    def is_step_of(self, decoding: Sequence[SlotRows], lengths: tuple[int, ...]) -> bool:
+    def has_results_of(self, decoding: Sequence[SlotRows], lengths: tuple[int, ...]) -> bool:
         """Tells if its results are those of ``decoding`` behind ``lengths``.
 
-        A resting slot may have become shorter: the step wrote its padding behind more rows than the slot keeps now.
+        Slots that have ended since don't matter. No slot may have grown behind the step's back: its padding and the rows of ended
+        slots lie behind the rows that a slot had before.
         """
         return (
-            len(decoding) == len(self.tokens)
+            len(decoding) > 0
             and all(now <= then for now, then in zip(lengths, self.lengths, strict=True))
             and all(
                 rows.slot in self.tokens
