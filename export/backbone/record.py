@@ -1,4 +1,4 @@
-"""The record of a loaded backbone, and the protocol by which a trace reads its weights."""
+"""Defines the record of a loaded backbone, and the protocol by which a trace reads its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sizes of a backbone: manifests store them, and exports, caches and plans are computed from them."""
+"""Defines the sizes of a backbone: manifests store them, and exports, caches and plans are computed from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes of the backbones that are measured, as data. Needs no torch."""
+"""Lists the sizes of the backbones that are measured, as data. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..sizing.model_sizes import ModelShape, find_preset
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """A Llama-shaped backbone, and what it is measured at.
+    """A Llama-shaped backbone, and the sizes of its measurement.
 
     ``lengths``: visible cache rows T of the measured steps. ``draft_vocab``: tokens of pruned heads.
     """
