@@ -1,6 +1,6 @@
-"""What quantising did to next-token distributions: judged by the same texts and the same reference, whatever computed them.
+"""Judges what quantising does to next-token distributions: by the same texts and reference, whatever computes them.
 
-Needs numpy alone, so that the worker in another library's environment judges by the same code.
+Needs numpy and this repository's ``src`` on the path: the worker in another library's environment judges by the same code.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from medusa_deploy.calibration.distributions import kl_divergence, log_softmax
+
 TEXTS, REFERENCE = "texts.json", "reference.npy"
 Logits = Callable[[list[int], list[int]], np.ndarray]
-"""Prompt and answer of n tokens to logits [n, V] that the answer's tokens are chosen by."""
+"""Maps a prompt and an answer of n tokens to the logits [n, V] that the answer's tokens are chosen by."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """``calibration`` and ``texts``: prompts and answers, as token ids. ``reference``: log-probabilities float32 [n, V]."""
+    """Holds ``calibration`` and ``texts`` (prompts and answers, token ids) and log-probabilities ``reference`` float32 [n, V]."""
 
     calibration: list[tuple[list[int], list[int]]]
     texts: list[tuple[list[int], list[int]]]
@@ -28,7 +30,7 @@ class Judge:
 
     @classmethod
     def read(cls, folder: Path) -> Judge:
-        """What :meth:`write` left."""
+        """Read what :meth:`write` has written."""
         found = json.loads((folder / TEXTS).read_text("utf-8"))
         pairs = {name: [(prompt, answer) for prompt, answer in found[name]] for name in ("calibration", "texts")}
         return cls(**pairs, reference=np.load(folder / REFERENCE, mmap_mode="r"))
@@ -41,24 +43,24 @@ class Judge:
         texts: list[tuple[list[int], list[int]]],
         logits: Logits,
     ) -> Judge:
-        """Keep the texts and what the reference predicts in them."""
+        """Write the texts and the reference's predictions in them."""
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / REFERENCE, np.concatenate([log_softmax(logits(*text)) for text in texts]))
+        np.save(folder / REFERENCE, np.concatenate([log_softmax(logits(*text)).astype(np.float32) for text in texts]))
         (folder / TEXTS).write_text(json.dumps({"calibration": calibration, "texts": texts}), "utf-8")
         return cls.read(folder)
 
     def of(self, logits: Logits) -> dict[str, Any]:
-        """Perplexity of the answers against the reference, mean KL(reference ‖ other) in nats, how often the argmax is the same.
+        """Measure perplexity against the reference, mean KL(reference‖other) in nats, and the share of equal argmaxes.
 
         ``kl_error``: the standard error of the mean, texts taken as independent.
         """
         nll, same, kl, at = 0.0, 0, [], 0
         for prompt, answer in self.texts:
             expected = self.reference[at : at + len(answer)]
-            found = log_softmax(logits(prompt, answer))
+            found = log_softmax(logits(prompt, answer)).astype(np.float32)
             rows = np.arange(len(answer))
             nll += float((expected[rows, answer] - found[rows, answer]).sum())
-            kl.append(float((np.exp(expected) * (expected - found)).sum()))
+            kl.append(float(kl_divergence(expected, found).sum()))
             same += int((expected.argmax(1) == found.argmax(1)).sum())
             at += len(answer)
         return {
@@ -68,17 +70,3 @@ class Judge:
             "kl_error": float(np.std(kl) * len(kl) ** 0.5 / at),
             "argmax_agreement": same / at,
         }
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities float32 [n, V].
-
-    Raises:
-        ValueError: NaN or infinity among the logits.
-    """
-    if not np.isfinite(logits).all():
-        raise ValueError("NaN or infinite logits")
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(1, keepdims=True))
-    return shifted.astype(np.float32)

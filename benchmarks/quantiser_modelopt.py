@@ -1,8 +1,9 @@
-"""One method of nvidia-modelopt on a Hugging Face folder, fake-quantised by torch on the CPU: a report on stdout's last line.
+"""Measures one method of nvidia-modelopt on a Hugging Face folder, fake-quantised by torch on the CPU.
 
 Usage: ``python benchmarks/quantiser_modelopt.py JUDGE_FOLDER MODEL CONFIG [--block N] [--keep PATTERN,…] [--texts N]``
 
 Runs in an environment of its own: nvidia-modelopt, requests (which it needs and does not ask for), transformers, torch, numpy.
+PYTHONPATH has to name this repository's ``src``. The last line of stdout is the report.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from quantiser_judge import Judge
 
 
 def configured(base: dict[str, Any], block: int | None, keep: list[str]) -> dict[str, Any]:
-    """A configuration of the library, with another size of the weights' blocks, and layers left as they are."""
+    """Change a configuration of the library: the size of the weights' blocks, and layers that stay as they are."""
     config = copy.deepcopy(base)
     for entry in config["quant_cfg"]:
         sizes = (entry.get("cfg") or {}).get("block_sizes")

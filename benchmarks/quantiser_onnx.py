@@ -1,4 +1,4 @@
-"""The quantisers of onnxruntime.quantization on a bundle's standard graph, and how a graph that they wrote is run.
+"""Runs the quantisers of onnxruntime.quantization on a bundle's standard graph, and the graphs that they write.
 
 The standard graph is fed a whole text as one prefill: prompt and answer are rows of one chain, the caches before it are empty.
 """
@@ -21,7 +21,7 @@ _COLUMNS_STEP = 64
 
 
 class Graph:
-    """The standard graph of a bundle: its inputs for a text, and which of its products are the backbone's."""
+    """The standard graph of a bundle: its inputs for a text, and the backbone's matmuls in it."""
 
     def __init__(self, bundle: Bundle) -> None:
         import onnx_ir as ir
@@ -35,12 +35,12 @@ class Graph:
         self._margin = bundle.manifest.heads.num_heads
         found = parts(ir.load(self.path).graph)
         self.others = [name for name, part in found.items() if part != "backbone"]
-        # Every seventh product of a layer is its down product; names of nodes don't say so.
+        # Every seventh matmul of the backbone is a layer's down matmul; names of nodes don't say so.
         self.down = [name for name, part in found.items() if part == "backbone"][6::7]
-        self.products = len(found) - len(self.others)
+        self.matmuls = len(found) - len(self.others)
 
     def inputs(self, text: Text) -> dict[str, np.ndarray]:
-        """Of one step that reads a prompt and its answer, and computes the logits that the answer is chosen by."""
+        """Make the inputs of one step that reads a prompt and its answer and computes the logits that the answer is chosen by."""
         prompt, answer = text
         tokens = [*prompt, *answer[:-1]]
         rows, margin = len(tokens), self._margin
@@ -57,7 +57,7 @@ class Graph:
         }
 
     def logits(self, path: Path) -> Logits:
-        """What the standard graph, or one made of it, says of a text."""
+        """Return a function that computes a text's logits with the standard graph, or one made of it."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -75,7 +75,7 @@ class Graph:
 
 
 def quantise(graph: Graph, method: str, texts: Sequence[Text], output: Path, block: int) -> None:
-    """Write the standard graph as a method of the library has it; the projection and the heads stay as they are.
+    """Write the standard graph as a method of the library quantises it. The projection and the heads stay as they are.
 
     ``method``: a key of ``METHODS``.
     """
@@ -149,7 +149,7 @@ def _reader(graph: Graph, texts: Sequence[Text]) -> Any:
 
 
 METHODS = {
-    # Without this option what products write is quantised as well.
+    # Without this option the outputs of matmuls are quantised as well.
     "static": _static(OpTypesToExcludeOutputQuantization=["MatMul"]),
     "static-down": _static(down=False, OpTypesToExcludeOutputQuantization=["MatMul"]),
     "static-outputs": _static(),

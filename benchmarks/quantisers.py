@@ -1,4 +1,4 @@
-"""Our quantisation beside that of libraries: the same calibration texts, judged on the same held-out answers of fp32.
+"""Compares our quantisation with that of libraries: the same calibration texts, judged on the same held-out answers of fp32.
 
 Usage: ``python benchmarks/quantisers.py --model DIR --bundle DIR --scales FILE [--python MODELOPT_VENV/bin/python]``
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ CALIBRATION_TOKENS, ANSWER_TOKENS = 64, 96
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """A row of the table. ``what`` is quantised, in ``whose`` way, by :func:`measure`; ``details``: of that way."""
+    """A row of the table. :func:`measure` quantises ``what`` in the ``way`` of ``whose``, with ``details``."""
 
     what: str
     whose: str
@@ -90,7 +91,7 @@ SYSTEMS = {
 
 
 def judge_for(args: argparse.Namespace) -> Judge:
-    """Texts and reference, made once for a work folder: fp32's own greedy answers."""
+    """Make texts and reference once for a work folder: fp32's own greedy answers."""
     folder = args.work / "judge"
     if not (folder / REFERENCE).exists():
         session = load(args.bundle, variant="cpu", check_hashes=False)
@@ -106,7 +107,7 @@ def judge_for(args: argparse.Namespace) -> Judge:
 
 
 def of_session(session: Session) -> Logits:
-    """What a session says of a text."""
+    """Return a function that computes a text's logits with a session."""
 
     def logits(prompt: list[int], answer: list[int]) -> np.ndarray:
         fed, most = [prompt[-1], *answer[:-1]], session.max_rows
@@ -135,13 +136,13 @@ def _w8a8(args: argparse.Namespace, _judge: Judge, _name: str, keep: list[str] |
     scales = read_scales(args.scales, bundle.manifest)
     kept = None if keep is None else Graph(bundle).down if keep else []
     made = write_w8a8_variant(bundle, scales, kept, force=True)
-    products = made.manifest.provenance["quantised"]["int8"]["layers"]
-    return of_session(load(args.bundle, variant="int8", check_hashes=False)), {"products": products}
+    matmuls = made.manifest.provenance["quantised"]["int8"]["layers"]
+    return of_session(load(args.bundle, variant="int8", check_hashes=False)), {"products": matmuls}
 
 
 def _quantise(args: argparse.Namespace, _judge: Judge, name: str, bits: int, rounding: str) -> tuple[Logits, dict[str, Any]]:
     from medusa_deploy.export.quantise.cpu import CpuPrecision
-    from medusa_deploy.tools.verbs.quantise import quantise as put
+    from medusa_deploy.tools.making.variant import quantise as put
 
     precision = CpuPrecision(layers=bits, projection=32, heads=32, block=args.block)
     variant = f"cpu-{name.removeprefix('ours-').removeprefix('cpu-')}"
@@ -154,7 +155,7 @@ def _onnx(args: argparse.Namespace, judge: Judge, name: str, method: str) -> tup
     graph = Graph(open_bundle(args.bundle))
     output = args.work / name / "step.onnx"
     quantise(graph, method, judge.calibration, output, args.block)
-    return graph.logits(output), {"products": graph.products - (len(graph.down) if method == "static-down" else 0)}
+    return graph.logits(output), {"products": graph.matmuls - (len(graph.down) if method == "static-down" else 0)}
 
 
 def _modelopt(
@@ -166,7 +167,8 @@ def _modelopt(
     command += ["--block", str(args.block)] if in_blocks else []
     command += ["--keep", ",".join(keep)] if keep else []
     command += ["--texts", str(texts)] if texts is not None else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONPATH": str(HERE.parent / "src")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
         raise ValueError(done.stderr.strip().splitlines()[-1])
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -174,7 +176,7 @@ def _modelopt(
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The table: best first within what is quantised."""
+    """Write the table: best first for each ``what``."""
     lines = ["| | by | products | perplexity | KL, nats | same argmax |", "|---|---|---:|---:|---:|---:|"]
     for what in dict.fromkeys(system.what for system in SYSTEMS.values()):
         rows = [(SYSTEMS[name], found) for name, found in report["systems"].items() if SYSTEMS[name].what == what]
@@ -213,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def described(judge: Judge, block: int, systems: Mapping[str, Any]) -> dict[str, Any]:
-    """The report: what was measured, with what it depends on."""
+    """Return the report: the results, and what they depend on."""
     return {
         "environment": {
             **measured_on(),

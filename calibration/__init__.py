@@ -1,1 +1,1 @@
-"""Makes heads: answers of the backbone, training on them, and hit rates."""
+"""Learns from data: trains heads on the backbone's own answers, fits their confidence, and measures scales for int8."""

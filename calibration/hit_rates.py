@@ -1,4 +1,4 @@
-"""Where heads are right (how often: :mod:`..runtime.hits`), and how sure they may be."""
+"""Finds where heads are right, and fits how sure they may be. :mod:`..runtime.drafting.hits` counts how often."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _PRIOR = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Hits:
-    """Candidates of n positions against what the backbone emitted.
+    """Compares candidates with what the backbone emitted, at n positions.
 
     ``ranks`` int64 [n, K]: rank of each position's label among the candidates of each head, ``MISS`` or ``NO_LABEL``.
-    ``log_probs`` float32 [n, K, k]: of the candidates, best first.
+    ``log_probs`` float32 [n, K, k]: log-probabilities of the candidates, best first.
     """
 
     ranks: np.ndarray
@@ -29,7 +29,7 @@ class Hits:
 
 
 def head_logits(heads: HeadSet, head: int, hidden: Tensor, root_embedding: Tensor, projection: Tensor) -> Tensor:
-    """Draft logits [n, V'] of one head, from the record's arrays; hidden and root_embedding [n, H]."""
+    """Compute the draft logits [n, V'] of one head from the record's arrays. ``hidden`` and ``root_embedding``: [n, H]."""
     x = hidden
     for layer in range(heads.config.num_layers):
         weight, bias = (torch.from_numpy(array).to(hidden) for array in heads.layer(head, layer))
@@ -39,7 +39,7 @@ def head_logits(heads: HeadSet, head: int, hidden: Tensor, root_embedding: Tenso
 
 
 def draft_projection(heads: HeadSet, head: int, output_weight: Tensor) -> Tensor:
-    """Vocabulary projection [V', H] of one head: its own, one for all heads, or the backbone's rows in the draft vocabulary."""
+    """Find the projection [V', H] of one head: its own, that of all heads, or the backbone's rows in the draft vocabulary."""
     for name in (f"head.{head}.projection.weight", "projection.weight"):
         if name in heads.tensors:
             return torch.from_numpy(heads.tensors[name]).float().to(output_weight.device)
@@ -80,11 +80,13 @@ def find_hits(
 
 
 def platt_scaling(found: Hits, iterations: int = 30) -> list[tuple[float, float]]:
-    """Slope and offset of each head: log-odds of a candidate being right = slope · log-odds of its probability + offset.
+    """Fit a slope and an offset for each head::
 
-    Fitted by logistic regression over all candidates (J. Platt, Probabilistic outputs for support vector machines, 1999), at
-    positions where the heads before were right: that is where a head's candidates count. A weak prior holds slope 1 and offset 0
-    where there is nothing to learn from.
+        log-odds that a candidate is right = slope · log-odds of its probability + offset
+
+    Logistic regression over all candidates (J. Platt, Probabilistic outputs for support vector machines, 1999), at positions
+    where the heads before were right: only there a head's candidates count. A weak prior holds slope 1 and offset 0 where there
+    is nothing to learn from.
     """
     scaling = []
     for head in range(found.ranks.shape[1]):
@@ -98,7 +100,7 @@ def platt_scaling(found: Hits, iterations: int = 30) -> list[tuple[float, float]
 
 
 def _logistic_regression(x: np.ndarray, y: np.ndarray, iterations: int) -> tuple[float, float]:
-    """Slope and offset of the largest posterior, by Newton's method with step halving, under normal priors around 1 and 0."""
+    """Find slope and offset of the largest posterior by Newton's method with step halving. Priors: normal, around 1 and 0."""
     prior = np.array([1.0, 0.0])
     features = np.stack([x, np.ones_like(x)], 1)
 

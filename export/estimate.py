@@ -1,4 +1,4 @@
-"""What an export would write and what running it would take, from configs and heads alone: no backbone weights are read."""
+"""Estimates what an export would write and what running it would take. Reads configs and heads, and no backbone weights."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from ..runtime.executors import step_io
 from ..runtime.files.adapter_file import Adapter
 from ..runtime.files.heads import HeadConfig, HeadSet
 from ..runtime.tree import ROOT_ONLY, Tree, chain
-from .backbone.backbone import DTYPES, backbone_shape, load_config
+from .backbone.backbone import backbone_shape, load_config
 from .backbone.linked import stored_parameters
+from .backbone.record import DTYPES
 from .heads.layouts import ReadHeads, check_fit, read_heads
 from .passes.cpu_heads import narrow_size
 from .passes.screen import screen_size
@@ -22,7 +23,7 @@ from .weights import ALIGNMENT
 
 DEFAULT_TREE = "default"
 _TEXT_FILES = ("tokenizer.json", "chat_template.jinja")
-# Measured on Llama graphs: all variants of the step graph together.
+# Measured on Llama graphs, over all variants of the step graph.
 _GRAPH_BYTES_PER_LAYER = 27_000
 
 
@@ -30,7 +31,7 @@ _GRAPH_BYTES_PER_LAYER = 27_000
 class ExportPlan:
     """Sizes in bytes. ``weights_bytes`` and ``bundle_bytes`` are estimates: constant folding adds and drops small tensors.
 
-    ``linked_bytes``: of the checkpoint's files that would become the bundle's, beside ``weights_bytes``.
+    ``linked_bytes``: size of the checkpoint's files that would become the bundle's; ``weights_bytes`` leaves them out.
     """
 
     architecture: str
@@ -63,7 +64,7 @@ def plan_export(
     top_k: int = 10,
     max_rows: int = 64,
 ) -> ExportPlan:
-    """Check what :func:`.exporter.export_bundle` would check before it loads weights, and size what it would write.
+    """Check what :func:`.exporter.export_bundle` checks before it loads weights, and size what it would write.
 
     Raises:
         CheckpointError, UnsupportedArchitectureError: the backbone's config can't be read or expressed.
@@ -90,10 +91,10 @@ def plan_export(
         linked = sum(file.stat().st_size for file in files)
     written = head_sizes if linked else [*sizes, *head_sizes]
     written_bytes = sum(-(-size * item // ALIGNMENT) * ALIGNMENT for size in written)
-    if dtype == "fp32":  # what the CPU graph has of its own
+    if dtype == "fp32":  # the CPU graph stores these for itself
         written_bytes += narrow_size(head_config) + screen_size((shape.vocab_size, shape.hidden_size))
     text = sum((Path(model) / name).stat().st_size for name in _TEXT_FILES if (Path(model) / name).is_file())
-    slot = 2 * shape.layers * shape.kv_heads * rows * shape.head_dim * item
+    slot = shape.cache_bytes(rows, item)
     return ExportPlan(
         architecture=shape.architecture,
         layers=shape.layers,
@@ -115,7 +116,7 @@ def plan_export(
 
 
 def _head_sizes(heads: HeadSet) -> list[int]:
-    """Numbers of what a graph has of these heads; rows that they take from the backbone's projection are copied."""
+    """Count the elements of each tensor that a graph stores for these heads, with the rows copied from the projection."""
     sizes = [tensor.size for tensor in heads.tensors.values()]
     config = heads.config
     if config.projection == "pruned" and "projection.weight" not in heads.tensors:
@@ -124,10 +125,10 @@ def _head_sizes(heads: HeadSet) -> list[int]:
 
 
 def refuse_linked_adapter(weights: str, adapter: Adapter | None) -> None:
-    """Linked weights stay as the checkpoint has them, so nothing can be merged into them.
+    """Refuse to merge an adapter into linked weights: they stay as the checkpoint has them.
 
     Raises:
-        UsageError: there is something to merge.
+        UsageError: an adapter comes with linked weights.
     """
     if weights == "linked" and adapter is not None:
         raise UsageError(
@@ -137,7 +138,7 @@ def refuse_linked_adapter(weights: str, adapter: Adapter | None) -> None:
 
 
 def empty_module(config: Any) -> Any:
-    """The transformers module without weights: parameters have shapes and no storage."""
+    """Make the transformers module without weights: its parameters have shapes and no storage."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -145,7 +146,9 @@ def empty_module(config: Any) -> Any:
 
 
 def bundle_trees(tree: Tree | None, read: ReadHeads | None, num_heads: int, top_k: int) -> dict[str, Tree]:
-    """A bundle's trees by name. ``default`` is ``tree``, else the one that came with the heads, else a chain; ``chain`` is one.
+    """Collect a bundle's trees by name.
+
+    ``default`` is ``tree``, else the tree that came with the heads, else a chain. ``chain`` is a chain over all heads.
 
     Raises:
         TreeError: a tree that the heads can't fill.
@@ -162,5 +165,5 @@ def bundle_trees(tree: Tree | None, read: ReadHeads | None, num_heads: int, top_
 
 
 def tree_rows(max_rows: int, trees: dict[str, Tree], num_heads: int) -> int:
-    """Rows that a bundle must allow: what was asked for, its own trees, and the tree that checks the export."""
+    """Rows that a bundle must allow: the largest of ``max_rows``, its trees, and the tree that checks the export."""
     return max(max_rows, 2 * num_heads + 1, *(tree.rows for tree in trees.values()))

@@ -1,4 +1,4 @@
-"""Checkpoint and heads to bundle: trace, lower, check, commit."""
+"""Turns a checkpoint and heads into a bundle: trace, lower, check, commit."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from ..runtime.executors.executor import CacheLayout
 from ..runtime.executors.ort import OrtExecutor, OrtModel
 from ..runtime.files.bundle import record_files, sha256, staged_folder
 from ..runtime.files.heads import HeadConfig, HeadSet, PlattScaling
-from ..runtime.files.manifest import MANIFEST_NAME, BackboneFacts, HeadFacts, Limits, Manifest, TextFacts
+from ..runtime.files.manifest import MANIFEST_NAME, HeadFacts, Limits, Manifest, TextFacts
 from ..runtime.tree import Tree
-from .backbone.backbone import DTYPES, Backbone, load_backbone
+from .backbone.backbone import load_backbone
 from .backbone.linked import load_linked_backbone, prune_projection
+from .backbone.record import DTYPES, Backbone
 from .backbone.tokenizer import write_text_files
 from .estimate import DEFAULT_TREE, bundle_trees, refuse_linked_adapter, tree_rows
 from .graphs import HEADS_GRAPH, write_graphs
@@ -58,11 +59,12 @@ def export_bundle(
 ) -> dict[str, Any]:
     """Write a bundle and return what was measured on the way.
 
-    ``heads``: a file or folder in any layout of :mod:`.layouts`; None exports the backbone alone (it decodes plainly).
+    ``heads``: a file or folder in any layout of :mod:`.heads.layouts`; None exports the backbone alone, which decodes plainly.
     An adapter that the heads were trained with is merged into the backbone.
-    ``weights``: ``copied`` into the bundle in the layout that engines like best, or ``linked``: the checkpoint's own safetensors
-    become files of the bundle (hard links where the file system has them) and are never in memory as a whole.
-    ``capacity``: tokens a slot holds, prompt and answer together. ``batch``: slots at most. ``report`` is told each phase.
+    ``weights``: ``copied`` or ``linked``. Copied weights enter the bundle in the layout that engines like best. Linked weights
+    are the checkpoint's own safetensors: they become files of the bundle (hard links where the file system has them) and are
+    never in memory as a whole.
+    ``capacity``: tokens a slot holds, prompt and answer together. ``batch``: slots at most. ``report`` receives each phase.
 
     Raises:
         CheckpointError, UnsupportedArchitectureError: the backbone can't be loaded or expressed.
@@ -87,7 +89,7 @@ def export_bundle(
         hashes: dict[Path, Future[str]] = {}
         if weights == "linked":
             backbone = load_linked_backbone(Path(model), dtype, capacity, folder, report)
-            # 13 GB of a 7B take as long as a tenth of the rest, which keeps one processor busy.
+            # Hashing the 13 GB of a 7B takes a tenth of the time of the rest, and the rest keeps one processor busy.
             hashes = {path: beside.submit(sha256, path) for path in folder.glob("*.safetensors")}
         else:
             backbone = load_backbone(Path(model), dtype, capacity, adapter)
@@ -108,10 +110,10 @@ def export_bundle(
         shape = backbone.shape
         places: dict[str, Any] = {}
         layout = CacheLayout(shape.layers, 1, shape.kv_heads, rows, shape.head_dim, _NUMPY_DTYPES[dtype])
-        if backbone.linked is None:
-            checks = _check(folder, graphs, layout, backbone, stack, report)
-        else:
+        if weights == "linked":
             checks, places = check_linked(folder, graphs, layout, backbone, stack, report)
+        else:
+            checks = _check(folder, graphs, layout, backbone, stack, report)
         report("hashing")
         known = {path: future.result() for path, future in hashes.items()}
         provenance = {
@@ -135,7 +137,7 @@ def export_bundle(
 
 
 def identity_heads(backbone: Backbone) -> HeadSet:
-    """One head that repeats the backbone's own prediction: stands in where a backbone is exported alone."""
+    """Make one head that repeats the backbone's own prediction, for a backbone that is exported alone."""
     hidden = backbone.shape.hidden_size
     zeros = np.zeros((hidden, hidden), np.float32)
     tensors = {"head.0.layer.0.weight": zeros, "head.0.layer.0.bias": zeros[0]}
@@ -153,15 +155,7 @@ def _manifest(
 ) -> dict[str, Any]:
     shape, config = backbone.shape, heads.config
     return {
-        "backbone": BackboneFacts(
-            shape.architecture,
-            shape.layers,
-            shape.hidden_size,
-            shape.attention_heads,
-            shape.kv_heads,
-            shape.head_dim,
-            shape.vocab_size,
-        ),
+        "backbone": shape,
         "heads": HeadFacts(
             config.kind, config.num_heads, top_k, config.projection, config.draft_vocab_size or shape.vocab_size, scaling
         ),

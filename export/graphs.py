@@ -1,14 +1,12 @@
-"""All graphs of a bundle from one trace of the step and one of the heads."""
+"""Writes all graphs of a bundle from one trace of the step and one of the heads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-import onnx_ir as ir
-
 from ..runtime.files.manifest import cpu_twin
-from .backbone.backbone import Backbone
+from .backbone.record import Backbone
 from .heads.module import HeadStack
 from .passes.cpu_heads import narrow_heads
 from .passes.lower import drop_closing, lower_cpu, lower_device, lower_standard
@@ -22,11 +20,11 @@ HEADS_GRAPH = "heads.onnx"
 def write_graphs(
     backbone: Backbone, stack: HeadStack, rows: int, folder: Path, report: Callable[[str], None], prefix: str = ""
 ) -> dict[str, str]:
-    """Write every variant of the step, the heads, and the weights that are nowhere else into ``folder``.
+    """Write every variant of the step, the heads, and the weights that no other file holds into ``folder``.
 
-    ``prefix``: what their names begin with. Returns the variants' file names.
+    ``prefix``: the start of their names. Returns the file name of each variant.
     """
-    for_device = _trace(backbone, lambda: trace_step(backbone, stack, rows))
+    for_device = trace_step(backbone, stack, rows)
     standard = for_device.clone()
     drop_closing(standard)
     for_cpu = standard.clone()
@@ -42,19 +40,9 @@ def write_graphs(
     with WeightsFile(folder / f"{prefix}weights.bin") as weights:
         for name, graph in graphs.items():
             weights.save(graph, folder / names[name])
-        heads = _trace(backbone, lambda: trace_heads(backbone, stack))
+        heads = trace_heads(backbone, stack)
         heads_for_cpu = heads.clone()
         narrow_heads(heads_for_cpu, shared=shared)
         weights.save(heads, folder / f"{prefix}{HEADS_GRAPH}")
         weights.save(heads_for_cpu, folder / f"{prefix}{cpu_twin(HEADS_GRAPH)}")
     return names
-
-
-def _trace(backbone: Backbone, trace: Callable[[], ir.Model]) -> ir.Model:
-    """Trace with whatever stands in for the weights, and point to the real ones."""
-    if backbone.linked is None:
-        return trace()
-    with backbone.linked.mode:
-        model = trace()
-    backbone.linked.attach(model, backbone.module)
-    return model

@@ -1,4 +1,4 @@
-"""A further variant of the step graph, made of one that a bundle has and put into the same bundle."""
+"""Adds a variant of the step graph, made from one that a bundle has, to the same bundle."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _WEIGHTS = "weights.bin"
 
 
 def check_variant(manifest: Manifest, name: str, *, force: bool) -> None:
-    """Whether a variant of this name may be added.
+    """Check that a variant of this name may be added.
 
     Raises:
-        UsageError: the name won't do.
+        UsageError: the name breaks the pattern.
         BundleExistsError: the bundle has it, and ``force`` is false.
     """
     if not _NAME.fullmatch(name):
@@ -36,20 +36,20 @@ def check_variant(manifest: Manifest, name: str, *, force: bool) -> None:
 
 
 def add_variant(bundle: Bundle, name: str, model: ir.Model, provenance: Mapping[str, Any]) -> Bundle:
-    """Write ``model`` as the variant ``name`` and list it in the manifest; returns the bundle as it is now.
+    """Write ``model`` as the variant ``name``, list it in the manifest, and return the new bundle.
 
-    Tensors that lie in the bundle's files stay there; the others are stored in a folder of the variant's own. The caller holds
-    the bundle's lock and has called :func:`check_variant`. The manifest is written last, and forgets a variant before its files
-    are replaced: at no moment does it list files that aren't its own.
+    Tensors that lie in the bundle's files stay there. The other tensors go to a folder of the variant's own. The caller holds
+    the bundle's lock and has called :func:`check_variant`. The manifest drops a variant before its files are replaced and lists
+    the new one last, so that it never lists a file that doesn't match.
 
     Raises:
-        OutputError: the file system refused; the bundle is as it was, but for a variant that was to be replaced.
+        OutputError: the file system refused. The bundle is unchanged, except that a variant to be replaced may be gone.
     """
     onnx = bundle.path(bundle.manifest.variants["cpu"]).parent
     folder, graph = onnx / name, onnx / f"step.{name}.onnx"
     without = _without(bundle.manifest, name)
     with staged_folder(folder, force=True) as staging:
-        shadow = staging / "graph"  # where the graph's own folder would be, so that its paths are right
+        shadow = staging / "graph"  # stands for the graph's own folder, so that its relative paths are right
         (shadow / name).mkdir(parents=True)
         with WeightsFile(shadow / name / _WEIGHTS) as weights:
             weights.save(model, shadow / graph.name)

@@ -1,4 +1,4 @@
-"""One weights file for all graphs of a bundle: equal tensors are stored once, as ONNX external data."""
+"""Stores the weights of all graphs of a bundle in one file, equal tensors once, as ONNX external data."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Self
 import numpy as np
 import onnx_ir as ir
 
-# External data is memory-mapped at load: offsets on page boundaries (the largest common page size on ARM is 64 KiB).
+# External data is memory-mapped at load, so offsets lie on page boundaries (the largest common page, on ARM, has 64 KiB).
 ALIGNMENT = 65536
 _SMALLEST_EXTERNAL = 1024
 
 
 class WeightsFile:
-    """Collects the big initializers of several graphs into one file. Use as a context manager."""
+    """Collects the big initializers of several graphs into one file. A context manager."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,7 +30,7 @@ class WeightsFile:
         self._file.close()
 
     def save(self, model: ir.Model, path: Path) -> None:
-        """Write ``model`` to ``path``, in the weights file's folder or below it, its big initializers to the file."""
+        """Write ``model`` to ``path`` and its big initializers to the weights file, which lies in that folder or below it."""
         location = self.path.relative_to(path.parent).as_posix()
         for value in model.graph.initializers.values():
             tensor = value.const_value

@@ -1,20 +1,23 @@
-"""What can run a bundle: one function a backend. Engines are imported inside them."""
+"""Opens bundles on backends: one function for each. An engine's package is imported inside its function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .errors import UsageError
-from .executors.executor import CacheLayout, Executor
-from .executors.ort_base import OrtModel
-from .files.bundle import Bundle
 from .files.manifest import cpu_twin
+
+if TYPE_CHECKING:
+    from .executors.executor import Executor
+    from .executors.ort_base import OrtModel
+    from .files.bundle import Bundle
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """The arguments of :func:`.session.load` that backends look at."""
+    """The arguments of :func:`.session.load` that backends read."""
 
     backend: str
     target: str | None = None
@@ -23,10 +26,10 @@ class LoadOptions:
     variant: str | None = None
 
     def refuse(self, *names: str) -> None:
-        """Nothing is ignored in silence.
+        """Refuses options that the backend doesn't take: none is ignored without a word.
 
         Raises:
-            UsageError: one of the options ``names``, which the backend doesn't take, is given.
+            UsageError: one of the options ``names`` is given.
         """
         given = [name for name in names if getattr(self, name) is not None]
         if given:
@@ -46,7 +49,7 @@ def _cpu(bundle: Bundle, options: LoadOptions) -> Executor:
 
 
 def is_cpu(variant: str) -> bool:
-    """Whether a variant is of the CPU provider's own operators: ``cpu``, and what was quantised from it, ``cpu-…``."""
+    """True for variants in the CPU provider's own operators: ``cpu``, and ``cpu-…``, which are quantised from it."""
     return variant == "cpu" or variant.startswith("cpu-")
 
 
@@ -60,7 +63,10 @@ def _cuda(bundle: Bundle, options: LoadOptions) -> Executor:
 
 
 def ort_model(bundle: Bundle, slots: int, variant: str) -> OrtModel:
-    """What an executor of ONNX Runtime needs to know of one of the bundle's graphs."""
+    """Collects the paths and sizes that an executor of ONNX Runtime needs for one of the bundle's graphs."""
+    from .executors.executor import CacheLayout
+    from .executors.ort_base import OrtModel
+
     manifest = bundle.manifest
     backbone, heads = manifest.backbone, manifest.heads
     rows = manifest.limits.cache_rows
@@ -89,4 +95,4 @@ BACKENDS: dict[str, Callable[[Bundle, LoadOptions], Executor]] = {
     "tensorrt": _tensorrt,
     "tensorrt-rtx": _tensorrt,
 }
-"""By name, as ``load(..., backend=)`` and ``--backend`` take them."""
+"""Name of a backend, as ``load(..., backend=)`` and ``--backend`` take it, to the function that opens a bundle on it."""

@@ -1,6 +1,6 @@
-"""Every way a user can be wrong, one class per rule.
+"""Errors that a user can fix: one class for each rule.
 
-Messages carry the numbers; ``hint`` says what to do about them. The command line prints both and exits with 1.
+The message has the numbers; ``hint`` says what to do. The command line prints both and exits with 1.
 """
 
 
@@ -29,7 +29,7 @@ class CheckpointError(DeployError):
 
 
 class DownloadError(DeployError):
-    """A known model can't be fetched, or what was fetched isn't it."""
+    """A known model can't be fetched, or the fetched files are other ones."""
 
 
 class UnsupportedArchitectureError(DeployError):
@@ -37,7 +37,7 @@ class UnsupportedArchitectureError(DeployError):
 
 
 class HeadsError(DeployError):
-    """Medusa heads can't be read or hold non-finite or all-zero weights."""
+    """Medusa heads can't be read, or hold non-finite or all-zero weights."""
 
 
 class HeadsMismatchError(HeadsError):
@@ -59,7 +59,7 @@ class TreeError(DeployError):
 
 
 class BundleError(DeployError):
-    """A bundle can't be opened: no manifest, or one that breaks a rule of the schema."""
+    """A bundle can't be opened: its manifest is missing or breaks a rule of the schema."""
 
 
 class BundleExistsError(BundleError):
@@ -87,7 +87,7 @@ class EngineError(DeployError):
 
 
 class EngineMemoryError(EngineError):
-    """Building an engine takes more memory than there is."""
+    """Building an engine needs more memory than the machine has."""
 
 
 class QuantisationError(DeployError):
@@ -95,34 +95,34 @@ class QuantisationError(DeployError):
 
 
 class VocabularyMismatchError(BundleError):
-    """Two bundles that are to be compared have different vocabularies."""
+    """Two bundles can't be compared: their vocabularies differ."""
 
 
 # -- running -------------------------------------------------------------------------------------------------------
 
 
 class ProviderError(DeployError):
-    """The execution provider that was asked for isn't the one that runs."""
+    """Another execution provider runs than the one asked for."""
 
 
 class DeviceError(DeployError):
-    """No driver, no GPU, or the GPU reported a failure."""
+    """There is no driver or no GPU, or the GPU reported a failure."""
 
 
 class DeviceMemoryError(DeviceError):
-    """The GPU has less free memory than is asked for."""
+    """The GPU has less free memory than the program asked for."""
 
 
 class EngineMismatchError(DeployError):
-    """An engine was built for another GPU, by another version, or from another graph than those at hand."""
+    """An engine was built for another GPU, by another version, or from another graph."""
 
 
 class CapacityError(DeployError):
-    """Prompt plus new tokens don't fit into the capacity of a slot."""
+    """Prompt and new tokens don't fit into the capacity of a slot."""
 
 
 class SlotError(DeployError):
-    """More sequences than slots."""
+    """There are more sequences than slots."""
 
 
 class StepError(DeployError):
@@ -130,7 +130,7 @@ class StepError(DeployError):
 
 
 class PromptError(DeployError):
-    """A prompt is empty, is not valid for this bundle, or holds token ids outside the vocabulary."""
+    """A prompt is empty, isn't valid for this bundle, or holds token ids outside the vocabulary."""
 
 
 class PromptFileError(PromptError):
@@ -150,18 +150,18 @@ class NumericsError(DeployError):
 
 
 class TrainingError(DeployError):
-    """Heads can't be trained: no data, data of another backbone, or a diverged loss."""
+    """Heads can't be trained: there is no data, the data is another backbone's, or the loss diverged."""
 
 
 # -- calibration ---------------------------------------------------------------------------------------------------
 
 
 class CalibrationError(DeployError):
-    """Scales can't be made of this data: too little of it, not text, or progress of a run with other settings."""
+    """Calibration can't use its input: too little data, no text, or the progress of a run with other settings."""
 
 
 class RangeError(CalibrationError):
-    """Values that no scale fits: all zero, too small for a normal number, NaN or infinite."""
+    """No scale fits the values: they are all zero, too small for a normal number, NaN or infinite."""
 
 
 class ScalesError(DeployError):
@@ -169,4 +169,4 @@ class ScalesError(DeployError):
 
 
 class ScalesMismatchError(ScalesError):
-    """Scales were measured on another model than the bundle at hand."""
+    """Scales were measured on another model than the bundle's."""

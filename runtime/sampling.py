@@ -1,14 +1,16 @@
-"""How the next token is chosen from the backbone's logits: the parameters, and the arithmetic on one row of logits.
+"""Chooses the next token from one row of the backbone's logits: the parameters and the arithmetic.
 
-A row's logits pass through logit bias, repetition penalty, presence and frequency penalties (the *scores*), then temperature,
-top-k, top-p and min-p (the *weights*: unnormalised probabilities). Filters keep tokens that tie with the last one kept.
+::
+
+    logits ── logit bias, repetition, presence and frequency penalties ──▶ scores
+    scores ── temperature, top-k, top-p, min-p ──▶ weights (unnormalised probabilities) ── draw ──▶ token
+
+Filters keep tokens that tie with the last one kept.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -40,15 +42,15 @@ _USED_BY = {
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen.
+    """Parameters that choose tokens.
 
-    ``mode``: ``greedy`` emits the most likely token; ``sample`` draws from the backbone's distribution, exactly, with or
-    without speculation; ``typical`` is Medusa's acceptance (arXiv 2401.10774, section 2.3.1), which is **lossy**: it accepts
-    any drafted token that is likely enough.
+    ``mode``: ``greedy`` emits the most likely token. ``sample`` draws from the backbone's distribution, exactly, with or without
+    speculation. ``typical`` is Medusa's acceptance (arXiv 2401.10774, section 2.3.1), which is **lossy**: it accepts any drafted
+    token that is likely enough.
 
-    ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``repetition_penalty`` (arXiv 1909.05858) covers the prompt and what was
-    emitted; ``presence_penalty`` and ``frequency_penalty`` cover what was emitted. ``logit_bias``: token id to what is added to
-    its logit. Equal ``seed`` values give equal text with every tree; None takes a new one for each request.
+    ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``repetition_penalty`` (arXiv 1909.05858) covers prompt and emitted tokens;
+    ``presence_penalty`` and ``frequency_penalty`` cover emitted tokens. ``logit_bias``: token id to the bias of its logit.
+    Equal ``seed`` values give equal text with every tree. None takes a new seed for each request.
     """
 
     mode: Mode = "greedy"
@@ -66,28 +68,32 @@ class SamplingParams:
 
     @property
     def plain_argmax(self) -> bool:
-        """Whether the argmax of the unchanged logits decides, so that the graph can accept by itself."""
+        """True if the argmax of the unchanged logits is the token: the graph can accept by itself."""
         return self.mode == "greedy" and not self.changes_logits
 
     @property
     def changes_logits(self) -> bool:
-        """Whether a bias or a penalty is on."""
+        """True if a bias or a penalty is on."""
         return bool(self.logit_bias) or self.repetition_penalty != 1.0 or self.penalises_emitted
 
     @property
     def penalises_emitted(self) -> bool:
-        """Whether the presence or the frequency penalty is on."""
+        """True if the presence or the frequency penalty is on."""
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     def resolved(self) -> SamplingParams:
-        """The same parameters with a seed, a random one where none was given: what one request keeps to its end."""
-        return self if self.seed is not None or self.mode != "sample" else replace(self, seed=secrets.randbits(63))
+        """Returns the same parameters, with a random seed if mode ``sample`` has none. A request keeps them to its end."""
+        if self.seed is not None or self.mode != "sample":
+            return self
+        import secrets
+
+        return replace(self, seed=secrets.randbits(63))
 
     def validate(self, vocab_size: int) -> None:
-        """Refuse values out of range, and values that the mode would ignore.
+        """Refuses values out of range, and values that the mode would ignore.
 
         Raises:
-            SamplingError: naming the parameter, its value and its range.
+            SamplingError: a value is refused. The error has the parameter, its value and its range.
         """
         if self.mode not in MODES:
             raise SamplingError(f"mode is {self.mode!r}", hint=f"modes: {', '.join(MODES)}")
@@ -129,9 +135,9 @@ def _is_number(value: object) -> bool:
 
 
 def scores(params: SamplingParams, logits: np.ndarray, context: Sequence[int], prompt_length: int) -> np.ndarray:
-    """Logits [V] of one row with bias and penalties applied, float32; ``logits`` stays as it is.
+    """Applies bias and penalties to one row of logits [V]. Returns scores float32 [V]; ``logits`` stays unchanged.
 
-    ``context``: all tokens before the one to choose, of which the first ``prompt_length`` are the prompt.
+    ``context``: all tokens before the one to choose; the first ``prompt_length`` are the prompt.
 
     Raises:
         NumericsError: a logit is NaN or infinite.
@@ -149,7 +155,7 @@ def scores(params: SamplingParams, logits: np.ndarray, context: Sequence[int], p
     if params.repetition_penalty != 1.0:
         seen = np.asarray(context, np.int64)
         value = out[seen]
-        # Assigned from gathered values, so a token that occurs often is penalised once.
+        # Assignment of gathered values: a token that occurs twice is penalised once.
         out[seen] = np.where(value < 0, value * params.repetition_penalty, value / params.repetition_penalty)
     if params.penalises_emitted:
         emitted, counts = np.unique(np.asarray(context[prompt_length:], np.int64), return_counts=True)
@@ -158,7 +164,7 @@ def scores(params: SamplingParams, logits: np.ndarray, context: Sequence[int], p
 
 
 def weights(params: SamplingParams, scores: np.ndarray) -> np.ndarray:
-    """Unnormalised probabilities [V] of scores [V], float32, the largest 1; filtered tokens are 0."""
+    """Returns unnormalised probabilities float32 [V] of scores [V]. The largest is 1; filtered tokens have 0."""
     shifted: np.ndarray = (scores - scores.max()) / np.float32(params.temperature)
     lowest = _largest(shifted, params.top_k) if 0 < params.top_k < len(shifted) else -math.inf
     if params.top_p < 1:
@@ -175,19 +181,19 @@ def weights(params: SamplingParams, scores: np.ndarray) -> np.ndarray:
 
 
 def _largest(values: np.ndarray, k: int) -> float:
-    """The k-th largest of ``values`` [V]."""
+    """Returns the k-th largest of ``values`` [V]."""
     maxima = np.maximum.reduceat(values, np.arange(0, len(values), _BLOCK))
     if k <= len(maxima):
-        # At least k values reach the k-th largest maximum: a few hundred are left to partition.
+        # At least k values reach the k-th largest block maximum. A few hundred are left to partition.
         values = values[values >= np.partition(maxima, -k)[-k]]
     return float(np.partition(values, -k)[-k])
 
 
 def _nucleus_edge(shifted: np.ndarray, top_p: float) -> float:
-    """The smallest log weight in the fewest tokens that together hold ``top_p`` of the mass (arXiv 1904.09751)."""
+    """Returns the smallest log weight in the nucleus: the fewest tokens that hold ``top_p`` of the mass (arXiv 1904.09751)."""
     weighed = np.exp(shifted)
     total = float(weighed.sum(dtype=np.float64))
-    # Tokens below an equal share of the mass outside the nucleus can't be in it: most of a vocabulary is never sorted.
+    # A token below an equal share of the mass outside the nucleus can't be in it. So most of a vocabulary is never sorted.
     likely = np.sort(shifted[weighed >= total * (1 - top_p) / len(weighed)])[::-1]
     mass = np.cumsum(np.exp(likely), dtype=np.float64)
     edge = int(np.searchsorted(mass, top_p * total, side="left"))
@@ -195,8 +201,8 @@ def _nucleus_edge(shifted: np.ndarray, top_p: float) -> float:
 
 
 def draw(weights: np.ndarray, uniform: float) -> int:
-    """The token at ``uniform`` (in [0, 1)) of the cumulated weights [V], in the order of token ids; never one of weight 0."""
-    # Two levels, blocks and tokens of one block: cumulating a whole vocabulary takes twenty times as long.
+    """Draws a token: the one at the share ``uniform`` ∈ [0, 1) of the cumulated weights [V]. Never draws a token of weight 0."""
+    # Two levels: blocks, then the tokens of one block. Cumulating a whole vocabulary takes twenty times as long.
     blocks = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64).cumsum()
     target = uniform * float(blocks[-1])
     block = _locate(blocks, target)
@@ -206,15 +212,17 @@ def draw(weights: np.ndarray, uniform: float) -> int:
 
 
 def _locate(cumulated: np.ndarray, target: float) -> int:
-    """The first index whose cumulated weight exceeds ``target``, or the last with a weight where rounding left none."""
+    """Returns the first index whose cumulated weight exceeds ``target``. If rounding left none: the last index with a weight."""
     index = int(cumulated.searchsorted(target, side="right"))
     return index if index < len(cumulated) else int(cumulated.searchsorted(cumulated[-1], side="left"))
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) for the token at ``position`` of a sequence: a function of the seed and the position alone.
+    """Returns a number in [0, 1) for the token at ``position`` of a sequence. It depends on the seed and the position alone.
 
-    53 bits of BLAKE2b, so that a draft's rows need no generator state and rejected rows use nothing up.
+    It has 53 bits of BLAKE2b. Rows of a draft need no generator state, and rejected rows consume nothing.
     """
+    import hashlib
+
     digest = hashlib.blake2b(position.to_bytes(8, "little"), key=seed.to_bytes(8, "little"), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53

@@ -6,16 +6,13 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .backends import BACKENDS, LoadOptions
 from .drafting.draft import BestRows, Drafter, FixedTree
 from .drafting.lookup import PromptLookup
 from .drafting.row_budget import SIZES, RowBudget
 from .errors import CapacityError, DeployError, PromptError, UsageError
 from .executors.executor import Executor
-from .files.bundle import Bundle, open_bundle
 from .loop.driver import Driver
 from .loop.handle import Handle
 from .loop.loop import Loop
@@ -26,6 +23,11 @@ from .text.encoder import PromptEncoder
 from .text.output import TextOutput
 from .text.stops import StopChecker
 from .tree import ROOT_ONLY, Tree
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .files.bundle import Bundle
 
 __all__ = ["Chunk", "Generation", "Message", "Request", "Session", "load"]
 
@@ -233,6 +235,9 @@ def load(
         DeviceError, DeviceMemoryError: no usable GPU, or not enough of its memory.
         EngineError, EngineMismatchError: the engine can't be loaded, or wasn't built for this GPU, version or bundle.
     """
+    from .backends import BACKENDS, LoadOptions
+    from .files.bundle import open_bundle
+
     load_backend = BACKENDS.get(backend)
     if load_backend is None:
         raise UsageError(f"unknown backend {backend!r}", hint=f"one of {', '.join(BACKENDS)}")

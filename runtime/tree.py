@@ -1,4 +1,4 @@
-"""Candidate trees: what a user writes (choices) and what a step needs (rows, positions, ancestors).
+"""Compiles candidate trees: from the choices that a user writes to the rows, depths and ancestors that a step needs.
 
 A tree is a set of *paths of ranks*, the root excluded: ``(0, 2)`` takes the best candidate of head 0, then the candidate of
 rank 2 of head 1. The set is prefix-closed. Rows are the paths sorted by (length, path); row 0 is the root. The format is
@@ -32,10 +32,10 @@ MAX_ROWS = 512
 
 @dataclass(frozen=True)
 class Shape:
-    """How the N rows of a step hang together, in breadth order: row 0 is the root, a parent stands before its children.
+    """The relations of the N rows of a step. Rows are in breadth order: row 0 is the root, a parent stands before its children.
 
-    ``parents`` int64 [N]: row to parent row, -1 for the root. ``depths`` int64 [N].
-    ``ancestors`` bool [N, N]: ``[i, j]`` when row j is row i or an ancestor of it.
+    ``parents`` int64 [N]: row to parent row, -1 for the root. ``depths`` int64 [N]: 0 for the root.
+    ``ancestors`` bool [N, N]: ``[i, j]`` is true if row j is row i or an ancestor of it.
     """
 
     parents: np.ndarray = field(repr=False, compare=False)
@@ -52,7 +52,7 @@ class Shape:
     @staticmethod
     @lru_cache(maxsize=4096)
     def of(parents: tuple[int, ...]) -> Shape:
-        """The shape in which row i hangs below ``parents[i]``; equal parents give the same object."""
+        """Makes the shape in which row i hangs below ``parents[i]``. Equal parents give the same object."""
         depths = np.zeros(len(parents), np.int64)
         ancestors = np.eye(len(parents), dtype=bool)
         for row, parent in enumerate(parents[1:], start=1):
@@ -67,7 +67,7 @@ class Shape:
 
     @property
     def depth(self) -> int:
-        """The most drafted tokens that one step can accept."""
+        """The largest number of drafted tokens that one step can accept."""
         return int(self.depths[-1])
 
     @cached_property
@@ -84,7 +84,7 @@ class Shape:
 
     @cached_property
     def row_paths(self) -> tuple[tuple[int, ...], ...]:
-        """For each row: the rows from below the root down to it."""
+        """The path of each row: the rows from below the root down to it."""
         paths: list[tuple[int, ...]] = [()]
         for row, parent in enumerate(self.parents[1:].tolist(), start=1):
             paths.append((*paths[parent], row))
@@ -95,8 +95,8 @@ class Shape:
 class Tree(Shape):
     """A compiled tree: a shape whose rows are candidates of the heads.
 
-    ``paths``: row to path of ranks. ``ranks`` int64 [N]: rank of a row's token among its head's candidates (0 for the root,
-    where it means nothing).
+    ``paths``: row to path of ranks. ``ranks`` int64 [N]: rank of a row's token among its head's candidates. The root's 0 has no
+    meaning.
     """
 
     paths: tuple[RankPath, ...]
@@ -104,10 +104,10 @@ class Tree(Shape):
 
     @classmethod
     def from_choices(cls, choices: Iterable[Sequence[int]]) -> Tree:
-        """Compile choices; their order doesn't matter.
+        """Compiles choices. Their order doesn't matter.
 
         Raises:
-            TreeError: not prefix-closed, duplicated, empty or negative paths, or more than ``MAX_ROWS`` rows.
+            TreeError: the paths aren't prefix-closed; a path is duplicated, empty or negative; or the tree is over ``MAX_ROWS``.
         """
         paths: list[RankPath] = [()]
         seen: set[RankPath] = {()}
@@ -133,18 +133,18 @@ class Tree(Shape):
 
     @cached_property
     def slots(self) -> np.ndarray:
-        """int64 [N-1]: where a drafted row's token lies in the flattened candidates, given as (depth - 1, rank) pairs."""
+        """Indices of the drafted rows' tokens in the candidates [K, k]: int64 [2, N-1], heads (depth - 1) above ranks."""
         return np.stack([self.depths[1:] - 1, self.ranks[1:]])
 
     def choices(self) -> list[list[int]]:
-        """The tree as Medusa writes it: all paths but the root, in row order."""
+        """Returns the tree in Medusa's format: all paths but the root, in row order."""
         return [list(path) for path in self.paths[1:]]
 
     def check_fits(self, heads: int, top_k: int) -> None:
-        """Refuse a tree that asks heads for more than they give.
+        """Refuses a tree that needs more than the heads return.
 
         Raises:
-            TreeError: deeper than the heads, or a rank at or above the number of candidates a head returns.
+            TreeError: the tree is deeper than the number of heads, or has a rank ≥ the number of candidates of a head.
         """
         if self.depth > heads:
             raise TreeError(
@@ -171,25 +171,24 @@ ROOT_ONLY = Tree.from_choices([])
 
 
 def chain(depth: int) -> Tree:
-    """The best candidate of each head, one after another: ``depth`` + 1 rows."""
+    """Makes a chain of ``depth`` + 1 rows: the best candidate of each head, one after another."""
     return Tree.from_choices([(0,) * length for length in range(1, depth + 1)])
 
 
 def expected_acceptance_length(tree: Tree, path_rates: Mapping[RankPath, float]) -> float:
-    """Tokens that a step of ``tree`` would emit, on average over all positions that ``path_rates`` were counted at.
+    """Returns 1 + Σ rate of a path: the mean tokens of a step of ``tree`` over all positions that ``path_rates`` were counted at.
 
-    Decoding takes no step at most positions that were easy to guess, so it emits a few percent fewer: where the ranks at each
-    position are at hand, :func:`.hits.replayed_acceptance_length` tells how many. A path that isn't in ``path_rates`` was never
-    right.
+    A path that isn't in ``path_rates`` was never right. Decoding skips most positions that were easy to guess, so it emits a few
+    percent fewer: :func:`.hits.replayed_acceptance_length` counts them from the ranks at each position.
     """
     return 1 + sum(path_rates.get(path, 0.0) for path in tree.paths[1:])
 
 
 def tree_of_paths(path_rates: Mapping[RankPath, float], rows: int) -> Tree:
-    """The tree of at most ``rows`` rows with the largest expected number of accepted tokens.
+    """Finds the tree of at most ``rows`` rows with the largest expected number of accepted tokens.
 
-    ``path_rates``: how often a path of ranks is what the backbone emits. A path is right at most as often as what it begins
-    with, so the most frequent paths, shorter ones first, are closed under prefixes and no other choice has a larger sum.
+    ``path_rates``: path of ranks to the rate at which the backbone emits it. A path is right at most as often as its prefixes. So
+    the most frequent paths, shorter ones first, are prefix-closed, and no other choice has a larger sum.
     """
     order = sorted(path_rates, key=lambda path: (-path_rates[path], len(path), path))
     return Tree.from_choices(order[: rows - 1])

@@ -1,1 +1,1 @@
-"""The command line: one module a verb, and what verbs share."""
+"""The command line: its verbs, and the rooms that hold their work."""

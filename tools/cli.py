@@ -23,25 +23,34 @@ class Verb(NamedTuple):
     help: str
 
 
-# Static, so that the program's help imports no verb.
-VERBS = (
-    Verb("prepare", "fetch a known model and convert it to a folder that export reads"),
-    Verb("export", "trace a checkpoint with its Medusa heads into a bundle"),
-    Verb("train", "train Medusa heads for a backbone by self-distillation"),
-    Verb("calibrate", "measure ranges of activations and weights, and write int8 scales"),
-    Verb("quantise", "add a variant of 8-bit or 4-bit weights for the CPU to a bundle"),
-    Verb("tree", "count the heads' hits and find the best candidate tree"),
-    Verb("plan", "say which size fits on which GPU, and what to run next"),
-    Verb("build", "build TensorRT engines into a bundle"),
-    Verb("inspect", "say what a bundle holds and check its files"),
-    Verb("verify", "compare speculative with plain decoding, token for token"),
-    Verb("compare", "quality and speed of one bundle or variant against a reference"),
-    Verb("generate", "generate text from a bundle"),
-    Verb("bench", "measure plain against Medusa decoding"),
-    Verb("figure", "draw reports of bench: speed-ups, and where the time goes"),
-    Verb("doctor", "say what this machine can run and what is missing"),
-    Verb("demo", "the whole path on a real model: prepare, export, generate, verify, bench"),
-)
+# Static, so that the program's help imports no verb. Groups in the order in which a user meets them.
+GROUPS = {
+    "make": (
+        Verb("prepare", "fetch a known model and convert it to a folder that export reads"),
+        Verb("export", "trace a checkpoint with its Medusa heads into a bundle"),
+        Verb("train", "train Medusa heads for a backbone by self-distillation"),
+        Verb("build", "build TensorRT engines into a bundle"),
+    ),
+    "tune": (
+        Verb("calibrate", "measure ranges of activations and weights, and write int8 scales"),
+        Verb("quantise", "add a variant of 8-bit or 4-bit weights for the CPU to a bundle"),
+        Verb("tree", "count the heads' hits and find the best candidate tree"),
+    ),
+    "run": (Verb("generate", "generate text from a bundle"),),
+    "check": (
+        Verb("verify", "compare speculative with plain decoding, token for token"),
+        Verb("bench", "measure plain against Medusa decoding"),
+        Verb("compare", "measure quality and speed of a bundle or variant against a reference"),
+        Verb("inspect", "say what a bundle holds and check its files"),
+    ),
+    "advise": (
+        Verb("plan", "say which size fits on which GPU, and what to run next"),
+        Verb("doctor", "say what this machine can run and what is missing"),
+        Verb("demo", "run the whole path on a real model: prepare, export, generate, verify, bench"),
+        Verb("figure", "draw reports of bench: speed-ups, and where the time goes"),
+    ),
+}
+VERBS = tuple(verb for verbs in GROUPS.values() for verb in verbs)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,14 +86,12 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _top_level(arguments: list[str]) -> NoReturn:
-    """Help, version, or a usage error: whatever isn't a verb."""
-    width = max(len(verb.name) for verb in VERBS)
-    lines = "\n".join(f"  {verb.name:<{width}}  {verb.help}" for verb in VERBS)
+    """Answer whatever isn't a verb: help, version, or a usage error."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         usage=f"{PROGRAM} VERB …",
         description="Medusa speculative decoding, from a checkpoint to production.",
-        epilog=f"verbs:\n{lines}\n\n{PROGRAM} VERB --help explains a verb.",
+        epilog=f"verbs:\n\n{_grouped()}\n\n{PROGRAM} VERB --help explains a verb.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -104,6 +111,13 @@ def _top_level(arguments: list[str]) -> NoReturn:
     near = difflib.get_close_matches(arguments[0], [verb.name for verb in VERBS], n=1)
     suggestion = f"did you mean {near[0]}?" if near else f"verbs: {', '.join(verb.name for verb in VERBS)}"
     parser.error(f"unknown verb {arguments[0]!r}; {suggestion}")
+
+
+def _grouped() -> str:
+    """The verbs of the help, a heading a group."""
+    width = max(len(verb.name) for verb in VERBS)
+    groups = ("\n".join([group, *(f"  {verb.name:<{width}}  {verb.help}" for verb in verbs)]) for group, verbs in GROUPS.items())
+    return "\n\n".join(groups)
 
 
 def _report(error: Exception) -> int:

@@ -1,4 +1,4 @@
-"""What verbs share towards a person: tables and reports on stdout, progress on stderr, JSON to a file or stdout."""
+"""Shared output of verbs: tables and reports on stdout, progress on stderr, JSON to a file or stdout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STDOUT = "-"
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
-    """The option ``--json OUT`` that every reporting verb has."""
+    """Add the option ``--json OUT``, which every reporting verb has."""
     parser.add_argument("--json", metavar="OUT", help='write the report as JSON to this file ("-": to stdout, instead of text)')
 
 
@@ -62,7 +62,7 @@ def non_negative(text: str) -> float:
 
 
 def emit(text: str, report: Mapping[str, Any], destination: str | None) -> None:
-    """The verb's result: text on stdout, and the report where ``--json`` asks for it (``-`` replaces the text)."""
+    """Print the verb's text on stdout, and write the report where ``--json`` asks for it (``-`` replaces the text)."""
     if destination != STDOUT:
         print(text)
     if destination is not None:
@@ -85,7 +85,7 @@ def write_json(report: Mapping[str, Any] | Sequence[Any], destination: str | Pat
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as JSON types: records, paths, tuples and numpy values included."""
+    """Turn ``value`` into JSON types; records, paths, tuples and numpy values are known."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -102,7 +102,7 @@ def _plain(value: Any) -> Any:
 
 
 def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
-    """Columns as wide as their widest cell; a column of numbers is aligned to the right. No trailing newline."""
+    """Lay out columns as wide as their widest cell, numbers to the right. No trailing newline."""
     cells = [[_cell(cell) for cell in row] for row in rows]
     lines = [list(headers), *cells]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
@@ -128,13 +128,13 @@ def _numeric(cell: str) -> bool:
 
 
 def facts(entries: Mapping[str, object]) -> str:
-    """One line an entry, names in a column of their own."""
+    """Write one line for each entry, with the names in a column of their own."""
     width = max(len(name) for name in entries)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in entries.items())
 
 
 def human_bytes(count: float) -> str:
-    """``538090408`` to ``513 MiB``."""
+    """Write ``538090408`` as ``513 MiB``."""
     for unit in ("B", "KiB", "MiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 99.95 else f"{count:.1f} {unit}"
@@ -143,7 +143,7 @@ def human_bytes(count: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """``3.2 s`` below a minute, ``4:05`` below an hour, ``1:02:03`` above."""
+    """Write ``3.2 s`` below a minute, ``4:05`` below an hour, ``1:02:03`` above."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -151,15 +151,15 @@ def human_seconds(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """A line to stderr: a warning or a summary that isn't the result."""
+    """Print a line to stderr: a warning, or a summary that isn't the result."""
     print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
-    """One line on a terminal's stderr: what is being done, how far, how fast, how much longer. Elsewhere a line every 30 s.
+    """Shows one line on a terminal's stderr: the work, how far it is, how fast, and the time left. Elsewhere a line every 30 s.
 
-    ``total``: None when the number of items isn't known. Use as a context manager; :meth:`phase` starts the next piece
-    of work on a line of its own, so an instance can be passed where a function ``report(phase)`` is expected.
+    ``total`` None: the number of items isn't known. Use it as a context manager. :meth:`phase` starts the next piece of work on a
+    line of its own; an instance can be passed where a function ``report(phase)`` is expected.
     """
 
     _interval = 0.1
@@ -197,7 +197,7 @@ class Progress:
         self._first: tuple[int, float] | None = None
 
     def update(self, done: int, note: str = "", total: int | None = None) -> None:
-        """``done`` items so far; redrawn at most ten times a second, and for the last item.
+        """Show ``done`` items, at most ten times a second and for the last item.
 
         The rate counts from the first update, so work that an earlier run had done doesn't flatter it.
         """

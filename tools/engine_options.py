@@ -1,4 +1,4 @@
-"""Options of every verb that runs a bundle: which engine does it."""
+"""Options of every verb that runs a bundle: they choose the engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--backend``, ``--target`` and ``--variant``."""
+    """Add ``--backend``, ``--target`` and ``--variant``."""
     parser.add_argument(
         "--backend", default="cpu", metavar="NAME", help="cpu (default), or tensorrt-rtx or tensorrt: an engine that build made"
     )
@@ -19,7 +19,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_session(args: argparse.Namespace, **options: Any) -> Session:
-    """The bundle on the engine that the arguments name; ``options`` as of ``load``."""
+    """Load the bundle on the engine that the arguments name; ``options`` are those of ``load``."""
     from ..runtime import load
 
     return load(args.bundle, backend=args.backend, target=args.target, variant=args.variant, threads=args.threads, **options)

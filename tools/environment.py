@@ -1,4 +1,4 @@
-"""What a measurement depends on: machine, versions, and exactly which bundle."""
+"""Facts that a measurement depends on: the machine, versions, and exactly which bundle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .machine import measured_on
 
 
 def environment(session: Session) -> dict[str, Any]:
-    """The facts to keep beside numbers taken with ``session``."""
+    """Facts to keep beside numbers that were taken with ``session``."""
     manifest = session.manifest
     return {
         **measured_on(),
@@ -36,16 +36,21 @@ def environment(session: Session) -> dict[str, Any]:
 
 
 def variant(session: Session) -> str | None:
-    """Which of the bundle's graphs the session runs."""
+    """Name of the bundle's graph that the session runs; None where its executor runs no such graph."""
     step = getattr(getattr(session.executor, "model", None), "step", None)
     graphs = session.manifest.variants.items()
     return next((name for name, path in graphs if session.bundle.folder / path == step), None)
 
 
-def plain_step_bytes(manifest: Manifest, variant: str | None = None) -> int | None:
-    """Bytes of weights that a plain step of a variant for the CPU reads, as its export knew; None where none is on record.
+def rounds_activations(session: Session) -> bool:
+    """Tell whether the session runs a quantised variant, whose products round what they read to 8 bits."""
+    return variant(session) in session.manifest.provenance.get("quantised", {})
 
-    Embedding tables are read by the row, heads don't run in plain steps.
+
+def plain_step_bytes(manifest: Manifest, variant: str | None = None) -> int | None:
+    """Bytes of weights that a plain step of a variant for the CPU reads, as its export recorded; None without a record.
+
+    Embedding tables are read by the row. Heads don't run in plain steps.
     """
     provenance = manifest.provenance
     facts = provenance if variant == "cpu" else provenance.get("quantised", {}).get(variant, {})

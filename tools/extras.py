@@ -1,4 +1,4 @@
-"""What the optional parts need: distributions by extra, and a named error when one is missing."""
+"""Names the distributions of each extra, and raises a named error when one is missing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OLDEST = {"numpy": (2, 0), "onnxruntime": (1, 30)}
 
 
 def version(distribution: str) -> str | None:
-    """The installed version of a distribution, or None. Imports nothing of it."""
+    """Installed version of a distribution, or None. Imports nothing of it."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -35,7 +35,7 @@ def version(distribution: str) -> str | None:
 
 
 def too_old(distribution: str) -> bool:
-    """Whether an installed distribution is older than ``OLDEST`` says."""
+    """Tell whether an installed distribution is older than ``OLDEST`` allows."""
     installed = version(distribution)
     if installed is None:
         return False
@@ -44,12 +44,12 @@ def too_old(distribution: str) -> bool:
 
 
 def missing(extra: str) -> list[str]:
-    """Distributions of ``extra`` that aren't installed; one that brings the same module will do."""
+    """Distributions of ``extra`` that aren't installed. One of those that bring the same module is enough."""
     return [name for name in EXTRAS[extra] if version(name) is None and version(_SAME_MODULE.get(name, name)) is None]
 
 
 def install_command(extra: str) -> str:
-    """The shell command that installs ``extra``."""
+    """Shell command that installs ``extra``."""
     return f"pip install 'medusa-deploy[{extra}]'"
 
 
@@ -57,7 +57,7 @@ def require(extra: str) -> None:
     """Ask for an extra before the first of its imports.
 
     Raises:
-        MissingDependencyError: something of it isn't installed.
+        MissingDependencyError: one of its distributions isn't installed.
     """
     absent = missing(extra)
     if absent:
@@ -68,7 +68,7 @@ def require(extra: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep progress bars and advice of other libraries off stderr: a verb shows its own. Before they are imported."""
+    """Keep other libraries' progress bars and advice off stderr: a verb shows its own. Call it before they are imported."""
     quiet = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"}
     for name, value in quiet.items():
         os.environ.setdefault(name, value)

@@ -1,4 +1,7 @@
-"""Facts about this machine, read from the kernel. Standard library only, so that doctor runs where nothing is installed."""
+"""Facts about this machine, read from the kernel.
+
+Needs the standard library only, so that doctor runs where nothing is installed.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import Any
 _CPUINFO = Path("/proc/cpuinfo")
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
-# What the kernels of an inference engine choose between.
+# Kernels of an inference engine choose by these.
 CPU_FEATURES = (
     "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16",
     "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve",
@@ -19,7 +22,7 @@ CPU_FEATURES = (
 
 
 def measured_on() -> dict[str, Any]:
-    """When and on what: what every report of a measurement begins with."""
+    """Date, processor and cores: the first entries of every report of a measurement."""
     return {"date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), "cpu": cpu_model(), "cores": available_cores()}
 
 
@@ -42,13 +45,13 @@ def available_cores() -> int:
 
 
 def core_quota() -> float | None:
-    """Cores' worth of time that a container allows, or None without a limit."""
+    """Cores' worth of time that a container allows; None without a limit."""
     quota, _, period = _read(_CGROUP / "cpu.max").partition(" ")
     return int(quota) / int(period) if quota.isdigit() and period.strip().isdigit() else None
 
 
 def memory_bytes() -> tuple[int, int]:
-    """Memory in all and available, in bytes, a container's limit considered; 0 where it isn't known."""
+    """Total and available memory in bytes, with a container's limit; 0 where it isn't known."""
     lines = (line.partition(":") for line in _read(_MEMINFO).splitlines())
     kib = {name: int(rest.split()[0]) for name, _, rest in lines if rest.split()}
     total, available = kib.get("MemTotal", 0) << 10, kib.get("MemAvailable", 0) << 10
@@ -59,7 +62,7 @@ def memory_bytes() -> tuple[int, int]:
 
 
 def _cpuinfo(*names: str) -> str:
-    """The value of the first line whose name is one of ``names``, or an empty string."""
+    """Value of the first line whose name is one of ``names``, or an empty string."""
     for line in _read(_CPUINFO).splitlines():
         name, _, value = line.partition(":")
         if name.strip() in names and value.strip():

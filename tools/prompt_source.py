@@ -1,4 +1,4 @@
-"""Which prompts a verb runs on: a file, the package's held-out prompts, or random token ids where there is no tokenizer."""
+"""Prompts that a verb runs on: a file's, the package's held-out ones, or random token ids where there is no tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LONGEST_RANDOM = 64
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options ``--prompts`` and ``--count``."""
+    """Add the options ``--prompts`` and ``--count``."""
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -31,10 +31,10 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def prompts_for(session: Session, path: Path | None, count: int | None, seed: int = 0) -> list[list[int]]:
-    """Prompts as token ids.
+    """Read or make prompts as token ids.
 
-    ``path``: a prompt file; None takes the held-out prompts of the package, or seeded random ids if the bundle has no
-    tokenizer. ``count``: the first so many; None takes all of a file and ``DEFAULT_COUNT`` of the others.
+    ``path`` is a prompt file; None takes the package's held-out prompts, or seeded random ids if the bundle has no tokenizer.
+    The first ``count`` are taken; None takes all of a file and ``DEFAULT_COUNT`` of the others.
 
     Raises:
         PromptFileError: the file can't be read as prompts.
@@ -64,14 +64,14 @@ def prompts_for(session: Session, path: Path | None, count: int | None, seed: in
 
 
 def heldout_prompts() -> list[PromptLine]:
-    """The package's chat prompts that no training saw, categories in turn."""
+    """The package's chat prompts that training never saw, in turns of their categories."""
     from ..runtime.text.prompts import read_prompts
 
     return read_prompts(packaged_prompts("heldout"))
 
 
 def packaged_prompts(part: str) -> Path:
-    """The prompt file of the package for ``part``: ``train`` or ``heldout``."""
+    """The package's prompt file for ``part``: ``train`` or ``heldout``."""
     from .. import calibration
 
     return Path(str(files(calibration) / "prompts" / f"{part}.jsonl"))
@@ -88,7 +88,7 @@ def heldout_prose(encoder: PromptEncoder) -> list[list[int]]:
 
 
 def random_prompts(vocab_size: int, capacity: int, count: int, seed: int) -> list[list[int]]:
-    """``count`` prompts of 1 to 64 random token ids, at most a quarter of the capacity long."""
+    """Make ``count`` prompts of 1 to 64 random token ids, at most a quarter of the capacity long."""
     import numpy as np
 
     rng = np.random.default_rng(seed)

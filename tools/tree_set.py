@@ -1,4 +1,4 @@
-"""The trees that a bundle is verified with, and how a tree is made to fit a bundle's heads, candidates and rows."""
+"""Gathers the trees that a bundle is verified with, and cuts them to the bundle's heads, candidates and rows."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ PUBLISHED = "mc_sim_7b_63"
 NAMES = ("root", "chain", "published", "narrow", "wide", "random")
 _RANDOM_ROWS = 24
 MAX_FILE_BYTES = 16 << 20
-"""Of a tree file, which holds the ranks of everything that was counted: about ten bytes a token."""
+"""Limit for a tree file. It holds the ranks of everything that was counted: about ten bytes a token."""
 
 
 @dataclass(slots=True)
 class TreeSet:
-    """``trees`` by name; ``notes``: what was cut from a tree to make it fit; ``skipped``: why a tree isn't there."""
+    """``trees`` by name.
+
+    ``notes``: name to what was cut to make the tree fit. ``skipped``: name to the reason why it is left out.
+    """
 
     trees: dict[str, Tree] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
@@ -44,21 +47,21 @@ class TreeSet:
 
 @cache
 def published_trees() -> dict[str, list[RankPath]]:
-    """Medusa's own trees by their names there; the most valuable path first, so any beginning of a list is a tree too."""
+    """Medusa's own trees by their names there. The most valuable path is first, so any beginning of a list is a tree, too."""
     packaged = json.loads((files(__package__) / "published_trees.json").read_text("utf-8"))
     return {name: [tuple(int(rank) for rank in path) for path in paths.split()] for name, paths in packaged["trees"].items()}
 
 
 def published_choices(name: str = PUBLISHED) -> list[RankPath]:
-    """The paths of a published tree; by default the 63 of mc_sim_7b_63: depth up to 4, ranks up to 9."""
+    """Paths of a published tree; by default the 63 of mc_sim_7b_63, with depths up to 4 and ranks up to 9."""
     return published_trees()[name]
 
 
 def trees_for(manifest: Manifest, names: Sequence[str] = (), seed: int = 0) -> TreeSet:
-    """Trees by name or by file; none named means all of ``NAMES`` and the bundle's default tree.
+    """Gather trees by name or by file; without names, all of ``NAMES`` and the bundle's default tree.
 
-    A tree of ``NAMES`` or a published one that asks for more than the bundle has is cut, and ``notes`` says by
-    how much; a file's tree isn't cut.
+    A tree of ``NAMES`` or a published one that asks for more than the bundle has is cut, and ``notes`` says by how much. A file's
+    tree isn't cut.
 
     Raises:
         UsageError: a name that is neither known, nor a tree of the bundle, nor a file.
@@ -81,10 +84,10 @@ def trees_for(manifest: Manifest, names: Sequence[str] = (), seed: int = 0) -> T
 
 
 def fit(choices: Sequence[RankPath], heads: int, top_k: int, max_rows: int) -> tuple[Tree, str]:
-    """The tree of the choices that a bundle can run, and what was left out ("" for nothing).
+    """Build the tree of those ``choices`` that a bundle can run, and say what was left out ("" for nothing).
 
     Paths deeper than ``heads`` or with a rank of ``top_k`` or more go first, then the last ones until ``max_rows`` fits.
-    ``choices`` list a path after its prefixes, so what stays is prefix-closed.
+    ``choices`` list a path after its prefixes, so the rest stays prefix-closed.
     """
     usable = [path for path in choices if len(path) <= heads and max(path) < top_k]
     kept = usable[: max_rows - 1]
@@ -97,7 +100,7 @@ def fit(choices: Sequence[RankPath], heads: int, top_k: int, max_rows: int) -> t
 
 
 def read_tree(path: Path, manifest: Manifest) -> Tree:
-    """A tree from a JSON file, checked against the bundle.
+    """Read a tree from a JSON file and check it against the bundle.
 
     Raises:
         TreeError: no tree, or more than the bundle's heads, candidates or rows.
@@ -108,7 +111,7 @@ def read_tree(path: Path, manifest: Manifest) -> Tree:
 
 
 def check_runs(tree: Tree, manifest: Manifest, name: str) -> None:
-    """Refuse a tree that the bundle can't run; ``name``: whose it is.
+    """Refuse a tree that the bundle can't run; the message calls it ``name``.
 
     Raises:
         TreeError: more than the bundle's heads, candidates or rows.
@@ -122,7 +125,7 @@ def check_runs(tree: Tree, manifest: Manifest, name: str) -> None:
 
 
 def read_tree_file(path: Path) -> Tree:
-    """A tree from a JSON file: a list of paths of ranks, or what ``medusa-deploy tree`` wrote, which has it as ``choices``.
+    """Read a tree from a JSON file: a list of paths of ranks, or a file of ``medusa-deploy tree``, which holds it as ``choices``.
 
     Raises:
         TreeError: missing, too large, or not such a list.
@@ -137,7 +140,7 @@ def read_tree_file(path: Path) -> Tree:
 
 
 def _named(name: str, heads: int, top_k: int, seed: int) -> Sequence[RankPath]:
-    """Choices of a standard tree, prefixes before the paths that need them."""
+    """Choices of a standard tree; prefixes come before the paths that need them."""
     match name:
         case "root":
             return ROOT_ONLY.paths[1:]
@@ -156,7 +159,7 @@ def _named(name: str, heads: int, top_k: int, seed: int) -> Sequence[RankPath]:
 
 
 def _grown(heads: int, top_k: int, rng: np.random.Generator) -> list[RankPath]:
-    """A random prefix-closed set: each new path hangs below any earlier one, with any rank."""
+    """Draw a random prefix-closed set: each new path hangs below any earlier one, with any rank."""
     paths: list[RankPath] = [()]
     for _ in range(100 * _RANDOM_ROWS):
         path = (*paths[rng.integers(len(paths))], int(rng.integers(top_k)))

@@ -1,1 +1,1 @@
-"""Lets a backbone answer prompts, and keeps the answers."""
+"""Lets a backbone answer prompts, and keeps the answers on disk for training."""

@@ -1,4 +1,4 @@
-"""A backbone's answers on disk: complete, never made twice, in a folder that says how they were made."""
+"""Keeps a backbone's answers on disk: complete, never made twice, in a folder that says how they were made."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MAX_DESCRIPTION_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt (token ids) and how its answer is chosen: ``temperature`` 0 is greedy."""
+    """Asks for an answer to a prompt (token ids). ``temperature`` 0 is greedy."""
 
     prompt: Sequence[int]
     temperature: float = 0.0
@@ -31,7 +31,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer: ``tokens`` int64 [n] as emitted, ``hidden`` float16 [n, H] (row i emitted token i), ``question`` its index."""
+    """Answers question ``question``: ``tokens`` int64 [n] as emitted, ``hidden`` float16 [n, H]; row i emitted token i."""
 
     question: int
     tokens: np.ndarray
@@ -39,19 +39,19 @@ class Answer:
 
 
 class Answerer(Protocol):
-    """A backbone that answers. ``weights``: a digest of it."""
+    """Answers questions with a backbone. ``weights``: a digest of the backbone."""
 
     @property
     def weights(self) -> str: ...
 
     def answer(self, questions: Sequence[Question], max_new_tokens: int) -> Iterator[Answer]:
-        """The answers, in any order; an end-of-sequence token is the last one of its answer."""
+        """Yield the answers, in any order. An end-of-sequence token is the last one of its answer."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class DataDescription:
-    """What makes two data sets the same: the prompts, the weights that answered, and how; one answer a temperature."""
+    """Identifies a data set: the prompts, the weights that answered, and the settings; one answer a prompt and temperature."""
 
     prompts_sha256: str
     prompts: int
@@ -62,7 +62,7 @@ class DataDescription:
 
 
 class AnswerFolder:
-    """Answers that are added one by one and kept a shard at a time.
+    """Takes answers one by one and writes them a shard at a time.
 
     Raises:
         TrainingError: the folder holds answers made otherwise, or its description is damaged.
@@ -78,13 +78,13 @@ class AnswerFolder:
             raise TrainingError(f"{folder} holds answers of other prompts, weights or settings", hint="give another folder")
         text = json.dumps(described, indent=1) + "\n"
         write_whole(path, text.encode())
-        # One pass that keeps no shard: their hidden states are most of the data.
+        # One pass keeps no shard in memory: hidden states are most of the data.
         lengths = {answer.question: len(answer.tokens) for shard in iter_shards(folder) for answer in shard}
         self.answered, self.tokens = set(lengths), sum(lengths.values())
         self._pending: list[Answer] = []
 
     def add(self, answer: Answer) -> None:
-        """Keep an answer; it is on disk when its shard is full or after :meth:`flush`."""
+        """Keep an answer. It is on disk when its shard is full or after :meth:`flush`."""
         self._pending.append(answer)
         self.answered.add(answer.question)
         self.tokens += len(answer.tokens)
@@ -92,14 +92,14 @@ class AnswerFolder:
             self.flush()
 
     def flush(self) -> None:
-        """Write what isn't on disk yet."""
+        """Write the answers that aren't on disk yet."""
         if self._pending:
             _write_shard(self.folder, self._pending)
             self._pending = []
 
 
 def iter_shards(folder: Path) -> Iterator[list[Answer]]:
-    """Answers on disk, a shard at a time."""
+    """Yield the answers on disk, a shard at a time."""
     for path in sorted(folder.glob("answers-*.npz")):
         with np.load(path) as arrays:
             question, length, tokens, hidden = (arrays[name] for name in ("question", "length", "tokens", "hidden"))
@@ -111,7 +111,7 @@ def iter_shards(folder: Path) -> Iterator[list[Answer]]:
 
 
 def answers_in_order(folder: Path) -> list[list[int]]:
-    """Token ids of every answer on disk, by the index of its question."""
+    """Return the token ids of every answer on disk, in the order of their questions."""
     found = {answer.question: answer.tokens.tolist() for shard in iter_shards(folder) for answer in shard}
     return [found[index] for index in sorted(found)]
 

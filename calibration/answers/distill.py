@@ -1,7 +1,7 @@
-"""Self-distillation data: the backbone's own answers, with the hidden state behind every token.
+"""Makes self-distillation data: the backbone's own answers, with the hidden state behind every token.
 
 Labels from the model's own answers work best for heads on a frozen backbone (arXiv 2401.10774, section 2.2.2). The runtime
-answers many prompts at a time, and hidden states come out of the same engine calls; :mod:`.torch_answerer` does the same on a
+answers many prompts at a time, and hidden states come out of the same engine calls. :mod:`.torch_answerer` does the same on a
 GPU. A run that was interrupted goes on after the last shard.
 """
 
@@ -21,7 +21,7 @@ GREEDY = (0.0,)
 
 
 class RuntimeAnswerer:
-    """A session that answers, as many prompts at a time as it has slots."""
+    """Answers with a session, as many prompts at a time as it has slots."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -29,7 +29,7 @@ class RuntimeAnswerer:
         self.weights = next(record.sha256 for name, record in files if name.endswith("weights.bin"))
 
     def answer(self, questions: Sequence[Question], max_new_tokens: int) -> Iterator[Answer]:
-        """The answers, as they are finished. Each is chosen with its question's own seed."""
+        """Yield the answers as they are finished. Each is chosen with its question's own seed."""
         requests = [_request(question, max_new_tokens) for question in questions]
         for index, generation in self._session.generate_many(requests):
             assert generation.hidden is not None
@@ -46,7 +46,7 @@ def distill(
     seed: int = 0,
     progress: Callable[[int, int, int], None] = lambda done, total, tokens: None,
 ) -> int:
-    """Answer ``prompts`` (token ids) into ``output``, once a temperature, and return the number of tokens there.
+    """Answer ``prompts`` (token ids) into ``output``, once for each temperature. Returns the number of tokens there.
 
     Question t · len(prompts) + p is prompt p at temperature t. ``progress(done, total, tokens)`` is called after every answer.
 

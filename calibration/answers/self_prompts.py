@@ -1,7 +1,7 @@
-"""Prompts that a chat model writes itself: given its template up to where a user speaks, it goes on as the user.
+"""Lets a chat model write prompts itself: given its template up to where a user speaks, it goes on as the user.
 
-Source: Z. Xu et al., Magpie, arXiv 2406.08464, section 2.1. Such prompts are as varied as what the model was tuned on, which few
-people could write down.
+Source: Z. Xu et al., Magpie, arXiv 2406.08464, section 2.1. Such prompts are as varied as the data that the model was tuned on.
+Few people could write that down.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def write_self_prompts(
     known: Collection[str] = (),
     progress: Callable[[int], None] = lambda done: None,
 ) -> int:
-    """Let the backbone try to write ``tries`` prompts; write those that are new into a JSONL file and return how many.
+    """Let the backbone try to write ``tries`` prompts. Writes the new ones into a JSONL file and returns their number.
 
-    Left out: what didn't come to its end within 128 tokens, what is shorter than 12 characters, repetitions, and what is
-    ``known`` (texts of prompts that must stay unseen, for instance).
+    Leaves out prompts that don't end within 128 tokens, prompts shorter than 12 characters, repetitions, and ``known`` texts (of
+    prompts that must stay unseen, for instance).
 
     Raises:
         TrainingError: the backbone has no chat template that shows where a user speaks.
@@ -60,7 +60,7 @@ def write_self_prompts(
 
 
 def _user_turn(encoder: PromptEncoder) -> tuple[list[int], set[int]]:
-    """Token ids up to where a user speaks, and those that end what is said."""
+    """Return the token ids before a user's text, and the tokens that end it."""
     hint = "self-written prompts need a chat model: leave out --self-prompts"
     if encoder.text.chat_template is None or encoder.codec is None:
         raise TrainingError("the backbone has no chat template or no tokenizer", hint=hint)

@@ -1,4 +1,4 @@
-"""Prompts with their answers as the backbone sees them whole, in batches with little padding."""
+"""Joins prompts with their answers, as the backbone sees them whole, in batches with little padding."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from ...runtime.errors import TrainingError
 from ..training.examples import following_tokens
 from .answers import iter_shards
 
-_BUCKET = 64  # sequences that are sorted by length together: enough for little padding, too few to always meet the same ones
+_BUCKET = 64  # sequences sorted by length together: enough for little padding, too few to always meet the same ones
 
 
 @dataclass(frozen=True, slots=True)
 class AnsweredPrompt:
-    """``prompt`` and ``tokens`` int64 ids; ``hidden`` float16 [n, H] of the backbone that answered: row i emitted token i."""
+    """Holds ``prompt`` and ``tokens`` (int64 ids), and ``hidden`` float16 [n, H]: the backbone's row i emitted token i."""
 
     prompt: np.ndarray
     tokens: np.ndarray
     hidden: np.ndarray
 
     def __len__(self) -> int:
-        """Tokens that the backbone reads: the last one of the answer is only a label."""
+        """Count the tokens that the backbone reads: the last one of the answer is only a label."""
         return len(self.prompt) + len(self.tokens) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded sequences, and what is known at the n positions that emit an answer's tokens.
+    """Holds padded sequences, and the labels of the n positions that emit an answer's tokens.
 
-    ``ids`` int64 [B, L], padded at the end: with causal attention nothing looks there. ``rows`` int64 [n] into the B · L
-    positions; ``roots`` int64 [n] the tokens emitted there, ``labels`` int64 [n, K] those after them, IGNORE past the end of an
-    answer; ``hidden`` float16 [n, H] of the backbone that answered.
+    ``ids`` int64 [B, L] are padded at the end: with causal attention nothing looks there. ``rows`` int64 [n]: the positions, of
+    B · L. ``roots`` int64 [n]: tokens emitted there. ``labels`` int64 [n, K]: tokens after them, IGNORE past an answer's end.
+    ``hidden`` float16 [n, H]: states of the backbone that answered.
     """
 
     ids: Tensor
@@ -47,7 +47,7 @@ class Batch:
 
 
 def load_sequences(folder: Path, prompts: Sequence[Sequence[int]]) -> list[AnsweredPrompt]:
-    """All answers in ``folder`` with their prompts (token ids, by the index that the answers have).
+    """Read all answers in ``folder`` and join them with their prompts (token ids, by the index that the answers have).
 
     Raises:
         TrainingError: there are none, or they belong to other prompts.
@@ -67,14 +67,14 @@ def load_sequences(folder: Path, prompts: Sequence[Sequence[int]]) -> list[Answe
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int, seed: int) -> list[list[int]]:
-    """Every sequence once, in batches of at most ``batch_tokens`` positions (padding included) or one sequence."""
+    """Put every sequence into one batch of at most ``batch_tokens`` positions, padding included, or of one sequence."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(lengths)).tolist()
     batches: list[list[int]] = []
     for start in range(0, len(order), _BUCKET):
         batch: list[int] = []
         for index in sorted(order[start : start + _BUCKET], key=lambda index: lengths[index]):
-            # Lengths rise, so the newest sequence is the width of the batch.
+            # Lengths rise, so the newest sequence sets the width of the batch.
             if batch and (len(batch) + 1) * lengths[index] > batch_tokens:
                 batches.append(batch)
                 batch = []

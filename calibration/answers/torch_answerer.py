@@ -1,4 +1,4 @@
-"""A backbone that answers through transformers: what a GPU offers before any engine is built for it."""
+"""Answers with a backbone through transformers: a GPU can do that before any engine is built for it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _FORWARD_TOKENS = 1 << 15
 class TorchAnswerer:
     """Answers ``slots`` prompts at a time on a torch device. ``module``: a transformers causal LM in float32.
 
-    Tokens are chosen in half precision on a GPU; hidden states are float32 ones of the finished answers, stored as float16.
-    What is sampled depends on which prompts are answered together: a run that was interrupted goes on with other samples.
+    A GPU chooses tokens in half precision. Hidden states of the finished answers are computed in float32 and stored as float16.
+    Samples depend on which prompts are answered together: a run that was interrupted goes on with other samples.
     """
 
     def __init__(self, module: Any, weights: str, eos_token_ids: Sequence[int], slots: int, device: str) -> None:
@@ -31,7 +31,7 @@ class TorchAnswerer:
 
     @torch.no_grad()
     def answer(self, questions: Sequence[Question], max_new_tokens: int) -> Iterator[Answer]:
-        """The answers, those to short prompts first: prompts of one length need no padding."""
+        """Yield the answers, those to short prompts first: prompts of one length need no padding."""
         order = sorted(range(len(questions)), key=lambda index: (questions[index].temperature, len(questions[index].prompt)))
         for temperature, group in groupby(order, key=lambda index: questions[index].temperature):
             indices = list(group)
@@ -64,18 +64,18 @@ class TorchAnswerer:
         return [self._up_to_end(tokens) for tokens in found[:, width:].tolist()]
 
     def _up_to_end(self, tokens: list[int]) -> list[int]:
-        """Without what pads an answer behind its end-of-sequence token."""
+        """Cut off the padding behind an answer's end-of-sequence token."""
         ends = [tokens.index(token) for token in self._eos if token in tokens]
         return tokens[: min(ends) + 1] if ends else tokens
 
     def _hidden(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
-        """The state that emitted each token, float16 [n, H] an answer."""
+        """Yield the states that emitted an answer's tokens, float16 [n, H]."""
         rows = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
         at_once = max(1, _FORWARD_TOKENS // max(map(len, rows)))
         for start in range(0, len(rows), at_once):
             part = rows[start : start + at_once]
             ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in part], batch_first=True)
-            # Causal attention: padding at the end is seen by nothing that counts.
+            # Attention is causal: nothing that counts sees the padding at the end.
             states: Tensor = self._module.base_model(input_ids=ids.to(self._device), use_cache=False).last_hidden_state
             half = states.half().cpu().numpy()
             for offset, row in enumerate(part):

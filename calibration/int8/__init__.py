@@ -1,1 +1,1 @@
-"""Observes a bundle's activations and finds scales and smoothing factors."""
+"""Observes a bundle's activations and finds their int8 scales, smoothing factors and second moments."""

@@ -1,4 +1,4 @@
-"""Calibration of a model that doesn't fit into memory: texts pass through one layer after the other, each loaded alone."""
+"""Calibrates a model that doesn't fit into memory: texts pass through one layer after the other, each loaded alone."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ import numpy as np
 
 from ...runtime.errors import CalibrationError
 from ...runtime.executors import step_io
-from ...runtime.executors.executor import StepBuffers, Wanted, chain_ancestors, visible_rows
+from ...runtime.executors.one_slot import prefill_rows
 from ...runtime.executors.ort_base import CPU_PROVIDER, import_onnxruntime
+from ...runtime.executors.step_arrays import StepInputs, visible_rows
 from ...runtime.files.bundle import Bundle
 from ...runtime.files.scales_file import Smoothing
 from ...runtime.request import Request
 from ...runtime.text.encoder import PromptEncoder
-from .collect import SAVE_EVERY, Progress, run_facts, watched_products
+from .collect import SAVE_EVERY, Progress, run_facts, watched_matmuls
 from .layer_cut import Stage, cut_layers
 from .layer_progress import LayerProgress
+from .matmuls import StepGraph
 from .observations import Observations
-from .products import StepGraph
 from .row_sample import SAMPLED_PROMPTS, RowSample, smooth_activation
+from .takers import smoothable
 
 LONGEST_TEXT = 512
-_PLAIN_ROWS = 64  # of the last stage at a time: each has logits of the whole vocabulary
+_PLAIN_ROWS = 64  # rows of the last stage at a time: each has logits of the whole vocabulary
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What scales are made of. ``weights``: scales by (name, axis); ``smoothing``: by activation and grid."""
+    """Holds what scales are made of. ``weights``: scales by (name, axis). ``smoothing``: by activation and grid."""
 
     seen: Observations
     weights: Mapping[tuple[str, int], np.ndarray]
@@ -39,7 +41,7 @@ class Measured:
 
 
 class LayerCalibrator:
-    """A bundle's standard graph, run in stages over whole texts. Nothing is generated: every token would need all layers.
+    """Runs a bundle's standard graph in stages over whole texts. Generates nothing: every token would need all layers.
 
     So drafted rows of a tree are not seen. In the last stage each token of a text is the root of a step of its own: projection
     and heads see what they see in plain decoding of that text. Memory: one stage's weights, and the hidden states of all texts.
@@ -51,14 +53,14 @@ class LayerCalibrator:
         Raises:
             MissingDependencyError: onnxruntime isn't installed.
             BundleIntegrityError: the graph can't be read.
-            CalibrationError: no product has a constant weight, or the graph isn't a chain of layers.
+            CalibrationError: no matmul has a constant weight, or the graph isn't a chain of layers.
         """
         self._ort = import_onnxruntime("cpu")
         self._threads = threads
         self.bundle, self.manifest = bundle, bundle.manifest
         self.graph = StepGraph(bundle)
-        self.products = watched_products(bundle, self.graph)
-        self.stages = cut_layers(self.graph, self.manifest.backbone.layers, self.products)
+        self.matmuls = watched_matmuls(bundle, self.graph)
+        self.stages = cut_layers(self.graph, self.manifest.backbone.layers, self.matmuls)
         self.longest = min(LONGEST_TEXT, self.manifest.limits.capacity)
         self._encoder = PromptEncoder(self.manifest.text, self.manifest.backbone.vocab_size, bundle.path)
         backbone = self.manifest.backbone
@@ -70,11 +72,11 @@ class LayerCalibrator:
         return self._encoder.codec
 
     def encode(self, request: Request) -> list[int]:
-        """A request's prompt as token ids."""
+        """Turn a request's prompt into token ids."""
         return self._encoder.encode(request)
 
     def settings(self, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """What the result depends on, as JSON."""
+        """Return everything that the result depends on, as JSON."""
         return {**run_facts(self.bundle, texts), "layer_by_layer": True, "longest_text": self.longest}
 
     def measure(
@@ -84,10 +86,10 @@ class LayerCalibrator:
         progress_file: Path | None = None,
         progress: Progress = lambda _done, _note: None,
     ) -> Measured:
-        """Take the texts, token ids of at most ``longest`` each, through all stages. No ``alphas``: no smoothing.
+        """Take the texts, token ids of at most ``longest`` each, through all stages. Without ``alphas`` nothing is smoothed.
 
-        ``progress_file``: where the state behind a stage is kept from time to time; a run with the same settings goes on behind
-        that stage, and its result is the same. The caller removes it. ``progress`` gets the number of stages done and a note.
+        ``progress_file`` keeps the state behind a stage from time to time. A run with the same settings goes on behind that
+        stage, with the same result. The caller removes the file. ``progress`` gets the number of stages done and a note.
 
         Raises:
             RangeError: an activation holds NaN or infinity, or a weight that no scale fits.
@@ -98,11 +100,11 @@ class LayerCalibrator:
         if not all(0 < len(text) <= self.longest for text in texts):
             raise CalibrationError("a text is empty or too long", hint=f"give texts of 1 to {self.longest} tokens")
         settings = {**self.settings(texts), "alphas": list(alphas)}
-        run = LayerProgress(Observations.of(self.products), [None] * len(texts))
+        run = LayerProgress(Observations.of(self.matmuls), [None] * len(texts))
         run.seen.prompts, run.seen.prefill_rows = len(texts), sum(map(len, texts))
         if progress_file is not None:
             run.resume(progress_file, settings, list(map(len, texts)))
-        smoothable = self.graph.smoothable() if alphas else {}
+        can_be_smoothed = smoothable(self.graph) if alphas else {}
         weights: dict[tuple[str, int], np.ndarray] = {}
         since = time.monotonic()
         for done, stage in enumerate(self.stages):
@@ -113,22 +115,23 @@ class LayerCalibrator:
 
             rows = {}
             if done >= run.stages:
-                rows = self._observe(stage, texts, run, [each for each in stage.activations if each in smoothable], note)
+                rows = self._observe(stage, texts, run, [each for each in stage.activations if each in can_be_smoothed], note)
             note("scales of weights")
-            for key in dict.fromkeys((product.weight, product.axis) for product in stage.products):
+            for key in dict.fromkeys((matmul.weight, matmul.axis) for matmul in stage.matmuls):
                 weights[key] = self.graph.weight_scales(*key)
             for activation, sampled in rows.items():
                 note(f"smoothing {activation}")
                 maxima = run.seen.observers[activation].channel_maxima
-                readers = smoothable[activation]
-                run.smoothing[activation] = smooth_activation(self.graph, activation, readers, sampled, maxima, alphas)
+                run.smoothing[activation] = smooth_activation(
+                    self.graph, can_be_smoothed[activation], sampled, maxima, alphas
+                )
             run.stages = max(run.stages, done + 1)
             progress(done + 1, name)
             if progress_file is not None and time.monotonic() - since >= SAVE_EVERY and done + 1 == run.stages:
                 run.save(progress_file, settings)
                 since = time.monotonic()
-        order = dict.fromkeys((product.weight, product.axis) for product in self.products)
-        return Measured(run.seen, {key: weights[key] for key in order}, {name: run.smoothing[name] for name in smoothable})
+        order = dict.fromkeys((matmul.weight, matmul.axis) for matmul in self.matmuls)
+        return Measured(run.seen, {key: weights[key] for key in order}, {name: run.smoothing[name] for name in can_be_smoothed})
 
     def _observe(
         self,
@@ -138,18 +141,18 @@ class LayerCalibrator:
         sampled: Sequence[str],
         note: Callable[[str], None],
     ) -> dict[str, np.ndarray]:
-        """Run a stage over all texts; the states of ``run`` become those behind it. Returns rows [R, C] of the ``sampled``."""
+        """Run a stage over all texts. The states of ``run`` become those behind it. Returns rows [R, C] of the ``sampled``."""
         rows: dict[str, list[np.ndarray]] = {name: [] for name in sampled}
         if not stage.outputs:
             return {}
         session = self._open(stage)
         for index, text in enumerate(texts):
             sample = RowSample(sampled if index < SAMPLED_PROMPTS else (), len(text))
-            for buffers, before in self._calls(stage, text, run.states[index]):
-                values = self._run(session, stage, buffers, before)
+            for inputs, before in self._calls(stage, text, run.states[index]):
+                values = self._run(session, stage, inputs, before)
                 for name in stage.activations:
                     run.seen.observers[name].observe(values[name])
-                sample.take(((name, values[name]) for name in sampled), buffers, prefill=True)
+                sample.take(((name, values[name]) for name in sampled), inputs.positions[0], prefill=True)
                 if stage.after is not None:
                     run.states[index] = values[stage.after]
             for name, found in sample.rows.items():
@@ -158,7 +161,7 @@ class LayerCalibrator:
         return {name: np.concatenate(found) for name, found in rows.items()}
 
     def _open(self, stage: Stage) -> Any:
-        """A session with the stage's weights alone. It keeps no memory between calls."""
+        """Open a session with the stage's weights alone. It keeps no memory between calls."""
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
         options.inter_op_num_threads = 1
@@ -172,49 +175,45 @@ class LayerCalibrator:
 
     def _calls(
         self, stage: Stage, text: Sequence[int], state: np.ndarray | None
-    ) -> Iterator[tuple[StepBuffers, np.ndarray | None]]:
-        """Buffers and hidden states [B, N, H] of the calls that take a text through a stage.
+    ) -> Iterator[tuple[StepInputs, np.ndarray | None]]:
+        """Yield inputs and hidden states [B, N, H] of the calls that take a text through a stage.
 
         A layer takes it as one prefill. Behind the layers each token has a slot of its own, [n, 1, H], in which it is the root.
         """
         ids = np.asarray(text, np.int64)
         if stage.after is not None:
-            buffers = self._buffers(1, len(ids))
-            buffers.tokens[0], buffers.positions[0] = ids, np.arange(len(ids))
-            buffers.ancestors[0] = chain_ancestors(len(ids))
-            buffers.forced[0] = len(ids)
-            yield buffers, state
+            inputs = self._inputs(1, len(ids))
+            inputs.fill(prefill_rows(0, ids), 0)
+            yield inputs, state
             return
         assert state is not None, "a model has layers"
         for start in range(0, len(ids), _PLAIN_ROWS):
             part = slice(start, start + _PLAIN_ROWS)
-            buffers = self._buffers(len(ids[part]), 1)
-            buffers.tokens[:, 0], buffers.positions[:, 0] = ids[part], np.arange(len(ids))[part]
-            buffers.ancestors[:] = True
-            buffers.forced[:] = 1
-            yield buffers, state[0, part, None]
+            inputs = self._inputs(len(ids[part]), 1)
+            inputs.tokens[:, 0], inputs.positions[:, 0] = ids[part], np.arange(len(ids))[part]
+            inputs.ancestors[:] = True
+            inputs.forced[:] = 1
+            yield inputs, state[0, part, None]
 
-    def _buffers(self, slots: int, rows: int) -> StepBuffers:
-        backbone, heads = self.manifest.backbone, self.manifest.heads
-        sizes = (heads.num_heads, heads.top_k, backbone.hidden_size, backbone.vocab_size)
-        buffers = StepBuffers.allocate(slots, rows, 1, *sizes, self.manifest.dtype, Wanted())
+    def _inputs(self, slots: int, rows: int) -> StepInputs:
+        inputs = StepInputs.allocate(slots, rows, 1, self.manifest.heads.num_heads)
         for slot in range(slots):
-            buffers.idle(slot, 0)
-        return buffers
+            inputs.rest(0, index=slot)
+        return inputs
 
-    def _run(self, session: Any, stage: Stage, buffers: StepBuffers, before: np.ndarray | None) -> dict[str, np.ndarray]:
-        """One call. Caches are empty: they are read where the stage's own rows are, and for their size."""
-        cache = np.zeros((len(buffers.tokens), *self._cache_shape), self.manifest.dtype)  # pages that nobody reads take no memory
+    def _run(self, session: Any, stage: Stage, inputs: StepInputs, before: np.ndarray | None) -> dict[str, np.ndarray]:
+        """Make one call. Caches are empty: the stage reads its own rows in them, and their size."""
+        cache = np.zeros((len(inputs.tokens), *self._cache_shape), self.manifest.dtype)  # pages that nobody reads take no memory
         feeds = {}
         for name in (value.name for value in session.get_inputs()):
             if name == stage.before:
                 feeds[name] = before
             elif name == step_io.COLUMNS:
-                feeds[name] = np.arange(visible_rows(buffers, self._cache_shape[1]))
+                feeds[name] = np.arange(visible_rows(int(inputs.write_index.max()) + inputs.rows, self._cache_shape[1]))
             elif name.startswith("past_"):
                 feeds[name] = cache
             else:
-                feeds[name] = getattr(buffers, name)
+                feeds[name] = getattr(inputs, name)
         values = dict(zip(stage.outputs, session.run(stage.outputs, feeds), strict=True))
         if stage.before is not None:
             values[stage.before] = before

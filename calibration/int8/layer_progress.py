@@ -1,4 +1,4 @@
-"""How far texts have come through a model's layers, in memory and on disk: an interrupted run goes on behind the last layer."""
+"""Keeps how far texts have come through a model's layers, so that an interrupted run goes on behind the last one."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .observations import Observations
 
 @dataclass(slots=True)
 class LayerProgress:
-    """``stages`` done; ``states`` [1, N, H] that the last of them handed on, one a text; None where it handed on none.
+    """Holds the number of ``stages`` done and their results ``seen`` and ``smoothing`` (by activation and grid).
 
-    ``seen`` and ``smoothing`` (by activation and grid) are of these stages.
+    ``states`` [1, N, H]: handed on by the last of them, one a text; None if it handed on none.
     """
 
     seen: Observations
@@ -29,7 +29,7 @@ class LayerProgress:
     stages: int = 0
 
     def save(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Write everything to ``path``, whole or not at all. ``settings``: what must be the same in the run that goes on.
+        """Write everything to ``path``, whole or not at all. ``settings`` must be the same in the run that goes on.
 
         Raises:
             OutputError: the file system refused; an older file is still there.
@@ -46,7 +46,7 @@ class LayerProgress:
         self.seen.save(path, settings, more)
 
     def resume(self, path: Path, settings: Mapping[str, Any], lengths: Sequence[int]) -> None:
-        """Take in what ``path`` holds; nothing when there is no such file. ``lengths``: of the texts.
+        """Load ``path``, if there is such a file. ``lengths``: of the texts.
 
         Raises:
             CalibrationError: the file is damaged, or of a run with other settings.

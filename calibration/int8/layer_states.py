@@ -1,4 +1,4 @@
-"""The hidden state behind every layer: where it is in a step graph, whatever the graph calls it, and what it holds for a text."""
+"""Finds the hidden state behind every layer in a step graph, whatever the graph calls it, and computes it for a text."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 from ...runtime.backends import ort_model
 from ...runtime.executors import step_io
-from ...runtime.executors.executor import StepBuffers, Wanted
+from ...runtime.executors.one_slot import run_prompt
 from ...runtime.files.bundle import Bundle
 from .collect import ObservingExecutor
-from .products import StepGraph
+from .matmuls import StepGraph
 
 # Nodes whose result is their first input in another form.
 _SAME_VALUE = ("Cast", "Identity", "QuantizeLinear", "DequantizeLinear")
@@ -21,11 +21,11 @@ _FUSED_SUMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 
 
 def layer_outputs(nodes: Sequence[Any], layers: int) -> list[str | None]:
-    """For each layer, the tensor [B, N, H] that it hands on; None where the graph isn't built as expected.
+    """Find the tensor [B, N, H] that each layer hands on; None if the graph isn't built as expected.
 
-    A layer adds to what it got: ``y = x + f(x)``, so the residual stream is the chain of sums one operand of which is an ancestor
-    of the other. It is followed from the last hidden state to the embedding, and a sum belongs to the last layer whose cache it
-    depends on. This holds for all variants of a step, standard, fused or quantised.
+    A layer adds to its input: ``y = x + f(x)``. So the residual stream is a chain of sums, one operand of which is an ancestor of
+    the other. The chain is followed from the last hidden state to the embedding. A sum belongs to the last layer whose cache it
+    depends on. This holds for all variants of a step: standard, fused or quantised.
     """
     stream = _Stream(nodes, layers)
     found: list[str | None] = [None] * layers
@@ -39,12 +39,12 @@ def layer_outputs(nodes: Sequence[Any], layers: int) -> list[str | None]:
 
 
 class _Stream:
-    """Who makes and who needs what in a graph, as far as the residual stream asks."""
+    """Knows which node makes each tensor of a graph, and which nodes a node depends on."""
 
     def __init__(self, nodes: Sequence[Any], layers: int) -> None:
         self._makers: dict[str, int] = {}
         self._nodes = nodes
-        self._needs: list[int] = []  # of each node: a bit for every node that it depends on, itself included
+        self._needs: list[int] = []  # by node: a bit for every node that it depends on, itself included
         self.layer: dict[str, int] = {name: index // 2 for index, name in enumerate(step_io.past_names(layers))}
         for index, node in enumerate(nodes):
             needs = 1 << index
@@ -59,7 +59,7 @@ class _Stream:
                 self.layer[name] = layer
 
     def last_sum(self) -> str | None:
-        """The sum that the final norm reads."""
+        """Find the sum that the final norm reads."""
         if step_io.HIDDEN not in self._makers:
             return None
         needs = self._needs[self._makers[step_io.HIDDEN]]
@@ -71,7 +71,7 @@ class _Stream:
         return None
 
     def before(self, name: str) -> str | None:
-        """The stream before the layer, or the half of one, that made the sum ``name``; None where ``name`` is no such sum."""
+        """Find the stream before the layer, or half layer, that made the sum ``name``; None if ``name`` is no such sum."""
         index = self._makers.get(name)
         if index is None or name not in _sums(self._nodes[index]):
             return None
@@ -85,12 +85,12 @@ class _Stream:
         return None
 
     def _reads(self, name: str, other: str) -> bool:
-        """Whether ``name`` depends on ``other``, both of which nodes make."""
+        """True if ``name`` depends on ``other`` and nodes make both."""
         made, reads = self._makers.get(other), self._makers.get(name)
         return made is not None and reads is not None and made != reads and bool(self._needs[reads] >> made & 1)
 
     def _origin(self, name: str) -> str:
-        """The tensor that ``name`` is in another form."""
+        """Find the tensor of which ``name`` is another form."""
         index = self._makers.get(name)
         while index is not None and self._nodes[index].op_type in _SAME_VALUE:
             name = self._nodes[index].input[0]
@@ -105,7 +105,7 @@ def _sums(node: Any) -> list[str]:
 
 
 class LayerStates:
-    """One of a bundle's step graphs, which tells what every layer hands on."""
+    """Runs one of a bundle's step graphs and returns the states that every layer hands on."""
 
     def __init__(self, bundle: Bundle, variant: str, threads: int | None = None) -> None:
         """Load the variant, for one slot.
@@ -121,15 +121,13 @@ class LayerStates:
         tensors = {name: False for name in self._names if name is not None}
         self._executor = ObservingExecutor(ort_model(bundle, 1, variant), graph, tensors, self, threads)
 
-    def take(self, values: Iterable[tuple[str, np.ndarray]], buffers: StepBuffers, *, prefill: bool) -> None:
-        """Keep them."""
+    def take(self, values: Iterable[tuple[str, np.ndarray]], positions: np.ndarray, *, prefill: bool) -> None:
+        """Keep the tensors of a call."""
         for name, value in values:
             self._seen.setdefault(name, []).append(value[0].astype(np.float32))
 
     def states(self, tokens: Sequence[int]) -> list[np.ndarray | None]:
-        """For each layer, what it hands on for these tokens, float32 [n, H]; None where its tensor isn't known."""
+        """Compute the states float32 [n, H] that each layer hands on for these tokens; None if its tensor isn't known."""
         self._seen = {}
-        ids = np.asarray(tokens, np.int64)
-        for start in range(0, len(ids), self._chunk):
-            self._executor.prefill(0, ids[start : start + self._chunk], start, Wanted())
+        run_prompt(self._executor, 0, tokens, self._chunk, [0])
         return [None if name is None else np.concatenate(self._seen[name]) for name in self._names]

@@ -1,4 +1,4 @@
-"""Second moments of what products read: how errors of one input's weights can be taken back by the others (GPTQ)."""
+"""Measures second moments of activations: with them GPTQ lets other inputs take back the error of one input's weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from ...runtime.errors import CalibrationError
-from ...runtime.executors.executor import StepBuffers
 from .collect import Calibrator, Progress
 
 MOST_BYTES = 6 << 30
@@ -15,10 +14,10 @@ FEWEST_ROWS = 256
 
 
 class Moments:
-    """Sums of xᵀx over the rows x [C] of activations, by name: float32 [C, C]."""
+    """Sums xᵀx over the rows x [C] of activations, by name: float32 [C, C]."""
 
     def __init__(self, channels: Mapping[str, int]) -> None:
-        """``channels``: of each activation.
+        """Start with zeros. ``channels``: of each activation.
 
         Raises:
             CalibrationError: the matrices would take more than 6 GiB.
@@ -32,8 +31,8 @@ class Moments:
         self.sums = {name: np.zeros((count, count), np.float32) for name, count in channels.items()}
         self.rows = dict.fromkeys(channels, 0)
 
-    def take(self, values: Iterable[tuple[str, np.ndarray]], _buffers: StepBuffers, *, prefill: bool) -> None:
-        """Take in a prefill; rows of steps don't count: many are drafted and rejected."""
+    def take(self, values: Iterable[tuple[str, np.ndarray]], _positions: np.ndarray, *, prefill: bool) -> None:
+        """Take in a prefill. Rows of steps don't count: many are drafted and rejected."""
         if not prefill:
             return
         for name, value in values:
@@ -46,16 +45,16 @@ class Moments:
 def collect_moments(
     calibrator: Calibrator, texts: Sequence[Sequence[int]], progress: Progress = lambda _done, _note: None
 ) -> dict[str, np.ndarray]:
-    """E[xᵀx] of what the backbone's products read in prefills of ``texts``, token ids: float32 [C, C] by name of the weight.
+    """Measure E[xᵀx] of the backbone's activations in prefills of ``texts`` (token ids): float32 [C, C] by name of the weight.
 
-    The vocabulary projection reads one row a prefill: with fewer than 256 of them it is left out.
+    The vocabulary projection reads one row a prefill. With fewer than 256 rows it is left out.
 
     Raises:
         CalibrationError: fewer than 256 rows, or activations too large for their moments.
         CapacityError: a text doesn't fit into a slot.
     """
-    products = [product for product in calibrator.products if not product.of_heads]
-    moments = Moments({product.activation: product.channels for product in products})
+    matmuls = [matmul for matmul in calibrator.matmuls if not matmul.of_heads]
+    moments = Moments({matmul.activation: matmul.channels for matmul in matmuls})
     for done, text in enumerate(texts, 1):
         calibrator.watch(text, 1, moments)
         progress(done, f"{max(moments.rows.values())} rows")
@@ -63,4 +62,4 @@ def collect_moments(
     if most < FEWEST_ROWS:
         raise CalibrationError(f"the data gave {most} rows, GPTQ needs {FEWEST_ROWS}", hint="give more or longer prompts")
     means = {name: moments.sums[name] / np.float32(rows) for name, rows in moments.rows.items() if rows >= FEWEST_ROWS}
-    return {product.weight: means[product.activation] for product in products if product.activation in means}
+    return {matmul.weight: means[matmul.activation] for matmul in matmuls if matmul.activation in means}

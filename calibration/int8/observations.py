@@ -1,4 +1,4 @@
-"""What a calibration run has seen so far, in memory and on disk: an interrupted run goes on from it."""
+"""Keeps what a calibration run has seen so far, in memory and on disk, so that an interrupted run goes on from it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from typing import Any, Self
 import numpy as np
 
 from ...runtime.errors import CalibrationError
-from ...runtime.executors.executor import StepBuffers
 from ...runtime.files.bundle import write_whole
+from .matmuls import Matmul
 from .observers import BINS, RangeObserver
-from .products import Product
 
 
 @dataclass(slots=True)
 class Observations:
-    """``observers`` by activation; ``prompts`` done, and the rows that their prefills and their steps had."""
+    """Holds ``observers`` by activation, the number of ``prompts`` done, and the rows of their prefills and steps."""
 
     observers: Mapping[str, RangeObserver]
     prompts: int = 0
@@ -28,21 +27,21 @@ class Observations:
     tree_rows: int = 0
 
     @classmethod
-    def of(cls, products: Iterable[Product]) -> Self:
-        """Nothing seen yet of what these products read."""
-        return cls({product.activation: RangeObserver(product.activation, product.channels) for product in products})
+    def of(cls, matmuls: Iterable[Matmul]) -> Self:
+        """Start with nothing seen of the activations of these matmuls."""
+        return cls({matmul.activation: RangeObserver(matmul.activation, matmul.channels) for matmul in matmuls})
 
-    def take(self, values: Iterable[tuple[str, np.ndarray]], buffers: StepBuffers, *, prefill: bool) -> None:
-        """Take in what one call showed: activations by name."""
+    def take(self, values: Iterable[tuple[str, np.ndarray]], positions: np.ndarray, *, prefill: bool) -> None:
+        """Take in the activations of one call, by name."""
         for name, value in values:
             self.observers[name].observe(value)
         if prefill:
-            self.prefill_rows += buffers.rows
+            self.prefill_rows += len(positions)
         else:
-            self.tree_rows += buffers.rows
+            self.tree_rows += len(positions)
 
     def merge(self, other: Self) -> None:
-        """Take in all that ``other`` has seen."""
+        """Add everything that ``other`` has seen."""
         for name, observer in self.observers.items():
             observer.merge(other.observers[name])
         self.prompts += other.prompts
@@ -50,7 +49,7 @@ class Observations:
         self.tree_rows += other.tree_rows
 
     def save(self, path: Path, settings: Mapping[str, Any], more: Mapping[str, np.ndarray] | None = None) -> None:
-        """Write everything to ``path``, whole or not at all. ``settings``: what must be the same in the run that goes on.
+        """Write everything to ``path``, whole or not at all. ``settings`` must be the same in the run that goes on.
 
         ``more``: arrays that belong to the same state.
 
@@ -70,7 +69,7 @@ class Observations:
         write_whole(path, lambda file: np.savez(file, **arrays))
 
     def resume(self, path: Path, settings: Mapping[str, Any], more: Sequence[str] = ()) -> dict[str, np.ndarray]:
-        """Take in what ``path`` holds; nothing when there is no such file. Returns the arrays ``more``.
+        """Load ``path``, if there is such a file, and return the arrays ``more``.
 
         Raises:
             CalibrationError: the file is damaged, or of a run with other settings.

@@ -1,4 +1,4 @@
-"""What is kept of an activation's values: a histogram of magnitudes and the largest magnitude of each channel."""
+"""Keeps a histogram of an activation's magnitudes, and the largest magnitude of each channel."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from ...runtime.errors import RangeError
 
 BINS = 8192
 _DOUBLINGS = BINS.bit_length() - 1
-_SMALLEST_EXPONENT = -126  # the factor 2^126 is the largest power of two whose inverse is a normal float32, too
+_SMALLEST_EXPONENT = -126  # 2^126 is the largest power of two whose inverse is a normal float32, too
 
 
 class RangeObserver:
-    """Magnitudes of one activation [..., C], in bounded memory, whatever their range.
+    """Counts magnitudes of one activation [..., C], in bounded memory, whatever their range.
 
     ``counts`` int64 [BINS]: bin i holds magnitudes in [i, i + 1) · 2^``exponent``. The range doubles when a value lies beyond it:
-    pairs of bins become one. Widths are powers of two, so bins nest and scaling is exact: the state depends on which values were
-    seen and not on their order or grouping, and merging observers equals observing everything with one.
-    ``channel_maxima`` float32 [C]; ``rows``: vectors [C] seen.
+    pairs of bins become one. Widths are powers of two, so bins nest and scaling is exact. The state depends on which values were
+    seen, not on their order or grouping: merging observers equals observing everything with one.
+    ``channel_maxima`` float32 [C]. ``rows``: number of vectors [C] seen.
     """
 
     def __init__(self, name: str, channels: int) -> None:
-        """``name``: of the activation, for messages."""
+        """Start with nothing seen. ``name``: of the activation, for messages."""
         self.name = name
         self.counts = np.zeros(BINS, np.int64)
         self.exponent = _SMALLEST_EXPONENT
@@ -38,14 +38,14 @@ class RangeObserver:
 
     @property
     def width(self) -> float:
-        """Of a bin."""
+        """Width of a bin."""
         return math.ldexp(1.0, self.exponent)
 
     def observe(self, values: np.ndarray) -> None:
         """Take in values [..., C] of any float type.
 
         Raises:
-            RangeError: NaN or infinity among them; nothing of them is kept.
+            RangeError: a value is NaN or infinite; none of them is kept.
         """
         magnitudes = np.abs(values, dtype=np.float32).reshape(-1, len(self.channel_maxima))
         if not magnitudes.size:
@@ -64,7 +64,7 @@ class RangeObserver:
         self.rows += len(magnitudes)
 
     def merge(self, other: Self) -> None:
-        """Take in all that ``other`` has seen."""
+        """Add everything that ``other`` has seen."""
         self._grow(other.exponent)
         self.counts += coarser(other.counts, self.exponent - other.exponent)
         np.maximum(self.channel_maxima, other.channel_maxima, out=self.channel_maxima)
@@ -77,7 +77,7 @@ class RangeObserver:
 
 
 def coarser(counts: np.ndarray, doublings: int) -> np.ndarray:
-    """Counts [n], n a power of two, with bins 2^``doublings`` times as wide."""
+    """Join bins of counts [n], n a power of two, into bins 2^``doublings`` times as wide."""
     doublings = min(doublings, len(counts).bit_length() - 1)
     result = np.zeros_like(counts)
     result[: len(counts) >> doublings] = counts.reshape(-1, 1 << doublings).sum(1)
@@ -85,5 +85,5 @@ def coarser(counts: np.ndarray, doublings: int) -> np.ndarray:
 
 
 def _exponent(largest: float) -> int:
-    """The smallest one whose bins reach beyond ``largest``."""
+    """Find the smallest exponent whose bins reach beyond ``largest``."""
     return max(math.frexp(largest)[1] - _DOUBLINGS, _SMALLEST_EXPONENT) if largest else _SMALLEST_EXPONENT

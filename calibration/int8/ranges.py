@@ -1,8 +1,8 @@
-"""From what was observed of an activation to the range that int8 covers.
+"""Chooses the range that int8 covers from the observations of an activation.
 
 Scales are symmetric (zero point 0, the only ones that TensorRT takes): magnitudes up to the range get 127 steps, larger ones are
-clipped. Which range is best is what the methods disagree on; H. Wu et al., Integer Quantization for Deep Learning Inference
-(arXiv 2004.09602), section 3.3, compare max, percentile and entropy.
+clipped. The methods disagree on the best range. H. Wu et al., Integer Quantization for Deep Learning Inference (arXiv
+2004.09602), section 3.3, compare max, percentile and entropy.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import numpy as np
 
 from ...runtime.errors import RangeError, UsageError
 from ...runtime.files.scales_file import LEVELS, SMALLEST_SCALE
+from ..distributions import kl_divergence
 from .observers import RangeObserver, coarser
 
-_FEWEST_BINS = LEVELS + 1  # below, a step is finer than a bin, and the histogram knows nothing of it
+_FEWEST_BINS = LEVELS + 1  # in fewer bins a step is finer than a bin, which the histogram can't resolve
 _CANDIDATES = 96
 _ENTROPY_DOUBLINGS = 2  # 8192 bins to 2048, as TensorRT's calibrator has them
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How ranges are chosen: a name in ``METHODS``; ``percentile`` of the magnitudes, in (0, 100], where that is the method."""
+    """Says how ranges are chosen: a name in ``METHODS``, and the ``percentile`` of magnitudes, in (0, 100], for that method."""
 
     name: str = "max"
     percentile: float = 99.99
@@ -35,12 +36,12 @@ class Method:
             raise UsageError(f"the percentile is {self.percentile}", hint="a number above 0, at most 100")
 
     def describe(self) -> str:
-        """As scales record it."""
+        """Return its description in ``scales.json``."""
         return f"percentile {self.percentile:g}" if self.name == "percentile" else self.name
 
 
 def choose_range(observer: RangeObserver, method: Method) -> float:
-    """The largest magnitude that isn't clipped.
+    """Choose the largest magnitude that isn't clipped.
 
     Raises:
         RangeError: all values are zero, or so small that a step of the range isn't a normal float32.
@@ -60,17 +61,17 @@ def _max(observer: RangeObserver, _method: Method) -> float:
 
 
 def _percentile(observer: RangeObserver, method: Method) -> float:
-    """The upper edge of the bin that the percentile lies in."""
+    """Take the upper edge of the bin that the percentile lies in."""
     seen = np.cumsum(observer.counts)
     wanted = method.percentile / 100 * seen[-1]
     return float(np.searchsorted(seen, wanted) + 1) * observer.width
 
 
 def _mse(observer: RangeObserver, _method: Method) -> float:
-    """The range of least squared error, among 96 in geometric steps down to 128 bins.
+    """Take the range of least squared error, among 96 in geometric steps down to 128 bins.
 
-    As HistogramCalibrator of NVIDIA's pytorch-quantization does with "mse"; see also Y. Choukroun et al., Low-bit Quantization of
-    Neural Networks for Efficient Inference (arXiv 1902.06822).
+    HistogramCalibrator of NVIDIA's pytorch-quantization does the same with "mse". See also Y. Choukroun et al., Low-bit
+    Quantization of Neural Networks for Efficient Inference (arXiv 1902.06822).
     """
     top = _top(observer.counts)
     if top <= _FEWEST_BINS:
@@ -81,16 +82,17 @@ def _mse(observer: RangeObserver, _method: Method) -> float:
 
 
 def _entropy(observer: RangeObserver, _method: Method) -> float:
-    """The range whose quantised distribution tells most of the original one, by Kullback-Leibler divergence.
+    """Take the range whose quantised distribution is closest to the original one, by Kullback-Leibler divergence.
 
-    S. Migacz, 8-bit Inference with TensorRT (GTC 2017), what TensorRT's entropy calibrator did: for every number of bins from 128
-    on, the clipped histogram against its own in 128 levels. Those that end in an empty bin have an infinite divergence.
+    TensorRT's entropy calibrator did the same (S. Migacz, 8-bit Inference with TensorRT, GTC 2017): it compares the clipped
+    histogram with its own in 128 levels, for every number of bins from 128 on. A histogram that ends in an empty bin has an
+    infinite divergence.
     """
     counts = coarser(observer.counts, _ENTROPY_DOUBLINGS).astype(np.float64)
     width = observer.width * (1 << _ENTROPY_DOUBLINGS)
     top = _top(counts)
     kept = [bins for bins in range(_FEWEST_BINS, top) if counts[bins - 1]]
-    return min([top, *kept], key=lambda bins: kl_divergence(counts, bins)) * width
+    return min([top, *kept], key=lambda bins: histogram_divergence(counts, bins)) * width
 
 
 METHODS: dict[str, Callable[[RangeObserver, Method], float]] = {
@@ -101,10 +103,11 @@ METHODS: dict[str, Callable[[RangeObserver, Method], float]] = {
 }
 
 
-def kl_divergence(counts: np.ndarray, bins: int) -> float:
-    """KL(P, Q) in nats: P, the first ``bins`` counts with all others added to the last; Q, they alone in 128 equal levels.
+def histogram_divergence(counts: np.ndarray, bins: int) -> float:
+    """Compute KL(P‖Q) in nats of a clipped histogram and its quantised form.
 
-    A level's mass is spread evenly over those of its bins that hold something. Infinite where Q has none and P has some.
+    P has the first ``bins`` counts; all others are added to the last of them. Q has the first ``bins`` counts in 128 equal
+    levels. A level's mass is spread evenly over those of its bins that hold something. Infinite if Q is 0 where P isn't.
     """
     kept = counts[:bins]
     clipped = kept.copy()
@@ -117,11 +120,11 @@ def kl_divergence(counts: np.ndarray, bins: int) -> float:
     there = p > 0
     if (q[there] == 0).any():
         return float("inf")
-    return float(np.sum(p[there] * np.log(p[there] / q[there])))
+    return float(kl_divergence(np.log(p[there]), np.log(q[there])))
 
 
 def squared_error(observer: RangeObserver, limit: float) -> float:
-    """Sum of the squared errors of int8 values up to ``limit``, every value taken for the middle of its bin."""
+    """Sum the squared errors of int8 values up to ``limit``. Every value is taken for the middle of its bin."""
     filled = np.flatnonzero(observer.counts)
     middles = (filled + 0.5) * observer.width
     step = limit / LEVELS
@@ -130,14 +133,14 @@ def squared_error(observer: RangeObserver, limit: float) -> float:
 
 
 def relative_error(observer: RangeObserver, limit: float) -> float:
-    """Root mean square error of int8 values up to ``limit``, as a share of the values' own root mean square."""
+    """Compute the rms error of int8 values up to ``limit``, as a share of the values' own rms."""
     filled = np.flatnonzero(observer.counts)
     total = np.sum(observer.counts[filled] * ((filled + 0.5) * observer.width) ** 2)
     return float(np.sqrt(squared_error(observer, limit) / total))
 
 
 def clipped_share(observer: RangeObserver, limit: float) -> float:
-    """Share of the values in bins that begin at ``limit`` or above it; none where no value is larger."""
+    """Compute the share of the values in bins that begin at ``limit`` or above it; 0 if no value is larger."""
     if limit >= observer.largest:
         return 0.0
     beyond = observer.counts[int(np.ceil(limit / observer.width)) :]
@@ -145,12 +148,12 @@ def clipped_share(observer: RangeObserver, limit: float) -> float:
 
 
 def zeroed_share(observer: RangeObserver, limit: float) -> float:
-    """Share of the values whose int8 value is 0: those below half a step, values taken as spread evenly over their bin."""
+    """Compute the share of the values below half a step: their int8 value is 0. Values count as spread evenly over their bin."""
     whole, part = divmod(limit / LEVELS / 2 / observer.width, 1)
     bins = int(whole)
     return float((observer.counts[:bins].sum() + part * observer.counts[bins]) / observer.counts.sum())
 
 
 def _top(counts: np.ndarray) -> int:
-    """Bins up to the last one that holds something."""
+    """Count the bins up to the last one that holds something."""
     return int(np.flatnonzero(counts)[-1]) + 1

@@ -1,17 +1,17 @@
-"""Rows of activations, a bounded number of them: what the search for smoothing factors tries its products on."""
+"""Samples a bounded number of rows of activations. The search for smoothing factors tries its matmuls on them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ...runtime.executors.executor import StepBuffers
 from ...runtime.files.scales_file import Smoothing
 from .collect import Calibrator, Progress
+from .matmuls import StepGraph
 from .observations import Observations
-from .products import StepGraph
 from .smoothing import choose_smoothing
+from .takers import Smoothable, smoothable
 
 SAMPLED_PROMPTS = 16
 _FEWEST_PROMPTS = 4
@@ -21,17 +21,16 @@ _MOST_BYTES = 1 << 30
 
 
 class RowSample:
-    """Of one prompt: its first row and 7 others evenly spread over it, and the root rows of the first 8 steps."""
+    """Samples one prompt: its first row, 7 others that are evenly spread over it, and the root rows of the first 8 steps."""
 
     def __init__(self, names: Iterable[str], prompt_length: int) -> None:
         self.rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
         self._positions = {round(at) for at in np.linspace(0, prompt_length - 1, _OF_PROMPT)}
         self._steps = 0
 
-    def take(self, values: Iterable[tuple[str, np.ndarray]], buffers: StepBuffers, *, prefill: bool) -> None:
-        """Keep what belongs to the sample of a call's activations [1, N, C]."""
-        positions = buffers.positions[0].tolist()
-        chosen = [row for row, at in enumerate(positions) if at in self._positions] if prefill else [0]
+    def take(self, values: Iterable[tuple[str, np.ndarray]], positions: np.ndarray, *, prefill: bool) -> None:
+        """Keep the sampled rows of a call's activations [1, N, C]."""
+        chosen = [row for row, at in enumerate(positions.tolist()) if at in self._positions] if prefill else [0]
         if not prefill:
             self._steps += 1
             if self._steps > _OF_STEPS:
@@ -44,11 +43,11 @@ class RowSample:
 def sample_rows(
     calibrator: Calibrator, names: Sequence[str], prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> dict[str, np.ndarray]:
-    """Rows float32 [R, C] of the activations ``names``, of the first prompts and their answers; R is at most 256.
+    """Sample rows float32 [R, C] of the activations ``names`` from the first prompts and their answers. R is at most 256.
 
-    The same every time. Models whose activations are so many that the rows would pass 1 GiB get fewer prompts, 4 at least.
+    Every call samples the same rows. If the rows would pass 1 GiB, fewer prompts are taken, 4 at least.
     """
-    channels = {product.activation: product.channels for product in calibrator.products}
+    channels = {matmul.activation: matmul.channels for matmul in calibrator.matmuls}
     of_prompt = 4 * (_OF_PROMPT + _OF_STEPS) * sum(channels[name] for name in names)
     count = max(_FEWEST_PROMPTS, min(SAMPLED_PROMPTS, _MOST_BYTES // max(of_prompt, 1)))
     rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
@@ -62,18 +61,17 @@ def sample_rows(
 
 def smooth_activation(
     graph: StepGraph,
-    activation: str,
-    readers: Sequence[tuple[str, int]],
+    activation: Smoothable,
     rows: np.ndarray,
     maxima: np.ndarray,
     alphas: Sequence[float | None],
 ) -> dict[str, Smoothing]:
-    """By grid, the best smoothing of one activation: its ``rows`` [R, C], what it reached, and the weights that read it."""
-    sharing = graph.sharing_queries(activation)
-    heads = (graph.value_heads, sharing) if sharing else None
-    return choose_smoothing(
-        rows, maxima, lambda: (block for key in readers for block in graph.weight_blocks(*key)), alphas, heads
-    )
+    """Find the best smoothing of one activation for each grid, by its ``rows`` [R, C] and the largest magnitudes [C]."""
+
+    def weights() -> Iterator[np.ndarray]:
+        return (block for key in activation.readers for block in graph.weight_blocks(*key))
+
+    return choose_smoothing(rows, maxima, weights, alphas, activation.heads)
 
 
 def find_smoothing(
@@ -84,12 +82,12 @@ def find_smoothing(
     alphas: Sequence[float | None],
     progress: Progress = lambda _done, _note: None,
 ) -> Mapping[str, Mapping[str, Smoothing]]:
-    """Smoothing of every activation that can be smoothed for free, by grid; ``seen`` has their ranges. No alphas: none."""
+    """Find the smoothing of every activation that can be smoothed for free, by grid. ``seen`` has their ranges."""
     graph = calibrator.graph
-    smoothable = graph.smoothable() if alphas else {}
-    rows = sample_rows(calibrator, list(smoothable), prompts, max_new_tokens) if smoothable else {}
+    found = smoothable(graph) if alphas else {}
+    rows = sample_rows(calibrator, list(found), prompts, max_new_tokens) if found else {}
     result = {}
-    for done, (name, readers) in enumerate(smoothable.items(), 1):
-        result[name] = smooth_activation(graph, name, readers, rows.pop(name), seen.observers[name].channel_maxima, alphas)
-        progress(done, f"of {len(smoothable)} activations")
+    for done, (name, activation) in enumerate(found.items(), 1):
+        result[name] = smooth_activation(graph, activation, rows.pop(name), seen.observers[name].channel_maxima, alphas)
+        progress(done, f"of {len(found)} activations")
     return result

@@ -1,4 +1,4 @@
-"""Calibration data as token ids: prompts from JSON lines, or pieces of plain text."""
+"""Reads calibration data as token ids: prompts from JSON lines, or pieces of plain text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HINT = f"give UTF-8 text, or JSON lines in a file that ends in {JSON_LINES[0]}"
 
 
 class TextSource(Protocol):
-    """What turns text into a bundle's token ids: a session, for one."""
+    """Turns text into a bundle's token ids. A session does."""
 
     manifest: Manifest
 
@@ -29,11 +29,11 @@ class TextSource(Protocol):
 
 
 def read_samples(source: TextSource, path: Path, count: int | None, max_new_tokens: int) -> list[list[int]]:
-    """The first ``count`` samples of a file (None: all).
+    """Read the first ``count`` samples of a file (None: all).
 
-    Files ending in .jsonl, .ndjson or .json hold a prompt a line (:mod:`..runtime.prompts`); the first of every category come
-    first, then the second ones, and so on. Others are text: every paragraph is a sample, cut into pieces of at most 512 tokens
-    that leave room in a slot for ``max_new_tokens``.
+    Files that end in .jsonl, .ndjson or .json hold a prompt a line (:mod:`...runtime.text.prompts`). The first of every category
+    come first, then the second ones, and so on. Other files are text: every paragraph is a sample. It is cut into pieces of at
+    most 512 tokens that leave room in a slot for ``max_new_tokens``.
 
     Raises:
         PromptFileError, PromptError: a line isn't a prompt of this bundle.
@@ -51,9 +51,9 @@ def read_samples(source: TextSource, path: Path, count: int | None, max_new_toke
 
 
 def categories_in_turn(lines: Sequence[PromptLine]) -> list[PromptLine]:
-    """Lines of all categories one after the other, each category's in its own order; those without one are a category.
+    """Order lines so that categories take turns, each category in its own order. Lines without one are a category.
 
-    Few prompts have to show what there is: ranges that were measured without code are less than half as wide as code needs.
+    Few prompts have to cover all kinds: ranges that were measured without code are less than half as wide as code needs.
     """
     rounds = Counter[str | None]()
     numbered = []

@@ -1,4 +1,4 @@
-"""Scales from observations."""
+"""Makes scales from observations."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import numpy as np
 
 from ...runtime.errors import CalibrationError
 from ...runtime.files.scales_file import LEVELS, ActivationScale, Layer, Scales, Smoothing
+from .matmuls import Matmul, StepGraph
 from .observations import Observations
 from .observers import RangeObserver
-from .products import Product, StepGraph
 from .ranges import Method, choose_range, clipped_share, relative_error, zeroed_share
+from .takers import smoothable
 
 FEWEST_ROWS = 128
 
 
 class Source(Protocol):
-    """A calibrator: its graph, and the products in it that it watched."""
+    """A calibrator: its graph, and the matmuls that it watched."""
 
     @property
     def graph(self) -> StepGraph: ...
 
     @property
-    def products(self) -> Sequence[Product]: ...
+    def matmuls(self) -> Sequence[Matmul]: ...
 
 
 def make_scales(
@@ -37,10 +38,10 @@ def make_scales(
     *,
     steps: bool = True,
 ) -> Scales:
-    """Scales of all activations that products read, by ``method``, and of their weights, by largest magnitudes.
+    """Make scales of all activations by ``method``, and of their weights by largest magnitudes.
 
-    ``settings``: of the run that ``seen`` comes from; they become the provenance, with the counts of rows.
-    ``weights``: scales that are known already; None computes them. ``steps``: whether there must have been steps of a tree.
+    ``settings``: of the run that ``seen`` comes from. They become the provenance, with the counts of rows. ``weights``: known
+    scales; None computes them. ``steps``: require that steps of a tree were seen.
 
     Raises:
         CalibrationError: fewer than 128 rows, no step after a prefill, or an activation that was never computed.
@@ -48,17 +49,18 @@ def make_scales(
         QuantisationError: a weight holds NaN or infinity.
     """
     check_enough(seen, steps=steps)
-    products = calibrator.products
+    matmuls = calibrator.matmuls
     if weights is None:
-        keys = dict.fromkeys((product.weight, product.axis) for product in products)
+        keys = dict.fromkeys((matmul.weight, matmul.axis) for matmul in matmuls)
         weights = {key: calibrator.graph.weight_scales(*key) for key in keys}
     return Scales(
         method.describe(),
-        {product.name: Layer(product.activation, product.weight, product.axis) for product in products},
+        {matmul.name: Layer(matmul.activation, matmul.weight, matmul.axis) for matmul in matmuls},
         {name: _activation_scale(observer, method) for name, observer in seen.observers.items()},
         weights,
         {**settings, "prefill_rows": seen.prefill_rows, "tree_rows": seen.tree_rows},
         smoothing or {},
+        {name: found.taker for name, found in smoothable(calibrator.graph).items() if name in (smoothing or {})},
     )
 
 

@@ -1,9 +1,13 @@
-"""SmoothQuant: factors that an activation's channels are divided by and its readers' weights multiplied with.
+"""Finds SmoothQuant's factors: an activation's channels are divided by them, its readers' weights multiplied.
 
-The factor of channel j is |x_j|^α / max|w_j|^(1-α) (G. Xiao et al., arXiv 2211.10438, equation 4). What |x_j| is depends on the
-grid. With one scale for the whole activation it is the largest magnitude ever seen, as in the paper. With scales of their own for
-every row, a channel that is huge in one row harms no other: there it is the root mean square of its share in a row. One α suits
-no two layers alike, so every activation gets its own, by the error of its products on rows that were seen.
+The factor of channel j (G. Xiao et al., arXiv 2211.10438, equation 4)::
+
+    s_j = |x_j|^α / max|w_j|^(1 − α)
+
+|x_j| depends on the grid. With one scale for the whole activation it is the largest magnitude ever seen, as in the paper. If
+every row has scales of its own, a channel that is huge in one row harms no other: then |x_j| is the root mean square of the
+channel's share in a row. One α suits no two layers alike. So every activation gets its own, by the error of its matmuls on rows
+that were seen.
 """
 
 from __future__ import annotations
@@ -15,19 +19,19 @@ import numpy as np
 from ...runtime.files.scales_file import BLOCK, GRIDS, LEVELS, Smoothing
 
 ALPHAS = (None, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-"""What is searched: None leaves the activation as it is."""
-_FLOOR = 1e-5  # of the largest channel: one that is nearly dead gets no factor of its own
+"""The search tries these; None leaves the activation as it is."""
+_FLOOR = 1e-5  # share of the largest channel; a channel below it gets no factor of its own
 
 Weights = Callable[[], Iterable[np.ndarray]]
-"""All weights that read an activation, as blocks [C, outputs], from the beginning."""
+"""Yields all weights that read an activation, as blocks [C, outputs], from the beginning."""
 Heads = tuple[int, int]
-"""Heads of values, and query heads that share each of them."""
+"""Counts heads of values, and query heads that share each of them."""
 
 
 def smoothing_factors(maxima: np.ndarray, weight_maxima: np.ndarray, alpha: float) -> np.ndarray:
-    """Factors float32 [C], of geometric mean 1, from magnitudes [C] of an activation and the largest of its readers' weights.
+    """Compute factors float32 [C], of geometric mean 1, from the largest magnitudes [C] of an activation and of its weights.
 
-    A channel where either is zero has factor 1: it tells nothing of what it may hold elsewhere.
+    A channel where either is zero has factor 1: it doesn't show what it may hold elsewhere.
     """
     alive = (maxima > 0) & (weight_maxima > 0)
     result = np.ones(len(maxima))
@@ -41,12 +45,11 @@ def smoothing_factors(maxima: np.ndarray, weight_maxima: np.ndarray, alpha: floa
 def choose_smoothing(
     rows: np.ndarray, maxima: np.ndarray, weights: Weights, alphas: Sequence[float | None] = ALPHAS, heads: Heads | None = None
 ) -> dict[str, Smoothing]:
-    """By grid, the smoothing of least error among ``alphas``: of ``rows`` [R, C], of an activation that reaches ``maxima`` [C].
+    """Choose the smoothing of least error among ``alphas`` for each grid.
 
-    ``heads``: of the activation, where it is what attention makes. The CPU's graph can't take its factors, so the grid
-    ``block`` has none then.
-
-    Memory: a quantised copy of the rows for each alpha and grid, and one block of the weights at a time.
+    ``rows`` [R, C]: of an activation that reaches ``maxima`` [C]. ``heads``: given if attention makes the activation. The CPU
+    graph can't take its factors, so the grid ``block`` has none then. Memory: a quantised copy of the rows for each alpha and
+    grid, and one block of the weights at a time.
     """
     x = rows.astype(np.float32)
     weight_maxima = np.max([np.abs(block).max(1) for block in weights()], 0).astype(np.float32)
@@ -59,7 +62,7 @@ def choose_smoothing(
         for grid in GRIDS
         for alpha in dict.fromkeys([None, *tried[grid]])
     }
-    errors = _product_errors(x, maxima, weights, factors)
+    errors = _matmul_errors(x, maxima, weights, factors)
     result = {}
     for grid in GRIDS:
         best = min(tried[grid], key=lambda alpha: errors[grid, alpha])
@@ -68,7 +71,7 @@ def choose_smoothing(
 
 
 def _largest_of_sharing(channels: np.ndarray, heads: Heads) -> np.ndarray:
-    """Of magnitudes [C], the largest among the query heads that share their values: those have one factor."""
+    """Take the largest of magnitudes [C] among the query heads that share their values: they have one factor."""
     values, sharing = heads
     grouped = channels.reshape(values, sharing, -1)
     return np.broadcast_to(grouped.max(1, keepdims=True), grouped.shape).reshape(-1)
@@ -79,16 +82,16 @@ def _factors(maxima: np.ndarray, weight_maxima: np.ndarray, alpha: float | None)
 
 
 def _typical(x: np.ndarray) -> np.ndarray:
-    """Root mean square [C] over rows that are brought to one norm."""
+    """Compute the root mean square [C] over rows that are brought to one norm."""
     norms = np.linalg.norm(x, axis=1, keepdims=True)
     result: np.ndarray = np.sqrt(np.square(x / np.where(norms > 0, norms, 1)).mean(0))
     return result
 
 
-def _product_errors(
+def _matmul_errors(
     x: np.ndarray, maxima: np.ndarray, weights: Weights, factors: Mapping[tuple[str, float | None], np.ndarray]
 ) -> dict[tuple[str, float | None], float]:
-    """By grid and alpha: mean over the rows of ‖y - y_int8‖² / ‖y‖², y being all products of a row."""
+    """Compute the mean over rows of ‖y − y_int8‖² / ‖y‖² by grid and alpha. y: the results of all matmuls of a row."""
     int8_rows = {key: _int8_rows(x / s, float((maxima / s).max()), key[0]) for key, s in factors.items()}
     squares = np.zeros(len(x))
     lost = {key: np.zeros(len(x)) for key in int8_rows}
@@ -103,21 +106,21 @@ def _product_errors(
 
 
 def _int8_rows(x: np.ndarray, largest: float, grid: str) -> np.ndarray:
-    """Rows [R, C] as int8 holds them: with a scale for every block of a row, or with one for ``largest``."""
+    """Round rows [R, C] to int8: with a scale for every block of a row, or with one for ``largest``."""
     if grid == "block":
         return _in_blocks(x, 1)
     return _rounded(x, np.float32(largest / LEVELS))
 
 
 def _int8_weights(w: np.ndarray, grid: str) -> np.ndarray:
-    """Weights [C, outputs] as int8 holds them: with a scale for every block of an output, or for every output."""
+    """Round weights [C, outputs] to int8: with a scale for every block of an output, or for every output."""
     if grid == "block":
         return _in_blocks(w, 0)
     return _rounded(w, np.abs(w).max(0) / np.float32(LEVELS))
 
 
 def _in_blocks(values: np.ndarray, axis: int) -> np.ndarray:
-    """A matrix with a scale for every ``BLOCK`` values along ``axis``; the last block may be shorter."""
+    """Round a matrix with a scale for every ``BLOCK`` values along ``axis``. The last block may be shorter."""
     length = values.shape[axis]
     padding = [(0, 0), (0, 0)]
     padding[axis] = (0, -length % BLOCK)
@@ -130,7 +133,7 @@ def _in_blocks(values: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _rounded(values: np.ndarray, scale: np.ndarray | np.float32) -> np.ndarray:
-    """Values in whole steps of ``scale``, at most 127 of them either way; where that is 0, so are they."""
+    """Round values to whole steps of ``scale``, at most 127 of them either way; to 0 where the scale is 0."""
     step = np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
     steps = values / step
     np.rint(steps, out=steps)

@@ -1,1 +1,1 @@
-"""Trains heads, and a LoRA adapter together with them."""
+"""Trains heads on a frozen backbone, and a LoRA adapter together with them."""

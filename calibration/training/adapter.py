@@ -1,4 +1,4 @@
-"""A LoRA adapter on a backbone that is being trained (arXiv 2106.09685): added by peft, taken out as the files that it reads."""
+"""Adds a LoRA adapter (arXiv 2106.09685) to a backbone with peft, and takes it out as the files that peft reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...runtime.files.adapter_file import AdapterFiles, LoraShape, lora_config
 
 
 def add_adapter(module: Any, rank: int, alpha: float) -> LoraShape:
-    """Put an adapter on every linear layer but the output projection; it changes nothing yet, and it alone can be trained.
+    """Put an adapter on every linear layer but the output projection. It changes nothing yet, and it alone can be trained.
 
     Raises:
         TrainingError: the backbone has no such layers.
@@ -32,12 +32,12 @@ def add_adapter(module: Any, rank: int, alpha: float) -> LoraShape:
 
 
 def adapter_parameters(module: Any) -> nn.ParameterList:
-    """What is trained of ``module``, in its order."""
+    """Return the parameters of ``module`` that are trained, in its order."""
     return nn.ParameterList([parameter for parameter in module.parameters() if parameter.requires_grad])
 
 
 def adapter_files(module: Any, shape: LoraShape, backbone: str) -> AdapterFiles:
-    """The adapter in half precision. ``backbone``: digest of the backbone as it was before.
+    """Return the adapter in half precision. ``backbone``: digest of the backbone before training.
 
     Raises:
         TrainingError: a weight overflows.
@@ -55,7 +55,7 @@ def adapter_files(module: Any, shape: LoraShape, backbone: str) -> AdapterFiles:
 
 
 def keep_share(module: Any, share: float) -> None:
-    """Let the module's adapter change the backbone by ``share`` of what it was trained to."""
+    """Scale the change that the module's adapter makes to the backbone by ``share``."""
     from peft.tuners.lora import LoraLayer
 
     for child in module.modules():

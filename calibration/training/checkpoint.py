@@ -1,4 +1,4 @@
-"""A training run on disk: what it needs to go on after an interruption, written whole or not at all."""
+"""Keeps a training run on disk, whole or not at all, so that it can go on after an interruption."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _AGAIN = "remove it, or train with the same settings"
 
 
 def save_checkpoint(path: Path, settings: Mapping[str, Any], done: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
-    """Write the state of ``parts`` (anything with ``state_dict``) and how far the run is.
+    """Write the state of ``parts`` (anything with ``state_dict``) and the run's progress ``done``.
 
     Raises:
         OutputError: the file system refused; an older checkpoint is still there.
@@ -26,7 +26,7 @@ def save_checkpoint(path: Path, settings: Mapping[str, Any], done: Mapping[str, 
 
 
 def resume_checkpoint(path: Path, settings: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Load ``parts`` from ``path`` and return how far the run was; empty when there is no such file.
+    """Load ``parts`` from ``path`` and return the run's progress; empty if there is no such file.
 
     Raises:
         TrainingError: the file is damaged, or belongs to a run with other settings.
@@ -35,7 +35,7 @@ def resume_checkpoint(path: Path, settings: Mapping[str, Any], parts: Mapping[st
         return {}
     try:
         saved = torch.load(path, weights_only=True)
-    except Exception as error:  # unpickling fails in as many ways as there are damaged files
+    except Exception as error:  # unpickling a damaged file may raise anything
         raise TrainingError(f"{path} can't be read: {type(error).__name__}", hint="remove it: training starts anew") from error
     found = saved.get("settings") if isinstance(saved, dict) else None
     if not isinstance(found, dict) or found != dict(settings):

@@ -1,6 +1,6 @@
-"""What heads learn from: hidden states, roots and the tokens that follow them, and the vocabulary that they draft from.
+"""Makes the examples that heads learn from: hidden states, roots, the tokens that follow, and the draft vocabulary.
 
-Position i of an answer has the hidden state that emitted token i, so head k's label is token i + 1 + k.
+Position i of an answer has the hidden state that emitted token i. Head k's label is token i + 1 + k.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """``hidden`` float16 [n, H], ``roots`` int64 [n], ``labels`` int64 [n, K] token ids, IGNORE past the end of an answer."""
+    """Holds ``hidden`` float16 [n, H], ``roots`` int64 [n], ``labels`` int64 [n, K]: ids, IGNORE past the end of an answer."""
 
     hidden: Tensor
     roots: Tensor
@@ -28,7 +28,7 @@ class Examples:
 
 
 def load_examples(folder: Path, num_heads: int) -> Examples:
-    """Examples of all answers in ``folder``.
+    """Read the examples of all answers in ``folder``.
 
     Raises:
         TrainingError: there are none.
@@ -45,32 +45,32 @@ def load_examples(folder: Path, num_heads: int) -> Examples:
 
 
 def following_tokens(tokens: np.ndarray, num_heads: int) -> np.ndarray:
-    """Labels int64 [n, K] of the n tokens of one answer: those 1 to K places on, IGNORE past the end."""
+    """Return the labels int64 [n, K] of an answer's n tokens: the tokens 1 to K places on, IGNORE past the end."""
     padded = np.concatenate([tokens, np.full(num_heads, IGNORE)])
     return np.lib.stride_tricks.sliding_window_view(padded[1:], num_heads)[: len(tokens)]
 
 
 def draft_vocabulary(tokens: Tensor, size: int) -> Tensor:
-    """The ``size`` most frequent token ids (ties: smaller id first), ascending, int64 [≤ size]."""
+    """Choose the ``size`` most frequent token ids (ties: smaller id first), ascending, int64 [≤ size]."""
     values, counts = torch.unique(tokens[tokens >= 0], return_counts=True)
     order = torch.argsort(counts, descending=True, stable=True)[:size]
     return torch.sort(values[order])[0]
 
 
 def draft_indices(token_map: Tensor, vocab_size: int) -> Tensor:
-    """Index into the draft vocabulary of every token id, int64 [V]; IGNORE where it lacks the token."""
+    """Map every token id to its index in the draft vocabulary, int64 [V]; IGNORE for tokens that it lacks."""
     indices = torch.full((vocab_size,), IGNORE)
     indices[token_map] = torch.arange(len(token_map))
     return indices
 
 
 def draft_labels(labels: Tensor, to_draft: Tensor) -> Tensor:
-    """``labels`` (token ids or IGNORE) as indices into the draft vocabulary (``to_draft``: :func:`draft_indices`)."""
+    """Turn ``labels`` (token ids or IGNORE) into indices of the draft vocabulary. ``to_draft``: see :func:`draft_indices`."""
     return torch.where(labels >= 0, to_draft[labels.clamp(min=0)], IGNORE)
 
 
 def root_mean_square(rows: Tensor) -> Tensor:
-    """Typical size of each dimension of ``rows`` [n, H], float32 [H]; 1 where a dimension is always 0."""
+    """Compute the root mean square of each dimension of ``rows`` [n, H], float32 [H]; 1 where a dimension is always 0."""
     total = torch.zeros(rows.shape[1])
     for start in range(0, len(rows), 4096):  # a float32 copy of all rows would be the largest thing in memory
         total += rows[start : start + 4096].float().square().sum(0)

@@ -1,8 +1,11 @@
-"""Medusa-2: a LoRA adapter on the backbone is trained together with the heads, which come from the first stage.
+"""Trains Medusa-2: a LoRA adapter on the backbone together with the heads, which come from the first stage.
 
-Loss (arXiv 2401.10774, section 2.2.2): KL(backbone ‖ tuned backbone) + λ0 · Σ λ_k · cross-entropy of head k, at the positions
-that emit the backbone's own answers. What the backbone said there is known from its cached hidden states, so it isn't run again.
-Both rates rise over the warm-up and fall along a cosine; the heads' is ``heads_rate`` times the adapter's.
+The loss (arXiv 2401.10774, section 2.2.2), at the positions that emit the backbone's own answers::
+
+    KL(backbone ‖ tuned backbone) + λ0 · Σ_k λ_k · cross-entropy of head k
+
+The backbone's cached hidden states give its distributions, so it isn't run again. Both learning rates rise over the warm-up and
+fall along a cosine. The heads' rate is ``heads_rate`` times the adapter's.
 """
 
 from __future__ import annotations
@@ -23,21 +26,21 @@ from ...runtime.files.heads import HeadSet
 from ..answers.sequences import AnsweredPrompt, Batch, make_batch, plan_batches
 from .adapter import adapter_files, adapter_parameters, add_adapter
 from .checkpoint import resume_checkpoint, save_checkpoint
-from .divergence import mean_divergence
 from .examples import draft_indices, draft_labels
+from .kl_loss import kl_loss
 from .trainable import TrainableHeads, check_trainable, loss_weights
 
-_REPORTED = 20  # steps that a point of the curve is the mean of
+_REPORTED = 20  # steps that a point of the curve averages
 
 
 @dataclass(frozen=True, slots=True)
 class FinetuneConfig:
-    """Settings of the second stage; equal settings and data give equal results on the same machine, without a time limit.
+    """Sets the second stage. Without a time limit, equal settings and data give equal results on the same machine.
 
-    ``batch_tokens``: positions a step, prompts and padding included. ``heads_weight``: λ0. ``kl_share``: of a step's positions,
-    those whose divergence is taken: projecting to a large vocabulary twice is much of a small backbone's step.
-    ``warmup``: share of the run, and ``warmup_steps`` at least: under a time limit a share can be a few steps. ``time_limit``:
-    minutes after which training ends; the schedule ends with whichever comes first, the data or the time.
+    ``batch_tokens``: positions a step, prompts and padding included. ``heads_weight``: λ0. ``kl_share``: share of a step's
+    positions whose divergence is taken; two projections to a large vocabulary are much of a small backbone's step. ``warmup``:
+    share of the run, but at least ``warmup_steps``: under a time limit a share can be a few steps. ``time_limit``: minutes after
+    which training ends. The schedule ends with the data or the time, whichever comes first.
     """
 
     rank: int = 16
@@ -61,9 +64,9 @@ class FinetuneConfig:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """Means over the last steps: ``divergence`` and ``head_losses`` in nats; ``tokens`` the backbone read so far.
+    """Reports means over the last steps: ``divergence`` and ``head_losses`` in nats.
 
-    ``share``: of the schedule, 0 to 1. ``seconds``: of training, interruptions left out.
+    ``tokens``: read by the backbone so far. ``share``: of the schedule, 0 to 1. ``seconds``: of training, without interruptions.
     """
 
     step: int
@@ -77,7 +80,7 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """Heads, the adapter they need and its shape, and one :class:`StepReport` every 20 steps."""
+    """Holds the heads, the adapter that they need, its shape, and one :class:`StepReport` every 20 steps."""
 
     heads: HeadSet
     adapter: AdapterFiles
@@ -98,8 +101,8 @@ def finetune(
 ) -> Tuned:
     """Train an adapter on ``module`` (a transformers causal LM, changed in place) and heads that begin as ``start``.
 
-    ``backbone``: digest of ``module`` as it is. ``checkpoint``: a file written every ``checkpoint_steps``; a run with the same
-    settings and data goes on from it.
+    ``backbone``: digest of ``module`` as it is. ``checkpoint``: a file that is written every ``checkpoint_steps``. A run with the
+    same settings and data goes on from it.
 
     Raises:
         TrainingError: a loss diverged, the heads don't fit, or the checkpoint belongs to another run.
@@ -109,7 +112,7 @@ def finetune(
     lengths = [len(sequence) for sequence in sequences]
     epochs = (plan_batches(lengths, config.batch_tokens, config.seed * 1000 + epoch) for epoch in range(config.epochs))
     plan = [batch for epoch in epochs for batch in epoch]
-    # The limit may change: more time for a run that goes on is no other run.
+    # The limit may change: a run that gets more time is still the same run.
     settings = {**asdict(config), "time_limit": None, "start": start.digest(), "backbone": backbone, "steps": len(plan)}
     done = {} if checkpoint is None else resume_checkpoint(checkpoint, settings, run.parts)
     first, before, tokens = int(done.get("steps", 0)), float(done.get("seconds", 0.0)), int(done.get("tokens", 0))
@@ -151,7 +154,7 @@ def finetune(
 
 
 class _Run:
-    """What a step changes: the adapter, the heads, and the optimiser of both."""
+    """Owns what a step changes: the adapter, the heads, and the optimiser of both."""
 
     def __init__(
         self, module: Any, start: HeadSet, sequences: Sequence[AnsweredPrompt], config: FinetuneConfig, device: str
@@ -179,7 +182,7 @@ class _Run:
         self.weights = loss_weights(start.config.num_heads).to(device)
 
     def step(self, batch: Batch, seed: int, rate: float) -> Tensor:
-        """One step; the losses before it, float32 [1 + K]: divergence, heads. What is random depends on ``seed`` alone."""
+        """Take one step, random by ``seed`` alone. Returns the losses before it, float32 [1 + K]: divergence, heads."""
         torch.manual_seed(seed)
         config = self.config
         for group, factor in zip(self.optimizer.param_groups, (1.0, config.heads_rate), strict=True):
@@ -192,7 +195,7 @@ class _Run:
             hidden = states.flatten(0, 1)[batch.rows.to(self.device)].float()
             heads = self.heads.loss(hidden, batch.roots.to(self.device), labels)
         teacher = batch.hidden[chosen].to(self.device)
-        divergence = mean_divergence(hidden[chosen.to(self.device)], teacher, output.weight, output.bias)
+        divergence = kl_loss(hidden[chosen.to(self.device)], teacher, output.weight, output.bias)
         loss = divergence + config.heads_weight * (self.weights * heads).sum()
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -203,7 +206,7 @@ class _Run:
 
 
 def _sample(sequences: Sequence[AnsweredPrompt], rows: int = 65536) -> Tensor:
-    """Hidden states of the first sequences: enough to know their size."""
+    """Join the hidden states of the first sequences: enough to measure their size."""
     kept: list[Tensor] = []
     for sequence in sequences:
         kept.append(torch.from_numpy(sequence.hidden))
@@ -214,7 +217,7 @@ def _sample(sequences: Sequence[AnsweredPrompt], rows: int = 65536) -> Tensor:
 
 
 def _rate(share: float, step: int, config: FinetuneConfig) -> float:
-    """Factor of both rates: rises to 1 over the warm-up, and falls to 0 along a cosine behind its share of the run."""
+    """Compute the factor of both rates. It rises to 1 over the warm-up and then falls to 0 along a cosine."""
     rise = min(1.0, share / config.warmup, step / config.warmup_steps)
     fall = 0.5 * (1 + math.cos(math.pi * max(0.0, share - config.warmup) / (1 - config.warmup)))
     return max(rise, 1e-3) * fall

@@ -1,7 +1,7 @@
-"""How much of what the second stage learnt is kept: as much as a budget for quality allows.
+"""Keeps as much of what the second stage learnt as a budget for quality allows.
 
-On the line between a model and what it was tuned to, quality and the new skill change smoothly (M. Wortsman et al., Robust
-fine-tuning of zero-shot models, arXiv 2109.01903, section 3). A low-rank adapter moves along it by its scale, and heads by their
+On the line between a model and its tuned form, quality and the new skill change smoothly (M. Wortsman et al., Robust fine-tuning
+of zero-shot models, arXiv 2109.01903, section 3). A low-rank adapter moves along that line by its scale. Heads move by their
 weights, which began as those of the first stage.
 """
 
@@ -21,10 +21,10 @@ _TRIALS = 6
 
 
 def share_within(budget: float, rise: Callable[[float], float]) -> float:
-    """The largest share (0 to 1, two digits) that was found to raise perplexity by at most ``budget``.
+    """Find a large share (0 to 1, two digits) that raises perplexity by at most ``budget``.
 
-    ``rise(share)``: perplexity there ÷ that of the backbone - 1. Near the backbone its logarithm grows with the square of the
-    share, which tells where to look next; a share that stays within the budget by a twentieth of it is near enough.
+    ``rise(share)``: perplexity at the share ÷ the backbone's perplexity - 1. Near the backbone its logarithm grows with the
+    square of the share, which tells the next share to try. A rise within a tenth below the budget is near enough.
     """
     allowed, best, share = math.log1p(budget), 0.0, 1.0
     for _ in range(_TRIALS):
@@ -41,7 +41,7 @@ def share_within(budget: float, rise: Callable[[float], float]) -> float:
 
 
 def interpolate(start: HeadSet, tuned: Tuned, share: float) -> Tuned:
-    """``share`` of the way from ``start`` and no adapter to ``tuned``."""
+    """Go ``share`` of the way from ``start`` and no adapter to ``tuned``."""
     tensors = {name: _between(array, tuned.heads.tensors[name], share) for name, array in start.tensors.items()}
     shape = replace(tuned.shape, alpha=share * tuned.shape.alpha)
     return replace(

@@ -1,4 +1,4 @@
-"""Perplexity: how well a causal LM predicts given tokens."""
+"""Measures perplexity: how well a causal LM predicts given tokens."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ...runtime.errors import TrainingError
 
 
 def perplexity(module: Any, sequences: Iterable[tuple[Sequence[int], int]], device: str = "cpu") -> float:
-    """Exp of the mean negative log-likelihood in nats over all predicted tokens of all sequences.
+    """Compute exp of the mean negative log-likelihood in nats over all predicted tokens of all sequences.
 
-    ``sequences``: token ids, and how many of them (at least 1) are given and not predicted.
+    ``sequences``: token ids, and the number of them (at least 1) that are given and not predicted.
 
     Raises:
         TrainingError: nothing is predicted, or the result isn't finite.

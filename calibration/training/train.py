@@ -1,4 +1,4 @@
-"""Medusa-1: train heads on a frozen backbone from cached hidden states."""
+"""Trains Medusa-1: heads on a frozen backbone, from cached hidden states."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .trainable import TrainableHeads, check_trainable, loss_weights
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """Settings of a training run; equal settings and data give equal heads on the same machine."""
+    """Sets a training run. Equal settings and data give equal heads on the same machine."""
 
     kind: HeadKind = "grounded"
     num_heads: int = 4
@@ -51,7 +51,7 @@ def train_heads(
 ) -> HeadSet:
     """Train and return heads. ``embedding`` and ``output_weight``: the backbone's, [V, H].
 
-    ``start``: heads to go on from, None starts from zero. ``checkpoint``: a file written after every epoch; a run with the same
+    ``start``: heads to go on from; None starts from zero. ``checkpoint``: a file that every epoch writes. A run with the same
     config goes on from it.
 
     Raises:

@@ -1,6 +1,7 @@
-"""Heads as a module that learns, over a frozen draft projection, and the loss that both stages of training share.
+"""Makes heads a module that learns, over a frozen draft projection, with the loss that both stages of training share.
 
-Loss: cross-entropy of head k against the token k + 2 places ahead, weighted 0.8^k (arXiv 2401.10774, section 2.2.1, λ_k).
+The loss is the cross-entropy of head k against the token k + 2 places ahead, weighted 0.8^k (arXiv 2401.10774, section 2.2.1,
+λ_k).
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ LOSS_DECAY = 0.8
 
 
 class TrainableHeads(nn.Module):
-    """Residual blocks of all heads over a frozen draft projection [V', H]; blocks start as the identity.
+    """Residual blocks of all heads over a frozen draft projection [V', H]. Blocks start as the identity.
 
-    Blocks learn from inputs of unit size: an embedding can be a tenth of a hidden state in every dimension, and an optimiser
-    that moves all weights alike would take ten times as long to use it. ``hidden_rms`` and ``embedding_rms`` are those sizes,
-    float32 [H]; :meth:`export` folds them into the weights, and :meth:`load` takes them out again.
+    Blocks learn from inputs of unit size. An embedding can be a tenth of a hidden state in every dimension; an optimiser that
+    moves all weights alike would take ten times as long to use it. ``hidden_rms`` and ``embedding_rms`` float32 [H] are the
+    sizes of the inputs. :meth:`export` folds them into the weights, and :meth:`load` takes them out again.
     """
 
     embedding: Tensor
@@ -64,15 +65,15 @@ class TrainableHeads(nn.Module):
         roots: Tensor,
         dropout: float,
     ) -> TrainableHeads:
-        """Over the rows of a backbone's output weight that ``token_map`` int64 [V'] names.
+        """Make heads over the rows of a backbone's output weight that ``token_map`` int64 [V'] names.
 
-        ``embedding`` and ``output_weight`` [V, H] are the backbone's; ``hidden`` [n, H] and ``roots`` int64: what is trained on.
+        ``embedding`` and ``output_weight`` [V, H] are the backbone's. ``hidden`` [n, H] and ``roots`` int64 are training data.
         """
         sizes = root_mean_square(hidden), root_mean_square(embedding[torch.unique(roots)])
         return cls(config, embedding.float(), output_weight[token_map].float(), *sizes, dropout)
 
     def forward(self, hidden: Tensor, roots: Tensor) -> list[Tensor]:
-        """Draft logits [n, V'] of each head; hidden [n, H], roots int64 [n]."""
+        """Compute the draft logits [n, V'] of each head. ``hidden`` [n, H], ``roots`` int64 [n]."""
         grounding = functional.embedding(roots, self.embedding) / self.embedding_rms if self.config.kind == "grounded" else None
         outputs = []
         for layers in self._layers:
@@ -86,12 +87,12 @@ class TrainableHeads(nn.Module):
         return outputs
 
     def loss(self, hidden: Tensor, roots: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of each head, float32 [K]; labels int64 [n, K] are draft indices or IGNORE."""
+        """Compute the mean cross-entropy of each head, float32 [K]. ``labels`` int64 [n, K] are draft indices or IGNORE."""
         outputs = self(hidden, roots)
         return torch.stack([_mean_loss(logits.float(), labels[:, head]) for head, logits in enumerate(outputs)])
 
     def export(self, token_map: Tensor) -> HeadSet:
-        """The record that the exporter reads, in float16."""
+        """Return the record that the exporter reads, in float16."""
         tensors: dict[str, np.ndarray] = {"token_map": token_map.cpu().numpy()}
         for head, layers in enumerate(self._layers):
             for layer, linear in enumerate(layers):
@@ -110,17 +111,17 @@ class TrainableHeads(nn.Module):
                     linear.bias.copy_(bias)
 
     def _sizes(self, linear: nn.Linear) -> Tensor:
-        """Size of each input of a block's weight."""
+        """Return the size of each input of a block's weight."""
         return torch.cat([self.hidden_rms, self.embedding_rms][: linear.in_features // len(self.hidden_rms)])
 
 
 def loss_weights(num_heads: int) -> Tensor:
-    """λ_k = 0.8^k, float32 [K]."""
+    """Return λ_k = 0.8^k, float32 [K]."""
     return torch.tensor([LOSS_DECAY**head for head in range(num_heads)])
 
 
 def check_trainable(heads: HeadSet, hidden_size: int, vocab_size: int) -> None:
-    """Can training go on from these heads, over this backbone?
+    """Check that training can go on from these heads, over this backbone.
 
     Raises:
         TrainingError: they project through weights of their own, or belong to another backbone.
@@ -140,6 +141,6 @@ def check_trainable(heads: HeadSet, hidden_size: int, vocab_size: int) -> None:
 
 
 def _mean_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy per row that has a label; 0 where none has (a batch of short answers, a late head)."""
+    """Compute the cross-entropy per row that has a label; 0 if none has one (a batch of short answers, a late head)."""
     total = functional.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
     return total / (target != IGNORE).sum().clamp(min=1)

@@ -1,1 +1,1 @@
-"""Reads a backbone: through transformers, or as linked safetensors."""
+"""Reads a backbone: its sizes, its tokenizer, and its weights through transformers or as linked safetensors."""

@@ -1,4 +1,4 @@
-"""The adapter that heads of the second stage were trained with, merged into the backbone before it is traced."""
+"""Merges the adapter that heads of the second stage were trained with into the backbone, before the trace."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OTHER = "an adapter changes the backbone that it was trained on: give that one,
 
 
 def backbone_digest(module: nn.Module) -> str:
-    """Which backbone this is, whatever type its weights are loaded in; see :func:`..runtime.adapter_file.digest_backbone`."""
+    """Digest a backbone by :func:`...runtime.files.adapter_file.digest_backbone`; the dtype of its weights doesn't change it."""
     return digest_backbone(
         (name, tuple(parameter.shape), parameter.detach().flatten()[:SAMPLE].float().cpu().numpy())
         for name, parameter in module.named_parameters()
@@ -24,7 +24,7 @@ def backbone_digest(module: nn.Module) -> str:
 
 
 def merge_adapter(module: Any, adapter: Adapter) -> Any:
-    """``module`` (float32) with the adapter in its weights.
+    """Merge the adapter into the weights of ``module`` (float32) and return the module.
 
     Raises:
         HeadsMismatchError: the adapter belongs to another backbone.
@@ -69,7 +69,7 @@ def _read_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _check_tensors(module: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
-    """Exactly the tensors that the adapter's config asks of this backbone, in its shapes."""
+    """Check that the adapter has exactly the tensors that its config asks of this backbone, in its shapes."""
     rank = adapter.shape.rank
     expected: dict[str, tuple[int, ...]] = {}
     for name, child in module.named_modules():

@@ -1,64 +1,34 @@
-"""Load a backbone through transformers and say what the step graph needs to know about it."""
+"""Loads a backbone through transformers, reads its sizes, and refuses what the step graph can't express."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...runtime.errors import CheckpointError, DeployError, UnsupportedArchitectureError
-from ..trace import attention
+from ...runtime.files.backbone import BackboneShape
 from .adapter import merge_adapter
+from .record import DTYPES, Backbone
 
 if TYPE_CHECKING:
     from ...runtime.files.adapter_file import Adapter
-    from .linked import LinkedWeights
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-# Position encodings whose frequencies don't depend on the sequence, and those that don't while it is short.
+# Position encodings by what their frequencies depend on: nothing, or the length of a long sequence.
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-# What a causal LM may do between the vocabulary projection and its logits, and the value that does nothing.
+# Settings that change logits after the vocabulary projection, and the value that changes nothing.
 _LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
-
-
-@dataclass(frozen=True, slots=True)
-class BackboneShape:
-    """Sizes of a decoder: what buffers, profiles and heads depend on."""
-
-    architecture: str
-    layers: int
-    hidden_size: int
-    attention_heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position: int
-    tied: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Backbone:
-    """A transformers causal LM and its sizes.
-
-    ``linked``: where the weights are, when ``module`` has none.
-    """
-
-    module: Any
-    shape: BackboneShape
-    dtype: torch.dtype
-    linked: LinkedWeights | None = None
 
 
 def load_backbone(source: Path, dtype: str, capacity: int, adapter: Adapter | None = None) -> Backbone:
     """Load a folder of safetensors (or a GGUF file, or a folder with one) in ``dtype`` for tracing.
 
-    ``adapter``: low-rank changes that are merged into the weights in float32, before they become ``dtype``.
+    ``adapter``: low-rank changes. They are merged in float32, before the weights become ``dtype``.
 
     Raises:
         CheckpointError: no such model, or non-finite weights.
@@ -73,13 +43,11 @@ def load_backbone(source: Path, dtype: str, capacity: int, adapter: Adapter | No
             parameter.data = parameter.data.to(DTYPES[dtype])
     _check_finite(module)
     freeze_rope(module)
-    shape = backbone_shape(module)
-    attention.install(module)
-    return Backbone(module, shape, DTYPES[dtype])
+    return Backbone(module, backbone_shape(module), DTYPES[dtype])
 
 
 def load_module(source: Path, dtype: str) -> Any:
-    """The transformers module of a model as transformers runs it, for evaluation.
+    """Load the module of a model as transformers runs it, in evaluation mode.
 
     Raises:
         CheckpointError: no such model, or tensors are missing.
@@ -100,7 +68,7 @@ def load_module(source: Path, dtype: str) -> Any:
 
 
 def load_config(source: Path, capacity: int) -> Any:
-    """The transformers config of a model, found expressible; its weights stay on disk.
+    """Load the config of a model and check its architecture; the weights stay on disk.
 
     Raises:
         CheckpointError: no such model.
@@ -117,7 +85,7 @@ def load_config(source: Path, capacity: int) -> Any:
 
 @contextlib.contextmanager
 def transformers_errors(source: Path) -> Iterator[None]:
-    """Call into transformers: without its progress bars and notes, and with what it raises as CheckpointError."""
+    """Silence the progress bars and notes of transformers, and turn its exceptions into CheckpointError."""
     from transformers.utils import logging
 
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -141,7 +109,7 @@ def transformers_errors(source: Path) -> Iterator[None]:
 
 
 def locate(source: Path) -> tuple[Path, dict[str, Any]]:
-    """The folder and the options that select a GGUF file in it."""
+    """Return a model's folder, and the options that select a GGUF file in it."""
     if not source.exists():
         raise CheckpointError(
             f"no such model: {source}", hint="give a folder with config.json and *.safetensors, or a .gguf file"
@@ -157,10 +125,10 @@ def locate(source: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def check_architecture(config: Any, capacity: int) -> None:
-    """Refuse by name what the step graph would get wrong.
+    """Refuse settings that the step graph would compute wrongly.
 
     Raises:
-        UnsupportedArchitectureError: with the setting, its value and the capacity.
+        UnsupportedArchitectureError: names the setting, its value and the capacity.
     """
     windows = _sliding_windows(config)
     if windows and min(windows) < capacity:
@@ -208,7 +176,7 @@ def _nested_rope(config: Any, rope: dict[str, Any]) -> str:
 
 
 def _sliding_windows(config: Any) -> list[int]:
-    """Windows that some layer really uses."""
+    """Return the sliding windows that some layer uses."""
     window = getattr(config, "sliding_window", None)
     if window is None or not getattr(config, "use_sliding_window", True):
         return []
@@ -217,11 +185,9 @@ def _sliding_windows(config: Any) -> list[int]:
 
 
 def backbone_shape(module: Any) -> BackboneShape:
-    """Sizes from the config, checked against the module's own weights."""
+    """Read the sizes from the config; the vocabulary's from the projection, which may have more rows than the config says."""
     config = module.config
     attention_heads = config.num_attention_heads
-    embedding = module.get_input_embeddings().weight
-    output = module.get_output_embeddings().weight
     return BackboneShape(
         architecture=type(module).__name__,
         layers=config.num_hidden_layers,
@@ -229,9 +195,7 @@ def backbone_shape(module: Any) -> BackboneShape:
         attention_heads=attention_heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or attention_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // attention_heads,
-        vocab_size=int(output.shape[0]),
-        max_position=int(config.max_position_embeddings),
-        tied=embedding is output,
+        vocab_size=int(module.get_output_embeddings().weight.shape[0]),
     )
 
 
@@ -244,7 +208,7 @@ def _check_finite(module: torch.nn.Module) -> None:
 
 
 def freeze_rope(module: torch.nn.Module) -> None:
-    """Within the checked capacity, length-dependent frequencies are their initial ones; keep the update out of the trace."""
+    """Keep the update of length-dependent frequencies out of the trace: within the checked capacity they never change."""
     for child in module.modules():
         if getattr(child, "rope_type", None) in _LENGTH_DEPENDENT_ROPE:
             child.rope_type = "static"  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""A folder of safetensors as files: which shard holds which tensor, and the shards brought into a bundle."""
+"""Finds the tensors of a folder of safetensors, and brings its shards into a bundle."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _SINGLE = "model.safetensors"
 _MAX_INDEX_BYTES = 64 << 20
 _TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STORED_DTYPES = {torch.float32: "F32", torch.float16: "F16"}
-_CHUNK = 1 << 19  # numbers that are looked at or converted at a time: they stay in the processor's cache
-# By type: its bits as an integer, all but the sign, and the smallest of those that are infinite or NaN.
+_CHUNK = 1 << 19  # numbers that are checked or converted at a time: they stay in the processor's cache
+# By type: an unsigned integer of its size, the mask of all bits but the sign, and the smallest magnitude that isn't finite.
 _BITS = {"F16": (np.uint16, 0x7FFF, 0x7C00), "BF16": (np.uint16, 0x7FFF, 0x7F80), "F32": (np.uint32, 0x7FFFFFFF, 0x7F800000),
          "F64": (np.uint64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000)}  # fmt: skip
 _NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
@@ -38,7 +38,7 @@ class Placed:
 
 
 def find_stored(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a model folder, from ``model.safetensors.index.json`` or ``model.safetensors``; headers alone are read.
+    """Find all tensors of a model folder by ``model.safetensors.index.json`` or ``model.safetensors``. Reads headers alone.
 
     Raises:
         CheckpointError: no safetensors, an index that leads out of the folder, a shard that is missing or damaged, or one
@@ -68,10 +68,10 @@ def find_stored(folder: Path) -> dict[str, StoredTensor]:
 
 
 def place(needed: Mapping[str, StoredTensor], dtype: torch.dtype, folder: Path, report: Report) -> Placed:
-    """Bring the files that hold ``needed`` into ``folder`` and say where the tensors are there.
+    """Bring the files that hold ``needed`` into ``folder``, and return the places of the tensors there.
 
-    A file whose tensors are ``dtype`` already becomes a hard link, or a copy where the file system has none; of another
-    file, the needed tensors are converted. Values are looked at a chunk at a time.
+    A file whose tensors have ``dtype`` becomes a hard link, or a copy where the file system has no hard links. From any other
+    file, the needed tensors are converted. Values are checked a chunk at a time.
 
     Raises:
         CheckpointError: a tensor that isn't floating point, NaN or infinite values, or values that overflow in ``dtype``.
@@ -138,7 +138,7 @@ def _convert(tensors: list[StoredTensor], wanted: str, target: Path) -> None:
 
 
 def _chunks(tensor: StoredTensor) -> Iterator[np.ndarray]:
-    """The bits in pieces, as unsigned integers; read, so that nothing of the file stays mapped."""
+    """Read the bits in pieces, as unsigned integers; nothing of the file stays mapped."""
     dtype = np.dtype(_BITS[tensor.dtype][0])
     count = tensor.nbytes // dtype.itemsize
     with tensor.file.open("rb") as file:

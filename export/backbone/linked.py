@@ -1,7 +1,7 @@
-"""A backbone whose weights stay where they are: traced without them, its graphs refer to the checkpoint's own shards.
+"""Loads a backbone without its weights: its graphs refer to the checkpoint's own shards.
 
-Parameters are fake tensors (shapes and no storage). In a traced graph each is replaced by ONNX external data that points into
-a safetensors file of the bundle.
+Parameters are fake tensors (shapes and no storage). :mod:`..trace.link` replaces each in a traced graph by ONNX external data
+that points into a safetensors file of the bundle.
 """
 
 from __future__ import annotations
@@ -12,19 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ...runtime.errors import CheckpointError, UnsupportedArchitectureError
 from ...runtime.files.heads import HeadSet
-from ..trace import attention
-from ..trace.optimise import optimise
-from ..trace.trace import quiet
-from .backbone import DTYPES, Backbone, backbone_shape, freeze_rope, load_config, locate, transformers_errors
+from .backbone import backbone_shape, freeze_rope, load_config, locate, transformers_errors
 from .checkpoint import Report, find_stored, place
+from .record import DTYPES, Backbone
 from .safetensors_header import StoredTensor
 
 CHECKED_LAYERS = 2
@@ -32,52 +29,26 @@ CHECKED_LAYERS = 2
 
 @dataclass(frozen=True, slots=True)
 class LinkedWeights:
-    """Where the weights of a backbone without storage are. ``stored``: by parameter name of the causal LM, in ``folder``.
+    """Weights in the checkpoint's own files: the module's parameters are fake tensors of ``mode``.
 
-    ``files``: how each file came into the bundle.
+    ``tensors``: each parameter's place by its name in the causal LM. ``files``: how each file came into the bundle.
     """
 
     mode: FakeTensorMode
-    folder: Path
-    stored: Mapping[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor]
     files: Mapping[str, str]
 
-    def attach(self, model: ir.Model, module: nn.Module) -> None:
-        """Optimise a model that was traced from ``module``'s parameters, and point its initializers into the files."""
-        places = {id(parameter): self.stored[name] for name, parameter in module.named_parameters()}
-        linked = {}
-        for value in model.graph.initializers.values():
-            raw = getattr(value.const_value, "raw", None)
-            if isinstance(raw, FakeTensor):
-                linked[value] = places[id(raw)]
-                value.const_value = None  # nothing that depends on it may be folded
-        with quiet():
-            optimise(model, _keeps_weights)
-        for value, stored in linked.items():
-            value.const_value = _external(stored, self.folder, value)
+    def tracing(self) -> FakeTensorMode:
+        """Enter the mode that the fake parameters belong to."""
+        return self.mode
 
-
-def _keeps_weights(node: ir.Node) -> bool | None:
-    """Heads' weights stay as the backbone's are, output by output, so that products with them can be merged."""
-    weight = node.op_type == "Transpose" and node.inputs[0] is not None and node.inputs[0].is_initializer()
-    return False if weight else None
-
-
-def _external(stored: StoredTensor, folder: Path, value: ir.Value) -> ir.ExternalTensor:
-    assert value.dtype is not None
-    return ir.ExternalTensor(
-        stored.file.relative_to(folder).as_posix(),
-        stored.offset,
-        stored.nbytes,
-        value.dtype,
-        shape=ir.Shape(stored.shape),
-        name=value.name or "",
-        base_dir=folder,
-    )
+    def stored(self, parameter: str) -> StoredTensor:
+        """Return the place of a parameter."""
+        return self.tensors[parameter]
 
 
 def load_linked_backbone(source: Path, dtype: str, capacity: int, folder: Path, report: Report) -> Backbone:
-    """A backbone without weights; the files that hold them are brought into ``folder``.
+    """Load a backbone without weights, and bring the files that hold them into ``folder``.
 
     Raises:
         CheckpointError: no folder of safetensors, a missing tensor, a damaged shard, or values that aren't finite.
@@ -89,12 +60,12 @@ def load_linked_backbone(source: Path, dtype: str, capacity: int, folder: Path, 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     module = empty_module(config, DTYPES[dtype], mode)
     stored = {name: placed.tensors[tensor.name] for name, tensor in needed.items()}
-    weights = LinkedWeights(mode, folder, stored, placed.files)
+    weights = LinkedWeights(mode, stored, placed.files)
     return Backbone(module, backbone_shape(module), DTYPES[dtype], weights)
 
 
 def stored_parameters(source: Path, dtype: str, capacity: int) -> tuple[Any, dict[str, StoredTensor]]:
-    """The config of a model folder, and where each parameter of its causal LM is stored. No weights are read.
+    """Read the config of a model folder, and the place of each parameter of its causal LM. Reads no weights.
 
     Raises:
         CheckpointError, UnsupportedArchitectureError: as :func:`load_linked_backbone`.
@@ -129,7 +100,7 @@ def stored_parameters(source: Path, dtype: str, capacity: int) -> tuple[Any, dic
 
 
 def _check_tied(module: nn.Module, available: Mapping[str, StoredTensor]) -> None:
-    """A checkpoint may hold a tied weight under both names; then both must be the same numbers."""
+    """Check that a tied weight that is stored under both names has the same numbers under both."""
     first: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
@@ -144,7 +115,7 @@ def _check_tied(module: nn.Module, available: Mapping[str, StoredTensor]) -> Non
 
 
 def empty_module(config: Any, dtype: torch.dtype, mode: FakeTensorMode | None) -> Any:
-    """The causal LM of ``config`` without weights: fake parameters, or meta ones without a ``mode``. Buffers are real."""
+    """Make the causal LM of ``config`` without weights. Parameters are fake, or meta without a ``mode``; buffers are real."""
     from transformers import AutoModelForCausalLM
 
     def without_storage(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
@@ -163,12 +134,11 @@ def empty_module(config: Any, dtype: torch.dtype, mode: FakeTensorMode | None) -
     if mode is not None:
         with mode:
             replace_parameters(module, {name: torch.empty(p.shape, dtype=dtype) for name, p in module.named_parameters()})
-        attention.install(module)
     return module
 
 
 def replace_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give every parameter its tensor; those that are shared stay shared."""
+    """Give every parameter its tensor; shared parameters stay shared."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     new = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
     for child in module.modules():
@@ -177,26 +147,28 @@ def replace_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -
 
 
 def first_layers(backbone: Backbone, layers: int = CHECKED_LAYERS) -> tuple[Backbone, Any]:
-    """The backbone cut to its first ``layers``, twice: as it is traced, and as a torch module over the mapped weights."""
-    weights = backbone.linked
-    assert weights is not None
+    """Cut the backbone to its first ``layers``, twice: as it is traced, and as a torch module over the mapped weights."""
+    weights = backbone.weights
+    assert isinstance(weights, LinkedWeights)
     config = copy.deepcopy(backbone.module.config)
     config.num_hidden_layers = min(layers, backbone.shape.layers)
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     module = empty_module(config, backbone.dtype, weights.mode)
     real = empty_module(config, backbone.dtype, None)
-    attention.install(real)
-    mapped = {name: torch.from_numpy(weights.stored[name].mapped()) for name, _ in real.named_parameters()}
+    mapped = {name: torch.from_numpy(weights.tensors[name].mapped()) for name, _ in real.named_parameters()}
     replace_parameters(real, mapped)
     return replace(backbone, module=module, shape=backbone_shape(module)), real
 
 
 def prune_projection(backbone: Backbone, heads: HeadSet) -> HeadSet:
-    """Heads over a pruned vocabulary take rows of the backbone's projection: read them where the module can't give them."""
-    if backbone.linked is None or heads.config.projection != "pruned" or "projection.weight" in heads.tensors:
+    """Give heads over a pruned vocabulary their rows of the backbone's projection, where the module has no numbers."""
+    if heads.config.projection != "pruned" or "projection.weight" in heads.tensors:
         return heads
     projection = backbone.module.get_output_embeddings().weight
     name = next(name for name, parameter in backbone.module.named_parameters() if parameter is projection)
-    rows = backbone.linked.stored[name].mapped()[heads.tensors["token_map"]]
+    stored = backbone.weights.stored(name)
+    if stored is None:
+        return heads
+    rows = stored.mapped()[heads.tensors["token_map"]]
     return replace(heads, tensors={**heads.tensors, "projection.weight": rows})

@@ -1,4 +1,4 @@
-"""Where a safetensors file holds which tensor: the header alone, every number in it checked against the file."""
+"""Reads the header of a safetensors file, and checks every number in it against the file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...runtime.errors import CheckpointError
 # The format's own limit.
 MAX_HEADER_BYTES = 100_000_000
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-# What numpy can't name has two bytes or one and is never looked at as numbers here.
+# NumPy has no bfloat16: its bits are read as uint16. Other types aren't read as numbers here.
 _NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _DAMAGED = "the file is damaged or truncated: download or copy it again"
 
@@ -32,13 +32,13 @@ class StoredTensor:
     nbytes: int
 
     def mapped(self) -> np.ndarray:
-        """The numbers, mapped and not read; bfloat16 as its bits in uint16. Writing to it never reaches the file."""
+        """Map the numbers without reading them; bfloat16 as its bits in uint16. Writes never reach the file."""
         dtype = np.dtype(_NUMPY[self.dtype])
         return np.memmap(self.file, dtype, mode="c", offset=self.offset, shape=self.shape)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name. Types that :data:`ITEM_BYTES` doesn't know are refused.
+    """Read the places of a safetensors file's tensors by name. Refuses types that :data:`ITEM_BYTES` doesn't know.
 
     Raises:
         CheckpointError: no such file, or a header that breaks a rule of the format.
@@ -94,7 +94,7 @@ def _stored(path: Path, name: str, entry: Any, start: int, size: int) -> StoredT
 
 
 def header_bytes(entries: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
-    """The header of a file that holds ``entries`` (name to type and shape) one after another, its length in front."""
+    """Write the header, its length in front, of a file that holds ``entries`` (name to type and shape) one after another."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in entries.items():

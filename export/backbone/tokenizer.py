@@ -1,4 +1,4 @@
-"""Take the tokenizer, chat template and special ids out of a checkpoint, into files that the runtime reads."""
+"""Writes the tokenizer, the chat template and the special ids of a checkpoint as files that the runtime reads."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config
 def write_text_files(source: Path, config: Any, output: Path) -> TextFacts:
     """Write ``tokenizer.json`` and ``chat_template.jinja`` of a model into ``output`` if it has them.
 
-    ``config``: the model's, as transformers read it.
+    ``config``: the model's config, as transformers read it.
 
     Raises:
-        CheckpointError: it has a tokenizer that transformers can't load.
+        CheckpointError: transformers can't load the model's tokenizer.
     """
     folder, options = locate(source)
     eos = eos_token_ids(folder, config)
@@ -48,7 +48,7 @@ def write_text_files(source: Path, config: Any, output: Path) -> TextFacts:
 
 
 def eos_token_ids(folder: Path, config: Any) -> tuple[int, ...]:
-    """End-of-sequence ids of the model's config and generation config."""
+    """Collect the end-of-sequence ids of the model's config and generation config."""
     found: set[int] = set()
     settings = [config.to_dict()]
     path = folder / "generation_config.json"

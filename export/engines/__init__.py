@@ -1,1 +1,1 @@
-"""Builds TensorRT engines from a bundle's step graph."""
+"""Builds TensorRT engines from a bundle's device graph: what is built, of which network, in a process of its own."""

@@ -1,4 +1,4 @@
-"""Build TensorRT engines into a bundle, ahead of time: one plan a target, with profiles for prefill, plain decoding and trees."""
+"""Builds TensorRT engines into a bundle, ahead of time: one plan a target, with profiles for prefill, plain steps and trees."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _SCRATCH = ".network.partial-"
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What all targets of one call share."""
+    """Holds what all targets of one call share."""
 
     tensorrt: TensorRT
     plan: EnginePlan
@@ -57,7 +57,7 @@ class _Job:
 
 
 def check_engines(targets: Sequence[str], options: EngineOptions) -> None:
-    """What can be known of a build before there is a bundle.
+    """Check what can be known of a build before there is a bundle.
 
     Raises:
         UsageError, MissingDependencyError: a target, a feature or a package won't do.
@@ -66,7 +66,7 @@ def check_engines(targets: Sequence[str], options: EngineOptions) -> None:
 
 
 def plan_engines(bundle: Path | str, targets: Sequence[str], options: EngineOptions | None = None) -> EnginePlan:
-    """Check what :func:`build_engines` would check before it builds, and say what it would build.
+    """Check what :func:`build_engines` checks before it builds, and return what it would build.
 
     Raises:
         BundleError, UsageError, MissingDependencyError: the bundle, a target or a size won't do.
@@ -88,9 +88,9 @@ def build_engines(
 ) -> list[dict[str, Any]]:
     """Build an engine for each target into ``engines/<target>`` of the bundle and list it in the manifest.
 
-    ``resume``: engines that are there and were built from the same files, by the same version, with the same options, stay. An
-    interrupted build leaves the bundle as it was; what it leaves on disk when it is killed, the next one removes. Returns, for
-    each target, its seconds (0 where it stayed) and bytes, and what its record says.
+    ``resume``: keep the engines that were built from the same files, by the same version, with the same options. An interrupted
+    build leaves the bundle as it was. A build that is killed leaves files on disk, which the next one removes. Returns seconds (0
+    for an engine that was kept), bytes and the record of each target.
 
     Raises:
         BundleError: no bundle, or files that aren't its own.
@@ -141,7 +141,7 @@ def _resolved(tensorrt: TensorRT, plan: EnginePlan) -> tuple[str, ...]:
 
 @contextmanager
 def _source(bundle: Bundle, job: _Job) -> Iterator[NetworkSource]:
-    """The ONNX files to parse; what had to be made is gone when the block ends."""
+    """Provide the ONNX files to parse. Files that had to be made are gone when the block ends."""
     engines = bundle.folder / ENGINES
     try:
         engines.mkdir(exist_ok=True)
@@ -162,7 +162,7 @@ def _source(bundle: Bundle, job: _Job) -> Iterator[NetworkSource]:
 
 
 def _build(bundle: Bundle, target: str, source: NetworkSource, job: _Job) -> tuple[Bundle, EngineRecord]:
-    """Build one target and commit it. Returns the bundle as it is now."""
+    """Build one target and commit it. Returns the bundle as it is now, and the engine's record."""
     manifest = bundle.manifest
     folder = bundle.folder / ENGINES / target
     without = _without(manifest, target)
@@ -198,7 +198,7 @@ def _build(bundle: Bundle, target: str, source: NetworkSource, job: _Job) -> tup
 
 
 def _packed(folder: Path, job: _Job) -> tuple[tuple[str, str], dict[str, Compression]]:
-    """Names of the step's and the heads' plan as they are stored: those that hold no weights are compressed."""
+    """Compress the step's and the heads' plan if they hold no weights. Returns their names, and how each is compressed."""
     names, compression = [], {}
     for name in (PLAN, HEADS_PLAN):
         path, how = folder / name, None
@@ -258,7 +258,7 @@ def _without(manifest: Manifest, target: str) -> Manifest:
 
 
 def _current_record(bundle: Bundle, target: str, job: _Job) -> EngineRecord | None:
-    """The record of this very engine, if the bundle has it. Its files were checked when the bundle was opened."""
+    """Read the record of this very engine, if the bundle has it. Opening the bundle checked its files."""
     name = bundle.manifest.engines.get(target)
     if name is None:
         return None
@@ -273,7 +273,7 @@ def _current_record(bundle: Bundle, target: str, job: _Job) -> EngineRecord | No
 
 
 def _remove_leftovers(engines: Path) -> None:
-    """What a build that was killed has left. The lock is held: nobody is at work here."""
+    """Remove what a killed build has left. The lock is held: nobody is at work here."""
     for leftover in (*engines.glob(".*.partial-*"), *engines.glob(".*.replaced")):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -1,8 +1,8 @@
 """Builds one plan in a process of its own.
 
-TensorRT swallows Ctrl-C while it builds, and may take the process with it when memory runs out or its compiler fails: here the
-caller survives with a named error. The request goes in as one line of JSON; progress and the result come out as lines of JSON.
-When the caller dies, its end of the pipe closes and this process ends too.
+TensorRT swallows Ctrl-C while it builds. When memory runs out or its compiler fails, it may end its process: here the caller
+survives with a named error. The request goes in as one line of JSON. Progress and the result come out as lines of JSON. When the
+caller dies, its end of the pipe closes, and this process ends too.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from ...runtime import errors
 from ...runtime.files.engine_record import BuildLog, Range, TensorRecord
 
 Advance = Callable[[str, int, int], bool]
-"""``(phase, profiles done, profiles)``, at least once a second; False stops the build."""
+"""Hears ``(phase, profiles done, profiles)`` at least once a second; False stops the build."""
 
 _HEARTBEAT = 1.0  # seconds
-_PROFILE_PHASE = "Computing profile costs"  # has the same number of steps for every profile, and takes most of the time
-# A call of fused attention, for several rows or for one: once a layer and profile.
+_PROFILE_PHASE = "Computing profile costs"  # takes most of the time, with equally many steps for every profile
+# A plan holds this once a layer and profile: a call of fused attention, for several rows or for one.
 _ATTENTION_CALL = re.compile(rb"function=\{ name=_gem[mv]_mha_v\d")
 
 
 @dataclass(frozen=True, slots=True)
 class BuildRequest:
-    """One plan: ``graph`` to ``output``. ``axes`` and each of ``profiles`` as in :func:`input_shapes`, all paths absolute."""
+    """Asks for one plan: ``graph`` to ``output``. ``axes``, ``profiles``: see :func:`input_shapes`. All paths are absolute."""
 
     backend: str
     target: str
@@ -52,7 +52,7 @@ class BuildRequest:
 
 @dataclass(frozen=True, slots=True)
 class BuiltPlan:
-    """What a network takes and gives, what the builder warned of, and how it went."""
+    """Describes a built plan: the network's inputs and outputs, the builder's warnings, and a log of the build."""
 
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
@@ -103,7 +103,7 @@ def build_plan(request: BuildRequest, advance: Advance) -> BuiltPlan:
 
 
 def _messages(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
-    """What the process says; its last progress again when it has said nothing for a while."""
+    """Yield the process's messages, and its last progress again after every second of silence."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
@@ -201,9 +201,10 @@ def run_request(request: BuildRequest, advance: Advance) -> BuiltPlan:
 
 
 def input_shapes(inputs: Sequence[TensorRecord], axes: Mapping[str, str], sizes: Mapping[str, Range]) -> dict[str, list[Range]]:
-    """Ranges of every axis of every input: by the letter that ``axes`` has for it, as the network has it where that is a dot.
+    """Return the range of every axis of every input.
 
-    Axes that aren't spelled out are the network's; an input that isn't listed varies in B alone.
+    ``axes`` has a letter for each axis of an input, and ``sizes`` the range of each letter. A dot takes the network's size, as do
+    axes that aren't spelled out. An input that isn't listed varies in B alone.
     """
     shapes = {}
     for tensor in inputs:
@@ -215,7 +216,7 @@ def input_shapes(inputs: Sequence[TensorRecord], axes: Mapping[str, str], sizes:
 
 
 def attention_calls(plan: Path) -> int:
-    """Calls of fused attention kernels, over all profiles, counted by the names that a plan of TensorRT-RTX holds."""
+    """Count calls of fused attention kernels over all profiles, by the names that a plan of TensorRT-RTX holds."""
     with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return sum(1 for _ in _ATTENTION_CALL.finditer(data))
 
@@ -229,7 +230,7 @@ def _peak_rss() -> int:
 
 
 def main() -> int:
-    """The process: a request on stdin, messages on stdout."""
+    """Run the process: a request on stdin, messages on stdout. Returns the exit status."""
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print goes to stderr
     request = json.loads(sys.stdin.readline())

@@ -1,70 +1,61 @@
-"""Products with weights that are network inputs, in the form that an engine can run without rearranging a weight.
+"""Matrix products with weights that are network inputs, in the form that an engine can run without rearranging a weight.
 
 A linear layer is traced as ``MatMul(x, Transpose(weight))``. A builder turns the transposition of a constant into another
-constant; that of an input would move the whole weight in every step. ``Einsum`` names the axes instead: TensorRT makes a plain
-product of it, over the rows of all slots at once. Several layers of one ``x`` become one product and a split.
+constant. The transposition of an input would move the whole weight in every step. ``Einsum`` names the axes instead: TensorRT
+makes a plain product of it, over the rows of all slots at once. Several layers of one ``x`` become one product and a split.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 
-import onnx
-from onnx import helper
+import numpy as np
+import onnx_ir as ir
+
+from ..passes.matmuls import constant_matrix
+from ..passes.patterns import new_constant, replace_uses
 
 # By number of axes of x.
 _EQUATIONS = {2: "nh,oh->no", 3: "bnh,oh->bno"}
-Group = tuple[str, ...]
-"""Names of weights whose rows lie one after another in one input."""
+Group = tuple[ir.Value, ...]
+"""Weights whose rows lie one after another in one input."""
 
 
-def rewrite_products(graph: onnx.GraphProto, weights: Mapping[str, onnx.TensorProto], merge: bool) -> list[Group]:
-    """Rewrite, in place, every product of the graph with a transposed weight [out, in] of ``weights``.
+def rewrite_matmuls(graph: ir.Graph, weights: Collection[ir.Value], *, merge: bool) -> list[tuple[ir.Value, Group]]:
+    """Rewrite, in place, every matrix product of the graph with a transposed weight [out, in] of ``weights``.
 
-    Weights that are used nowhere else and multiply the same value are merged, if ``merge``. Returns these groups; the graph
-    then uses :func:`merged_name` of each, which its caller must declare.
+    Weights that are used nowhere else and multiply the same value are merged, if ``merge``. Returns the merged weights and the
+    groups that they stand for: each is a new value [rows of all, in] that the caller must make an input.
     """
-    uses = Counter(name for node in graph.node for name in node.input)
-    transposed = {
-        node.output[0]: node.input[0]
-        for node in graph.node
-        if node.op_type == "Transpose" and node.input[0] in weights and list(helper.get_node_attr_value(node, "perm")) == [1, 0]
-    }
-    known = (*graph.value_info, *graph.input, *graph.output)
-    axes = {value.name: len(value.type.tensor_type.shape.dim) for value in known}
-    products = [
-        node
-        for node in graph.node
-        if node.op_type == "MatMul" and node.input[1] in transposed and axes.get(node.input[0]) in _EQUATIONS
-    ]
-    together: dict[str, list[onnx.NodeProto]] = {}
-    for product in products:
-        own = uses[product.input[1]] == 1 and uses[transposed[product.input[1]]] == 1
-        key = product.input[0] if merge and own else product.output[0]
-        together.setdefault(key, []).append(product)
+    together: dict[ir.Value, list[ir.Node]] = {}
+    turned: dict[ir.Node, tuple[ir.Value, ir.Node]] = {}
+    for node in graph:
+        matrix = constant_matrix(node)
+        x = node.inputs[0] if node.inputs else None
+        if matrix is None or matrix.turn is None or len(matrix.parts) != 1 or x is None or x.shape is None:
+            continue
+        (weight,) = matrix.parts
+        if node.op_type != "MatMul" or weight not in weights or len(x.shape) not in _EQUATIONS:
+            continue
+        turned[node] = weight, matrix.turn
+        own = len(matrix.turn.outputs[0].uses()) == 1 and len(weight.uses()) == 1
+        together.setdefault(x if merge and own else node.outputs[0], []).append(node)
     groups = []
-    replaced: dict[str, list[onnx.NodeProto]] = {}
     for members in together.values():
-        names = tuple(transposed[member.input[1]] for member in members)
-        value, outputs = members[0].input[0], [member.output[0] for member in members]
-        replaced.update({output: [] for output in outputs})
+        names = tuple(turned[member][0] for member in members)
         if len(members) > 1:
-            groups.append(names)
-            rows = [int(weights[name].dims[0]) for name in names]
-            replaced[outputs[0]] = _merged(graph, value, axes[value], rows, names, outputs)
+            groups.append((_merge(graph, members, names), names))
         else:
-            replaced[outputs[0]] = [_product(value, axes[value], names[0], outputs[0], members[0].name)]
-    nodes = [new for node in graph.node for new in replaced.get(node.output[0], [node])]
-    used = {name for node in nodes for name in node.input}
-    kept = [node for node in nodes if node.output[0] not in transposed or node.output[0] in used]
-    del graph.node[:]
-    graph.node.extend(kept)
+            x, output = members[0].inputs[0], members[0].outputs[0]
+            _replace(graph, members, [_einsum(x, names[0], str(members[0].name))], [output])
+    for _weight, turn in turned.values():
+        if turn.graph is graph and not turn.outputs[0].uses():
+            graph.remove(turn, safe=True)
     return groups
 
 
 def merged_name(names: Sequence[str]) -> str:
-    """``layers.0.q.weight`` and ``layers.0.k.weight`` make ``layers.0.q+k.weight``."""
+    """Join names: ``layers.0.q.weight`` and ``layers.0.k.weight`` make ``layers.0.q+k.weight``."""
     if len(names) == 1:
         return names[0]
     parts = [name.split(".") for name in names]
@@ -75,15 +66,33 @@ def merged_name(names: Sequence[str]) -> str:
     return ".".join([*parts[0][:before], middle, *parts[0][len(parts[0]) - after :]])
 
 
-def _product(value: str, axes: int, weight: str, output: str, name: str) -> onnx.NodeProto:
-    return helper.make_node("Einsum", [value, weight], [output], name=name, equation=_EQUATIONS[axes])
+def _merge(graph: ir.Graph, members: Sequence[ir.Node], weights: Group) -> ir.Value:
+    """Replace several products of one value by one with a merged weight, and a split. Returns the merged weight."""
+    name = merged_name([str(weight.name) for weight in weights])
+    shapes = [tuple(weight.shape.numpy()) for weight in weights if weight.shape is not None]
+    rows = [shape[0] for shape in shapes]
+    merged = ir.Value(name=name, type=weights[0].type, shape=ir.Shape([sum(rows), *shapes[0][1:]]))
+    product = _einsum(members[0].inputs[0], merged, f"{name}/Einsum")
+    product.outputs[0].name = f"{name}/product"
+    sizes = new_constant(graph, np.array(rows, np.int64), f"{name}/rows")
+    outputs = [ir.Value() for _ in members]
+    split = ir.node("Split", [product.outputs[0], sizes], {"axis": -1}, outputs=outputs, name=f"{name}/Split")
+    _replace(graph, members, [product, split], [member.outputs[0] for member in members])
+    return merged
 
 
-def _merged(
-    graph: onnx.GraphProto, value: str, axes: int, rows: list[int], names: Group, outputs: list[str]
-) -> list[onnx.NodeProto]:
-    name = merged_name(names)
-    graph.initializer.append(helper.make_tensor(f"{name}/rows", onnx.TensorProto.INT64, [len(rows)], rows))
-    product = _product(value, axes, name, f"{name}/product", f"{name}/Einsum")
-    split = helper.make_node("Split", [f"{name}/product", f"{name}/rows"], outputs, name=f"{name}/Split", axis=-1)
-    return [product, split]
+def _einsum(x: ir.Value | None, weight: ir.Value, name: str) -> ir.Node:
+    assert x is not None and x.shape is not None
+    return ir.node("Einsum", [x, weight], {"equation": _EQUATIONS[len(x.shape)]}, name=name)
+
+
+def _replace(graph: ir.Graph, old: Sequence[ir.Node], new: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> None:
+    """Put ``new`` nodes where the first of the ``old`` ones stands; the last one's outputs become ``outputs``, name for name."""
+    graph.insert_before(old[0], new)
+    for value, before in zip(new[-1].outputs, outputs, strict=True):
+        name = before.name
+        value.shape = before.shape
+        replace_uses(value, before)
+        before.name, value.name = f"{name}/before", name
+    for node in old:
+        graph.remove(node, safe=True)

@@ -1,7 +1,7 @@
-"""What the TensorRT packages can and can't do beside building: one table, asked by name.
+"""Lists what the TensorRT packages can and can't do beside building: one table, asked by name.
 
-An entry says why a package hasn't got a feature, or nothing where it has. ``tensorrt_rtx`` has attributes for several of these
-that do nothing or fail, so what it has was tried, not looked up.
+An entry says why a package lacks a feature, and is empty if the package has it. ``tensorrt_rtx`` has attributes for several
+features that do nothing or fail. So its entries were tried, not looked up.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ REFITTABLE = "refittable"
 CROSS_BUILD = "cross-build"
 RUNTIME_CACHE = "runtime-cache"
 
-# By feature and backend: why not ("" where it is there). The last two are nobody's option: one is what targets rest on, the
-# other belongs to a program that runs a plan.
+# By feature and backend: the reason why it is missing, or "". The last two are no options: targets rest on one, and the other
+# belongs to a program that runs a plan.
 _MISSING = {
     TIMING_CACHE: {"tensorrt": "", "tensorrt-rtx": "its timing cache does nothing: kernels are compiled on the device"},
     HARDWARE_COMPATIBLE: {"tensorrt": "", "tensorrt-rtx": "a plan serves the target that it was built for: name each one"},
@@ -43,20 +43,20 @@ _OLDEST_COMPATIBLE = 80
 
 
 def has(backend: str, feature: str) -> bool:
-    """Whether ``backend`` has ``feature``."""
+    """True if ``backend`` has ``feature``."""
     return not _MISSING[feature][backend]
 
 
 def features_of(backend: str) -> tuple[str, ...]:
-    """All that ``backend`` has."""
+    """List the features that ``backend`` has."""
     return tuple(feature for feature in _MISSING if has(backend, feature))
 
 
 def check_features(backend: str, features: Iterable[str], target: str) -> None:
-    """Refuse what the package hasn't got.
+    """Refuse features that the package lacks.
 
     Raises:
-        UsageError: names the feature, and why not.
+        UsageError: names the feature and the reason.
     """
     for feature in features:
         why = _MISSING[feature][backend]
@@ -70,16 +70,16 @@ def check_features(backend: str, features: Iterable[str], target: str) -> None:
 
 
 def is_compatible_target(target: str) -> bool:
-    """Whether a hardware-compatible plan runs there: Ampere and newer."""
+    """True if a hardware-compatible plan runs on ``target``: Ampere and newer."""
     match = re.fullmatch(r"sm_(\d+)", target)
     return match is not None and int(match[1]) >= _OLDEST_COMPATIBLE
 
 
 def apply_features(module: Any, config: Any, features: Iterable[str], timing_cache: Path | None) -> None:
-    """Set them on a builder configuration.
+    """Set features on a builder configuration.
 
     Raises:
-        EngineError: this version of the package hasn't got one of them, or the timing cache is another version's.
+        EngineError: this version of the package lacks one of them, or the timing cache is another version's.
     """
     for feature in features:
         try:

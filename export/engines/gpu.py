@@ -1,4 +1,4 @@
-"""Which GPU this machine has, asked of the driver: no CUDA toolkit, no package."""
+"""Asks the driver which GPU this machine has: no CUDA toolkit, no package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAME_A_TARGET = "name a target, such as sm_89"
 
 
 def resolve_target(target: str) -> str:
-    """``target``, or the architecture of this machine's first GPU where it is ``here``, as ``sm_89``.
+    """Return ``target``, or for ``here`` the architecture of this machine's first GPU, such as ``sm_89``.
 
     Raises:
         EngineError: there is no driver or no GPU.

@@ -1,4 +1,4 @@
-"""From a bundle to the ONNX files that a builder parses: which graph, in which precision, with its weights where."""
+"""Makes the ONNX files that a builder parses from a bundle: which graph, in which precision, with its weights where."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WEIGHTS = ("inside", "streamed")
 
 @dataclass(frozen=True, slots=True)
 class NetworkSource:
-    """ONNX files to parse, of the step and of the heads alone, and the weights that they take as inputs."""
+    """Names the ONNX files to parse, of the step and of the heads alone, and the weights that they take as inputs."""
 
     step: Path
     heads: Path
@@ -35,7 +35,7 @@ class NetworkSource:
 
 
 def check_source(bundle: Bundle, precision: str, weights: str, int8: Int8Options = WEIGHTS_ONLY) -> None:
-    """Refuse what :func:`network_source` can't make of the bundle.
+    """Refuse a precision or a place of weights that :func:`network_source` can't make of the bundle.
 
     Raises:
         UsageError: a bundle in fp32 or without the graph, an unknown precision, weights that can't be placed so.
@@ -68,7 +68,7 @@ def check_source(bundle: Bundle, precision: str, weights: str, int8: Int8Options
 def network_source(
     bundle: Bundle, precision: str, weights: str, scratch: Path, int8: Int8Options = WEIGHTS_ONLY
 ) -> Iterator[NetworkSource]:
-    """The files to parse, valid inside the block; what has to be made is made in the empty folder ``scratch``.
+    """Provide the files to parse, valid inside the block. Files that have to be made go into the empty folder ``scratch``.
 
     Raises:
         UsageError, ScalesError: see :func:`check_source`; or a layer to keep isn't there.
@@ -96,7 +96,7 @@ def network_source(
 
 
 def source_files(bundle: Bundle) -> dict[str, str]:
-    """sha256, by relative path, of every file of the bundle that goes into an engine: graphs, and the weights that they name."""
+    """Return the sha256, by relative path, of every file that goes into an engine: graphs, and the weights that they name."""
     names = dict.fromkeys(_graphs(bundle))
     for graph in _graphs(bundle):
         for tensor in _external(ir.load(bundle.path(graph))):
@@ -105,7 +105,7 @@ def source_files(bundle: Bundle) -> dict[str, str]:
 
 
 def weights_bytes(bundle: Bundle, precision: str, int8: Int8Options = WEIGHTS_ONLY) -> int:
-    """Bytes of the weights that a target's two plans hold."""
+    """Count the bytes of the weights that a target's two plans hold."""
     total = 0
     for graph in _graphs(bundle):
         model = ir.load(bundle.path(graph))

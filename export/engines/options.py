@@ -1,4 +1,4 @@
-"""What an engine will be, before it is built: targets, profiles, precision, features, and whether all of it can be."""
+"""Plans an engine before it is built: targets, profiles, precision, features, and a check that all of it can be built."""
 
 from __future__ import annotations
 
@@ -33,11 +33,10 @@ _AXES = {
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How engines are built. ``int8``: what is, where that is the precision.
+    """Says how engines are built. ``int8``: parts in 8 bits, if that is the precision.
 
-    ``rows``: step sizes with a profile of their own (None: :func:`default_rows`).
-
-    ``prefill``: prompt rows of a step at most (None: the bundle's). ``features``: by name, see :mod:`.features`.
+    ``rows``: step sizes with a profile of their own; None takes :func:`default_rows`. ``prefill``: largest number of prompt rows
+    in a step; None takes the bundle's. ``features``: names in :mod:`.features`.
     """
 
     backend: str = "tensorrt-rtx"
@@ -51,15 +50,15 @@ class EngineOptions:
 
     @property
     def all_features(self) -> tuple[str, ...]:
-        """``features``, and what the other options ask for."""
+        """Features that are asked for, by name or by another option."""
         return tuple(sorted({*self.features, *([TIMING_CACHE] if self.timing_cache is not None else [])}))
 
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """What a build would make: the bytes of weights are those of one target's plans. ``available``: features of the backend.
+    """Describes what a build would make. ``weights_bytes``: of one target's plans. ``available``: features of the backend.
 
-    ``int8``: what is in 8 bits beside the weights of all products, and what isn't; empty where that is what there is.
+    ``int8``: differences from weights of all matmuls in 8 bits and no more; empty if there are none.
     """
 
     backend: str
@@ -75,16 +74,16 @@ class EnginePlan:
 
 
 def default_rows(manifest: Manifest) -> tuple[int, ...]:
-    """Step sizes that get a profile: plain decoding, the bundle's own tree, and the usual sizes that the bundle allows."""
+    """Choose the step sizes with a profile: plain decoding, the bundle's own tree, and the usual sizes that the bundle allows."""
     return tuple(sorted({1, manifest.tree().rows, *(rows for rows in _TREE_ROWS if rows <= manifest.limits.max_rows)}))
 
 
 def profiles_for(
     manifest: Manifest, rows: Sequence[int], prefill: int | None = None, precision: str = "fp16"
 ) -> tuple[Profile, ...]:
-    """One profile for prefill (slot by slot, logits of the last row), one for each number of rows.
+    """Make one profile for prefill (slot by slot, logits of the last row) and one for each number of rows.
 
-    A step carries the rows of the one before, which may have had any of the sizes; a prefill carries none.
+    A step carries the rows of the step before, which may have had any of the sizes. A prefill carries none.
 
     Raises:
         UsageError: a number of rows that the bundle doesn't allow.
@@ -108,7 +107,7 @@ def profiles_for(
 
 
 def check_targets(tensorrt: TensorRT, targets: Sequence[str], options: EngineOptions) -> None:
-    """Refuse what the package can't build for, or hasn't got.
+    """Refuse targets that the package can't build for, and features that it lacks.
 
     Raises:
         UsageError: a target or a feature won't do.
@@ -119,7 +118,7 @@ def check_targets(tensorrt: TensorRT, targets: Sequence[str], options: EngineOpt
 
 
 def plan_for(bundle: Bundle, tensorrt: TensorRT, targets: Sequence[str], options: EngineOptions) -> EnginePlan:
-    """Check everything that can be known before a build, and say what it would make.
+    """Check everything that can be known before a build, and return what it would make.
 
     Raises:
         UsageError: the bundle, a target, a size, a precision or a feature won't do.
@@ -144,7 +143,7 @@ def plan_for(bundle: Bundle, tensorrt: TensorRT, targets: Sequence[str], options
 
 
 def _int8_facts(options: Int8Options) -> dict[str, object]:
-    """As records hold them, by what differs from weights in 8 bits and no more."""
+    """Return options as records hold them: by their differences from weights in 8 bits and no more."""
     facts: dict[str, object] = {name: "fp16" for name in ("projection", "heads") if getattr(options, name) == "fp16"}
     if options.scales is not None:
         facts |= {"scales_sha256": sha256(options.scales), "keep": "auto" if options.keep is None else sorted(options.keep)}
@@ -152,10 +151,10 @@ def _int8_facts(options: Int8Options) -> dict[str, object]:
 
 
 def step_axes(layers: int) -> dict[str, str]:
-    """By input of the step graph: a letter for each axis that varies, a dot for one that doesn't. Caches: B alone."""
+    """Name the axes of the step graph's inputs: a letter if an axis varies, a dot if it is fixed. Caches vary in B alone."""
     return _AXES | dict.fromkeys(step_io.carried_names(layers), "B.P")
 
 
 def step_sizes(profile: Profile) -> dict[str, Range]:
-    """Ranges of the step graph's axes."""
+    """Return the ranges of the step graph's axes in a profile."""
     return {"B": profile.slots, "N": profile.rows, "R": profile.logit_rows, "T": profile.columns, "P": profile.carried}

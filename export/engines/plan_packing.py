@@ -1,4 +1,4 @@
-"""Compress plans that hold no weights: kernels of each layer and profile repeat each other."""
+"""Compresses plans that hold no weights: kernels of each layer and profile repeat each other."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _PRESET = 1
 
 
 def pack_plan(path: Path) -> tuple[Path, Compression | None]:
-    """Replace the plan ``path`` by a compressed one beside it, if that is smaller; it is never in memory as a whole.
+    """Replace the plan ``path`` by a compressed one beside it, if that is smaller. The plan is never in memory as a whole.
 
-    Returns the file that is there now, and how it holds the plan. Deterministic: equal plans give equal files.
+    Returns the file that is there now, and how it holds the plan. Equal plans give equal files.
 
     Raises:
         OSError: the file system refused.

@@ -1,30 +1,30 @@
 """Weights as network inputs: an engine that holds none, so that neither the build nor the plan grows with the backbone.
 
 The bundle's graphs keep their weights as initializers. Only what TensorRT parses is rewritten: every matrix that lies in a file
-becomes an input, and matrices that one value is multiplied with (queries, keys and values; gate and up; the heads) become one
-input whose pieces lie one after another. That needs matrices stored output by output, as checkpoints and so linked bundles
-have them; ``weights.bin`` of copied ones holds them transposed, so there each stays by itself.
+becomes an input. Matrices that one value is multiplied with (queries, keys and values; gate and up; the heads) become one input
+whose pieces lie one after another. Merging needs matrices stored output by output, as checkpoints and so linked bundles have
+them. ``weights.bin`` of copied bundles holds matrices transposed, so there each stays by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import helper
+import onnx_ir as ir
 
 from ...runtime.errors import BundleIntegrityError
 from ...runtime.files.bundle import Bundle
 from ...runtime.files.weight_inputs import WeightInput, WeightPiece
-from .einsum import merged_name, rewrite_products
+from .einsum import rewrite_matmuls
 
-_DTYPES = {int(onnx.TensorProto.FLOAT16): "float16", int(onnx.TensorProto.FLOAT): "float32"}
+_DTYPES = {ir.DataType.FLOAT16: "float16", ir.DataType.FLOAT: "float32"}
 
 
 class WeightStreamer:
-    """Rewrites the graphs of one bundle. ``inputs``: all weight inputs so far; equal weights of several graphs are one input."""
+    """Rewrites the graphs of one bundle. Equal weights of several graphs become one input."""
 
     def __init__(self, bundle: Bundle, *, merge: bool = True) -> None:
         self._bundle = bundle
@@ -33,79 +33,81 @@ class WeightStreamer:
 
     @property
     def inputs(self) -> tuple[WeightInput, ...]:
-        """In the order in which the graphs name them."""
+        """All inputs, in the order in which the graphs name them."""
         return tuple(self._by_pieces.values())
 
     def stream(self, graph: str) -> onnx.ModelProto:
-        """The graph ``graph`` of the bundle with its matrices as inputs and nothing left in other files.
+        """Read the graph ``graph`` of the bundle and make inputs of its matrices; nothing is left in other files.
 
         Raises:
             BundleIntegrityError: external data that isn't inside a file of the bundle.
         """
-        path = self._bundle.path(graph)
-        model = onnx.load(path, load_external_data=False)
-        matrices: dict[str, tuple[onnx.TensorProto, WeightPiece]] = {}
-        for tensor in list(model.graph.initializer):
-            if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        model = ir.load(self._bundle.path(graph))
+        matrices: dict[ir.Value, WeightPiece] = {}
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if not isinstance(tensor, ir.ExternalTensor):
                 continue
             piece = self._piece(graph, tensor)
-            if len(tensor.dims) >= 2 and tensor.data_type in _DTYPES:
-                matrices[tensor.name] = (tensor, piece)
-                model.graph.initializer.remove(tensor)
+            if len(tensor.shape) >= 2 and tensor.dtype in _DTYPES:
+                matrices[value] = piece
             else:
-                self._embed(tensor, piece)
-        groups = rewrite_products(model.graph, {name: tensor for name, (tensor, _) in matrices.items()}, self._merge)
-        for names in groups:
-            self._add(model.graph, merged_name(names), [matrices.pop(name) for name in names])
-        for name, found in matrices.items():
-            self._add(model.graph, name, [found])
-        return model
+                value.const_value = self._embedded(tensor, piece)
+        groups = rewrite_matmuls(model.graph, matrices, merge=self._merge)
+        for merged, members in groups:
+            self._add(model.graph, merged, [matrices[member] for member in members])
+        grouped = {member for _merged, members in groups for member in members}
+        for value, piece in matrices.items():
+            model.graph.initializers.pop(str(value.name))
+            if value not in grouped:
+                value.const_value = None
+                self._add(model.graph, value, [piece])
+        return ir.to_proto(model)
 
-    def _piece(self, graph: str, tensor: onnx.TensorProto) -> WeightPiece:
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        name = (Path(graph).parent / place["location"]).as_posix()
+    def _piece(self, graph: str, tensor: ir.ExternalTensor) -> WeightPiece:
+        name = (Path(graph).parent / tensor.location).as_posix()
         size = self._bundle.path(name).stat().st_size  # refuses what leads out of the bundle
-        offset = int(place.get("offset", 0))
-        nbytes = int(np.prod(tensor.dims)) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        offset, nbytes = tensor.offset or 0, tensor.nbytes
         inside = name in self._bundle.manifest.files and 0 <= offset <= size - nbytes
-        if not inside or int(place.get("length", nbytes)) != nbytes:
+        if not inside or tensor.length not in (None, nbytes):
             raise BundleIntegrityError(
                 f"{tensor.name} in {graph} should lie at bytes {offset} to {offset + nbytes} of {name}, which has {size}",
                 hint="export the bundle again",
             )
         return WeightPiece(name, offset, nbytes)
 
-    def _embed(self, tensor: onnx.TensorProto, piece: WeightPiece) -> None:
-        with self._bundle.path(piece.file).open("rb") as file:
-            file.seek(piece.offset)
-            tensor.raw_data = file.read(piece.nbytes)
-        del tensor.external_data[:]
-        tensor.data_location = onnx.TensorProto.DEFAULT
+    def _embedded(self, tensor: ir.ExternalTensor, piece: WeightPiece) -> ir.TensorProtocol:
+        data = np.frombuffer(_read(self._bundle, piece), tensor.dtype.numpy()).reshape(tensor.shape.numpy())
+        return ir.tensor(data, dtype=tensor.dtype, name=tensor.name)
 
-    def _add(self, graph: onnx.GraphProto, name: str, parts: list[tuple[onnx.TensorProto, WeightPiece]]) -> None:
-        """Declare the input ``name``, under the name that its pieces have already if another graph brought them."""
-        first = parts[0][0]
-        pieces = tuple(piece for _, piece in parts)
-        shape = (sum(tensor.dims[0] for tensor, _ in parts), *first.dims[1:])
+    def _add(self, graph: ir.Graph, value: ir.Value, parts: Sequence[WeightPiece]) -> None:
+        """Make ``value`` an input, under the name that its pieces have already if another graph brought them."""
+        assert value.shape is not None and value.dtype is not None
+        pieces, shape = tuple(parts), tuple(value.shape.numpy())
         known = self._by_pieces.get(pieces)
         if known is None or known.shape != shape:
             taken = {weight.name for weight in self._by_pieces.values()}
-            own = next(each for each in (name, *(f"{name}/{number}" for number in range(2, len(taken) + 3))) if each not in taken)
-            known = self._by_pieces[pieces] = WeightInput(own, _DTYPES[first.data_type], shape, pieces)
-        if known.name not in {value.name for value in graph.input}:  # equal tensors of one graph lie in one place
-            graph.input.append(helper.make_tensor_value_info(known.name, first.data_type, shape))
-        for node in graph.node if known.name != name else ():
-            node.input[:] = [known.name if each == name else each for each in node.input]
+            names = (str(value.name), *(f"{value.name}/{number}" for number in range(2, len(taken) + 3)))
+            own = next(each for each in names if each not in taken)
+            known = self._by_pieces[pieces] = WeightInput(own, _DTYPES[value.dtype], shape, pieces)
+        declared = next((each for each in graph.inputs if each.name == known.name), None)
+        if declared is None:
+            value.name = known.name
+            graph.inputs.append(value)
+        else:  # equal tensors of one graph lie in one place
+            ir.convenience.replace_all_uses_with(value, declared)
 
 
 def weight_arrays(bundle: Bundle, inputs: Iterable[WeightInput]) -> dict[str, np.ndarray]:
-    """What a program binds to the inputs: their pieces read from the bundle's files, one after another."""
+    """Read what a program binds to the inputs: their pieces from the bundle's files, one after another."""
     arrays = {}
     for weight in inputs:
-        data = bytearray()
-        for piece in weight.pieces:
-            with bundle.path(piece.file).open("rb") as file:
-                file.seek(piece.offset)
-                data += file.read(piece.nbytes)
+        data = b"".join(_read(bundle, piece) for piece in weight.pieces)
         arrays[weight.name] = np.frombuffer(data, weight.dtype).reshape(weight.shape)
     return arrays
+
+
+def _read(bundle: Bundle, piece: WeightPiece) -> bytes:
+    with bundle.path(piece.file).open("rb") as file:
+        file.seek(piece.offset)
+        return file.read(piece.nbytes)

@@ -1,8 +1,8 @@
-"""What we ask of TensorRT, of either package: ``tensorrt_rtx`` (builds for any listed GPU, also without one) and ``tensorrt``.
+"""Calls TensorRT, either package: ``tensorrt_rtx`` (builds for any listed GPU, also without one) or ``tensorrt``.
 
 Networks are strongly typed: an ONNX graph says what is fp16 and what is int8, and the builder changes nothing. The calls for
-``tensorrt`` (10.9 and newer) are those of its Python API; they are tested against a stand-in, never yet against the package,
-whose libraries need a vendor's index. What only one of the two has stands in :mod:`.features`.
+``tensorrt`` (10.9 and newer) are those of its Python API. They are tested against a stand-in, not yet against the package, whose
+libraries need a vendor's index. :mod:`.features` lists what only one of the two has.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ...runtime.files.engine_record import Range, TensorRecord
 from .features import CROSS_BUILD, HARDWARE_COMPATIBLE, apply_features, has, is_compatible_target, save_timing_cache
 
 BACKENDS = tuple(MODULES)
-# What TensorRT says when an allocation fails; the last is how its compiler puts it.
+# TensorRT's messages when an allocation fails. The last is its compiler's.
 _OUT_OF_MEMORY = re.compile(r"bad_alloc|out of memory|memory allocation|CHECK\(p\) failed|MemoryError", re.IGNORECASE)
 _REPORT = "report this with the output of: medusa-deploy doctor"
 
 Monitor = Callable[[str, str | None, int, int], bool]
-"""``(phase, parent, steps done, steps)``, done 0 when a phase starts; False stops the build."""
+"""Hears ``(phase, parent, steps done, steps)``, done 0 when a phase starts; False stops the build."""
 
 
 class TensorRT:
-    """One of the two packages."""
+    """Wraps one of the two packages."""
 
     def __init__(self, backend: str) -> None:
         """Import it.
@@ -44,14 +44,14 @@ class TensorRT:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Targets that it can build for: GPU architectures as ``sm_89``, and ``here`` for the GPU of this machine."""
+        """Targets that it can build for: GPU architectures such as ``sm_89``, and ``here`` for the GPU of this machine."""
         return (*(listed_targets(self.module) if has(self.backend, CROSS_BUILD) else ()), HERE)
 
     def check_target(self, target: str, features: Sequence[str] = ()) -> None:
-        """Refuse what it can't build for.
+        """Refuse a target that it can't build for.
 
         Raises:
-            UsageError: with the targets that there are.
+            UsageError: the hint lists the targets.
         """
         if target in self.targets or (HARDWARE_COMPATIBLE in features and is_compatible_target(target)):
             return
@@ -64,13 +64,13 @@ class TensorRT:
         """Read an ONNX file.
 
         Raises:
-            EngineError: the parser refused it: which node, and why.
+            EngineError: the parser refused it; the message names the node and the reason.
         """
         return ParsedGraph(self, path)
 
 
 class ParsedGraph:
-    """A network ready to be built. Profiles are added in the order in which the engine will number them."""
+    """Holds a network that is ready to be built. The engine numbers profiles in the order in which they are added."""
 
     def __init__(self, tensorrt: TensorRT, path: Path) -> None:
         self._tensorrt = tensorrt
@@ -102,11 +102,11 @@ class ParsedGraph:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the parser and the builder warned of, each line once."""
+        """Warnings of the parser and the builder, each line once."""
         return tuple(dict.fromkeys(self._log.warnings))
 
     def add_profile(self, shapes: Mapping[str, Sequence[Range]]) -> None:
-        """Sizes of each axis of each input, as ranges."""
+        """Add a profile: the range of each axis of each input."""
         profile = self._builder.create_optimization_profile()
         for name, axes in shapes.items():
             profile.set_shape(name, *([axis[which] for axis in axes] for which in range(3)))
@@ -191,7 +191,7 @@ def _tensor_record(tensor: Any) -> TensorRecord:
 
 def _watcher(module: Any, monitor: Monitor) -> Any:
     class Watcher(module.IProgressMonitor):  # type: ignore[misc]
-        """Passes the builder's steps on; called from its threads."""
+        """Passes the builder's steps on. Its threads call it."""
 
         def __init__(self) -> None:
             module.IProgressMonitor.__init__(self)
@@ -218,7 +218,7 @@ def _watcher(module: Any, monitor: Monitor) -> Any:
 
 def _writer(module: Any, file: Any) -> Any:
     class Writer(module.IStreamWriter):  # type: ignore[misc]
-        """Writes to a file; an error is kept, since none may pass through the builder."""
+        """Writes to a file. Keeps an error, since none may pass through the builder."""
 
         def __init__(self) -> None:
             module.IStreamWriter.__init__(self)

@@ -1,4 +1,4 @@
-"""One reader for every published layout of Medusa heads, and for our own.
+"""Reads every published layout of Medusa heads, and our own.
 
 ====== ========================================== ====================================================================
 layout from                                       names of a block; of a projection
@@ -10,7 +10,7 @@ d      vLLM                                       ``blocks.{h}.layers.{l}.weight
 e      NVIDIA Model Optimizer                     a's names after ``medusa_heads.``, with scales
 f      TensorRT-LLM, one file a rank              ``medusa_heads.{h}.medusa_layers.{l}.linear.weight``;
                                                   ``medusa_heads.{h}.lm_head.weight``
-g      this project                               :mod:`..runtime.heads_file`
+g      this project                               :mod:`...runtime.files.heads_file`
 ====== ========================================== ====================================================================
 
 Published configs are often wrong (medusa-vicuna's says 2 heads, its file holds 5), so tensors are counted, and a config
@@ -47,11 +47,11 @@ _OTHER_BACKBONE = "heads belong to the backbone that they were trained on: give 
 
 @dataclass(frozen=True, slots=True)
 class ReadHeads:
-    """Heads as read, and what came with them.
+    """Heads as read, with the records that came with them.
 
-    ``layout``: its letter. ``trees`` by name, ``platt_scaling``, and ``measured``: the maker's counts of hits, kept as they are.
-    Heads over a shared projection don't always say how large the vocabulary is: ``draft_vocab_size`` is 0 then.
-    ``adapter``: what the backbone must be changed by, if they were trained with it.
+    ``layout``: its letter. ``trees``: choices by name. ``measured``: the maker's counts of hits, kept as they are.
+    ``adapter``: the change of the backbone that the heads were trained with, or None.
+    ``draft_vocab_size`` of the heads is 0 if they share a projection and don't tell the size of the vocabulary.
     """
 
     heads: HeadSet
@@ -69,10 +69,10 @@ class ReadHeads:
 
 
 def read_heads(source: Path | str) -> ReadHeads:
-    """Read heads from a folder or a file. Of a merged checkpoint only the heads' tensors are read.
+    """Read heads from a folder or a file. Reads only the heads' tensors of a merged checkpoint.
 
     Raises:
-        HeadsError: no heads there, a damaged file, tensors missing, not finite, or all zero; a pickle that needs code.
+        HeadsError: no heads, a damaged file, tensors missing, not finite, or all zero; a pickle that needs code.
         TreeError: a tree that came with them breaks a rule.
     """
     source = Path(source)
@@ -92,10 +92,10 @@ def read_heads(source: Path | str) -> ReadHeads:
 
 
 def check_fit(heads: HeadSet, *, hidden_size: int, vocab_size: int, top_k: int = 1) -> None:
-    """Do these heads belong to a backbone of these sizes, and can they give ``top_k`` candidates?
+    """Check that heads belong to a backbone of these sizes, and can give ``top_k`` candidates.
 
     Raises:
-        HeadsMismatchError: with both numbers.
+        HeadsMismatchError: names both numbers.
     """
     config, token_map = heads.config, heads.token_map
     if config.hidden_size != hidden_size:
@@ -121,7 +121,7 @@ def check_fit(heads: HeadSet, *, hidden_size: int, vocab_size: int, top_k: int =
 
 
 def _config(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The config beside the heads. Tensors say what matters, so a broken one is a warning."""
+    """Read the config beside the heads. Tensors decide what counts, so a broken config is a warning."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         return {}, []
@@ -157,7 +157,7 @@ def _assemble(files: TensorFiles, names: HeadNames, config: Mapping[str, Any], w
 
 
 def _compare(config: Mapping[str, Any], layout: str, heads: int, layers: int, hidden: int, warnings: list[str]) -> None:
-    """Warn where the config says something else than the tensors."""
+    """Warn where the config contradicts the tensors."""
     nested = config.get("medusa")
     fields = {**config, **nested} if isinstance(nested, dict) else config
     # vLLM's config describes the heads alone; in others num_hidden_layers and num_heads may be the backbone's.
@@ -180,10 +180,10 @@ def _project(
     tensors: dict[str, np.ndarray],
     warnings: list[str],
 ) -> tuple[Projection, int]:
-    """Add the projections and the token map to ``tensors``; returns the form and the size of the draft vocabulary.
+    """Add the projections and the token map to ``tensors``, and return the form and the size of the draft vocabulary.
 
-    vLLM's ``token_map`` is draft index to token id, unused when the config's truncated_vocab_size is vocab_size, and picks
-    rows of a projection that has more of them; its original_lm_head says that all heads share the backbone's projection.
+    vLLM's ``token_map`` maps a draft index to a token id. It is unused when the config's truncated_vocab_size is vocab_size. It
+    picks rows of a projection that has more rows. vLLM's original_lm_head: all heads share the backbone's projection.
     """
     vocab_size = config.get("vocab_size")
     vocab_size = vocab_size if isinstance(vocab_size, int) and vocab_size > 0 else 0

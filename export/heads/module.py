@@ -1,4 +1,4 @@
-"""Medusa heads as a torch module, built from the record that readers and the trainer share."""
+"""Computes Medusa heads as a torch module, built from the record that readers and the trainer share."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ...runtime.files.heads import HeadSet
 class HeadStack(nn.Module):
     """All heads, evaluated at one row per slot.
 
-    ``forward(state, root)``: state [B, 1, H] is the backbone's normalised hidden state at the accepted row, root [B, 1, H]
-    the embedding of the token that the step emits there. Returns candidates int64 [B, K, k] and log-probabilities float32
-    [B, K, k], best first. Block: arXiv 2401.10774, section 2.1.1.
+    ``forward(state, root)`` takes the backbone's normalised hidden state at the accepted row, ``state`` [B, 1, H], and the
+    embedding of the token that the step emits there, ``root`` [B, 1, H]. It returns candidates int64 [B, K, k] and
+    log-probabilities float32 [B, K, k], best first. Block: arXiv 2401.10774, section 2.1.1.
     """
 
     token_map: Tensor | None
@@ -46,7 +46,7 @@ class HeadStack(nn.Module):
             self.shared = output_embedding
 
     def _projections(self, heads: HeadSet, output_embedding: nn.Module, dtype: torch.dtype) -> nn.ParameterList:
-        """Own projections (K of them), one pruned projection for all, or none when the backbone's is shared."""
+        """Make K own projections, one pruned projection for all heads, or none if they share the backbone's."""
         config = heads.config
         if config.projection == "shared":
             return nn.ParameterList()

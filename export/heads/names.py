@@ -1,4 +1,4 @@
-"""Which tensor of a heads checkpoint is what: names of all published layouts (the table in :mod:`.layouts`)."""
+"""Recognises the tensors of a heads checkpoint by their names in all published layouts (the table in :mod:`.layouts`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _VLLM_PROJECTION = re.compile(r"(?:medusa_heads\.)?lm_heads\.(?P<head>\d+)\.weig
 _VLLM_TOKEN_MAP = re.compile(r"(?:medusa_heads\.)?token_map")
 _TRTLLM_BLOCK = re.compile(r"medusa_heads\.(?P<head>\d+)\.medusa_layers\.(?P<layer>\d+)\.linear\.(?P<kind>weight|bias)")
 _TRTLLM_PROJECTION = re.compile(r"medusa_heads\.(?P<head>\d+)\.lm_head\.weight")
-# Scales are read with their weight; those of activations mean nothing once weights are floating point again.
+# A weight is read together with its scale. Scales of activations have no use once weights are floating point again.
 _SCALE = re.compile(r".*\.(?:input_scale|weight_scale|weights_scaling_factor|activation_scaling_factor)")
 _HEAD_LIKE = re.compile(r"medusa_heads?\.|\d+\.\d+\.|blocks\.\d+\.layers\.|lm_heads\.")
 
@@ -26,8 +26,8 @@ _HEAD_LIKE = re.compile(r"medusa_heads?\.|\d+\.\d+\.|blocks\.\d+\.layers\.|lm_he
 class HeadNames:
     """Names of the tensors of one set of heads.
 
-    ``blocks``: (head, layer) to kind (``weight``, ``bias``) to name. ``projections``: head to name; ``numbers``: head to the
-    layer number in that name, where a layout has one. ``layouts``: letters seen so far.
+    ``blocks``: (head, layer) to kind (``weight``, ``bias``) to name. ``projections``: head to name. ``numbers``: head to the
+    layer number in that name, where a layout has one. ``layouts``: the letters of the layouts found so far.
     """
 
     layouts: set[str] = field(default_factory=set)
@@ -43,7 +43,7 @@ class HeadNames:
         return "b" if letter == "a" and not self.projections else letter
 
     def count(self, warnings: list[str]) -> tuple[int, int]:
-        """Number of heads and of layers.
+        """Count the heads and the layers of a head.
 
         Raises:
             HeadsError: a head or a layer is missing, or there are more than ``MAX_HEADS`` or ``MAX_LAYERS``.
@@ -63,7 +63,7 @@ class HeadNames:
         return len(per_head), self._layers(len(per_head[0]), warnings)
 
     def _layers(self, stored: int, warnings: list[str]) -> int:
-        """The reference shares one block among a head's layers; a file that stores it once shows by the projection's number."""
+        """Count a head's layers by its projection's number: the reference stores a block once that all layers share."""
         number = self.numbers.get(0, stored)
         if any(other != number for other in self.numbers.values()) or number > MAX_LAYERS or stored not in (number, 1):
             raise HeadsError(
@@ -76,10 +76,10 @@ class HeadNames:
 
 
 def find_names(names: Mapping[str, object], source: Path) -> HeadNames:
-    """Sort out the heads' names from a checkpoint's.
+    """Find the heads' names among a checkpoint's.
 
     Raises:
-        HeadsError: none, names of several layouts, or a name among the heads' that isn't known.
+        HeadsError: no heads, names of several layouts, or an unknown name among the heads'.
     """
     found = HeadNames()
     for name in names:
@@ -98,7 +98,7 @@ def find_names(names: Mapping[str, object], source: Path) -> HeadNames:
 
 
 def _place(name: str, found: HeadNames) -> bool:
-    """Put a name where it belongs; False when it is none of the heads'."""
+    """Add a name to ``found``; return False if it is none of the heads' names."""
     if match := _REFERENCE.fullmatch(name):
         head, layer = int(match["head"]), int(match["layer"])
         if not match["linear"] and (match["kind"] == "bias" or head in found.projections):

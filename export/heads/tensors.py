@@ -1,4 +1,4 @@
-"""Tensors of a heads checkpoint by name, read one at a time: whichever files hold them, whatever they are quantised to."""
+"""Reads the tensors of a heads checkpoint by name, one at a time, from any kind of file and quantisation."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _Reader = Callable[[str], torch.Tensor]
 
 
 class TensorFiles:
-    """Which file holds which tensor. A context manager: files stay open inside it.
+    """Files of a heads checkpoint. A context manager: files stay open inside it.
 
-    ``parts``: tensor name to its files. More than one file means that tensor parallel ranks hold slices of it, along its
-    first axis and in this order.
+    ``parts``: tensor name to its files. Several files hold the slices of tensor parallel ranks, along the first axis and in this
+    order.
     """
 
     def __init__(self, parts: Mapping[str, list[Path]]) -> None:
@@ -47,10 +47,10 @@ class TensorFiles:
         self._open.close()
 
     def array(self, name: str, axes: int, *, integer: bool = False) -> np.ndarray:
-        """A tensor of ``axes`` axes as float16 or float32 (bfloat16 and float8 become float32), or as int64.
+        """Read a tensor of ``axes`` axes as float16 or float32 (bfloat16 and float8 become float32), or as int64.
 
         Raises:
-            HeadsError: unreadable, of another kind or number of axes, or quantised in a way that isn't known.
+            HeadsError: it is unreadable, has another kind or number of axes, or an unknown quantisation.
         """
         slices = [self._slice(name, path) for path in self.parts[name]]
         shapes = [tuple(part.shape) for part in slices]
@@ -101,10 +101,10 @@ class TensorFiles:
 
 
 def find_tensors(source: Path) -> TensorFiles:
-    """Look up the tensors of a file, or of a folder: heads files first, then rank files, then a whole model's shards.
+    """Find the tensors of a file, or of a folder: heads files first, then rank files, then a whole model's shards.
 
     Raises:
-        HeadsError: nothing there, several candidates, an unreadable file, or an index that leads out of the folder.
+        HeadsError: no tensors, several candidates, an unreadable file, or an index that leads out of the folder.
     """
     if source.is_file():
         return TensorFiles({name: [source] for name in _names(source)})
@@ -168,7 +168,7 @@ def _pickle_reader(path: Path) -> _Reader:
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """A pickled dict of tensors, through torch's unpickler for weights: it builds tensors and calls nothing else."""
+    """Load a pickled dict of tensors by torch's unpickler for weights, which builds tensors and calls nothing else."""
     compressed = False
     try:
         is_zip = zipfile.is_zipfile(path)
@@ -193,7 +193,7 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _is_plain(value: object) -> bool:
-    """A dense tensor that isn't larger than its own storage (a stride of 0 makes a small file claim any size)."""
+    """Tell if a value is a dense tensor no larger than its storage (a stride of 0 lets a small file claim any size)."""
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
         return False
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()

@@ -1,7 +1,7 @@
-"""What the CPU graph leaves to the host, and what it runs only where it is wanted.
+"""Takes work out of the CPU graph: the host computes masks, lengths and parents, and heads run only where they are wanted.
 
-Beside products, an operator of ONNX Runtime costs what it costs to start it. So masks, lengths and parents are inputs that the
-host works out (:mod:`medusa_deploy.runtime.executors.cpu_inputs`), and acceptance is the few operators that then remain.
+Except for matrix products, an operator of ONNX Runtime costs as much as starting it. The host computes these inputs in
+:mod:`medusa_deploy.runtime.executors.cpu_inputs`; a few operators remain for acceptance.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from onnx_ir.passes import common as passes
 
 from ...runtime.executors import step_io
 from ...runtime.tree import MAX_ROWS
-from .patterns import Nodes, made_by, stand_for
+from .patterns import Nodes, producer_if, replace_uses
 
 _REPLACED = (step_io.ANCESTORS, step_io.FORCED, step_io.WRITE_INDEX, step_io.COLUMNS, step_io.COMMIT)
 
 
 def take_from_host(graph: ir.Graph) -> dict[str, ir.Value]:
-    """Add ``step_io.CPU_INPUTS``, returned by name, and accept by them. What they replace is left to :func:`drop_replaced`."""
+    """Add ``step_io.CPU_INPUTS``, accept by them, and return them by name. :func:`drop_replaced` removes what they replace."""
     cache = next(value for value in graph.inputs if value.name == step_io.past_names(1)[0])
     assert cache.dtype is not None
     kinds: dict[str, tuple[ir.DataType, list[str | int]]] = {
@@ -37,12 +37,15 @@ def take_from_host(graph: ir.Graph) -> dict[str, ir.Value]:
 
 
 def _accept(graph: ir.Graph, parents: ir.Value, paths: ir.Value) -> None:
-    """The deepest row of logits whose path has no mismatch: one product, in which a mismatch outweighs any depth."""
+    """Find the deepest row of logits whose path has no mismatch, by one product in which a mismatch outweighs any depth.
+
+    ``score[r] = Σ_n value[n] · paths[n, r]``, where ``value`` is 1 where a row matches and ``-2 · MAX_ROWS`` where not.
+    """
     inputs = {value.name: value for value in graph.inputs}
     outputs = {value.name: value for value in graph.outputs}
     last_row, next_token = outputs[step_io.LAST_ROW], outputs[step_io.NEXT_TOKEN]
     picked = next_token.producer()  # [B] of [B, 1], which is greedy [B, R] at the last row
-    taken = None if picked is None else made_by(picked.inputs[0], "GatherElements")
+    taken = None if picked is None else producer_if(picked.inputs[0], "GatherElements")
     assert taken is not None, "the traced step gathers its next token"
     greedy, last = taken.inputs
     build = Nodes(graph, "accept")
@@ -58,14 +61,14 @@ def _accept(graph: ir.Graph, parents: ir.Value, paths: ir.Value) -> None:
     for new, old in zip((deepest, token, *made), (last, taken.outputs[0], last_row, next_token), strict=True):
         assert old is not None
         new.shape = old.shape
-        stand_for(new, old)
+        replace_uses(new, old)
     argmax = greedy.producer() if greedy is not None else None
     assert argmax is not None
     graph.insert_after(argmax, build.nodes)
 
 
 def drop_replaced(model: ir.Model) -> None:
-    """Remove what nothing reads any more, inputs that the host's took the place of among it."""
+    """Remove nodes that nothing reads any more, and the inputs that the host's inputs replaced."""
     passes.RemoveUnusedNodesPass()(model)
     for value in [value for value in model.graph.inputs if value.name in _REPLACED]:
         assert not value.uses(), f"{value.name} is still read"
@@ -73,7 +76,10 @@ def drop_replaced(model: ir.Model) -> None:
 
 
 def heads_if_wanted(model: ir.Model) -> None:
-    """Put what only the heads' results need into the branch of an If: ONNX Runtime runs all nodes, whatever is fetched."""
+    """Put the nodes that only the heads' results need into a branch of an If.
+
+    ONNX Runtime runs all nodes of a graph, whatever is fetched.
+    """
     graph = model.graph
     results = [value for value in graph.outputs if value.name in (step_io.CANDIDATES, step_io.LOG_PROBS)]
     only = _needed(results) - _needed([value for value in graph.outputs if value not in results])
@@ -101,7 +107,7 @@ def heads_if_wanted(model: ir.Model) -> None:
 
 
 def _needed(values: list[ir.Value]) -> set[ir.Node]:
-    """All nodes that these values are made by."""
+    """Return all nodes that the values depend on."""
     found: set[ir.Node] = set()
     waiting = [value.producer() for value in values]
     while waiting:

@@ -1,6 +1,7 @@
-"""The heads of a CPU graph in 8 bits: they only guess, so their rounding changes no token, and a step reads a quarter of them.
+"""Puts the heads of a CPU graph in 8 bits: a step then reads a quarter of their bytes.
 
-Blocks that read the same become one product, where one projection reads them all.
+Heads only guess, so their rounding changes no token. Blocks that read the same input become one product where one projection
+reads them all.
 """
 
 from __future__ import annotations
@@ -11,24 +12,24 @@ from onnx_ir.passes import common as passes
 
 from ...runtime.files.heads import HeadConfig, expected_shapes
 from ..quantise.cpu import DEFAULT_BLOCKS, CpuPrecision, few_bits_size, largest_block, put_bits, rounded
-from .matmuls import find_products
+from .matmuls import find_matmuls
 from .merge import Product, joined, product_of
-from .patterns import MICROSOFT, Nodes, either, made_by, new_constant, stand_for
+from .patterns import MICROSOFT, Nodes, match_commutative, new_constant, producer_if, replace_uses
 
 _PRECISION = CpuPrecision()
 
 
 def narrow_heads(model: ir.Model, *, shared: bool) -> None:
-    """Rewrite, in place, the products that only heads need: of a CPU graph, or of the heads' own graph.
+    """Rewrite, in place, the products that only heads need, in a CPU graph or in the heads' own graph.
 
-    ``shared``: their last product is the backbone's own projection, which a step has in memory anyway and which stays as it is.
+    ``shared``: the heads' last product is the backbone's projection. It stays as it is: a step has it in memory anyway.
     """
     graph = model.graph
     for node in list(ir.traversal.RecursiveGraphIterator(graph)):
         if node.op_type == "Concat":
             _join_blocks(graph, node)
     passes.RemoveUnusedNodesPass()(model)
-    products = [product for product in find_products(model) if product.of_heads]
+    products = [product for product in find_matmuls(model) if product.of_heads]
     for product in products[:-1] if shared else products:
         block = _PRECISION.block_of(product)
         if block is not None:
@@ -38,7 +39,7 @@ def narrow_heads(model: ir.Model, *, shared: bool) -> None:
 
 
 def narrow_size(config: HeadConfig) -> int:
-    """Bytes of what :func:`narrow_heads` writes, as far as heads of this shape say."""
+    """Estimate the bytes that :func:`narrow_heads` writes, from the heads' config."""
     shapes = [shape for shape in expected_shapes(config, has_token_map=False).values() if len(shape) == 2]
     if config.projection == "pruned":
         shapes.append((config.draft_vocab_size, config.hidden_size))
@@ -47,7 +48,7 @@ def narrow_size(config: HeadConfig) -> int:
 
 
 def _join_blocks(graph: ir.Graph, stack: ir.Node) -> None:
-    """A Concat [B, K, H] of ``x + silu(W y + b)``, with W and b of each head, to one product and one sum of all rows."""
+    """Turn a Concat [B, K, H] of ``x + silu(W y + b)``, with W and b of each head, into one product and one sum of all rows."""
     sums = [value.producer() for value in stack.inputs if value is not None]
     blocks = [None if node is None or node.op_type != "Add" else _block(node) for node in sums]
     if stack.attributes["axis"].as_int() != 1 or len(blocks) < 2:
@@ -72,14 +73,14 @@ def _join_blocks(graph: ir.Graph, stack: ir.Node) -> None:
     total.shape = stack.outputs[0].shape
     assert stack.graph is not None
     stack.graph.insert_before(stack, [*nodes, *build.nodes])
-    stand_for(total, stack.outputs[0])
+    replace_uses(total, stack.outputs[0])
 
 
 def _block(total: ir.Node) -> tuple[ir.Value, Product] | None:
-    """What is added and the product of ``x + silu(product)``."""
+    """Return ``x`` and the product of ``x + silu(product)``."""
     for x, value in (total.inputs, total.inputs[::-1]):
-        gated = made_by(value, "Mul")
-        linear, sigmoid = either(gated, "Sigmoid")
+        gated = producer_if(value, "Mul")
+        linear, sigmoid = match_commutative(gated, "Sigmoid")
         if x is None or linear is None or sigmoid is None or sigmoid.inputs[0] is not linear:
             continue
         product = product_of(linear, readers=2)

@@ -1,7 +1,7 @@
-"""Fewer, larger operators for ONNX Runtime on a CPU, whose own fusions miss these patterns in a traced graph.
+"""Fuses operators for ONNX Runtime on a CPU, whose own fusions miss these patterns in a traced graph.
 
-A step of one row runs some forty tiny operators a layer: what each costs to start is what is saved here. A pass replaces exactly
-the pattern that it names and leaves everything else alone, so a graph that looks different stays right, if slower.
+A step of one row runs some forty tiny operators a layer, and each costs time to start. A pass replaces exactly the pattern that
+it names and leaves everything else alone: a graph that looks different stays right, if slower.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from .patterns import either, elements, made_by, new_node, stand_for
+from .patterns import elements, match_commutative, new_node, producer_if, replace_uses
 
 _SWAP = [0, 2, 1, 3]
 
 
 def fuse(model: ir.Model) -> None:
-    """All passes, in place, on the lowered CPU graph."""
+    """Run all passes, in place, on the lowered CPU graph."""
     graph = model.graph
     for node in list(graph):
         if node.op_type == "Mul":
@@ -30,12 +30,12 @@ def fuse(model: ir.Model) -> None:
 
 
 def _norm(graph: ir.Graph, scaled: ir.Node) -> None:
-    """``weight · (x · 1/sqrt(mean(x²) + ε))`` over the last axis, in float32, to SimplifiedLayerNormalization."""
-    weight, inner = either(scaled, "Mul")
-    x, reciprocal = either(inner, "Reciprocal")
-    root = None if reciprocal is None else made_by(reciprocal.inputs[0], "Sqrt")
-    epsilon, mean = either(None if root is None else made_by(root.inputs[0], "Add"), "ReduceMean")
-    square = None if mean is None else made_by(mean.inputs[0], "Pow")
+    """Turn ``weight · (x · 1/sqrt(mean(x²) + ε))`` over the last axis, in float32, into SimplifiedLayerNormalization."""
+    weight, inner = match_commutative(scaled, "Mul")
+    x, reciprocal = match_commutative(inner, "Reciprocal")
+    root = None if reciprocal is None else producer_if(reciprocal.inputs[0], "Sqrt")
+    epsilon, mean = match_commutative(None if root is None else producer_if(root.inputs[0], "Add"), "ReduceMean")
+    square = None if mean is None else producer_if(mean.inputs[0], "Pow")
     if weight is None or weight.const_value is None or weight.dtype != ir.DataType.FLOAT or square is None or mean is None:
         return
     small = elements(epsilon)
@@ -45,22 +45,22 @@ def _norm(graph: ir.Graph, scaled: ir.Node) -> None:
     norm = new_node("SimplifiedLayerNormalization", [x, weight], attributes, scaled.outputs[0].name)
     norm.outputs[0].shape = scaled.outputs[0].shape
     graph.insert_before(scaled, [norm])
-    stand_for(norm.outputs[0], scaled.outputs[0])
+    replace_uses(norm.outputs[0], scaled.outputs[0])
 
 
 def _rotary(graph: ir.Graph, rotated: ir.Node) -> None:
-    """``x · cos + [-x₂, x₁] · sin``, both halves of cos and of sin alike, to RotaryEmbedding.
+    """Turn ``x · cos + [-x₂, x₁] · sin``, both halves of cos and of sin alike, into RotaryEmbedding.
 
-    ``x`` [B, H, N, D_h] is rows [B, N, H·D_h] split into heads: the operator takes those, and what it makes is split again, which
-    :func:`_unsplit` takes back together with the attention's own reshaping.
+    ``x`` [B, H, N, D_h] is rows [B, N, H·D_h] split into heads. The operator takes the rows, and its result is split again.
+    :func:`_unsplit` removes that split together with the attention's own reshaping.
     """
-    direct, crossed = (made_by(value, "Mul") for value in rotated.inputs[:2])
+    direct, crossed = (producer_if(value, "Mul") for value in rotated.inputs[:2])
     if direct is None or crossed is None:
         return
-    cos, turned = direct.inputs[1], made_by(crossed.inputs[0], "Concat")
+    cos, turned = direct.inputs[1], producer_if(crossed.inputs[0], "Concat")
     x = direct.inputs[0]
     swapped = _swap(x)
-    split = None if swapped is None else made_by(swapped.inputs[0], "Reshape")
+    split = None if swapped is None else producer_if(swapped.inputs[0], "Reshape")
     if turned is None or split is None or swapped is None or x is None or not _are_turned_halves(turned, x):
         return
     halves = [_half(graph, value) for value in (cos, crossed.inputs[1])]
@@ -75,13 +75,13 @@ def _rotary(graph: ir.Graph, rotated: ir.Node) -> None:
     back = new_node("Transpose", [again.outputs[0]], {"perm": _SWAP}, f"{rotated.outputs[0].name}/heads")
     embed.outputs[0].shape, embed.outputs[0].type = (None, None) if rows is None else (rows.shape, rows.type)
     graph.insert_before(rotated, [embed, again, back])
-    stand_for(back.outputs[0], rotated.outputs[0])
+    replace_uses(back.outputs[0], rotated.outputs[0])
 
 
 def _are_turned_halves(turned: ir.Node, x: ir.Value) -> bool:
-    """Whether ``turned`` is the upper half of the last axis of ``x``, negated, then the lower one."""
-    negated, low = made_by(turned.inputs[0], "Neg"), made_by(turned.inputs[1], "Slice")
-    high = None if negated is None else made_by(negated.inputs[0], "Slice")
+    """Tell if ``turned`` is the negated upper half of the last axis of ``x``, then the lower half."""
+    negated, low = producer_if(turned.inputs[0], "Neg"), producer_if(turned.inputs[1], "Slice")
+    high = None if negated is None else producer_if(negated.inputs[0], "Slice")
     width = None if x.shape is None else x.shape[-1]
     if len(turned.inputs) != 2 or low is None or high is None or not isinstance(width, int):
         return False
@@ -98,11 +98,11 @@ def _are_turned_halves(turned: ir.Node, x: ir.Value) -> bool:
 
 
 def _half(graph: ir.Graph, tensor: ir.Value | None) -> ir.Value | None:
-    """``f(a)`` [B, N, D_h / 2] where ``tensor`` is ``f(concat(a, a))`` [B, 1, N, D_h] and f is cos or sin; made once a graph."""
-    spread = made_by(tensor, "Unsqueeze")
+    """Find or make ``f(a)`` [B, N, D_h / 2] for a ``tensor`` ``f(concat(a, a))`` [B, 1, N, D_h], where f is cos or sin."""
+    spread = producer_if(tensor, "Unsqueeze")
     whole = None if spread is None else spread.inputs[0]
-    function = made_by(whole, "Cos") or made_by(whole, "Sin")
-    twice = None if function is None else made_by(function.inputs[0], "Concat")
+    function = producer_if(whole, "Cos") or producer_if(whole, "Sin")
+    twice = None if function is None else producer_if(function.inputs[0], "Concat")
     angles = None if twice is None else twice.inputs[0]
     if function is None or twice is None or angles is None or len(twice.inputs) != 2 or twice.inputs[1] is not angles:
         return None
@@ -114,24 +114,24 @@ def _half(graph: ir.Graph, tensor: ir.Value | None) -> ir.Value | None:
 
 
 def _unsplit(graph: ir.Graph, merge: ir.Node) -> None:
-    """Rows [B, N, H·D_h] split into heads and merged again, one right after the other, are what they were."""
+    """Remove a split of rows [B, N, H·D_h] into heads that is merged again at once."""
     back = _swap(merge.inputs[0])
     there = None if back is None else _swap(back.inputs[0])
-    split = None if there is None else made_by(there.inputs[0], "Reshape")
+    split = None if there is None else producer_if(there.inputs[0], "Reshape")
     rows = None if split is None else split.inputs[0]
     width = None if rows is None or rows.shape is None or len(rows.shape) != 3 else rows.shape[-1]
     if rows is not None and isinstance(width, int) and _merged_width(merge) == width:
-        stand_for(rows, merge.outputs[0])
+        replace_uses(rows, merge.outputs[0])
 
 
 def _swap(value: ir.Value | None) -> ir.Node | None:
-    """The node that makes ``value``, if it swaps rows and heads."""
-    node = made_by(value, "Transpose")
+    """Return the node that makes ``value``, if it swaps rows and heads."""
+    node = producer_if(value, "Transpose")
     return node if node is not None and list(node.attributes["perm"].as_ints()) == _SWAP else None
 
 
 def _merged_width(merge: ir.Node) -> int | None:
-    """Size of the last of three axes that a Reshape makes."""
+    """Return the size of the last of three axes that a Reshape makes."""
     target, shape = elements(merge.inputs[1]), merge.outputs[0].shape
     if target is not None:
         return int(target[2]) if len(target) == 3 and target[:2] == [0, 0] else None

@@ -1,9 +1,10 @@
-"""Turn the abstract attention nodes of a traced step graph into operators that engines have.
+"""Turns the abstract attention nodes of a traced step graph into operators that engines have.
 
-``lower_standard``: opset-24 operators only (TensorScatter, Attention).
-``lower_device``: the same operators, closed over itself, accepted rows carried outside the caches: the file that TensorRT parses.
-``lower_cpu``: ONNX Runtime's GroupQueryAttention, whose cost on a CPU follows the valid length instead of the capacity. It
-writes the new rows itself, so rows accepted in the previous step are moved by the executor and ``commit`` disappears.
+``lower_standard`` uses operators of opset 24 only (TensorScatter, Attention).
+``lower_device`` uses the same operators for the graph that TensorRT parses. Its outputs are the next step's inputs, and accepted
+rows are carried outside the caches.
+``lower_cpu`` uses ONNX Runtime's GroupQueryAttention, whose cost on a CPU follows the valid length instead of the capacity. The
+operator writes the new rows itself, so the executor moves the rows that the previous step accepted, and ``commit`` disappears.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def lower_standard(model: ir.Model) -> None:
     kv_heads, head_dim = (int(inputs[step_io.past_names(1)[0]].shape[axis]) for axis in (1, 3))  # type: ignore[index, arg-type]
     margin = int(inputs[step_io.COMMIT].shape[1])  # type: ignore[index, arg-type]
     head = Nodes(graph, "commit")
-    # GatherElements wants an index per element: [B, H_kv, K, D_h], the same for every cache.
+    # GatherElements takes an index per element: [B, H_kv, K, D_h], the same for every cache.
     index = head.add("Unsqueeze", [inputs[step_io.COMMIT], head.constant("axes", [1, 3])])
     tile = head.constant("repeats", [1, kv_heads, 1, head_dim])
     shared = {
@@ -66,7 +67,7 @@ def lower_standard(model: ir.Model) -> None:
 def lower_device(model: ir.Model) -> None:
     """Replace each attention, in place, like :func:`lower_standard`, but take the rows to move from ``carried`` inputs.
 
-    An engine may write a cache in place before another node of it reads the old rows; here no node does.
+    An engine may write a cache in place before another node reads its old rows; in this graph no node reads them.
     """
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}
@@ -87,7 +88,7 @@ def lower_device(model: ir.Model) -> None:
     rows = head.add("Shape", [inputs[step_io.TOKENS]], {"start": 1, "end": 2})
     written = head.add("Add", [rows, head.constant("heads", [heads])])
     order = head.add("Range", [zero, head.add("Squeeze", [written]), one])  # [K + N]
-    # Of carried and new rows one after another: the kept ones, then the new ones, the last of them again to the end.
+    # Index into the carried rows followed by the new rows: the kept rows, the new rows, then the last new row to the end.
     own = head.add("Min", [head.add("Sub", [order, count]), head.add("Sub", [rows, first])])
     padding = head.add("Expand", [head.constant("padding", [[0]]), head.add("Shape", [inputs[step_io.TOKENS]])])
     index = head.add(
@@ -114,7 +115,7 @@ def lower_device(model: ir.Model) -> None:
 
 
 def drop_closing(model: ir.Model) -> None:
-    """Take the device graph's part out of a traced step graph, in place."""
+    """Remove the device graph's outputs and inputs from a traced step graph, in place."""
     graph = model.graph
     closing = [value for value in graph.outputs if value.name in step_io.CLOSING]
     for value in closing:
@@ -149,7 +150,7 @@ def _attention_over_caches(
     shared: dict[str, ir.Value],
     update_of: Callable[[Nodes, ir.Value, ir.Value], ir.Value],
 ) -> list[ir.Node]:
-    """One TensorScatter a cache, of the rows that ``update_of`` (past, new) makes; slices to T; Attention."""
+    """Make a TensorScatter a cache, of the rows that ``update_of`` (past, new) makes, then slices to T and an Attention."""
     query, key, value, past_key, past_value, mask = node.inputs[:6]
     build = Nodes(graph, str(node.name))
     sliced = []
@@ -167,7 +168,7 @@ def _attention_over_caches(
 def lower_cpu(model: ir.Model) -> None:
     """Replace each attention, in place, by com.microsoft GroupQueryAttention over the shared buffer; fuse, then merge.
 
-    What the host works out is an input, and heads run only where they are wanted (:mod:`.cpu_graph`).
+    The host computes some inputs, and heads run only where they are wanted (:mod:`.cpu_graph`).
     """
     _each_attention(model, _cpu_attention, take_from_host(model.graph))
     model.opset_imports[MICROSOFT] = 1

@@ -1,4 +1,9 @@
-"""The products of a CPU graph whose weights are constant: what they multiply with, and where their inputs come from."""
+"""Finds the matrix products of a graph whose weights are constant: what they multiply with, and which layer they belong to.
+
+Every pass, quantiser and engine of this folder finds them here, on onnx_ir graphs. Calibration has a finder of its own, on ONNX
+protos (:mod:`medusa_deploy.calibration.int8.matmuls`): export and calibration don't import each other, what both import is the
+runtime, and that knows neither onnx nor onnx_ir.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +14,56 @@ import numpy as np
 import onnx_ir as ir
 
 from ...runtime.executors import step_io
-from .patterns import made_by
+from .patterns import producer_if
 
+MATMULS = ("MatMul", "Gemm")
 _MULTIPLY = ("MatMul", "MatMulNBits")
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 _CACHE = re.compile(step_io.past_names(1)[0].replace("0", r"(\d+)"))
 
 
-@dataclass(slots=True, eq=False)
-class CpuProduct:
-    """A MatMul with a constant matrix W [N, K] of N outputs.
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """The constant matrix that a node multiplies with.
 
-    ``weights``: initializers that W is made of, side by side along its outputs; ``transposed``: whether they are stored [N, K].
-    ``multipliers`` [K] of its inputs and ``divisors`` [N] of its outputs are to be taken into W. ``layer``: of the backbone, None
-    for the vocabulary projection and the heads.
+    ``parts``: initializers that stand side by side along its outputs, most often one. ``transposed``: stored [outputs, inputs].
+    ``turn``: the Transpose between them and the node, or None.
+    """
+
+    parts: tuple[ir.Value, ...]
+    transposed: bool
+    turn: ir.Node | None
+
+
+def constant_matrix(node: ir.Node) -> Matrix | None:
+    """Find the float matrix that a MatMul or Gemm multiplies with, perhaps through a Transpose or a Concat of several."""
+    if node.op_type not in MATMULS or node.domain:
+        return None
+    value, flag = node.inputs[1], node.attributes.get("transB")
+    transposed = flag is not None and bool(flag.as_int())
+    turn = producer_if(value, "Transpose")
+    if turn is not None:
+        value, transposed = turn.inputs[0], not transposed
+    concat = producer_if(value, "Concat")
+    if concat is not None and concat.attributes["axis"].as_int() != (0 if transposed else 1):
+        return None
+    parts = (value,) if concat is None else tuple(concat.inputs)
+    found = tuple(part for part in parts if part is not None and _is_matrix(part))
+    return Matrix(found, transposed, turn) if len(found) == len(parts) else None
+
+
+def _is_matrix(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return value.is_initializer() and tensor is not None and tensor.dtype in _FLOATS and len(tensor.shape) == 2
+
+
+@dataclass(slots=True, eq=False)
+class CpuMatmul:
+    """A MatMul of the CPU graph with a constant matrix W [N, K] of N outputs.
+
+    ``weights``: initializers that make up W, side by side along its outputs. ``transposed``: stored [N, K]. ``multipliers`` [K]
+    of its inputs and ``divisors`` [N] of its outputs are to be taken into W. ``layer``: the backbone's layer, None for the
+    vocabulary projection and the heads.
     """
 
     node: ir.Node
@@ -34,12 +76,12 @@ class CpuProduct:
 
     @property
     def name(self) -> str:
-        """As reports call it: with its layer, since nodes are only numbered."""
+        """Its name in reports: with its layer, since nodes are only numbered."""
         return str(self.node.name) if self.layer is None else f"layers.{self.layer}/{self.node.name}"
 
     @property
     def of_heads(self) -> bool:
-        """Whether only the heads' results need it."""
+        """True if only the heads' results need it."""
         return self.layer is None and not self.is_projection
 
     @property
@@ -49,40 +91,40 @@ class CpuProduct:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """N and K."""
+        """Its sizes N and K."""
         return sum(self.widths), int(_shape(self.weights[0])[1 if self.transposed else 0])
 
     @property
     def activation(self) -> ir.Value:
-        """What it reads, [.., K]."""
+        """The value [.., K] that it reads."""
         value = self.node.inputs[0]
         assert value is not None
         return value
 
     def matrix(self) -> np.ndarray:
-        """W as float32 [N, K], multipliers and divisors taken in."""
+        """Return W as float32 [N, K], multipliers and divisors taken in."""
         parts = [weight.const_value.numpy() for weight in self.weights if weight.const_value is not None]
         whole = np.concatenate([part if self.transposed else part.T for part in parts])
         matrix: np.ndarray = np.ascontiguousarray(whole, np.float32) * self.multipliers / self.divisors[:, None]
         return matrix
 
 
-def find_products(model: ir.Model) -> list[CpuProduct]:
-    """All products of the graph and of its branches with constant matrices of at least two rows and columns."""
-    found: list[CpuProduct] = []
-    last: int | None = None  # layer of the last attention that was passed
+def find_matmuls(model: ir.Model) -> list[CpuMatmul]:
+    """List all MatMuls of the graph and of its branches with constant matrices of at least two rows and columns."""
+    found: list[CpuMatmul] = []
+    last: int | None = None  # layer of the last attention so far
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         last = last if (layer := _attention_layer(node)) is None else layer
-        weights, transposed = _constant_matrix(node)
-        if weights:
+        matrix = constant_matrix(node) if node.op_type == "MatMul" else None
+        if matrix is not None and all(map(_is_large, matrix.parts)):
             is_projection = node.outputs[0].name == step_io.LOGITS
-            in_layers = node.graph is model.graph and not is_projection
-            found.append(CpuProduct(node, weights, transposed, _layer_of(node, last) if in_layers else None, is_projection))
+            layer = _layer_of(node, last) if node.graph is model.graph and not is_projection else None
+            found.append(CpuMatmul(node, matrix.parts, matrix.transposed, layer, is_projection))
     return found
 
 
 def plain_step_bytes(model: ir.Model) -> int:
-    """Bytes of the matrices that a CPU graph multiplies with in every step; its branches are taken now and then."""
+    """Count the bytes of the matrices that a CPU graph multiplies with in every step: branches are taken now and then."""
     matrices: dict[str, int] = {}
     waiting = [node.inputs[index] for node in model.graph if node.op_type in _MULTIPLY for index in range(1, len(node.inputs))]
     while waiting:
@@ -95,9 +137,9 @@ def plain_step_bytes(model: ir.Model) -> int:
     return sum(matrices.values())
 
 
-def _layer_of(product: ir.Node, last: int | None) -> int | None:
-    """Of queries, keys and values: the layer of the attention that reads them; of others, that of the last one before them."""
-    seen, waiting = {product}, [product]
+def _layer_of(matmul: ir.Node, last: int | None) -> int | None:
+    """Find a matmul's layer: queries, keys and values belong to the attention that reads them, others to the last one before."""
+    seen, waiting = {matmul}, [matmul]
     while waiting:
         for user in waiting.pop().successors():
             layer = _attention_layer(user)
@@ -117,26 +159,10 @@ def _attention_layer(node: ir.Node) -> int | None:
     return None
 
 
-def _constant_matrix(node: ir.Node) -> tuple[tuple[ir.Value, ...], bool]:
-    """The initializers that a MatMul multiplies with, perhaps through a Transpose or a Concat, and whether they stand [N, K]."""
-    if node.op_type != "MatMul" or node.domain:
-        return (), False
-    value = node.inputs[1]
-    transpose = made_by(value, "Transpose")
-    if transpose is not None:
-        value = transpose.inputs[0]
-    concat = made_by(value, "Concat")
-    parts = [value] if concat is None else list(concat.inputs)
-    if concat is not None and concat.attributes["axis"].as_int() != (1 if transpose is None else 0):
-        return (), False
-    if not all(part is not None and part.is_initializer() and _is_matrix(part) for part in parts):
-        return (), False
-    return tuple(part for part in parts if part is not None), transpose is not None
-
-
-def _is_matrix(value: ir.Value) -> bool:
-    tensor = value.const_value
-    return tensor is not None and tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 2 and min(tensor.shape.numpy()) > 1
+def _is_large(value: ir.Value) -> bool:
+    """True if a matrix is float32, as the kernels for few bits take it, and more than a vector."""
+    assert value.const_value is not None
+    return value.const_value.dtype == ir.DataType.FLOAT and min(_shape(value)) > 1
 
 
 def _shape(value: ir.Value) -> tuple[int, ...]:

@@ -1,12 +1,11 @@
-"""Operators that do the work of several, where ONNX Runtime has one for it: the second half of what makes the CPU graph.
+"""Merges operators of the CPU graph where ONNX Runtime has one operator for several; runs after :mod:`.fuse`.
 
-Starts from what :mod:`.fuse` leaves. As there, a pass replaces exactly the pattern that it names and leaves everything else
-alone.
+A pass replaces exactly the pattern that it names and leaves everything else alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,34 +14,36 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common as passes
 
 from ...runtime.executors import step_io
-from .patterns import MICROSOFT, either, elements, made_by, new_constant, new_node, stand_for
+from ..trace.names import joined_names
+from .matmuls import constant_matrix
+from .patterns import MICROSOFT, elements, match_commutative, new_constant, new_node, producer_if, replace_uses
 
 ATTENTION = "GroupQueryAttention"
 _COS_CACHE, _SIN_CACHE, _POSITIONS = 7, 8, 9  # inputs of the attention
-# Each makes an element of its result from the elements of its inputs in the same row, and from constants.
+# Operators whose results depend on their inputs row by row, and on constants.
 _ROW_BY_ROW = {"Unsqueeze", "Cast", "Mul", "Cos", "Sin"}
 
 
 def merge(model: ir.Model) -> None:
-    """All passes, in place, on the fused CPU graph."""
+    """Run all passes, in place, on the fused CPU graph."""
     clean = passes.RemoveUnusedNodesPass()
     for op, one in _PASSES:
         for node in list(model.graph):
             if node.op_type == op:
                 one(model.graph, node)
-        clean(model)  # who reads a value decides what may be merged
+        clean(model)  # the readers of a value decide what may be merged
 
 
 # -- rotation inside the attention -----------------------------------------------------------------------------------
 
 
 def _rotate_inside(graph: ir.Graph, attention: ir.Node) -> None:
-    """Queries and keys rotated by the same angles, then attended, to an attention that rotates them by a table of positions.
+    """Turn the rotation of queries and keys by the same angles into an attention that rotates by a table of positions.
 
-    A tree's rows of one depth share a position. The operator reads only the first one where all visible rows are the step's
-    own (a first prompt), which the margin before every cache rules out.
+    A tree's rows of one depth share a position, so each row's own position must count. The operator reads only the first
+    position where all visible rows are the step's own (a first prompt); the margin before every cache rules that out.
     """
-    query, key = (made_by(value, "RotaryEmbedding") for value in attention.inputs[:2])
+    query, key = (producer_if(value, "RotaryEmbedding") for value in attention.inputs[:2])
     past = attention.inputs[3]
     if query is None or key is None or past is None or past.shape is None:
         return
@@ -65,10 +66,10 @@ def _rotate_inside(graph: ir.Graph, attention: ir.Node) -> None:
 
 
 def _table(graph: ir.Graph, value: ir.Value, rows: int, width: int) -> ir.Value | None:
-    """What ``value`` [B, N, D_h / 2] is at positions 0 … rows − 1, as a constant [rows, D_h / 2]; made once a graph.
+    """Evaluate ``value`` [B, N, D_h / 2] at positions 0 … rows − 1, as a constant [rows, D_h / 2]; made once a graph.
 
-    A position is below the number of cache rows, because every row of a step lies in one. The graph's own nodes are
-    evaluated, so whatever scales the angles is in the table. None if they don't make each row from its position alone.
+    A position is below the number of cache rows, because every row of a step lies in one. The graph's own nodes are evaluated,
+    so the table has their scaling of the angles. Returns None if they don't make each row from its position alone.
     """
     name = f"{value.name}/table"
     if name in graph.initializers:
@@ -93,19 +94,23 @@ def _table(graph: ir.Graph, value: ir.Value, rows: int, width: int) -> ir.Value 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """``x`` times a constant matrix [in, out], stored ``transposed`` or not, plus a constant [out] if there is a bias."""
+    """``x`` times a constant matrix [in, out], stored ``transposed`` or not, plus a constant [out] if there is a bias.
+
+    ``names``: the metadata of its node (:mod:`..trace.names`).
+    """
 
     x: ir.Value
     weight: ir.Value
     transposed: bool
     bias: ir.Value | None
+    names: Mapping[str, str]
 
 
 def _pack(graph: ir.Graph, attention: ir.Node) -> None:
-    """Three products of one value that an attention reads, and nothing else, to one product: the operator takes them packed.
+    """Turn three products of one value, which only an attention reads, into one product: the operator takes them packed.
 
-    ``<attention>/qkv/weight`` is a Concat of the stored matrices, which the bundle's other graphs read one by one: no byte is
-    stored twice. ONNX Runtime folds it when it loads the graph and keeps no other copy.
+    ``<attention>/qkv/weight`` is a Concat of the stored matrices. The bundle's other graphs read the same matrices one by one,
+    so no byte is stored twice. ONNX Runtime folds the Concat when it loads the graph and keeps no other copy.
     """
     products = [product_of(value) for value in attention.inputs[:3]]
     query, key, value = products
@@ -129,35 +134,35 @@ def _pack(graph: ir.Graph, attention: ir.Node) -> None:
 
 
 def joined(products: Sequence[Product], name: str) -> list[ir.Node]:
-    """Nodes that end with the product ``name`` of several matrices side by side, without biases; all are stored alike."""
+    """Make nodes that end with the product ``name`` of several matrices side by side, without biases; all are stored alike."""
     first = products[0]
     nodes = [_concat([each.weight for each in products], 0 if first.transposed else 1, f"{name}/weight")]
     if first.transposed:
         nodes.append(_named("Transpose", [nodes[-1].outputs[0]], {"perm": [1, 0]}, f"{name}/weight/transposed"))
-    return [*nodes, _named("MatMul", [first.x, nodes[-1].outputs[0]], {}, name)]
+    product = _named("MatMul", [first.x, nodes[-1].outputs[0]], {}, name)
+    product.metadata_props.update(joined_names(each.names for each in products))
+    return [*nodes, product]
 
 
 def product_of(value: ir.Value | None, readers: int = 1) -> Product | None:
-    """How ``value`` is made, if it is a product with a constant matrix and has so many readers."""
-    bias, product = either(made_by(value, "Add"), "MatMul")
+    """Return the product that makes ``value``, if its matrix is constant and ``value`` has so many ``readers``."""
+    bias, product = match_commutative(producer_if(value, "Add"), "MatMul")
     if product is None:
-        product = made_by(value, "MatMul")
+        product = producer_if(value, "MatMul")
     elif bias is None or bias.const_value is None:
         return None
     if value is None or product is None or product.inputs[0] is None:
         return None
     if len(value.uses()) != readers or len(product.outputs[0].uses()) != (readers if bias is None else 1):
         return None
-    weight = product.inputs[1]
-    turned = made_by(weight, "Transpose")  # where weights are linked, they are stored as the checkpoint has them
-    if turned is not None:
-        weight = turned.inputs[0]
-    if weight is None or weight.const_value is None or weight.shape is None or len(weight.shape) != 2:
+    matrix = constant_matrix(product)
+    if matrix is None or len(matrix.parts) != 1 or matrix.parts[0].shape is None:
         return None
-    width = weight.shape[1 if turned is None else 0]
-    if bias is not None and bias.shape != (width,):
+    (weight,) = matrix.parts
+    # Where weights are linked, they are stored as the checkpoint has them: transposed.
+    if bias is not None and bias.shape != (weight.shape[0 if matrix.transposed else 1],):  # type: ignore[index]
         return None
-    return Product(product.inputs[0], weight, turned is not None, bias)
+    return Product(product.inputs[0], weight, matrix.transposed, bias, product.metadata_props)
 
 
 def _concat(values: list[ir.Value | None], axis: int, name: str) -> ir.Node:
@@ -167,7 +172,7 @@ def _concat(values: list[ir.Value | None], axis: int, name: str) -> ir.Node:
 
 
 def _named(op: str, inputs: list[ir.Value | None], attributes: dict[str, object], name: str) -> ir.Node:
-    """A node of one output, both of the same name."""
+    """Make a node of one output, both of the same name."""
     node = ir.node(op, inputs, attributes, name=name)  # type: ignore[arg-type]
     node.outputs[0].name = name
     return node
@@ -177,12 +182,12 @@ def _named(op: str, inputs: list[ir.Value | None], attributes: dict[str, object]
 
 
 def _norm_of_sum(graph: ir.Graph, norm: ir.Node) -> None:
-    """The norm of a sum of two values [B, N, H] to SkipSimplifiedLayerNormalization, which makes the sum as well."""
-    total = made_by(norm.inputs[0], "Add")
+    """Turn the norm of a sum of two values [B, N, H] into SkipSimplifiedLayerNormalization, which makes the sum as well."""
+    total = producer_if(norm.inputs[0], "Add")
     if total is None or norm.attributes["axis"].as_int() != -1:
         return
     shapes = [None if value is None else value.shape for value in total.inputs]
-    if shapes[0] is None or len(shapes[0]) != 3 or shapes[0] != shapes[1]:  # the operator broadcasts otherwise, if at all
+    if shapes[0] is None or len(shapes[0]) != 3 or shapes[0] != shapes[1]:  # the operator broadcasts in another way
         return
     name = f"{norm.name}/skip"
     attributes = ir.convenience.convert_attributes({"epsilon": norm.attributes["epsilon"].as_float()})
@@ -191,17 +196,17 @@ def _norm_of_sum(graph: ir.Graph, norm: ir.Node) -> None:
     both = ir.Node(MICROSOFT, "SkipSimplifiedLayerNormalization", inputs, attributes, outputs=outputs, name=name)
     normal.shape = summed.shape = shapes[0]
     graph.insert_before(norm, [both])
-    stand_for(normal, norm.outputs[0])
-    stand_for(summed, total.outputs[0])
+    replace_uses(normal, norm.outputs[0])
+    replace_uses(summed, total.outputs[0])
 
 
 # -- rows of a matrix ------------------------------------------------------------------------------------------------
 
 
 def _gather_rows(graph: ir.Graph, gather: ir.Node) -> None:
-    """Whole rows of [B, N, H], which a traced gather picks element by element with an index for each, to GatherND."""
-    data, spread = gather.inputs[0], made_by(gather.inputs[1], "Expand")
-    raised = None if spread is None else made_by(spread.inputs[0], "Unsqueeze")
+    """Turn a traced gather of whole rows of [B, N, H], with an index for each element, into GatherND."""
+    data, spread = gather.inputs[0], producer_if(gather.inputs[1], "Expand")
+    raised = None if spread is None else producer_if(spread.inputs[0], "Unsqueeze")
     if data is None or data.shape is None or raised is None or spread is None:
         return
     shape, axis = elements(spread.inputs[1]), elements(raised.inputs[1])
@@ -210,18 +215,18 @@ def _gather_rows(graph: ir.Graph, gather: ir.Node) -> None:
     rows = new_node("GatherND", [data, raised.outputs[0]], {"batch_dims": 1}, gather.outputs[0].name)
     rows.outputs[0].shape = gather.outputs[0].shape
     graph.insert_before(gather, [rows])
-    stand_for(rows.outputs[0], gather.outputs[0])
+    replace_uses(rows.outputs[0], gather.outputs[0])
 
 
 def _look_up(graph: ir.Graph, gather: ir.Node) -> None:
-    """Elements of a vector, looked up by indices of one number each, to a plain Gather."""
-    table, raised = gather.inputs[0], made_by(gather.inputs[1], "Unsqueeze")
+    """Turn a look-up of elements of a vector, by indices of one number each, into a plain Gather."""
+    table, raised = gather.inputs[0], producer_if(gather.inputs[1], "Unsqueeze")
     if table is None or table.shape is None or len(table.shape) != 1 or raised is None or elements(raised.inputs[1]) != [-1]:
         return
     found = new_node("Gather", [table, raised.inputs[0]], {"axis": 0}, gather.outputs[0].name)
     found.outputs[0].shape = gather.outputs[0].shape
     graph.insert_before(gather, [found])
-    stand_for(found.outputs[0], gather.outputs[0])
+    replace_uses(found.outputs[0], gather.outputs[0])
 
 
 _PASSES = (

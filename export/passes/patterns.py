@@ -10,17 +10,17 @@ import onnx_ir as ir
 MICROSOFT = "com.microsoft"
 
 
-def made_by(value: ir.Value | None, op: str, domain: str = "") -> ir.Node | None:
+def producer_if(value: ir.Value | None, op: str, domain: str = "") -> ir.Node | None:
     """The node of kind ``op`` that makes ``value``."""
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == op and node.domain == domain else None
 
 
-def either(node: ir.Node | None, op: str) -> tuple[ir.Value | None, ir.Node | None]:
+def match_commutative(node: ir.Node | None, op: str) -> tuple[ir.Value | None, ir.Node | None]:
     """Of a node with two inputs: the one that no ``op`` makes, and the ``op`` that makes the other."""
     if node is not None:
         for this, other in (node.inputs[:2], node.inputs[1::-1]):
-            made = made_by(other, op)
+            made = producer_if(other, op)
             if made is not None:
                 return this, made
     return None, None
@@ -51,7 +51,7 @@ def new_constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
     return value
 
 
-def stand_for(value: ir.Value, old: ir.Value) -> None:
+def replace_uses(value: ir.Value, old: ir.Value) -> None:
     """Let ``value`` be read where ``old`` was, as an output of the graph too; what nobody reads any more is removed later."""
     value.type = old.type if value.type is None else value.type
     if old.is_graph_output():

@@ -1,8 +1,8 @@
-"""Exact logits for the few tokens that matter, behind a vocabulary projection in few bits.
+"""Computes exact logits for the few tokens that matter, behind a vocabulary projection in few bits.
 
-The quantised projection says which tokens are the likely ones; the weights of those, which are there anyway where they are the
-embedding, are multiplied again in float32. What is greedily chosen, and what is worth sampling, is then as exact as the hidden
-state, for the reading of a few rows instead of all.
+The quantised projection says which tokens are likely. Their weights are multiplied again in float32; those are in the graph
+anyway where they are the embedding. The greedy choice, and what is worth sampling, are then as exact as the hidden state, for
+the reading of a few rows instead of all.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from .matmuls import CpuProduct
-from .patterns import Nodes, stand_for
+from .matmuls import CpuMatmul
+from .patterns import Nodes, replace_uses
 
 
-def rescore(graph: ir.Graph, projection: CpuProduct, approximate: ir.Value, count: int) -> ir.Value:
-    """Nodes behind ``approximate`` [B, R, V] that compute the ``count`` largest logits again; returns the logits.
+def rescore(graph: ir.Graph, projection: CpuMatmul, approximate: ir.Value, count: int) -> ir.Value:
+    """Compute the ``count`` largest logits of ``approximate`` [B, R, V] again, in nodes behind it, and return the logits.
 
-    The greedy choice is the largest of those that were computed again.
-    The projection's weight stays in the graph: [V, H], or [H, V] where it isn't shared with the embedding.
+    The greedy choice becomes the largest of the logits that are computed again. The projection's weight stays in the graph:
+    [V, H], or [H, V] where it isn't shared with the embedding.
     """
     build = Nodes(graph, f"{projection.node.name}/rescore")
     _, likely = largest(build, approximate, min(count, projection.shape[0]))
@@ -27,20 +27,20 @@ def rescore(graph: ir.Graph, projection: CpuProduct, approximate: ir.Value, coun
     logits = build.add("ScatterElements", [approximate, likely, exact], {"axis": -1})
     for choice in greedy_choices(projection):
         # Looking through all logits once more takes as long as finding the likely ones did.
-        stand_for(likeliest(build, likely, exact, choice), choice)
+        replace_uses(likeliest(build, likely, exact, choice), choice)
     graph.insert_after(approximate.producer(), build.nodes)  # type: ignore[arg-type]
     return logits
 
 
 def largest(build: Nodes, values: ir.Value, count: int) -> tuple[ir.Value, ir.Value]:
-    """The ``count`` largest of ``values`` [B, R, V], largest first, and which tokens they are of: both [B, R, count]."""
+    """Take the ``count`` largest of ``values`` [B, R, V], largest first. Returns values and tokens, both [B, R, count]."""
     found, tokens = (ir.Value(name=f"{build.prefix}/{name}") for name in ("largest", "likely"))
     build.add("TopK", [values, build.constant("count", [count])], outputs=[found, tokens])
     return found, tokens
 
 
-def exact_logits(build: Nodes, projection: CpuProduct, tokens: ir.Value) -> ir.Value:
-    """Logits of ``tokens`` [B, R, n], of the projection's own weights, in that shape."""
+def exact_logits(build: Nodes, projection: CpuMatmul, tokens: ir.Value) -> ir.Value:
+    """Compute the logits of ``tokens`` [B, R, n] from the projection's own weights, in that shape."""
     (weight,) = projection.weights
     last = build.constant("last", [-1])
     rows = build.add("Gather", [weight, tokens], {"axis": 0 if projection.transposed else 1})
@@ -51,15 +51,15 @@ def exact_logits(build: Nodes, projection: CpuProduct, tokens: ir.Value) -> ir.V
 
 
 def likeliest(build: Nodes, tokens: ir.Value, logits: ir.Value, like: ir.Value) -> ir.Value:
-    """Of ``tokens`` [B, R, n] that of the largest of their ``logits``; of the shape of ``like`` [B, R]."""
+    """Choose the token of the largest logit among ``tokens``, both [B, R, n]. The result has the shape of ``like`` [B, R]."""
     first = build.add("ArgMax", [logits], {"axis": -1, "keepdims": 1})
     token = build.add("Squeeze", [build.add("GatherElements", [tokens, first], {"axis": -1}), build.constant("last", [-1])])
     token.type, token.shape = ir.TensorType(ir.DataType.INT64), like.shape
     return token
 
 
-def greedy_choices(projection: CpuProduct) -> Iterator[ir.Value]:
-    """What is greedily chosen of the projection's logits: values [B, R]."""
+def greedy_choices(projection: CpuMatmul) -> Iterator[ir.Value]:
+    """Yield the greedy choices of the projection's logits: values [B, R]."""
     for node in projection.node.outputs[0].consumers():
         if node.op_type == "ArgMax" and [node.attributes[name].as_int() for name in ("axis", "keepdims")] == [-1, 0]:
             yield node.outputs[0]

@@ -1,10 +1,13 @@
-"""The exact greedy choice of a float32 projection, of which seldom more than a few rows are read.
+"""Makes the exact greedy choice of a float32 projection and seldom reads more than a few of its rows.
 
-Reading the vocabulary projection is a fifth of a plain step of a small model, and all that greedy decoding wants is its largest
-logit. So logits are computed in 8 bits first, and how far each may be off is known: MatMulNBits rounds what it reads by at most
-half a step of each block, so by Cauchy's inequality the logit of token v is off by at most ‖q‖·‖δh‖ + ‖w − q‖·‖h‖, where w is its
-weight and q that in 8 bits. Tokens with the highest upper bounds get their exact logits. Is the largest of these above all other
-bounds, it is the greedy choice; where it isn't, or logits are wanted, the whole projection is computed after all.
+Reading the vocabulary projection is a fifth of a plain step of a small model, and greedy decoding only needs its largest logit.
+So logits are computed in 8 bits first. MatMulNBits rounds the hidden state h by at most half a step of each block, δh. With w the
+weight of token v and q the same in 8 bits, Cauchy's inequality bounds the error of its logit::
+
+    |w·h − q·(h + δh)| ≤ ‖q‖·‖δh‖ + ‖w − q‖·‖h‖
+
+The tokens with the highest upper bounds get exact logits. If the largest of these is above all other bounds, it is the greedy
+choice. If it isn't, or logits are wanted, the whole projection is computed after all.
 """
 
 from __future__ import annotations
@@ -19,28 +22,28 @@ from onnx_ir.passes import common as passes
 from ...runtime.executors import step_io
 from ..quantise.blocks import Grid, values
 from ..quantise.cpu import few_bits, few_bits_size, rounded
-from .matmuls import CpuProduct, find_products
-from .patterns import MICROSOFT, Nodes, new_constant, stand_for
+from .matmuls import CpuMatmul, find_matmuls
+from .patterns import MICROSOFT, Nodes, new_constant, replace_uses
 from .rescore import exact_logits, greedy_choices, largest, likeliest
 
 _PREFIX = "screen"
 _BITS = 8
 _BLOCK = 32
-_EXACT = 32  # tokens whose logits are computed: with 16, one step of five rows in 17 was undecided, with 32 one in 110
-_WORTH_IT = 1 << 20  # weights of a projection; the nodes around a smaller one cost more than reading it
+_EXACT = 32  # tokens that get exact logits: with 16, one step of five rows in 17 was undecided, with 32 one in 110
+_WORTH_IT = 1 << 20  # weights of a projection; reading a smaller one costs less than the nodes around it
 _ROWS_AT_A_TIME = 4096
-_SLACK = 1.01  # for what float32 rounds, bounds among it
+_SLACK = 1.01  # covers what float32 rounds, also in the bounds
 
 
 def screen(model: ir.Model) -> None:
-    """Screen the projection of a CPU graph, in place; a small one, or one that isn't float32, stays as it is.
+    """Screen the projection of a CPU graph, in place. A small one, or one that isn't float32, stays as it is.
 
-    The graph then reads ``logits_wanted``, and its logits are empty where they aren't wanted, unless they were needed.
+    The graph then reads ``logits_wanted``. If they aren't wanted, its logits are empty unless the choice needed them.
 
     Raises:
         QuantisationError: a weight holds NaN or infinity.
     """
-    found = [product for product in find_products(model) if product.is_projection]
+    found = [matmul for matmul in find_matmuls(model) if matmul.is_projection]
     if not found or not screen_size(found[0].shape) or len(found[0].weights) != 1:
         return
     (projection,) = found
@@ -65,21 +68,21 @@ def screen(model: ir.Model) -> None:
 
 
 def screen_size(shape: tuple[int, int]) -> int:
-    """Bytes that screening adds for a projection [V, H] of float32; 0 where it isn't screened."""
+    """Count the bytes that screening adds for a projection [V, H] of float32; 0 if it isn't screened."""
     if math.prod(shape) < _WORTH_IT or shape[1] % _BLOCK:
         return 0
     return few_bits_size(shape, _BITS, _BLOCK) + 2 * shape[0] * 4  # and both lengths of a row
 
 
 def load_whole(path: Path) -> ir.Model:
-    """Read a CPU graph as it was before :func:`screen`, for whoever rewrites its projection."""
+    """Read a CPU graph and take :func:`screen` back, for callers that rewrite its projection."""
     model = ir.load(path)
     unscreen(model)
     return model
 
 
 def unscreen(model: ir.Model) -> None:
-    """Take :func:`screen` back, in place: the whole projection, computed in every step. Other graphs stay as they are."""
+    """Take :func:`screen` back, in place: every step computes the whole projection. Other graphs stay as they are."""
     graph = model.graph
     choice = next((node for node in graph if node.name == f"{_PREFIX}/If"), None)
     if choice is None:
@@ -92,18 +95,18 @@ def unscreen(model: ir.Model) -> None:
     without.remove(list(without), safe=True)  # or what they read would count as used
     graph.insert_before(choice, nodes)
     for result, old in zip(results, choice.outputs, strict=True):
-        stand_for(result, old)
+        replace_uses(result, old)
     graph.remove(choice, safe=True)
     passes.RemoveUnusedNodesPass()(model)
     graph.inputs.remove(next(value for value in graph.inputs if value.name == step_io.LOGITS_WANTED))
 
 
-def _bounded(build: Nodes, projection: CpuProduct) -> tuple[ir.Value, ir.Value]:
-    """Logits in 8 bits, and how far at most each is off: both [B, R, V]."""
+def _bounded(build: Nodes, projection: CpuMatmul) -> tuple[ir.Value, ir.Value]:
+    """Compute logits in 8 bits and the largest error that each may have: both [B, R, V]."""
     graph, hidden = build.graph, projection.activation
     grid, codes = rounded(projection, _BITS, _BLOCK)
-    product, _ = few_bits(graph, projection, grid, codes, _PREFIX)
-    build.nodes.append(product)
+    matmul, _ = few_bits(graph, projection, grid, codes, _PREFIX)
+    build.nodes.append(matmul)
     lengths, missed = _lengths(projection.matrix(), grid, codes)
     # A block of n values up to a rounds in steps of a / 127: what is lost of it has a length of at most √n · a / 254.
     half_step = _SLACK * math.sqrt(_BLOCK) / 254
@@ -113,13 +116,13 @@ def _bounded(build: Nodes, projection: CpuProduct) -> tuple[ir.Value, ir.Value]:
     lost = build.add("ReduceL2", [peaks, axis], {"keepdims": 1})  # [B, R, 1]
     factors = np.stack([half_step * lengths, _SLACK * missed]).astype(np.float32)
     if not missed.any():  # weights that stood on such a grid from the beginning
-        return product.outputs[0], build.add("Mul", [lost, new_constant(graph, factors[0], f"{_PREFIX}/factors")])
+        return matmul.outputs[0], build.add("Mul", [lost, new_constant(graph, factors[0], f"{_PREFIX}/factors")])
     sizes = build.add("Concat", [lost, build.add("ReduceL2", [hidden, axis], {"keepdims": 1})], {"axis": -1})
-    return product.outputs[0], build.add("MatMul", [sizes, new_constant(graph, factors, f"{_PREFIX}/factors")])
+    return matmul.outputs[0], build.add("MatMul", [sizes, new_constant(graph, factors, f"{_PREFIX}/factors")])
 
 
 def _lengths(weight: np.ndarray, grid: Grid, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row [V]: the length of what its codes stand for, and of what they miss."""
+    """Compute two lengths of each row [V]: ‖q‖ of the values of its codes, and ‖w − q‖."""
     lengths, missed = np.empty(len(weight)), np.empty(len(weight))
     for start in range(0, len(weight), _ROWS_AT_A_TIME):
         rows = slice(start, start + _ROWS_AT_A_TIME)
@@ -129,8 +132,8 @@ def _lengths(weight: np.ndarray, grid: Grid, codes: np.ndarray) -> tuple[np.ndar
     return lengths, missed
 
 
-def _choose(graph: ir.Graph, projection: CpuProduct, greedy: ir.Value, token: ir.Value, whole: ir.Value) -> None:
-    """Move the projection and its greedy choice into the branch that is taken where ``whole`` says so."""
+def _choose(graph: ir.Graph, projection: CpuMatmul, greedy: ir.Value, token: ir.Value, whole: ir.Value) -> None:
+    """Move the projection and its greedy choice into a branch that runs if ``whole`` is true."""
     logits, chooser = projection.node.outputs[0], greedy.producer()
     assert chooser is not None
     greedy.type = ir.TensorType(ir.DataType.INT64)

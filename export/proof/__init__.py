@@ -1,1 +1,1 @@
-"""Compares an exported graph with the torch module that it came from."""
+"""Proves an export before it is committed: compares its graphs with the torch module that they came from."""

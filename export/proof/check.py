@@ -1,4 +1,4 @@
-"""Compare an exported bundle with the torch module it came from, before the bundle is committed.
+"""Compares an exported bundle with the torch module that it came from, before the bundle is committed.
 
 The reference is transformers' own attention over whole sequences, not the traced module: it shares no code with the step
 graph, so a wrong mask, position, cache row or commit shows.
@@ -13,22 +13,27 @@ import numpy as np
 import torch
 
 from ...runtime.errors import ExportMismatchError, NumericsError
-from ...runtime.executors.executor import Executor, StepBuffers, Wanted
+from ...runtime.executors.executor import Executor
+from ...runtime.executors.one_slot import prefill_rows, run_one
+from ...runtime.executors.step_plan import SlotRows, Wanted, rows_to_move
 from ...runtime.tree import Tree
-from ..backbone.backbone import Backbone
+from ..backbone.record import Backbone
 from ..heads.module import HeadStack
-from ..trace import attention
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2}
 _PROMPT = 24
 _WANTED = Wanted(heads=True, logits=True, hidden=True)
 Reference = Callable[[np.ndarray], np.ndarray]
-"""Tokens int64 [n] to float32 logits [n, V] after each of them."""
+"""Maps tokens int64 [n] to float32 logits [n, V] after each of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """``max_logit_error``: largest absolute difference, ``logit_scale``: largest absolute reference logit; ``rows`` compared."""
+    """Reports a comparison over ``rows`` rows.
+
+    ``max_logit_error``: largest absolute difference. ``logit_scale``: largest absolute logit of the reference.
+    ``argmax_agreement`` and ``head_agreement``: shares of rows, and of heads, with the same best token.
+    """
 
     max_logit_error: float
     logit_scale: float
@@ -38,15 +43,15 @@ class CheckReport:
 
 
 def probe_tree(heads: int) -> Tree:
-    """Two branches at every depth; the deepest last path is not made of adjacent rows, so committing it moves rows."""
+    """Make a tree of two branches at every depth. Its last path has rows that aren't adjacent, so committing it moves rows."""
     return Tree.from_choices([(branch, *(0,) * depth) for branch in (0, 1) for depth in range(heads)])
 
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What an executor returned. ``rows``: a context and the logits [V] after it. ``heads``: context, root, candidates [K, k].
+    """Holds an executor's results. ``rows``: contexts and the logits [V] after them. ``heads``: context, root, candidates [K, k].
 
-    ``greedy``: the token chosen after the context of the first row where no logits are wanted.
+    ``greedy``: the token that is chosen after the first row's context if no logits are wanted.
     """
 
     rows: list[tuple[np.ndarray, np.ndarray]]
@@ -55,16 +60,14 @@ class Observed:
 
 
 def check_executor(executor: Executor, backbone: Backbone, heads: HeadStack, seed: int = 0) -> CheckReport:
-    """Compare what :func:`observe` sees with the torch module.
+    """Compare the results of :func:`observe` with the torch module.
 
     Raises:
         NumericsError: logits that aren't finite.
         ExportMismatchError: the difference is beyond rounding in the graph's dtype.
     """
     observed = observe(executor, heads.config.num_heads, backbone.shape.vocab_size, seed=seed)
-    report = compare(observed, eager_reference(backbone), backbone, heads)
-    attention.install(backbone.module)
-    return report
+    return compare(observed, eager_reference(backbone), backbone, heads)
 
 
 def observe(executor: Executor, num_heads: int, vocab_size: int, *, prompt_rows: int = _PROMPT, seed: int = 0) -> Observed:
@@ -72,38 +75,29 @@ def observe(executor: Executor, num_heads: int, vocab_size: int, *, prompt_rows:
     tree = probe_tree(num_heads)
     rng = np.random.default_rng(seed)
     prompt = rng.integers(0, vocab_size, prompt_rows)
-    greedy = int(executor.prefill(0, prompt, 0, Wanted()).next_token[0])
-    prefill = executor.prefill(0, prompt, 0, _WANTED)
-    rows = [(prompt, prefill.logits[0, 0].astype(np.float32))]
-    head_pairs = [(prompt, int(prefill.next_token[0]), prefill.candidates[0].copy())]
-    context, length, moved = prompt, prompt_rows, list[int]()
+    rest = [0] * (executor.layout.slots - 1)
+    greedy = run_one(executor, prefill_rows(0, prompt), [0, *rest]).next_token
+    prefill = run_one(executor, prefill_rows(0, prompt, _WANTED), [0, *rest])
+    assert prefill.logits is not None and prefill.candidates is not None, "they were wanted"
+    rows = [(prompt, prefill.logits[0].astype(np.float32))]
+    head_pairs = [(prompt, prefill.next_token, prefill.candidates.copy())]
+    context, length, moves = prompt, prompt_rows, tuple[int, ...]()
     for _ in range(2):
-        buffers = executor.buffers(tree.rows, _WANTED)
-        _fill(buffers, tree, rng.integers(0, vocab_size, tree.rows), length, moved, executor.layout.slots)
-        executor.step(buffers, _WANTED)
-        tokens = buffers.tokens[0].copy()
+        tokens = rng.integers(0, vocab_size, tree.rows)
+        step = run_one(executor, SlotRows(0, tokens, tree, wanted=_WANTED), [length, *rest], moves)
+        assert step.logits is not None, "they were wanted"
         for row in range(tree.rows):
             path = [0, *tree.row_paths[row]]
-            rows.append((np.concatenate([context, tokens[path]]), buffers.logits[0, row].astype(np.float32)))
+            rows.append((np.concatenate([context, tokens[path]]), step.logits[row].astype(np.float32)))
         # Take the last (deepest) path as accepted, whatever the logits say: the next step must see exactly its rows.
-        path = list(tree.row_paths[-1])
-        moved = [buffers.margin + length + row for row in path]
-        context, length = np.concatenate([context, tokens[[0, *path]]]), length + 1 + len(path)
+        accepted = tree.row_paths[-1]
+        moves = rows_to_move(length, accepted)
+        context, length = np.concatenate([context, tokens[[0, *accepted]]]), length + 1 + len(accepted)
     return Observed(rows, head_pairs, greedy)
 
 
-def _fill(buffers: StepBuffers, tree: Tree, tokens: np.ndarray, length: int, moved: list[int], slots: int) -> None:
-    for slot in range(slots):
-        buffers.idle(slot, length if slot == 0 else 0)
-    buffers.tokens[0] = tokens
-    buffers.positions[0] = length + tree.depths
-    buffers.ancestors[0] = tree.ancestors
-    buffers.forced[0] = 1
-    buffers.move(0, length, moved)
-
-
 def compare(observed: Observed, reference: Reference, backbone: Backbone, heads: HeadStack) -> CheckReport:
-    """Every row's logits and every head's candidates against the torch module's.
+    """Compare every row's logits and every head's candidates with the torch module's.
 
     Raises:
         NumericsError, ExportMismatchError: as :func:`check_executor`.
@@ -147,7 +141,7 @@ def compare(observed: Observed, reference: Reference, backbone: Backbone, heads:
 
 
 def _after(tokens: np.ndarray, reference: Reference, known: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Logits [V] after ``tokens``, out of what is known of a sequence that begins with them, or else by the reference."""
+    """Look up the logits [V] after ``tokens`` in a known sequence that begins with them, or else ask the reference."""
     for sequence, logits in known:
         if np.array_equal(sequence[: len(tokens)], tokens):
             return np.asarray(logits[len(tokens) - 1])
@@ -157,7 +151,7 @@ def _after(tokens: np.ndarray, reference: Reference, known: list[tuple[np.ndarra
 
 
 def eager_reference(backbone: Backbone) -> Reference:
-    """Logits in float32, by transformers' own eager attention, which the module has from now on."""
+    """Switch the module to transformers' own eager attention. Returns a function that computes its logits in float32."""
     module = backbone.module
     module.set_attn_implementation("eager")
 

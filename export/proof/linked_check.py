@@ -1,7 +1,7 @@
-"""What can be proven about a linked export without its weights in memory.
+"""Proves what can be proven about a linked export without its weights in memory.
 
-Its first layers, with the real weights and through the same code, run against the torch module; and every place that the whole
-graphs point to holds the tensor that its initializer is named after.
+Its first layers, with the real weights and through the same code, are compared with the torch module. And every place that the
+whole graphs point to has to hold the tensor that its initializer is named after.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import onnx
 from ...runtime.errors import ExportMismatchError
 from ...runtime.executors.executor import CacheLayout
 from ...runtime.executors.ort import OrtExecutor, OrtModel
-from ..backbone.backbone import Backbone
 from ..backbone.checkpoint import Report
-from ..backbone.linked import first_layers
+from ..backbone.linked import LinkedWeights, first_layers
+from ..backbone.record import Backbone
 from ..backbone.safetensors_header import StoredTensor, read_header
 from ..graphs import HEADS_GRAPH, write_graphs
 from ..heads.module import HeadStack
 from .check import CheckReport, Observed, Reference, compare, eager_reference, observe
 from .device_executor import DeviceGraphExecutor
-from .run_order import run_products_in_turn
+from .run_order import run_matmuls_in_turn
 
-# Rows of the prompt: each takes part in matrix products as wide as the backbone, on a CPU and in fp16.
+# Rows of the prompt. Each takes part in matmuls as wide as the backbone, on a CPU and in fp16.
 _PROMPT_ROWS = 8
 _PREFIX = "check."
 _DTYPES = {"F16": onnx.TensorProto.FLOAT16, "F32": onnx.TensorProto.FLOAT}
@@ -37,7 +37,7 @@ _TOP = {"embedding": "embed", "heads.shared": "lm_head|embed", "projection": "lm
 
 @dataclass(frozen=True, slots=True)
 class PlacesReport:
-    """``tensors``: linked initializers of one graph; ``layers`` that they belong to."""
+    """Counts the linked initializers (``tensors``) of one graph, and the ``layers`` that they belong to."""
 
     tensors: int
     layers: int
@@ -46,16 +46,17 @@ class PlacesReport:
 def check_linked(
     folder: Path, variants: dict[str, str], layout: CacheLayout, backbone: Backbone, stack: HeadStack, report: Report
 ) -> tuple[dict[str, CheckReport], dict[str, Any]]:
-    """Run every variant of the first layers against the torch module, and look up every place in the whole graphs.
+    """Compare every variant of the first layers with the torch module, and look up every place in the whole graphs.
 
     ``folder`` holds the graphs and the linked files, and for a while those of the first layers. ``variants``: file names in it.
-    ``layout``: of the whole backbone. ``stack`` is used up: it reads the real weights from now on. Returns what was compared,
-    by variant, and what a bundle's provenance says of its weights.
+    ``layout``: of the whole backbone. ``stack`` is used up: it reads the real weights from now on. Returns reports by variant,
+    and the facts about weights for the bundle's provenance.
 
     Raises:
         NumericsError, ExportMismatchError: the first layers don't reproduce the torch module, or a place is wrong.
     """
-    assert backbone.linked is not None
+    weights = backbone.weights
+    assert isinstance(weights, LinkedWeights)
     cut, real = first_layers(backbone)
     stack.project_through(cut.module.get_output_embeddings())
     report(f"tracing {cut.shape.layers} layers for the check")
@@ -65,7 +66,7 @@ def check_linked(
     observed = {}
     for name, path in graphs.items():
         report(f"checking {few.layers} layers of the {name} graph")
-        run_products_in_turn(folder / path)
+        run_matmuls_in_turn(folder / path)
         model = OrtModel(folder / path, folder / f"{_PREFIX}{HEADS_GRAPH}", few, *sizes)
         executor = DeviceGraphExecutor(model, frugal_options()) if name == "device" else _FrugalExecutor(model)
         observed[name] = observe(executor, stack.config.num_heads, cut.shape.vocab_size, prompt_rows=_PROMPT_ROWS)
@@ -76,14 +77,14 @@ def check_linked(
     for written in folder.glob(f"{_PREFIX}*"):
         written.unlink()
     report("checking where all weights lie")
-    needed = {tensor.name: tensor for tensor in backbone.linked.stored.values()}
+    needed = {tensor.name: tensor for tensor in weights.tensors.values()}
     places = {name: asdict(check_places(folder / path, needed, layout.layers)) for name, path in variants.items()}
-    files = dict(backbone.linked.files)
+    files = dict(weights.files)
     return checks, {"files": files, "checked_layers": few.layers, "layers": layout.layers, "places": places}
 
 
 def frugal_options() -> Any:
-    """Options of a session that runs a graph as it is: weights stay mapped, none is prepacked, folded or kept in another type."""
+    """Return options of a session that runs a graph as it is: weights stay mapped; none is prepacked, folded or converted."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -101,7 +102,7 @@ class _FrugalExecutor(OrtExecutor):
 
 
 def _compare_all(observed: dict[str, Observed], backbone: Backbone, heads: HeadStack) -> dict[str, CheckReport]:
-    """Compare every variant with one run of the torch module: all saw the same tokens.
+    """Compare every variant with one run of the torch module. All variants saw the same tokens.
 
     Raises:
         NumericsError, ExportMismatchError: as :func:`.check.compare`.
@@ -122,8 +123,8 @@ def _compare_all(observed: dict[str, Observed], backbone: Backbone, heads: HeadS
 def check_places(graph: Path, needed: dict[str, StoredTensor], layers: int) -> PlacesReport:
     """Read the graph and the headers of the files it points to, and compare names, types, shapes and places.
 
-    ``needed``: where the parameters of the backbone lie, by name. Each must be used, those of a layer by the initializer of
-    the same layer and name.
+    ``needed``: places of the backbone's parameters, by name. Each must be used. The initializer of the same layer and name must
+    use a layer's parameter.
 
     Raises:
         ExportMismatchError: an initializer points to nothing, or to another tensor than its own.
@@ -158,7 +159,7 @@ _REPORT = "this architecture isn't linked rightly: export with --weights copied,
 
 
 def _is_named(initializer: str, stored: str) -> bool:
-    """Whether an initializer (named by the step module) and a tensor of the checkpoint are the same part of the model."""
+    """True if an initializer (named by the step module) and a tensor of the checkpoint are the same part of the model."""
     one, two = _LAYER.search(initializer), _LAYER.search(stored)
     if one or two:
         return bool(one and two and one.groups() == two.groups())

@@ -1,7 +1,9 @@
-"""Weights in 8 or 4 bits with a scale for every block of inputs, in the layout of com.microsoft.MatMulNBits.
+"""Rounds weights to 8 or 4 bits with a scale for every block of inputs, in the layout of com.microsoft.MatMulNBits.
 
-A matrix W [N, K] of N outputs has blocks of ``block`` inputs each. 8 bits: symmetric, the value furthest from 0 is exact and code
-128 is zero. 4 bits: codes 0 … 15 from a zero point that is a code itself.
+A matrix W [N, K] has N outputs and blocks of ``block`` inputs each::
+
+    8 bits   value = (code − 128) · scale    symmetric; the value furthest from 0 is exact
+    4 bits   value = (code − zero) · scale   the zero point is one of the codes 0 … 15
 """
 
 from __future__ import annotations
@@ -12,13 +14,13 @@ import numpy as np
 
 BITS = (4, 8)
 _SMALLEST = float(np.finfo(np.float32).smallest_normal)
-_SHRUNK = np.linspace(0.7, 1.0, 13)  # ranges of a 4-bit block that are tried, as shares of the whole one
-_DAMPING = 0.01  # of the mean second moment: what GPTQ's authors take
+_SHRUNK = np.linspace(0.7, 1.0, 13)  # tried ranges of a 4-bit block, as shares of the whole range
+_DAMPING = 0.01  # share of the mean second moment, as in GPTQ's paper
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """``scales`` and ``zero_points`` (codes), float32 [N, K / block]: a value is (code − zero point) · scale."""
+    """Maps codes to values: (code − zero point) · scale. ``scales`` and ``zero_points`` (codes) are float32 [N, K / block]."""
 
     bits: int
     scales: np.ndarray
@@ -26,27 +28,27 @@ class Grid:
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether every zero point is the middle code, which needs not be stored."""
+        """True if every zero point is the middle code. Then none has to be stored."""
         return bool((self.zero_points == 1 << (self.bits - 1)).all())
 
 
 def make_grid(weight: np.ndarray, bits: int, block: int) -> Grid:
-    """The grid of float32 W [N, K], K a multiple of ``block``."""
+    """Choose the grid of float32 W [N, K], K a multiple of ``block``."""
     blocks = weight.reshape(len(weight), -1, block)
     return _symmetric(blocks, bits) if bits == 8 else _asymmetric(blocks, bits)
 
 
 def nearest(weight: np.ndarray, grid: Grid) -> np.ndarray:
-    """Codes uint8 [N, K / block, block]: each value rounded to the grid on its own."""
+    """Round each value to the grid on its own. Returns codes uint8 [N, K / block, block]."""
     blocks = weight.reshape(*grid.scales.shape, -1)
     return _codes(blocks, grid.scales[..., None], grid.zero_points[..., None], grid.bits)
 
 
 def compensated(weight: np.ndarray, grid: Grid, moments: np.ndarray) -> np.ndarray:
-    """Codes like :func:`nearest`, but what rounding one input adds to the outputs is taken back by the inputs after it.
+    """Round as :func:`nearest` does, but let later inputs take back the error that rounding an input adds to the outputs.
 
-    GPTQ (E. Frantar et al., arXiv 2210.17323, algorithm 1) for the second moments E[xᵀx] [K, K] of what the product reads; the
-    grid stays that of the weights as they were, so that codes can be made of it alone.
+    This is GPTQ (E. Frantar et al., arXiv 2210.17323, algorithm 1). ``moments``: E[xᵀx] [K, K] of the activation. The grid stays
+    that of the unchanged weights, so that codes can be made of it alone.
     """
     count, size = weight.shape
     block = size // grid.scales.shape[1]
@@ -72,13 +74,13 @@ def compensated(weight: np.ndarray, grid: Grid, moments: np.ndarray) -> np.ndarr
 
 
 def values(codes: np.ndarray, grid: Grid) -> np.ndarray:
-    """Float32 [N, K] that codes stand for."""
+    """Turn codes back into values, float32 [N, K]."""
     exact: np.ndarray = (codes.astype(np.float32) - grid.zero_points[..., None]) * grid.scales[..., None]
     return exact.reshape(len(codes), -1)
 
 
 def packed(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Uint8 [..., n · bits / 8]: of two 4-bit codes the first in the low half; an odd number gets a zero more."""
+    """Pack codes into uint8 [..., n · bits / 8]. The first of two 4-bit codes is the low half; an odd count gets a zero more."""
     if bits == 8:
         return codes.astype(np.uint8)
     if codes.shape[-1] % 2:
@@ -88,9 +90,10 @@ def packed(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _symmetric(blocks: np.ndarray, bits: int) -> Grid:
-    """The value furthest from 0 on the code furthest below the middle or above it, where the squared error is least.
+    """Put the value furthest from 0 on code 0 or on the largest code, whichever gives the least squared error.
 
-    Below there is a code more, so that grid is finer; the other one is that of GGUF's Q8_0, whose values it keeps as they are.
+    There is one code more below the middle than above it, so the first grid is finer. The second is that of GGUF's Q8_0 and
+    keeps its values exactly.
     """
     furthest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
     middle = 1 << (bits - 1)
@@ -106,7 +109,7 @@ def _symmetric(blocks: np.ndarray, bits: int) -> Grid:
 
 
 def _asymmetric(blocks: np.ndarray, bits: int) -> Grid:
-    """Of several ranges between the least and the largest value, each reaching 0, the one of least squared error."""
+    """Choose the range of least squared error among several between the least and the largest value. Each includes 0."""
     most = (1 << bits) - 1
     low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
     best = np.full(low.shape, np.inf)

@@ -1,7 +1,7 @@
-"""The CPU graph with its weights in 8 or 4 bits: products become ONNX Runtime's MatMulNBits.
+"""Rewrites the CPU graph with weights in 8 or 4 bits: matmuls become ONNX Runtime's MatMulNBits.
 
-That operator rounds what it reads to 8 bits in blocks of each row (accuracy level 4), so a product's row doesn't depend on the
-rows beside it, as it would with a scale for a whole activation. What rounding still does to exactness is in docs/quantisation.md.
+That operator rounds its activation to 8 bits in blocks of each row (accuracy level 4). So a row of the result doesn't depend on
+the rows beside it, as it would with a scale for a whole activation. docs/quantisation.md says what rounding does to exactness.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from onnx_ir.passes import common as passes
 
 from ...runtime.errors import QuantisationError, UsageError
 from ...runtime.files.scales_file import Scales
-from ..passes.matmuls import CpuProduct, find_products, plain_step_bytes
+from ..passes.matmuls import CpuMatmul, find_matmuls, plain_step_bytes
 from ..passes.patterns import MICROSOFT, new_constant, new_node
 from ..passes.rescore import rescore
 from .blocks import Grid, compensated, make_grid, nearest, packed
@@ -26,20 +26,20 @@ from .smooth_cpu import smooth
 PRECISIONS = (4, 8, 32)
 BLOCKS = (16, 32, 64, 128)
 DEFAULT_BLOCKS = {4: 32, 8: 64}
-"""By bits. With blocks of 64 a step of a few rows takes a ninth less than with 32; 4 bits can't afford the coarser scales."""
+"""Block by bits. A step of a few rows takes a ninth less with 64 than with 32; 4 bits can't afford the coarser scales."""
 _ROUND_ACTIVATIONS_TO_INT8 = 4  # MatMulNBits' accuracy_level
 _ROUNDED_AT_A_TIME = 1 << 22  # weights
 
 
 @dataclass(frozen=True, slots=True)
 class CpuPrecision:
-    """Bits of the weights: 4, 8, or 32 for those that stay as they are.
+    """Says how many bits each weight gets: 4, 8, or 32 for weights that stay as they are.
 
-    ``layers``: of the backbone's layers, ``kept`` (by the name of a :class:`.matmuls.CpuProduct`) overrides it;
-    ``projection`` onto the vocabulary; ``heads``, as far as they haven't 8 bits before (:mod:`.cpu_heads`). ``block``: inputs
-    that share a scale (None: ``DEFAULT_BLOCKS``, or the largest smaller one that divides a product's inputs),
-    ``projection_block`` in the projection.
-    ``rescored``: how many of the largest logits are computed again from the projection's own weights; 0 for none.
+    ``layers``: bits of the backbone's layers. ``kept`` overrides it by the name of a :class:`.matmuls.CpuMatmul`.
+    ``projection``: bits of the vocabulary projection. ``heads``: bits of those weights of heads that haven't 8 bits already
+    (:mod:`.cpu_heads`). ``block``: inputs that share a scale; None takes ``DEFAULT_BLOCKS``, or the largest smaller block that
+    divides a matmul's inputs. ``projection_block``: the same in the projection. ``rescored``: number of the largest logits that
+    are computed again from the projection's own weights.
     """
 
     layers: int = 8
@@ -58,26 +58,26 @@ class CpuPrecision:
             if block is not None and block not in BLOCKS:
                 raise UsageError(f"blocks of {block} inputs", hint=f"one of {', '.join(map(str, BLOCKS))}")
 
-    def bits(self, product: CpuProduct) -> int:
-        """Of one product."""
-        if product.is_projection:
+    def bits(self, matmul: CpuMatmul) -> int:
+        """Return the bits of one matmul."""
+        if matmul.is_projection:
             return self.projection
-        return self.heads if product.of_heads else self.kept.get(product.name, self.layers)
+        return self.heads if matmul.of_heads else self.kept.get(matmul.name, self.layers)
 
-    def block_of(self, product: CpuProduct) -> int | None:
-        """Inputs of one product that share a scale; None: no block that may be taken divides them, so it stays as it is."""
-        if product.is_projection:
-            return largest_block(self.projection_block, product.shape[1])
+    def block_of(self, matmul: CpuMatmul) -> int | None:
+        """Return how many inputs of one matmul share a scale; None if no allowed block divides them: it stays as it is."""
+        if matmul.is_projection:
+            return largest_block(self.projection_block, matmul.shape[1])
         if self.block is not None:
-            return self.block if product.shape[1] % self.block == 0 else None
-        return largest_block(DEFAULT_BLOCKS.get(self.bits(product), max(DEFAULT_BLOCKS.values())), product.shape[1])
+            return self.block if matmul.shape[1] % self.block == 0 else None
+        return largest_block(DEFAULT_BLOCKS.get(self.bits(matmul), max(DEFAULT_BLOCKS.values())), matmul.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
 class CpuReport:
-    """``bits`` of each product; ``smoothed`` activations; bytes of the products' weights ``before`` and ``after``.
+    """Reports a quantised graph: ``bits`` of each matmul, ``smoothed`` activations, weights' bytes ``before`` and ``after``.
 
-    ``plain``: bytes of those that a plain step reads afterwards.
+    ``plain``: bytes of the weights that a plain step reads afterwards.
     """
 
     bits: Mapping[str, int]
@@ -89,7 +89,7 @@ class CpuReport:
 
 Advance = Callable[[int, str], object]
 Made = dict[tuple[str, int], tuple[Grid, np.ndarray]]
-"""Codes by product and bits: what several graphs have in common needn't be rounded again."""
+"""Grids and codes by matmul and bits: several graphs share them, and each is rounded once."""
 
 
 def quantise_cpu(
@@ -100,11 +100,12 @@ def quantise_cpu(
     made: Made | None = None,
     advance: Advance = lambda _done, _name: None,
 ) -> CpuReport:
-    """Rewrite the products of a CPU graph, in place.
+    """Rewrite the matmuls of a CPU graph, in place.
 
-    ``scales``: what quantised products read is smoothed first. ``moments``: by name of a weight, E[xᵀx] [K, K] of what is
-    multiplied with it, before smoothing: with 4 bits it is rounded by GPTQ, all others to the nearest. ``made`` keeps codes
-    from call to call with the same scales, moments and blocks. ``advance`` hears of each product, and how many are done.
+    ``scales``: smooth the activations of quantised matmuls first. ``moments``: E[xᵀx] [K, K] of a weight's activation before
+    smoothing, by the weight's name. GPTQ rounds a weight with moments to 4 bits; all others are rounded to the nearest.
+    ``made`` keeps codes from call to call with the same scales, moments and blocks. ``advance(done, name)`` is called before
+    each matmul.
 
     Raises:
         QuantisationError: a weight holds NaN or infinity, there is nothing to quantise, or heads of 8 bits are to have 4.
@@ -112,63 +113,67 @@ def quantise_cpu(
     graph = model.graph
     if precision.heads == 4 and any(node.op_type == "MatMulNBits" for node in ir.traversal.RecursiveGraphIterator(graph)):
         raise QuantisationError("the heads of this CPU graph have 8 bits already", hint="leave --heads-bits out")
-    products = find_products(model)
-    blocks = {each: precision.block_of(each) for each in products}
-    bits = {each: 32 if blocks[each] is None else precision.bits(each) for each in products}
-    read = {product.activation for product in products if bits[product] < 32}
+    matmuls = find_matmuls(model)
+    blocks = {each: precision.block_of(each) for each in matmuls}
+    bits = {each: 32 if blocks[each] is None else precision.bits(each) for each in matmuls}
+    read = {matmul.activation for matmul in matmuls if bits[matmul] < 32}
     if not read:
         raise QuantisationError(
-            "no product of the CPU graph was quantised",
+            "no matrix product of the CPU graph was quantised",
             hint=f"their inputs have to be multiples of {precision.block or min(BLOCKS)}: "
             + ("leave --block out" if precision.block else "they stay in fp32"),
         )
-    smoothed = [] if scales is None else smooth(graph, products, scales, read)
+    smoothed = [] if scales is None else smooth(graph, matmuls, scales, read)
     before, after = 0, 0
-    for done, product in enumerate(products):
-        advance(done, product.name)
-        size, wanted, block = 4 * int(np.prod(product.shape)), bits[product], blocks[product]
+    for done, matmul in enumerate(matmuls):
+        advance(done, matmul.name)
+        size, wanted, block = 4 * int(np.prod(matmul.shape)), bits[matmul], blocks[matmul]
         before += size
         if wanted == 32 or block is None:
-            take_in(graph, product)
+            take_in(graph, matmul)
         else:
-            key = (product.name, wanted)
+            key = (matmul.name, wanted)
             found = made.get(key) if made is not None else None
             if found is None:
-                of_input = (moments or {}).get(str(product.weights[0].name))
-                found = rounded(product, wanted, block, of_input)
+                of_input = (moments or {}).get(str(matmul.weights[0].name))
+                found = rounded(matmul, wanted, block, of_input)
             if made is not None:
                 made[key] = found
-            size = put_bits(graph, product, *found, precision.rescored)
+            size = put_bits(graph, matmul, *found, precision.rescored)
         after += size
     passes.RemoveUnusedNodesPass()(model)
-    return CpuReport({product.name: wanted for product, wanted in bits.items()}, smoothed, before, after, plain_step_bytes(model))
+    return CpuReport({matmul.name: wanted for matmul, wanted in bits.items()}, smoothed, before, after, plain_step_bytes(model))
 
 
 def largest_block(block: int, inputs: int) -> int | None:
-    """The largest block, up to ``block``, that divides so many inputs."""
+    """Return the largest block, up to ``block``, that divides ``inputs``; None if none does."""
     return max((each for each in BLOCKS if each <= block and inputs % each == 0), default=None)
 
 
 def few_bits_size(shape: tuple[int, int], bits: int, block: int) -> int:
-    """Bytes of a matrix [N, K] in few bits, symmetric: codes, and a float32 scale a block."""
+    """Count the bytes of a symmetric matrix [N, K] in few bits: codes, and a float32 scale a block."""
     return math.prod(shape) * bits // 8 + math.prod(shape) // block * 4
 
 
-def rounded(product: CpuProduct, bits: int, block: int, moments: np.ndarray | None = None) -> tuple[Grid, np.ndarray]:
-    """Grid and codes of a product's weight; ``moments`` as in :func:`quantise_cpu`."""
-    matrix = product.matrix()
+def rounded(matmul: CpuMatmul, bits: int, block: int, moments: np.ndarray | None = None) -> tuple[Grid, np.ndarray]:
+    """Round a matmul's weight to a grid and codes. ``moments``: see :func:`quantise_cpu`.
+
+    Raises:
+        QuantisationError: the weight holds NaN or infinity.
+    """
+    matrix = matmul.matrix()
     if not np.isfinite(matrix).all():
-        raise QuantisationError(f"the weight of {product.name} holds NaN or infinity", hint="the checkpoint's weights are broken")
+        raise QuantisationError(f"the weight of {matmul.name} holds NaN or infinity", hint="the checkpoint's weights are broken")
     if bits != 4 or moments is None:
         return _rounded_alone(matrix, bits, block)
     grid = make_grid(matrix, bits, block)
     # Moments of x / s are those of x, divided by both factors.
-    factors = np.broadcast_to(product.multipliers, (product.shape[1],))
+    factors = np.broadcast_to(matmul.multipliers, (matmul.shape[1],))
     return grid, compensated(matrix, grid, moments / np.outer(factors, factors))
 
 
 def _rounded_alone(matrix: np.ndarray, bits: int, block: int) -> tuple[Grid, np.ndarray]:
-    """Each value to the nearest; a few rows at a time, because the search for scales takes several times their memory."""
+    """Round each value to the nearest, a few rows at a time: the search for scales takes several times their memory."""
     count = max(1, _ROUNDED_AT_A_TIME // matrix.shape[1])
     parts = [matrix[start : start + count] for start in range(0, len(matrix), count)]
     grids = [make_grid(part, bits, block) for part in parts]
@@ -177,16 +182,16 @@ def _rounded_alone(matrix: np.ndarray, bits: int, block: int) -> tuple[Grid, np.
     return Grid(bits, scales, zeros), codes
 
 
-def put_bits(graph: ir.Graph, product: CpuProduct, grid: Grid, codes: np.ndarray, rescored: int = 0) -> int:
-    """Put MatMulNBits in a product's place; returns the bytes of its weights."""
-    node = product.node
-    made, size = few_bits(graph, product, grid, codes, str(node.name))
+def put_bits(graph: ir.Graph, matmul: CpuMatmul, grid: Grid, codes: np.ndarray, rescored: int = 0) -> int:
+    """Put MatMulNBits in a matmul's place. Returns the bytes of its weights."""
+    node = matmul.node
+    made, size = few_bits(graph, matmul, grid, codes, str(node.name))
     old, result = node.outputs[0], made.outputs[0]
     home = node.graph
     assert home is not None
     home.insert_before(node, [made])
-    if product.is_projection and rescored and len(product.weights) == 1:
-        result = rescore(graph, product, result, rescored)
+    if matmul.is_projection and rescored and len(matmul.weights) == 1:
+        result = rescore(graph, matmul, result, rescored)
         result.type, result.shape = old.type, old.shape
     name = old.name
     ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
@@ -195,29 +200,29 @@ def put_bits(graph: ir.Graph, product: CpuProduct, grid: Grid, codes: np.ndarray
     return size
 
 
-def few_bits(graph: ir.Graph, product: CpuProduct, grid: Grid, codes: np.ndarray, name: str) -> tuple[ir.Node, int]:
-    """A MatMulNBits that computes what ``product`` does, in no graph yet, and the bytes of its weights."""
+def few_bits(graph: ir.Graph, matmul: CpuMatmul, grid: Grid, codes: np.ndarray, name: str) -> tuple[ir.Node, int]:
+    """Make a MatMulNBits in place of ``matmul``, in no graph yet. Returns it and the bytes of its weights."""
     stored = _stored(name, grid, codes)
-    inputs = [product.activation, *(new_constant(graph, array, part) for part, array in stored.items())]
-    outputs, size = product.shape
+    inputs = [matmul.activation, *(new_constant(graph, array, part) for part, array in stored.items())]
+    outputs, size = matmul.shape
     attributes: dict[str, Any] = {"K": size, "N": outputs, "bits": grid.bits, "block_size": codes.shape[-1]}
     attributes["accuracy_level"] = _ROUND_ACTIVATIONS_TO_INT8
     made = new_node("MatMulNBits", inputs, attributes, name, domain=MICROSOFT)
-    made.outputs[0].type, made.outputs[0].shape = product.node.outputs[0].type, product.node.outputs[0].shape
+    made.outputs[0].type, made.outputs[0].shape = matmul.node.outputs[0].type, matmul.node.outputs[0].shape
     return made, sum(array.nbytes for array in stored.values())
 
 
 def _stored(name: str, grid: Grid, codes: np.ndarray) -> dict[str, np.ndarray]:
-    """By name, what MatMulNBits reads after the activation, in its order."""
+    """Lay out the inputs of MatMulNBits behind the activation, by name, in its order."""
     parts = {"codes": packed(codes, grid.bits), "scales": grid.scales}
     if not grid.is_symmetric:
         parts["zero_points"] = packed(grid.zero_points, grid.bits)
     return {f"{name}/{part}": np.ascontiguousarray(values) for part, values in parts.items()}
 
 
-def take_in(graph: ir.Graph, product: CpuProduct) -> None:
-    """Give a product that keeps its type a weight with the smoothing that was left to it."""
-    if (product.multipliers == 1).all() and (product.divisors == 1).all():
+def take_in(graph: ir.Graph, matmul: CpuMatmul) -> None:
+    """Multiply the smoothing that a matmul was given into its weight, for a matmul that stays in float32."""
+    if (matmul.multipliers == 1).all() and (matmul.divisors == 1).all():
         return
-    smoothed = new_constant(graph, np.ascontiguousarray(product.matrix().T), f"{product.node.name}/smoothed")
-    product.node.replace_input_with(1, smoothed)
+    smoothed = new_constant(graph, np.ascontiguousarray(matmul.matrix().T), f"{matmul.node.name}/smoothed")
+    matmul.node.replace_input_with(1, smoothed)

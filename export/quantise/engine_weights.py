@@ -1,7 +1,7 @@
-"""Weights in 8 bits for engines: int8 tensors with explicit DequantizeLinear nodes, of standard operators only.
+"""Puts weights into 8 bits for engines: int8 tensors with explicit DequantizeLinear nodes, of standard operators only.
 
-A large weight W of a MatMul or Gemm becomes ``DequantizeLinear(q, scale)`` with one symmetric scale an output channel, of W's own
-type. Activations keep their type, so nothing has to be calibrated; :mod:`.w8a8` has them in 8 bits, too.
+A large weight W of a MatMul or Gemm becomes ``DequantizeLinear(q, scale)``. Each output channel has a symmetric scale of W's
+type. Activations keep their type, so nothing has to be calibrated. :mod:`.w8a8` puts activations into 8 bits, too.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import numpy as np
 import onnx_ir as ir
 
 from ...runtime.errors import QuantisationError
+from ..passes.matmuls import constant_matrix
 from ..weights import WeightsFile
 
 LARGEST = 127
-_SMALLEST_WEIGHT = 1 << 14  # elements; below, the scales and one more operator cost more than the bytes saved
+_SMALLEST_WEIGHT = 1 << 14  # elements; in a smaller weight scales and one more operator cost more than the bytes saved
 _BLOCK = 1 << 22  # elements that are worked on at a time
 _SMALLEST_SCALE = float(np.finfo(np.float16).smallest_subnormal)
 
 
 @dataclass(frozen=True, slots=True)
 class QuantisationReport:
-    """``weights`` now in int8, and their bytes before and after (scales included)."""
+    """Counts the ``weights`` that are int8 now, and their bytes before and after (scales included)."""
 
     weights: int
     bytes_before: int
@@ -34,7 +35,10 @@ class QuantisationReport:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """The constant matrix ``value`` of a product, the node and input that read it (a Transpose, perhaps), its axis of outputs."""
+    """Names the constant matrix ``value`` of a matmul and its axis of outputs.
+
+    Input ``index`` of ``user`` reads the matrix. The user is the matmul or a Transpose before it.
+    """
 
     value: ir.Value
     user: ir.Node
@@ -43,9 +47,10 @@ class Weight:
 
 
 def channel_scales(weight: np.ndarray, axis: int) -> np.ndarray:
-    """Scales [channels] of a matrix whose output channels lie along ``axis``: its largest magnitude in 127 steps, of its type.
+    """Compute the scales [channels] of a matrix whose output channels lie along ``axis``: a channel's largest magnitude / 127.
 
-    A channel of zeros gets scale 1: its values stay exactly zero. Scales are rounded up to fp16, so that nothing is clipped.
+    Scales have the matrix's type. A channel of zeros gets scale 1: its values stay exactly zero. Scales are rounded up to fp16,
+    so that nothing is clipped.
 
     Raises:
         QuantisationError: a channel holds NaN or infinity; the message has its index.
@@ -64,7 +69,7 @@ def channel_scales(weight: np.ndarray, axis: int) -> np.ndarray:
 
 
 def quantised(weight: np.ndarray, scales: np.ndarray, axis: int) -> np.ndarray:
-    """Int8 array of ``weight``'s shape: each value in whole steps of its channel's scale, −127 to 127."""
+    """Round a weight to int8, in its shape: each value in whole steps of its channel's scale, −127 to 127."""
     result = np.empty(weight.shape, np.int8)
     start = 0
     for block in _blocks(weight, axis):
@@ -80,7 +85,7 @@ def quantised(weight: np.ndarray, scales: np.ndarray, axis: int) -> np.ndarray:
 def quantise_weights(model: ir.Model, skipped: Collection[str] = ()) -> QuantisationReport:
     """Rewrite the large MatMul and Gemm weights of ``model``, in place; values are computed when they are saved, one by one.
 
-    ``skipped``: names of the products that keep theirs.
+    ``skipped``: names of the matmuls that keep theirs.
     """
     graph = model.graph
     made: dict[tuple[str, int], tuple[ir.Value, ir.Value]] = {}
@@ -131,32 +136,22 @@ def write_quantised(
 
 
 def holds_8_bits(node: ir.Node) -> bool:
-    """Whether a product's weight is one that :func:`quantise_weights` rewrites."""
+    """True if :func:`quantise_weights` rewrites the weight of this matmul."""
     found = weight_of(node)
     return found is not None and found.value.const_value is not None and found.value.const_value.size >= _SMALLEST_WEIGHT
 
 
 def weight_of(node: ir.Node) -> Weight | None:
-    """The weight of a MatMul or Gemm that has a constant one."""
-    if node.op_type not in ("MatMul", "Gemm") or node.domain:
+    """Find the weight of a MatMul or Gemm: a constant matrix that stands in the node's graph, whole."""
+    matrix = constant_matrix(node)
+    if matrix is None or len(matrix.parts) != 1:
         return None
-    user, index = node, 1
-    value = node.inputs[1]
-    transposed = node.op_type == "Gemm" and _flag(node, "transB")
-    producer = None if value is None else value.producer()
-    if producer is not None and producer.op_type == "Transpose" and len(value.uses()) == 1:  # type: ignore[union-attr]
-        user, index, value, transposed = producer, 0, producer.inputs[0], not transposed
-    if value is None or value.const_value is None or value.name not in node.graph.initializers:  # type: ignore[union-attr]
+    (value,) = matrix.parts
+    turn = matrix.turn
+    if node.graph is None or value.name not in node.graph.initializers or (turn is not None and len(turn.outputs[0].uses()) > 1):
         return None
-    tensor = value.const_value
-    if len(tensor.shape) != 2 or tensor.dtype not in (ir.DataType.FLOAT16, ir.DataType.FLOAT):
-        return None
-    return Weight(value, user, index, 0 if transposed else 1)
-
-
-def _flag(node: ir.Node, name: str) -> bool:
-    attribute = node.attributes.get(name)
-    return attribute is not None and bool(attribute.as_int())
+    axis = 0 if matrix.transposed else 1
+    return Weight(value, node, 1, axis) if turn is None else Weight(value, turn, 0, axis)
 
 
 def _stored(graph: ir.Graph, weight: ir.Value, axis: int) -> tuple[ir.Value, ir.Value]:
@@ -173,7 +168,7 @@ def _stored(graph: ir.Graph, weight: ir.Value, axis: int) -> tuple[ir.Value, ir.
 
 
 def lazy(value: ir.Value, make: Callable[[], np.ndarray], dtype: ir.DataType, shape: ir.ShapeProtocol) -> ir.LazyTensor:
-    """A tensor for ``value`` that ``make`` makes whenever it is asked for."""
+    """Return a tensor for ``value`` whose data ``make`` computes whenever it is read."""
 
     def tensor() -> ir.TensorProtocol:
         return ir.tensor(make(), name=value.name)
@@ -204,13 +199,13 @@ def _copied(tensor: ir.ExternalTensor) -> np.ndarray:
 
 
 def release(tensor: ir.TensorProtocol) -> None:
-    """Unmap the file that a tensor lies in: the pages that were read would count as this process's memory."""
+    """Unmap the file that a tensor lies in: pages that were read count as this process's memory."""
     if isinstance(tensor, ir.ExternalTensor):
         tensor.release()
 
 
 def _blocks(weight: np.ndarray, axis: int) -> list[np.ndarray]:
-    """Views of at most ``_BLOCK`` elements, cut between channels."""
+    """Cut a weight between channels into views of at most ``_BLOCK`` elements."""
     channels = weight.shape[axis]
     pieces = max(1, -(-weight.size // _BLOCK))
     size = -(-channels // pieces)

@@ -1,82 +1,96 @@
-"""SmoothQuant's migration on the CPU graph: what a product reads is divided channel by channel, its weight multiplied.
+"""Smooths the CPU graph: divides the channels of an activation by factors and multiplies the weights that read it with them.
 
-G. Xiao et al., SmoothQuant (arXiv 2211.10438), section 4. The division costs nothing where something before takes it: the weight
-of an RMS norm, or the output channels of the up product, which is multiplied with an MLP's gate.
+G. Xiao et al., SmoothQuant (arXiv 2211.10438), section 4. The division costs nothing where something before the activation takes
+it: the weight of an RMS norm, or the output channels of the up matmul, which is multiplied with an MLP's gate. ``scales.json``
+says what takes the factors.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from ...runtime.files.scales_file import Scales
-from ..passes.matmuls import CpuProduct
-from ..passes.patterns import made_by, new_constant
+from ..passes.matmuls import CpuMatmul
+from ..passes.patterns import new_constant
 
 GRID = "block"
-_NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # operator to the input that its weight is
+_NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}
+"""Fused norms: by operator, the input that its weight is."""
 
 
-def smooth(graph: ir.Graph, products: Sequence[CpuProduct], scales: Scales, values: Collection[ir.Value]) -> list[str]:
-    """Take the factors of ``scales`` for these ``values`` into norms and products, in place.
+def smooth(graph: ir.Graph, matmuls: Sequence[CpuMatmul], scales: Scales, values: Collection[ir.Value]) -> list[str]:
+    """Take the factors of ``scales`` for these ``values`` into norms and matmuls, in place.
 
-    Those whose factors nothing before can take stay as they are. Returns the activations that were smoothed.
+    ``scales`` have to say what takes the factors (:func:`.takers.with_takers`). An activation stays as it is if its taker isn't
+    there as such: the CPU graph computes a norm in several nodes, or multiplies queries, keys and values in one.
+    Returns the activations that were smoothed.
     """
-    activations = activations_of(products, scales)
-    by_value: dict[ir.Value, list[CpuProduct]] = {}
-    for product in products:
-        by_value.setdefault(product.activation, []).append(product)
-    by_output = {product.node.outputs[0]: product for product in products}
+    activations = activations_of(matmuls, scales)
+    by_value: dict[ir.Value, list[CpuMatmul]] = {}
+    for matmul in matmuls:
+        by_value.setdefault(matmul.activation, []).append(matmul)
+    holders = [(str(weight.name), matmul, index) for matmul in matmuls for index, weight in enumerate(matmul.weights)]
+    shared = Counter(name for name, _matmul, _index in holders)
+    by_weight = {name: (matmul, index) for name, matmul, index in holders if shared[name] == 1}
     done = []
     for value, readers in by_value.items():
         name = activations.get(readers[0])
-        found = scales.smoothing.get(name, {}).get(GRID) if name is not None else None
-        if value not in values or name is None or found is None or found.alpha is None:
+        found, taker = scales.smoothing.get(name or "", {}).get(GRID), scales.takers.get(name or "")
+        if value not in values or name is None or found is None or found.alpha is None or taker is None:
             continue
-        read_elsewhere = len(value.uses()) > len(readers) or value.is_graph_output()
-        if not read_elsewhere and (_into_norm(graph, value, found.factors) or _into_product(value, found.factors, by_output)):
+        if len(value.uses()) > len(readers) or value.is_graph_output():
+            continue
+        if taker.kind == "norm":
+            taken = _divide_norm(graph, value.producer(), found.factors)
+        else:
+            taken = taker.kind == "layer" and _divide_outputs(
+                by_weight.get(scales.layers[taker.name].weight), value.producer(), found.factors
+            )
+        if taken:
             for reader in readers:
                 reader.multipliers = reader.multipliers * found.factors
             done.append(name)
     return done
 
 
-def activations_of(products: Sequence[CpuProduct], scales: Scales) -> dict[CpuProduct, str]:
-    """What the standard graph calls the activation that a product reads: both graphs have the same names of weights."""
+def activations_of(matmuls: Sequence[CpuMatmul], scales: Scales) -> dict[CpuMatmul, str]:
+    """Find the standard graph's name of each matmul's activation, by the weight's name: both graphs have the same."""
     names = {layer.weight: layer.activation for layer in scales.layers.values()}
-    return {product: names[str(product.weights[0].name)] for product in products if product.weights[0].name in names}
+    return {matmul: names[str(matmul.weights[0].name)] for matmul in matmuls if matmul.weights[0].name in names}
 
 
-def _into_norm(graph: ir.Graph, value: ir.Value, factors: np.ndarray) -> bool:
-    norm = value.producer()
-    if norm is None or norm.op_type not in _NORMS or norm.outputs[0] is not value:
+def _divide_norm(graph: ir.Graph, norm: ir.Node | None, factors: np.ndarray) -> bool:
+    """Give a fused norm a weight of its own, divided; False where ``norm`` is another operator."""
+    if norm is None or norm.op_type not in _NORMS:
         return False
     index = _NORMS[norm.op_type]
     weight = norm.inputs[index]
-    if weight is None or weight.const_value is None:
-        return False
+    assert weight is not None and weight.const_value is not None
     smoothed = (weight.const_value.numpy() / factors).astype(np.float32)
     norm.replace_input_with(index, new_constant(graph, smoothed, f"{norm.name}/smoothed"))  # norms may share a weight
     return True
 
 
-def _into_product(value: ir.Value, factors: np.ndarray, by_output: dict[ir.Value, CpuProduct]) -> bool:
-    gated = made_by(value, "Mul")
-    for factor in () if gated is None else gated.inputs:
-        if factor is None or len(factor.uses()) > 1:
-            continue
-        split = made_by(factor, "Split")
-        product = by_output.get(factor if split is None else split.inputs[0])  # type: ignore[arg-type]
-        if product is None:
-            continue
-        index = 0 if split is None else list(split.outputs).index(factor)
-        widths = product.widths
-        if len(widths) <= index or widths[index] != len(factors):
-            continue
-        divisors = np.broadcast_to(product.divisors, (sum(widths),)).copy()
-        divisors[sum(widths[:index]) : sum(widths[: index + 1])] *= factors
-        product.divisors = divisors
-        return True
-    return False
+def _divide_outputs(holder: tuple[CpuMatmul, int] | None, gated: ir.Node | None, factors: np.ndarray) -> bool:
+    """Divide the outputs of one weight of a matmul that ``gated`` multiplies.
+
+    False where several matmuls share the weight, or a bias is added in between.
+    """
+    if holder is None or gated is None:
+        return False
+    matmul, index = holder
+    outputs = matmul.node.outputs[0]
+    if len(matmul.weights) > 1:
+        splits = [node for node in outputs.consumers() if node.op_type == "Split"]
+        outputs = splits[0].outputs[index] if len(splits) == 1 else outputs
+    if outputs not in gated.inputs or len(outputs.uses()) > 1:
+        return False
+    widths = matmul.widths
+    divisors = np.broadcast_to(matmul.divisors, (sum(widths),)).copy()
+    divisors[sum(widths[:index]) : sum(widths[: index + 1])] *= factors
+    matmul.divisors = divisors
+    return True

@@ -1,8 +1,8 @@
-"""Activations in 8 bits, too: what products read goes through QuantizeLinear and DequantizeLinear, of standard operators only.
+"""Puts activations into 8 bits, too: they go through QuantizeLinear and DequantizeLinear, of standard operators only.
 
-Symmetric, with one scale an activation, as TensorRT takes it: with int8 weights beside it (:mod:`.engine_weights`), the product
-is one of integers. Smoothing (:mod:`.smooth_standard`) comes first. Where one scale can't serve an activation, the product keeps
-it as it is; its weight is in int8 all the same, so that costs no bytes.
+Scales are symmetric, one an activation, as TensorRT takes them. With int8 weights beside it (:mod:`.engine_weights`) the matmul
+multiplies integers. Smoothing (:mod:`.smooth_standard`) comes first. An activation that one scale can't serve stays as it is. The
+weight of its matmul is int8 all the same, so that costs no bytes.
 """
 
 from __future__ import annotations
@@ -17,24 +17,26 @@ import onnx_ir as ir
 from ...runtime.errors import UsageError
 from ...runtime.executors import step_io
 from ...runtime.files.scales_file import LEVELS, Scales
+from ..passes.matmuls import MATMULS
 from ..passes.patterns import new_constant
 from .engine_weights import QuantisationReport, holds_8_bits, quantise_weights
-from .smooth_standard import GRID, attention_of, fold_smoothing
+from .smooth_standard import GRID, fold_smoothing
+from .takers import attention_of
 
 LARGEST_ERROR = 4e-4
-"""Relative squared error of a product: activations of those that int8 is simulated to change more stay as they are."""
+"""Largest relative squared error of a matmul. If int8 is simulated to change it more, its activation stays as it is."""
 OF_ATTENTION = 4.0
-"""How much larger that of attention's output product may be: what it adds to the hidden state is small (docs/calibration.md)."""
+"""Factor for attention's output matmul: it adds little to the hidden state, so its error may be larger (docs/calibration.md)."""
 _SMALLEST_HALF = float(np.finfo(np.float16).smallest_normal)
 _CHOICES = ("int8", "fp16")
 
 
 @dataclass(frozen=True, slots=True)
 class Int8Options:
-    """What is in 8 bits. Without ``scales`` only weights are.
+    """Chooses what goes into 8 bits. Without ``scales`` only weights do.
 
-    ``keep``: layers of the backbone, by the names that ``scales`` has, whose activations stay as they are; None takes those whose
-    simulated error is above ``LARGEST_ERROR``. ``projection`` onto the vocabulary and ``heads``: int8 (weights only) or fp16.
+    ``keep``: layers of the backbone whose activations stay as they are, by their names in ``scales``. None keeps the layers whose
+    simulated error is above ``LARGEST_ERROR``. ``projection`` (onto the vocabulary) and ``heads``: int8 (weights only) or fp16.
     """
 
     scales: Path | None = None
@@ -67,7 +69,7 @@ def quantise_network(model: ir.Model, options: Int8Options, scales: Scales | Non
 
 
 def quantise_activations(model: ir.Model, scales: Scales, keep: Iterable[str] | None = None) -> list[str]:
-    """Smooth a step graph and quantise what the backbone's products read, in place; returns their names.
+    """Smooth a step graph and quantise the activations of the backbone's matmuls, in place. Returns the matmuls' names.
 
     ``keep``: see :class:`Int8Options`.
 
@@ -92,16 +94,16 @@ def quantise_activations(model: ir.Model, scales: Scales, keep: Iterable[str] | 
     return [str(node.name) for found in readers.values() for node in found]
 
 
-def _spoils(product: ir.Node, scales: Scales) -> bool:
-    """Whether int8 changes a product (or its activation, if none was tried) too much."""
-    activation = scales.layers[str(product.name)].activation
+def _spoils(matmul: ir.Node, scales: Scales) -> bool:
+    """True if int8 changes a matmul too much, or its activation if smoothing wasn't tried."""
+    activation = scales.layers[str(matmul.name)].activation
     tried = scales.smoothing.get(activation)
     error = tried[GRID].error if tried else scales.activations[activation].relative_error ** 2
-    return error > LARGEST_ERROR * (OF_ATTENTION if attention_of(product.inputs[0]) is not None else 1)
+    return error > LARGEST_ERROR * (OF_ATTENTION if attention_of(matmul.inputs[0]) is not None else 1)
 
 
 def activation_scale(scales: Scales, activation: str, *, smoothed: bool) -> float:
-    """Of the whole activation. Once smoothed, nothing that was seen is clipped: ranges were chosen without factors."""
+    """Return the scale of a whole activation. A smoothed one clips nothing that was seen: ranges were chosen without factors."""
     entry = scales.activations[activation]
     if not smoothed:
         return entry.scale
@@ -109,13 +111,13 @@ def activation_scale(scales: Scales, activation: str, *, smoothed: bool) -> floa
 
 
 def parts(graph: ir.Graph) -> Mapping[str, str]:
-    """What the products of a graph belong to, by their names: ``backbone``, ``projection`` or ``heads``."""
+    """Tell for each matmul of a graph, by its name, if it belongs to the ``backbone``, ``projection`` or ``heads``."""
     outputs = {value.name: value for value in graph.outputs}
     backbone, projection = (_needed_by(outputs.get(name)) for name in (step_io.HIDDEN, step_io.LOGITS))
     return {
         str(node.name): "backbone" if node in backbone else "projection" if node in projection else "heads"
         for node in graph
-        if node.op_type in ("MatMul", "Gemm") and not node.domain
+        if node.op_type in MATMULS and not node.domain
     }
 
 
@@ -132,7 +134,7 @@ def _needed_by(value: ir.Value | None) -> set[ir.Node]:
 
 
 def _quantise(graph: ir.Graph, readers: list[ir.Node], scale: float) -> None:
-    """One QuantizeLinear for the activation that all ``readers`` read, and a DequantizeLinear for each."""
+    """Put one QuantizeLinear behind the activation that all ``readers`` read, and a DequantizeLinear before each."""
     value = readers[0].inputs[0]
     assert value is not None and value.dtype is not None
     if value.dtype == ir.DataType.FLOAT16:

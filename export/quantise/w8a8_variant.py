@@ -1,4 +1,4 @@
-"""The standard graph as an int8 engine would compute it: a variant that ONNX Runtime runs, to see what engines do to quality."""
+"""Writes the standard graph as an int8 engine computes it: a variant for ONNX Runtime that shows what engines do to quality."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ NAME = "int8"
 def write_w8a8_variant(bundle: Bundle, scales: Scales, keep: Iterable[str] | None = None, *, force: bool = False) -> Bundle:
     """Add the variant ``int8`` and return the bundle as it is now.
 
-    Its products of the backbone are those of an engine built with these scales: smoothed, activations and weights in 8 bits.
-    ``keep``: see :class:`.w8a8.Int8Options`; those layers, the projection onto the vocabulary and the heads stay as they are,
-    whereas an engine has their weights in 8 bits.
+    Its backbone computes as an engine built with these scales does: smoothed, with activations and weights in 8 bits. ``keep``:
+    see :class:`.w8a8.Int8Options`. Kept layers, the vocabulary projection and the heads stay as they are; an engine has their
+    weights in 8 bits.
 
     Raises:
         BundleExistsError: the bundle has the variant, and ``force`` is false.

@@ -1,8 +1,11 @@
-"""What replaces transformers' attention and cache while a backbone is traced.
+"""Replaces transformers' attention and cache while a backbone is traced.
 
-Each layer becomes one node of our own domain: ``medusa_deploy::TreeAttention(query, key, value, past_key, past_value, mask,
-write_index, commit) -> (output, present_key, present_value)``. :mod:`.lower` turns it into standard operators or into the CPU's
-fused one, so that both graphs come from a single trace.
+Each layer becomes one node of our own domain::
+
+    medusa_deploy::TreeAttention(query, key, value, past_key, past_value, mask, write_index, commit)
+        -> (output, present_key, present_value)
+
+:mod:`..passes.lower` turns the node into standard operators or into the CPU's fused one, so that all graphs come from one trace.
 """
 
 from __future__ import annotations
@@ -22,14 +25,14 @@ DOMAIN = "medusa_deploy"
 OP = "TreeAttention"
 IMPLEMENTATION = "medusa_deploy_tree"
 
-# Keyword arguments of an attention call that change its arithmetic in a way the step graph doesn't express.
+# Keyword arguments of an attention call whose arithmetic the step graph doesn't express.
 _UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "head_mask")
 
 
 class TraceCache(Cache):
-    """A cache that hands rows through and remembers what each layer's attention wrote.
+    """Passes rows through, and keeps the caches that each layer's attention wrote.
 
-    ``past``: key and value of layer 0, then of layer 1 …, each [B, H_kv, S, D_h]; ``present`` collects the updated ones.
+    ``past``: key and value of layer 0, then of layer 1 …, each [B, H_kv, S, D_h]. ``present``: the updated ones by layer.
     """
 
     def __init__(self, past: list[torch.Tensor], write_index: torch.Tensor, commit: torch.Tensor) -> None:
@@ -64,7 +67,7 @@ class TraceCache(Cache):
         return output
 
     def present_in_order(self) -> list[torch.Tensor]:
-        """Updated caches: key and value of layer 0, then of layer 1 …"""
+        """Return the updated caches: key and value of layer 0, then of layer 1 …"""
         return [tensor for layer in sorted(self.present) for tensor in self.present[layer]]
 
 
@@ -73,7 +76,7 @@ _active: list[TraceCache] = []
 
 @contextmanager
 def tracing(cache: TraceCache) -> Iterator[TraceCache]:
-    """Make ``cache`` the one that attention calls write to."""
+    """Let attention calls write to ``cache``."""
     _active.append(cache)
     try:
         yield cache

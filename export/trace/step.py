@@ -1,4 +1,4 @@
-"""The step graph as a torch module: backbone, greedy acceptance, heads at the accepted row."""
+"""Computes a step as a torch module: the backbone, greedy acceptance, and the heads at the accepted row."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from torch import Tensor, nn
 
 from ...runtime.executors.step_io import HIDDEN_BIAS
 from ..heads.module import HeadStack
-from .attention import TraceCache, tracing
+from .attention import TraceCache, install, tracing
 
 
 def visibility_mask(ancestors: Tensor, write_index: Tensor, columns: Tensor, margin: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask [B, 1, N, T]: 0 where a row may look, ``HIDDEN_BIAS`` elsewhere.
+    """Make the additive mask [B, 1, N, T]: 0 where a row may look, ``HIDDEN_BIAS`` elsewhere.
 
-    A row sees the committed rows (after the margin, before ``write_index``) and, among this step's rows, its ancestors.
+    A row sees the committed rows, and its ancestors among this step's rows (it is an ancestor of itself)::
+
+        cache row   0 … margin-1   margin … write_index-1   write_index … write_index+N-1   …
+        visible     no             yes                      if an ancestor                  no
     """
     rows = ancestors.shape[1]
     committed = (columns[None, :] >= margin) & (columns[None, :] < write_index[:, None])  # [B, T]
@@ -29,12 +32,14 @@ def visibility_mask(ancestors: Tensor, write_index: Tensor, columns: Tensor, mar
 
 
 def accept(tokens: Tensor, greedy: Tensor, ancestors: Tensor, forced: Tensor, dtype: torch.dtype) -> Tensor:
-    """The deepest accepted row, int64 [B].
+    """Return the deepest accepted row, int64 [B].
 
-    A row matches when it is forced or carries its parent's argmax; it is alive when no ancestor mismatches, which is one
-    product of the ancestor matrix with the mismatches. Rows are in breadth order, so a row's parent is the last of its
-    proper ancestors; padding rows (not their own ancestor) are never alive. ``greedy`` is [B, R]: with R < N only forced
-    rows exist and the clamped index is never looked at.
+    A row matches when it is forced or carries its parent's argmax. It is accepted when no row of its path mismatches::
+
+        blocked[n] = Σ_a ancestors[n, a] · mismatch[a]     a product [N, N] · [N]; accepted where it is 0
+
+    Rows are in breadth order, so a row's parent is the last of its proper ancestors. A padding row isn't its own ancestor and is
+    never accepted. ``greedy`` is [B, R]: with R < N all rows are forced, and the clamped index is never used.
     """
     rows = torch.arange(tokens.shape[1])
     last_logit = torch.full_like(greedy[:, :1], greedy.shape[1] - 1)
@@ -60,10 +65,10 @@ def close(
     next_token: Tensor,
     candidates: Tensor,
 ) -> tuple[Tensor, ...]:
-    """What this step emitted and the next step's inputs on the same tree: ``step_io.CLOSING``, in that order.
+    """Return the emitted tokens and the next step's inputs on the same tree: ``step_io.CLOSING``, in that order.
 
-    ``next_token`` is [B, 1]. Accepted rows lie at depths 1, 2, … of the path to ``last_row``, one a depth, so the row (and the
-    token) at a depth is a maximum over rows. Slots without a forced row stand still.
+    ``next_token`` is [B, 1]. The path to ``last_row`` has one accepted row at each depth 1, 2, …, so the row (and the token) at
+    a depth is a maximum over rows. A slot without a forced row doesn't advance.
     """
     count, heads = tokens.shape[1], candidates.shape[1]
     rows = torch.arange(count)
@@ -91,10 +96,14 @@ def close(
 
 
 class StepModule(nn.Module):
-    """Backbone plus heads with the inputs and outputs of :mod:`.step_io`, the device graph's included."""
+    """Backbone and heads with the inputs and outputs of :mod:`...runtime.executors.step_io`, those of the device graph included.
+
+    Installs the tracing attention in the backbone.
+    """
 
     def __init__(self, backbone: Any, heads: HeadStack, margin: int) -> None:
         super().__init__()
+        install(backbone)
         self.decoder = backbone.get_decoder()
         self.embedding = backbone.get_input_embeddings()
         self.projection = backbone.get_output_embeddings()
@@ -136,7 +145,7 @@ class StepModule(nn.Module):
 
 
 class HeadsModule(nn.Module):
-    """The heads alone, for rows that the host accepts (sampling): hidden [B, H], root token [B] to candidates."""
+    """The heads alone, for rows that the host accepts (sampling): hidden [B, H] and root token [B] to candidates."""
 
     def __init__(self, heads: HeadStack, embedding: nn.Module) -> None:
         super().__init__()

@@ -1,36 +1,50 @@
-"""Trace the step module into an ONNX graph whose attention nodes are still abstract (see :mod:`.lower`)."""
+"""Traces the step module into an ONNX graph with abstract attention nodes, which :mod:`..passes.lower` replaces."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import io
-import logging
-import warnings
 from collections.abc import Iterator
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes import common as passes
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ...runtime.executors import step_io
-from ..backbone.backbone import Backbone
+from ..backbone.record import Backbone
 from ..heads.module import HeadStack
+from .link import link_weights
+from .names import keep_names
+from .quiet import quiet
 from .step import HeadsModule, StepModule
 
 OPSET = 24
-# Example sizes of the trace. All differ, and none is 1, so that no dimension is taken for a constant or for another.
+# Example sizes of the trace. All differ, and none is 1, so that the exporter takes no dimension for a constant or for another.
 _B, _N, _R, _T = 2, 5, 3, 24
 
 
 def trace_step(backbone: Backbone, heads: HeadStack, rows: int) -> ir.Model:
-    """The step graph over caches of ``rows`` rows: abstract attention, dynamic B, N, R and T, constant S.
+    """Trace the step graph over caches of ``rows`` rows: abstract attention, dynamic B, N, R and T, constant S.
 
     Raises:
         UnsupportedArchitectureError: the backbone's attention has terms that the step graph can't express.
     """
+    with backbone.weights.tracing():
+        model = _trace_step(backbone, heads, rows)
+    link_weights(model, backbone)
+    return model
+
+
+def trace_heads(backbone: Backbone, heads: HeadStack) -> ir.Model:
+    """Trace the heads alone: ``hidden`` [B, H] and ``root`` int64 [B] to ``candidates`` and ``log_probs``."""
+    with backbone.weights.tracing():
+        model = _trace_heads(backbone, heads)
+    link_weights(model, backbone)
+    return model
+
+
+def _trace_step(backbone: Backbone, heads: HeadStack, rows: int) -> ir.Model:
     shape = backbone.shape
     margin = heads.config.num_heads
     dtype = backbone.dtype
@@ -57,8 +71,7 @@ def trace_step(backbone: Backbone, heads: HeadStack, rows: int) -> ir.Model:
     return _export(StepModule(backbone.module, heads, margin), arguments, dynamic, inputs, outputs)
 
 
-def trace_heads(backbone: Backbone, heads: HeadStack) -> ir.Model:
-    """The heads alone: ``hidden`` [B, H] and ``root`` int64 [B] to ``candidates`` and ``log_probs``."""
+def _trace_heads(backbone: Backbone, heads: HeadStack) -> ir.Model:
     module = HeadsModule(heads, backbone.module.get_input_embeddings())
     arguments = (torch.zeros(_B, backbone.shape.hidden_size, dtype=backbone.dtype), torch.ones(_B, dtype=torch.int64))
     b = torch.export.Dim("B")
@@ -78,19 +91,18 @@ def _export(module: nn.Module, arguments: tuple[object, ...], dynamic: object, i
             dynamic_shapes=dynamic,  # type: ignore[arg-type]
             input_names=inputs,
             output_names=outputs,
-            optimize=not fake,  # folding wants numbers
+            optimize=not fake,  # folding needs numbers
             verbose=False,
         )
     assert program is not None
     model = program.model
-    # The exporter notes for every node in which file of this machine it was written.
-    passes.ClearMetadataAndDocStringPass()(model)
+    keep_names(model)
     return model
 
 
 @contextlib.contextmanager
 def _without_collection() -> Iterator[None]:
-    """A trace's objects live as long as it does: looking for cycles among them took an eighth of its time."""
+    """Stop garbage collection: a trace's objects live as long as it does, and looking for cycles took an eighth of its time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -99,16 +111,3 @@ def _without_collection() -> Iterator[None]:
         if enabled:
             gc.enable()
             gc.collect()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """The exporter prints and warns about itself; none of it is about the user's model."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)

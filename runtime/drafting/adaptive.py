@@ -1,23 +1,26 @@
-"""The drafter whose number of rows is chosen in every step: it ranks candidate paths, and tells how they fared."""
+"""The drafter whose number of rows is chosen in every step. It ranks candidate paths, and counts how they fared."""
 
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
-from ..files.heads import PlattScaling
 from .acceptance_stats import AcceptanceStats, Evidence
 from .draft import NOTHING, Candidates, Draft, Scale, TokenPath, compiled, ranked_paths
 from .lookup import PromptLookup
 from .step_cost import Track
+
+if TYPE_CHECKING:
+    from ..files.heads import PlattScaling
 
 _SUREST = 0.98
 """Highest probability of a candidate, whatever its head says."""
 
 
 class AdaptiveDrafter:
-    """The most promising rows, as many as :class:`.row_budget.RowBudget` chooses: it sets ``rows`` and ``heads`` before a step.
+    """Takes the most promising rows. :class:`.row_budget.RowBudget` sets ``rows`` and ``heads`` before each step.
 
-    A path's probability is as :class:`.draft.BestRows` has it, times the calibration of each head, and of lookup, on it.
+    A path's probability is the one of :class:`.draft.BestRows`, times the calibration of each head, and of lookup, on it.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class AdaptiveDrafter:
         """
         tested = []
         for head, ((tokens, chances), token) in enumerate(zip(self._candidates, emitted, strict=False)):
-            # Weighted by the promise itself: the line through the origin that fits best.
+            # Least squares through the origin: each observation is weighted by its expectation.
             came = chances[tokens.index(token)] if token in tokens else 0.0
             tested.append((head, came, sum([chance * chance for chance in chances])))
         before = 1.0

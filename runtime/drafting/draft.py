@@ -1,36 +1,38 @@
-"""Which rows a step verifies below the root."""
+"""Drafts: the rows that a step verifies below the root."""
 
 from __future__ import annotations
 
 import heapq
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ..files.heads import PlattScaling
 from ..tree import ROOT_ONLY, Shape, Tree
 from .lookup import PromptLookup
 
+if TYPE_CHECKING:
+    from ..files.heads import PlattScaling
+
 UNKNOWN_SCALING = ((0.7, -1.0),)
-"""Of all heads that nobody measured: surer than right, as both sets of heads in the repository were found to be."""
+"""Scaling of heads that nobody measured. Both sets of heads in the repository were surer than right."""
 
 _SMALLEST = 1e-6
 _LEAST_LIKELY = -math.log1p(1 / _SMALLEST)
-"""Odds against a candidate are cut off at ``_SMALLEST`` and its inverse; the latter are those of this log-probability."""
+"""Odds against a candidate are cut off at ``_SMALLEST`` and 1/``_SMALLEST``. The latter belong to this log-probability."""
 
 _HOPELESS = 700.0
-"""Logarithm of odds against, beyond which nothing changes: its exponential is still a float."""
+"""Largest logarithm of odds against: its exponential is still a float."""
 
 TokenPath = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Rows of one sequence in one step. ``tokens`` int64 [N - 1]: of all rows but the root.
+    """Rows of one sequence in one step. ``tokens`` int64 [N - 1]: all rows' but the root's.
 
-    ``looked_up``: whether the text's own repetition was among what the rows were chosen from.
+    ``looked_up``: whether repeated text was among the sources that the rows were chosen from.
     """
 
     shape: Shape
@@ -44,7 +46,7 @@ NOTHING = Draft(ROOT_ONLY, np.zeros(0, np.int64))
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """What the heads propose at the root's row: ``tokens`` int64 [K, k] and ``log_probs`` float32 [K, k], best first."""
+    """The heads' candidates at the root's row: ``tokens`` int64 [K, k] and ``log_probs`` float32 [K, k], best first."""
 
     tokens: np.ndarray
     log_probs: np.ndarray
@@ -64,13 +66,13 @@ class Drafter(Protocol):
         ...
 
     def draft(self, candidates: Candidates | None) -> Draft:
-        """The rows of the next step."""
+        """Return the rows of the next step."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class FixedTree:
-    """The candidates on the same tree in every step (arXiv 2401.10774, section 2.1.2)."""
+    """Puts the candidates on the same tree in every step (arXiv 2401.10774, section 2.1.2)."""
 
     tree: Tree
 
@@ -85,7 +87,7 @@ class FixedTree:
         return self.rows > 1
 
     def draft(self, candidates: Candidates | None) -> Draft:
-        """The tree, filled."""
+        """Return the tree, filled."""
         if self.rows == 1:
             return NOTHING
         assert candidates is not None
@@ -93,20 +95,17 @@ class FixedTree:
 
 
 class BestRows:
-    """The most promising rows in every step: by the heads' own probabilities, and by what the text repeats.
-
-    The number of rows is the same in every step.
-    """
+    """Takes the most promising rows, by the heads' probabilities and by repeated text. Their number stays the same."""
 
     def __init__(self, rows: int, scaling: PlattScaling, lookup: PromptLookup | None = None) -> None:
-        """``rows``: N, the root included. ``scaling``: of each head."""
+        """``rows``: N, the root included. ``scaling``: Platt scaling of each head."""
         self.rows = rows
         self.heads = rows > 1
         self._lookup = lookup
         self._scale = Scale(scaling)
 
     def draft(self, candidates: Candidates | None) -> Draft:
-        """The rows - 1 paths that are most likely right."""
+        """Return the N − 1 paths that are most likely right."""
         if self.rows == 1:
             return NOTHING
         assert candidates is not None
@@ -117,13 +116,13 @@ class BestRows:
 
 
 class Scale:
-    """Platt scaling: from what heads say of a candidate to how often it is right, where the tokens before it are."""
+    """Platt scaling: from a candidate's log-probability to the rate at which it is right behind right tokens."""
 
     def __init__(self, scaling: PlattScaling) -> None:
         self._scaling = scaling or UNKNOWN_SCALING
 
     def chances(self, log_probs: np.ndarray) -> list[list[float]]:
-        """Probabilities [K][k]; they fall with the rank. NaN counts as the least likely: the engine's call reports it."""
+        """Return probabilities [K][k]; they fall with the rank. NaN becomes the smallest one: verification reports it."""
         scaling = self._scaling if len(self._scaling) > 1 else self._scaling * len(log_probs)
         # Plain floats: an engine call leaves numpy's code in no cache, and a dozen array operations take longer than 40 numbers.
         return [_scaled(row, *pair) for row, pair in zip(log_probs.tolist(), scaling, strict=False)]
@@ -145,10 +144,10 @@ def ranked_paths(
     count: int,
     least: float = 0.0,
 ) -> list[tuple[TokenPath, float]]:
-    """The ``count`` paths that are most likely right, best first, with their probabilities; closed under prefixes.
+    """Return the ``count`` paths that are most likely right, best first, with their probabilities; closed under prefixes.
 
-    ``tokens`` and ``chances`` [K][k]: each head's candidates, where the tokens before are right; [] without heads.
-    ``continuation``: what the text repeats, with the probability of each prefix. Paths of the heads below ``least`` are left out.
+    ``tokens`` and ``chances`` [K][k]: each head's candidates, and their probabilities behind right tokens; [] without heads.
+    ``continuation``: repeated text, with the probability of each prefix. Paths of the heads below ``least`` are left out.
     """
     paths = _best_paths(tokens, chances, count, least)
     if not continuation:
@@ -167,7 +166,7 @@ def ranked_paths(
 def _best_paths(
     tokens: list[list[int]], chances: list[list[float]], count: int, least: float
 ) -> dict[TokenPath, float]:
-    """The ``count`` likeliest paths of candidates, best first, and their probabilities; all there are if that is fewer."""
+    """Return the ``count`` likeliest paths of candidates, best first, with their probabilities; all if there are fewer."""
     found: dict[TokenPath, float] = {}
     # Open paths as (-chance, depth, rank, chance of the parent, tokens of the parent).
     waiting: list[tuple[float, int, int, float, TokenPath]] = [(-chances[0][0], 0, 0, 1.0, ())] if tokens else []
@@ -185,7 +184,7 @@ def _best_paths(
 
 
 def compiled(paths: list[TokenPath], *, looked_up: bool) -> Draft:
-    """Rows in breadth order for prefix-closed paths of tokens."""
+    """Make rows in breadth order of prefix-closed paths of tokens."""
     if not paths:
         return Draft(ROOT_ONLY, NOTHING.tokens, looked_up)
     paths.sort(key=len)

@@ -1,4 +1,4 @@
-"""How often heads are right, counted: by rank, by path of ranks, and by what a tree accepts where decoding with it looks."""
+"""Counts how often heads are right: by rank, by path of ranks, and by the tokens that a tree accepts in replayed answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NO_LABEL = -2
 
 
 def ranks_of(candidates: np.ndarray, labels: Sequence[int]) -> list[int]:
-    """For each head, the rank of what came among its candidates int64 [K, k]; ``MISS``, or ``NO_LABEL`` past the end."""
+    """Return each head's rank of its label among its candidates int64 [K, k]: ``MISS`` without one, ``NO_LABEL`` past the end."""
     ranks = []
     for head, tokens in enumerate(candidates.tolist()):
         if head >= len(labels):
@@ -25,18 +25,18 @@ def ranks_of(candidates: np.ndarray, labels: Sequence[int]) -> list[int]:
 
 
 def rank_rates(ranks: np.ndarray, top_k: int) -> np.ndarray:
-    """Share of positions whose label is the candidate of rank r of head h, float64 [K, top_k].
+    """Return the share of positions whose label is the candidate of rank r of head h, float64 [K, top_k].
 
-    ``ranks`` int64 [n, K]: of each position's labels. Each head is counted over all positions that have a label.
+    ``ranks`` int64 [n, K]: ranks of each position's labels. Each head is counted over all positions that have a label.
     """
     hits = np.stack([(ranks == rank).sum(0) for rank in range(top_k)], 1)
     return np.asarray(hits / np.maximum((ranks != NO_LABEL).sum(0), 1)[:, None])
 
 
 def path_rates(ranks: np.ndarray) -> dict[RankPath, float]:
-    """Share of positions whose next labels are the candidates on a path of ranks; ``ranks`` int64 [n, K].
+    """Return the share of positions whose next labels are the candidates on a path of ranks; ``ranks`` int64 [n, K].
 
-    Heads hit together: where the first guess is right the second is right more often than on average, so the product of their
+    Heads hit together: behind a right first guess the second one is right more often than on average, so the product of their
     rates underrates deep paths. Every path that was right at least once is here. Positions without a label for the first head
     are left out.
     """
@@ -53,7 +53,7 @@ def path_rates(ranks: np.ndarray) -> dict[RankPath, float]:
 
 
 def accepted_lengths(tree: Tree, ranks: np.ndarray) -> np.ndarray:
-    """Drafted tokens that a step of ``tree`` accepts at each position, int64 [n]; ``ranks`` int64 [n, K]."""
+    """Return the drafted tokens that a step of ``tree`` accepts at each position, int64 [n]; ``ranks`` int64 [n, K]."""
     right = np.ones((tree.rows, len(ranks)), bool)
     for row in range(1, tree.rows):
         right[row] = right[tree.parents[row]] & (ranks[:, tree.depths[row] - 1] == tree.ranks[row])
@@ -61,14 +61,14 @@ def accepted_lengths(tree: Tree, ranks: np.ndarray) -> np.ndarray:
 
 
 def replayed_acceptance_length(tree: Tree, ranks: np.ndarray) -> float:
-    """Tokens that a step of ``tree`` emits on average where decoding the recorded answers with it looks: at the roots.
+    """Return the mean tokens a step if ``tree`` had decoded the recorded answers.
 
-    ``ranks`` int64 [n, K]: of the labels of every emitted token in order, answer after answer; the last token of an answer has no
-    label. A step that accepts a tokens is followed by the one at the position 1 + a further on. Decoding leaps over what was
-    easy to guess, so the average over all positions is higher: by 2.4 to 3.5 % in docs/trees.md.
+    ``ranks`` int64 [n, K]: ranks of the labels of every emitted token in order, answer after answer. The last token of an answer
+    has no label. A step at position p that accepts a tokens is followed by one at p + 1 + a. Decoding leaps over tokens that were
+    easy to guess, so the mean over all positions is higher: by 2.4 to 3.5 % in docs/trees.md.
 
-    Steps so near the end of an answer that a label within the tree's depth is missing aren't counted: their outcome isn't known.
-    Where no answer is longer than that they are, and what may come after the end counts as not accepted.
+    Steps near the end of an answer aren't counted when a label within the tree's depth is missing: nobody knows their outcome.
+    If no answer is longer than that, they are counted, and tokens past the end count as not accepted.
     """
     accepted = accepted_lengths(tree, ranks).tolist()
     known = (ranks[:, : max(1, tree.depth)] != NO_LABEL).all(1)

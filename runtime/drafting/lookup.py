@@ -1,6 +1,6 @@
-"""Prompt lookup: text that repeats itself says how it goes on.
+"""Prompt lookup: text that repeats itself is a draft.
 
-The newest tokens of a sequence are looked for earlier in it, the longest match first, and what followed there is drafted
+It looks for the newest tokens of a sequence earlier in it, the longest match first, and drafts the tokens that followed there
 (prompt lookup decoding, github.com/apoorvumang/prompt-lookup-decoding; the same idea with references: arXiv 2304.04487).
 """
 
@@ -21,33 +21,32 @@ RATES = (
     (0.94, 0.89, 0.85, 0.81, 0.77, 0.74, 0.71, 0.69, 0.66, 0.64, 0.63, 0.61, 0.59, 0.58, 0.57, 0.56),
 )
 # fmt: on
-"""``RATES[m - 1][d]``: how often the first d + 1 tokens after a match of m tokens (the last row: of 8 or more) are what the
-backbone emits.
+"""``RATES[m - 1][d]``: rate at which the backbone emits the first d + 1 tokens after a match of m tokens (last row: 8 or more).
 
-Counted, by a script that was not kept, in SmolLM2-135M-Instruct's greedy answers of up to 200 tokens to 896 prompts, without the
-prompts; a third of the matches were of 8 or more. They only rank these rows among the heads', after what each request's own steps
-say of them.
+A script that was not kept counted them in SmolLM2-135M-Instruct's greedy answers of up to 200 tokens to 896 prompts, without the
+prompts. A third of the matches were of 8 or more. The rates only rank these rows among the heads'; each request's own steps
+calibrate them.
 """
 
 
 class PromptLookup:
     """Finds earlier occurrences of a sequence's newest tokens.
 
-    Keeps, for every run of 1 … ``LONGEST_MATCH`` tokens, where the text went on after its latest occurrence. Tokens are
-    indexed once each, when they are first asked about.
+    For every run of 1 … ``LONGEST_MATCH`` tokens it keeps the place behind the run's latest occurrence. Each token is indexed
+    once, when the first question comes.
     """
 
     def __init__(self, tokens: list[int], deepest: int = DEEPEST) -> None:
-        """``tokens``: the sequence's own list, which may grow between calls. ``deepest``: how far it looks ahead at most."""
+        """``tokens``: the sequence's own list, which may grow between calls. ``deepest``: most tokens that it drafts."""
         self._deepest = deepest
         self._tokens = tokens
         self._indexed = 0
         self._next: dict[tuple[int, ...], int] = {}
 
     def continuation(self, depth: int = DEEPEST) -> list[tuple[int, float]]:
-        """Up to ``depth`` tokens that may follow the newest one, each with its :data:`RATES`; none without a match.
+        """Return up to ``depth`` tokens that may follow the newest one, each with its :data:`RATES`; none without a match.
 
-        Where the earlier occurrence runs into the present, the text is taken to go on repeating itself.
+        An earlier occurrence that runs into the present goes on from its own beginning.
         """
         self._index()
         tokens = self._tokens
@@ -60,7 +59,7 @@ class PromptLookup:
         return []
 
     def _index(self) -> None:
-        """Enter the runs before each new token; the newest run gets its entry when a token follows it."""
+        """Enter the runs before each new token. The newest run gets its entry when a token follows it."""
         for position in range(max(self._indexed, 1), len(self._tokens)):
             for match in range(1, min(LONGEST_MATCH, position) + 1):
                 self._next[tuple(self._tokens[position - match : position])] = position

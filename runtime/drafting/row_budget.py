@@ -9,14 +9,16 @@ of two sums, tokens ÷ time: with the best throughput in the rule, the rule give
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from ..files.heads import PlattScaling
 from .acceptance_stats import AcceptanceStats
 from .adaptive import AdaptiveDrafter
 from .draft import Candidates, Drafter
 from .lookup import PromptLookup
 from .step_cost import StepCost, Track
+
+if TYPE_CHECKING:
+    from ..files.heads import PlattScaling
 
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
 """Numbers of rows to choose from where the engine takes any."""

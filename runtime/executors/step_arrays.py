@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -56,8 +56,8 @@ class StepInputs:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(getattr(self, field.name).nbytes for field in fields(self) if field.name != "margin")
+        """Bytes of the larger arrays."""
+        return self.tokens.nbytes + self.positions.nbytes + self.ancestors.nbytes + self.commit.nbytes
 
     def fill(self, rows: SlotRows, length: int, moves: tuple[int, ...] = (), index: int = 0) -> None:
         """Encode ``rows`` behind ``length`` kept rows as entry ``index`` of the batch; rows past them become padding."""
@@ -115,17 +115,17 @@ class StepOutputs:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(getattr(self, field.name).nbytes for field in fields(self))
+        """Bytes of the larger arrays."""
+        return self.candidates.nbytes + self.log_probs.nbytes + self.logits.nbytes + self.hidden.nbytes
 
     def result(self, index: int, rows: SlotRows, seconds: float) -> SlotResult:
         """Entry ``index`` of the batch as the result of ``rows``. Arrays are views, valid until the next call."""
         wanted, last = rows.wanted, int(self.last_row[index])
         kept = self.hidden.shape[1]
-        if wanted.heads:
-            finite = not math.isnan(self.log_probs[index, 0, 0])
-        else:
+        if kept:
             finite = math.isfinite(self.hidden[index, min(last, kept - 1)].sum(dtype=np.float32))
+        else:  # the call ran the heads, for this slot or for another one
+            finite = not math.isnan(self.log_probs[index, 0, 0])
         delivered = 1 if rows.prefills else rows.count
         return SlotResult(
             last_row=last,
@@ -152,25 +152,40 @@ Kind = TypeVar("Kind", bound=Sized)
 
 
 class Recent(Generic[Kind]):
-    """Buffers by kind of call. The least recently used ones go when all hold more than ``limit`` bytes."""
+    """Buffers by kind of call. The least recently used ones go when all hold more than ``limit`` bytes.
+
+    Buffers may grow while they are in use: that is counted when others are asked for.
+    """
 
     def __init__(self, limit: int = KEPT_BYTES) -> None:
         self._limit = limit
         self._kept: OrderedDict[Hashable, Kind] = OrderedDict()
+        self._counted: dict[Hashable, int] = {}
+        self._newest: Hashable = None
         self.nbytes = 0
 
     def get(self, key: Hashable, make: Callable[[], Kind]) -> Kind:
         """The buffers of ``key``, made where they aren't kept."""
-        found = self._kept.get(key)
+        self._count()
+        found, self._newest = self._kept.get(key), key
         if found is None:
             self._kept[key] = found = make()
-            self.nbytes += found.nbytes
-            while len(self._kept) > _KEPT_KINDS or (self.nbytes > self._limit and self._kept):
-                _, oldest = self._kept.popitem(last=False)
-                self.nbytes -= oldest.nbytes
+            self._count()
         else:
             self._kept.move_to_end(key)
         return found
+
+    def _count(self) -> None:
+        """Count the buffers that were asked for last; drop what is too much then."""
+        newest = self._kept.get(self._newest)
+        before = self._counted.get(self._newest, 0)
+        if newest is None or newest.nbytes == before:
+            return
+        self._counted[self._newest] = newest.nbytes
+        self.nbytes += newest.nbytes - before
+        while len(self._kept) > _KEPT_KINDS or self.nbytes > self._limit:
+            oldest, _ = self._kept.popitem(last=False)
+            self.nbytes -= self._counted.pop(oldest, 0)
 
 
 def visible_rows(end: int, cache_rows: int, granularity: int = 64) -> int:

@@ -1,4 +1,4 @@
-"""Names of the step graph's inputs and outputs, and the layout of cache rows. Export writes them, executors bind them.
+"""Names the step graph's inputs and outputs, and lays out cache rows. Export writes these names, executors bind them.
 
 Dimensions: ``B`` slots, ``N`` rows of this step, ``R`` rows whose logits are needed, ``T`` visible cache rows, ``S`` cache
 rows, ``K`` heads, ``k`` candidates a head, ``H`` hidden size, ``V`` vocabulary.
@@ -11,7 +11,7 @@ positions      int64 [B, N]       committed length + depth
 ancestors      bool [B, N, N]     [b, i, j]: row j is row i or an ancestor of it; a row that isn't its own ancestor is padding
 forced         int64 [B]          rows accepted unconditionally: 1 in decode (the root), N in prefill, 0 in an idle slot
 write_index    int64 [B]          cache row of row 0
-columns        int64 [T]          0 … T-1: its length says how much of the caches this step reads
+columns        int64 [T]          0 … T-1: its length is the number of cache rows that this step reads
 logit_rows     int64 [B, R]       rows whose logits are computed: all N in verify, the last one in prefill
 commit         int64 [B, K]       cache rows that are copied to write_index-K … write_index-1 before anything else is read
 past_key.{l}   [B, H_kv, S, D_h]  preallocated; the output present_key.{l} is the same memory
@@ -28,31 +28,57 @@ logits        [B, R, V]         optional: for sampling on the host
 hidden        [B, R, H]         optional: the backbone's normalised last hidden state
 ============= ================= =====================================================
 
-The *CPU* graphs, of ONNX Runtime's own operators, read these instead of ancestors, forced, write_index, columns and commit. What
-they hold follows from those, and costs the host less than the graph (:mod:`.cpu_inputs`). Several rows want R = N and one forced
-row, or R = 1 and all rows forced.
+**The cache.** Its first ``K`` rows are a margin that no row sees. Example: K = 2 heads, 5 committed tokens, a step of 4 rows on
+the tree of :mod:`..tree`::
+
+    cache row     0    1    2    3    4    5    6    7    8    9   10   11 … S-1
+                ┌─────────┬────────────────────────┬───────────────────┬──────────┐
+                │ margin  │ committed rows         │ root  a    b    c │ room     │
+                └─────────┴────────────────────────┴───────────────────┴──────────┘
+    seen by       nobody    every row of the step   self, descendants  nobody
+                                                     ▲ write_index = K + committed = 7
+
+The step accepts c, whose path is root, a, c. Three tokens are committed, and the next write_index is 10. Row 7 is in place; the
+rows of a and c must become rows 8 and 9. The next step does that before it reads anything: its ``commit`` is [8, 10], and it
+copies rows 8 and 10 to write_index-K … write_index-1, that is to 8 and 9. Rejected rows are overwritten or hidden, never zeroed.
+The margin keeps ``write_index - K`` from being negative: one scatter writes the rows accepted in the step before and the rows of
+this one (the commit is deferred by a step).
+
+**Acceptance.** A row matches if it is forced or carries its parent's argmax. It is alive if it and all its ancestors match: one
+product of ``ancestors`` with the mismatches. A padding row is never alive. The deepest row that is alive wins: the score is the
+number of its ancestors, itself included::
+
+            ancestors      mismatch   blocked    alive   score
+    root    1  0  0  0        0          0        yes      1
+    a       1  1  0  0   ·    0     =    0        yes      2
+    b       1  0  1  0        1          1        no       0
+    c       1  1  0  1        0          0        yes      3   ◀ argmax: last_row = 3
+
+The *CPU* graphs consist of ONNX Runtime's own operators. They read these inputs instead of ancestors, forced, write_index,
+columns and commit. The host computes them from those at less cost than the graph would (:mod:`.cpu_inputs`). A step of several
+rows has R = N and one forced row, or R = 1 and all rows forced.
 
 ======================= ================== ===================================================================
 input, CPU graphs       shape              meaning
 ======================= ================== ===================================================================
-mask                    [B, 1, N, T]       added to attention scores: 0, or ``HIDDEN_BIAS`` where a row mustn't look
+mask                    [B, 1, N, T]       added to attention scores: 0, or ``HIDDEN_BIAS`` if the row mustn't see the cache row
 last_rows               int32 [B]          cache row of the step's last row
 visible                 int32 []           T
-parents                 int64 [B, N]       row whose logits say what a row should carry; 0 where it doesn't matter
-paths                   float32 [B, N, R]  1 where row n isn't forced and is on the path to the row of logits r, else 0
-heads_wanted            bool []            whether the heads run
-logits_wanted           bool []            whether logits are needed but for the greedy choice, which seldom takes all of them
+parents                 int64 [B, N]       row whose argmax a row should carry; 0 for a row that needs no match
+paths                   float32 [B, N, R]  1 if row n isn't forced and lies on the path to the row of logits r, else 0
+heads_wanted            bool []            true if the heads run
+logits_wanted           bool []            true if more than the greedy choice needs logits; that choice seldom takes all of them
 ======================= ================== ===================================================================
 
-The *device* graph is the same step closed over itself: what the next step needs are outputs, so that an engine can start it
-before the host has read this one. It has no ``commit``. Accepted rows are carried from step to step outside the caches, and a
-cache is never read before it is written. ``P``: rows of the step before.
+The *device* graph is the same step, closed over itself: it outputs the inputs of the next step, so that an engine can start that
+step before the host has read this one. It has no ``commit``. Accepted rows are carried from step to step outside the caches, and
+no step reads a cache before it writes it. ``P``: rows of the step before.
 
 ======================= ================== ===================================================================
 input, device graph     shape              meaning
 ======================= ================== ===================================================================
 kept                    int64 [B, K]       rows of the step before that were accepted below its root, left-aligned
-kept_count              int64 [B]          how many: they go to write_index-kept_count … write_index-1
+kept_count              int64 [B]          their number; they go to write_index-kept_count … write_index-1
 draft_slots             int64 [B, N]       head·k + rank of the candidate that fills each row of the next step; 0 for the root
 carried_key.{l}         [B, H_kv, P, D_h]  new keys of the step before, carried_value.{l} likewise
 ======================= ================== ===================================================================
@@ -61,19 +87,16 @@ carried_key.{l}         [B, H_kv, P, D_h]  new keys of the step before, carried_
 output, device graph    shape              meaning
 ======================= ================== ===================================================================
 emitted                 int64 [B, K+1]     accepted tokens, then the next root, then -1
-next_tokens             int64 [B, N]       the next step on the same tree: its tokens,
-next_positions          int64 [B, N]       its positions,
-next_write_index        int64 [B]          its write index (this one + the number of emitted tokens),
-next_kept               int64 [B, K]       what it must keep,
-next_kept_count         int64 [B]          and how many; after a prefill these don't count: all its rows are in place
+next_tokens             int64 [B, N]       tokens of the next step on the same tree
+next_positions          int64 [B, N]       positions of the next step
+next_write_index        int64 [B]          write_index of the next step: this one + the number of emitted tokens
+next_kept               int64 [B, K]       kept of the next step; meaningless after a prefill, whose rows are all in place
+next_kept_count         int64 [B]          kept_count of the next step; meaningless after a prefill
 new_key.{l}             [B, H_kv, N, D_h]  this step's own keys, new_value.{l} likewise: carried to the next step
 ======================= ================== ===================================================================
 
-The scatter of the device graph always writes K + N rows from write_index-kept_count on: up to K rows past the step's own are
-overwritten, which no row sees and :func:`cache_rows` has room for.
-
-The first ``K`` cache rows are a margin that is never visible: with it ``write_index - K`` can't be negative, so the rows
-accepted in the previous step and the rows of this one are written by one scatter (the commit is deferred by a step).
+The scatter of the device graph always writes K + N rows from write_index-kept_count on. It overwrites up to K rows past the
+step's own: no row sees them, and :func:`cache_rows` has room for them.
 """
 
 from __future__ import annotations
@@ -112,37 +135,37 @@ NEXT_WRITE_INDEX = "next_write_index"
 NEXT_KEPT = "next_kept"
 NEXT_KEPT_COUNT = "next_kept_count"
 CLOSING = (EMITTED, NEXT_TOKENS, NEXT_POSITIONS, NEXT_WRITE_INDEX, NEXT_KEPT, NEXT_KEPT_COUNT)
-"""What the device graph adds to the outputs, caches and carried rows apart."""
+"""Outputs that the device graph adds, besides caches and carried rows."""
 
 STEP_INPUTS = (TOKENS, POSITIONS, ANCESTORS, FORCED, WRITE_INDEX, COLUMNS, LOGIT_ROWS, COMMIT)
 """Small inputs of the standard graph."""
 
 CPU_INPUTS = (MASK, LAST_ROWS, VISIBLE, PARENTS, PATHS)
-"""What the host works out for CPU graphs."""
+"""Inputs of the CPU graphs that the host computes."""
 
-# The most negative finite fp16 number: masks are additive and finite, so a fully hidden row can't become NaN.
+# The most negative finite fp16 number. Masks are additive and finite: a row that sees nothing can't become NaN.
 HIDDEN_BIAS = -65504.0
 
 CACHE_ALIGNMENT = 8
 
 
 def past_names(layers: int) -> list[str]:
-    """Cache inputs in graph order: key and value of layer 0, then of layer 1 …"""
+    """Names the cache inputs in graph order: key and value of layer 0, then of layer 1 …"""
     return _of_each_layer("past", layers)
 
 
 def present_names(layers: int) -> list[str]:
-    """Cache outputs in the same order; each is the memory of the input at the same index."""
+    """Names the cache outputs in the same order. Each shares the memory of the input at its index."""
     return _of_each_layer("present", layers)
 
 
 def carried_names(layers: int) -> list[str]:
-    """Inputs of the device graph in the same order: the rows that the step before wrote."""
+    """Names inputs of the device graph in the same order: the rows that the step before wrote."""
     return _of_each_layer("carried", layers)
 
 
 def new_names(layers: int) -> list[str]:
-    """Outputs of the device graph in the same order: the rows that this step wrote."""
+    """Names outputs of the device graph in the same order: the rows that this step wrote."""
     return _of_each_layer("new", layers)
 
 
@@ -151,9 +174,9 @@ def _of_each_layer(name: str, layers: int) -> list[str]:
 
 
 def cache_rows(capacity: int, heads: int, max_rows: int) -> int:
-    """Rows ``S`` of a cache that holds ``capacity`` tokens: the margin before them, the widest tree after them.
+    """Returns the rows S of a cache for ``capacity`` tokens: margin K + capacity + widest tree + K, rounded up.
 
-    Behind that, ``heads`` rows more: the device graph's scatter is always that much longer than the step.
+    The last K = ``heads`` rows are for the device graph's scatter, which is always that much longer than the step.
     """
     rows = 2 * heads + capacity + max_rows
     return -(-rows // CACHE_ALIGNMENT) * CACHE_ALIGNMENT

@@ -1,7 +1,8 @@
-"""The adapter that heads may need: low-rank changes of the backbone (arXiv 2106.09685), in the files that peft reads and writes.
+"""Reads and writes the adapter that heads may need: low-rank changes of the backbone (arXiv 2106.09685), in peft's files.
 
-It lies in the folder ``adapter`` beside the heads; the heads' ``config.json`` has the hashes of its files and says which backbone
-it changes. Adapters are untrusted: weights are safetensors, and of a config only plain LoRA over named linear layers is taken.
+The adapter lies in the folder ``adapter`` beside the heads. The heads' ``config.json`` has the hashes of its files and a digest
+of the backbone that it changes. Adapters are untrusted: weights are safetensors, and a config may hold only plain LoRA over named
+linear layers.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ FIELD = "adapter"
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 SAMPLE = 256
-"""Numbers of each backbone tensor that go into its digest."""
+"""Numbers of each backbone tensor that go into the digest."""
 MAX_RANK = 4096
 _MAX_CONFIG_BYTES = 1 << 20
 _AGAIN = "copy the whole heads folder again, with its adapter"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_]+")
-# Fields of peft's config that change nothing once the adapter is merged, whatever they say.
+# Fields of peft's config whose value doesn't matter once the adapter is merged.
 _NEUTRAL = {"auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout", "megatron_core",
             "peft_version", "qalora_group_size", "revision", "task_type"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class LoraShape:
-    """``weight + alpha / rank · B A`` for every linear layer whose last name is in ``targets``; A [rank, in], B [out, rank]."""
+    """LoRA: weight + ``alpha / rank`` · B A for linear layers whose last name is in ``targets``; A [rank, in], B [out, rank]."""
 
     rank: int
     alpha: float
@@ -47,19 +48,19 @@ class LoraShape:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """An adapter to be written: both files' bytes, and the digest of the backbone that it changes."""
+    """An adapter to be written: the bytes of both files, and the digest of the backbone that it changes."""
 
     config: bytes
     weights: bytes
     backbone: str
 
     def field(self) -> dict[str, Any]:
-        """What the heads' config says about it."""
+        """Returns the adapter's entry in the heads' config."""
         files = {CONFIG_NAME: self.config, WEIGHTS_NAME: self.weights}
         return {"files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}, "backbone": self.backbone}
 
     def write(self, folder: Path) -> None:
-        """Write both files into a new folder."""
+        """Writes both files into a new folder."""
         folder.mkdir()
         (folder / CONFIG_NAME).write_bytes(self.config)
         (folder / WEIGHTS_NAME).write_bytes(self.weights)
@@ -67,7 +68,7 @@ class AdapterFiles:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter on disk. ``files``: sha256 by name; ``backbone``: digest of the backbone that it changes."""
+    """An adapter on disk. ``files``: sha256 by name. ``backbone``: digest of the backbone that it changes."""
 
     folder: Path
     files: Mapping[str, str]
@@ -76,10 +77,11 @@ class Adapter:
 
 
 def read_adapter(heads_folder: Path, config: Mapping[str, Any]) -> Adapter | None:
-    """The adapter that the heads in ``heads_folder`` need according to their ``config``; None when they need none.
+    """Finds the adapter that the heads in ``heads_folder`` need according to their ``config``. Returns None if they need none.
 
     Raises:
-        HeadsError: the field is malformed, the adapter is missing, isn't the one that the heads were trained with, or isn't LoRA.
+        HeadsError: the field is malformed; or the adapter is missing, is another one than the heads were trained with, or isn't
+            LoRA.
     """
     if FIELD not in config:
         return None
@@ -105,10 +107,10 @@ def read_adapter(heads_folder: Path, config: Mapping[str, Any]) -> Adapter | Non
 
 
 def read_lora_shape(path: Path) -> LoraShape:
-    """Rank, alpha and targets from peft's ``adapter_config.json``.
+    """Reads rank, alpha and targets from peft's ``adapter_config.json``.
 
     Raises:
-        HeadsError: too large, not JSON, another kind of adapter, or a setting that plain LoRA doesn't have.
+        HeadsError: the file is too large or isn't JSON, the adapter is of another kind, or has a setting that plain LoRA lacks.
     """
     no_config = "this is no config of an adapter"
     raw = read_json_file(path, limit=_MAX_CONFIG_BYTES, error=HeadsError, hint=_AGAIN, too_large=no_config)
@@ -134,7 +136,7 @@ def read_lora_shape(path: Path) -> LoraShape:
 
 
 def lora_config(shape: LoraShape) -> bytes:
-    """The text of peft's ``adapter_config.json``."""
+    """Returns the text of peft's ``adapter_config.json``."""
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -150,7 +152,7 @@ def lora_config(shape: LoraShape) -> bytes:
 
 
 def digest_backbone(samples: Iterable[tuple[str, tuple[int, ...], np.ndarray]]) -> str:
-    """Which backbone: sha256 (hex) over each tensor's name, shape and first ``SAMPLE`` numbers as float32."""
+    """Identifies a backbone: sha256 (hex) over each tensor's name, shape and first ``SAMPLE`` numbers as float32."""
     digest = hashlib.sha256()
     for name, shape, numbers in samples:
         digest.update(f"{name} {shape}".encode())

@@ -1,36 +1,40 @@
-"""A bundle on disk: a folder that deploys by itself. Written to a temporary name, committed by its manifest and a rename."""
+"""Opens and writes bundles. A bundle is a folder that deploys by itself.
+
+It is written under a temporary name. Its manifest, written last, and one rename commit it.
+
+Functions import the modules that only they need: opening a bundle needs none of those that write one.
+"""
 
 from __future__ import annotations
 
-import fcntl
-import glob
-import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from ..errors import BundleBusyError, BundleError, BundleExistsError, BundleIntegrityError, OutputError
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileRecord, Manifest, parse_manifest
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """An opened bundle: its folder and its manifest. Files are checked by :meth:`verify`, engines before they are loaded."""
+    """An opened bundle: its folder and its manifest. :func:`open_bundle` checked its files; loading an engine checks it again."""
 
     folder: Path
     manifest: Manifest
 
     def path(self, name: str) -> Path:
-        """The file ``name`` of the manifest, known to lie inside the bundle and to be a plain file.
+        """Returns the path of the manifest's file ``name``, after checking that it is a plain file inside the bundle.
 
         Raises:
-            BundleIntegrityError: missing, a link, or outside the bundle.
+            BundleIntegrityError: the file is missing, a link, or outside the bundle.
         """
+        from pathlib import PurePosixPath
+
         relative = PurePosixPath(name)
         if relative.is_absolute() or ".." in relative.parts or "\\" in name:
             raise BundleIntegrityError(
@@ -51,7 +55,11 @@ class Bundle:
         return path
 
     def check_sizes(self) -> None:
-        """Every file is there with its size: cheap, done whenever a bundle is opened."""
+        """Checks that every file is there and has the manifest's size. Cheap: done whenever a bundle is opened.
+
+        Raises:
+            BundleIntegrityError: a file is missing or has another size.
+        """
         for name, record in self.manifest.files.items():
             size = self.path(name).stat().st_size
             if size != record.size:
@@ -60,7 +68,11 @@ class Bundle:
                 )
 
     def check_hashes(self) -> None:
-        """Every file's sha256 is the manifest's: reads the whole bundle."""
+        """Checks that every file has the manifest's sha256. Reads the whole bundle.
+
+        Raises:
+            BundleIntegrityError: a file is missing or has another sha256.
+        """
         for name, record in self.manifest.files.items():
             digest = sha256(self.path(name))
             if digest != record.sha256:
@@ -71,13 +83,15 @@ class Bundle:
 
 
 def open_bundle(folder: Path | str, *, check_hashes: bool = True) -> Bundle:
-    """Open a bundle and check its files; ``check_hashes=False`` checks sizes only (for a bundle checked before).
+    """Opens a bundle and checks its files. ``check_hashes=False`` checks sizes only: for a bundle checked before.
 
     Raises:
-        BundleError: no such bundle.
-        BundleSchemaError: its manifest can't be used by this program.
+        BundleError: there is no bundle.
+        BundleSchemaError: this program can't use the manifest.
         BundleIntegrityError: a file is missing, truncated or changed.
     """
+    from pathlib import Path
+
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -97,10 +111,10 @@ def open_bundle(folder: Path | str, *, check_hashes: bool = True) -> Bundle:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Commit ``manifest``: it replaces the one in ``folder`` in one step.
+    """Writes ``manifest`` into ``folder``. It replaces an older one in one step.
 
     Raises:
-        OutputError: the file system refused; the old manifest is still there.
+        OutputError: the file system refused. The old manifest is still there.
     """
     path = folder / MANIFEST_NAME
     temporary = folder / f".{MANIFEST_NAME}.partial"
@@ -116,15 +130,17 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Returns the sha256 of a file (hex)."""
+    import hashlib
+
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def record_files(folder: Path, known: Mapping[Path, str] | None = None) -> dict[str, FileRecord]:
-    """Size and sha256 of every file below ``folder``, by relative POSIX path, the manifest excluded.
+    """Records size and sha256 of every file below ``folder`` except the manifest, by relative POSIX path.
 
-    ``known``: hashes that were taken before, by path.
+    ``known``: hashes taken before, by path.
     """
     known = known or {}
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
@@ -134,7 +150,7 @@ def record_files(folder: Path, known: Mapping[Path, str] | None = None) -> dict[
 
 
 def refuse_existing(output: Path, *, force: bool) -> None:
-    """What :func:`staged_folder` asks first; long work asks it before it starts.
+    """Refuses an output that exists. :func:`staged_folder` does so first; long work does so before it starts.
 
     Raises:
         BundleExistsError: ``output`` exists and ``force`` is false.
@@ -145,11 +161,13 @@ def refuse_existing(output: Path, *, force: bool) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep others that add to the bundle out of it; a process that dies lets go.
+    """Holds the bundle's lock: no other process adds to the bundle meanwhile. A process that dies releases it.
 
     Raises:
-        BundleBusyError: somebody is at work in it.
+        BundleBusyError: another process holds the lock.
     """
+    import fcntl
+
     if not folder.is_dir():  # open_bundle says what is wrong with it
         yield
         return
@@ -166,16 +184,21 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def staged_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary folder beside ``output`` that becomes ``output`` when the block ends without an exception.
+    """Makes a temporary folder beside ``output``. It becomes ``output`` if the block ends without an exception.
 
-    Everything in it is flushed to disk before one rename; whatever fails before leaves an existing ``output`` unchanged and
-    removes the temporary folder. A process that is killed leaves at most a folder named ``.NAME.partial-…``; the next run
-    with the same output removes it.
+    All files are flushed to disk before one rename. A failure before the rename leaves an existing ``output`` unchanged and
+    removes the temporary folder. A killed process leaves at most a folder ``.NAME.partial-…``: the next run with the same output
+    removes it.
 
     Raises:
         BundleExistsError: ``output`` exists and ``force`` is false.
         OutputError: the file system refused (full, read-only, no permission).
     """
+    import glob
+    import shutil
+    import tempfile
+    from pathlib import Path
+
     refuse_existing(output, force=force)
     prefix = f".{output.name}.partial-"
     try:
@@ -196,11 +219,15 @@ def staged_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
-    """Write a file in one piece or not at all; an older one is there until then. ``content``: its bytes, or what writes them.
+    """Writes a file completely or not at all. An older one stays until then.
+
+    ``content``: the file's bytes, or a function that writes them.
 
     Raises:
         OutputError: the file system refused.
     """
+    import tempfile
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -222,7 +249,7 @@ def write_whole(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> N
 
 
 def output_error(output: Path, error: OSError) -> OutputError:
-    """What a user is told when the file system refuses."""
+    """Makes the error for a refusal of the file system."""
     return OutputError(
         f"can't write {output}: {error.strerror or error}",
         hint="nothing was left behind; free some space or choose another output",
@@ -237,9 +264,11 @@ def _flush(folder: Path) -> None:
 
 
 def _replace(staging: Path, output: Path) -> None:
+    import shutil
+
     staging.chmod(0o755)
     if output.exists():
-        # A folder can't be renamed over a full one: move the old one aside first, and back if the second rename fails.
+        # A folder can't be renamed over a full one: move the old one aside, and back if the second rename fails.
         old = output.with_name(f".{output.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)
         output.rename(old)

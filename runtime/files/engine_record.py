@@ -1,7 +1,7 @@
-"""``engine.json``: what a TensorRT plan is, for a program that must know before it loads one.
+"""Reads and writes ``engine.json``, the record of a TensorRT plan.
 
-A plan can't be asked without the GPU that it was built for, so the builder writes down its inputs, outputs and profiles, what it
-was built from, and how the build went.
+A plan can be inspected only on the GPU that it was built for. The builder therefore records its inputs, outputs, profiles,
+sources, and the course of the build.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """Name, numpy dtype and shape of an input or output; -1 where the size varies."""
+    """Name, numpy dtype and shape of an input or output. A size of -1 varies."""
 
     name: str
     dtype: str
@@ -48,11 +48,11 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class BuildLog:
-    """How the build of one plan went.
+    """Measurements of the build of one plan.
 
-    ``network_sha256``: of the ONNX file that was parsed, which int8 makes at build time. ``layers``: of the network.
-    ``attention_calls``: of fused kernels, by the names that the plan holds: layers × profiles when all are fused; a hint, not a
-    contract. ``peak_rss_bytes``: of the building process, mapped files included.
+    ``network_sha256``: sha256 of the ONNX file that was parsed; int8 makes that file at build time. ``layers``: layers of the
+    network. ``attention_calls``: number of fused attention kernels, counted by the names in the plan. It is layers × profiles if
+    all are fused: a hint, not a contract. ``peak_rss_bytes``: peak memory of the building process, mapped files included.
     """
 
     network_sha256: str
@@ -66,15 +66,18 @@ class BuildLog:
 
 @dataclass(frozen=True, slots=True)
 class EngineRecord:
-    """One target's engine. Files are named relative to the record.
+    """The engine of one target. File names are relative to the record.
 
-    ``variant``: the bundle's graph that was built, and ``graph_sha256`` of its file. ``sources``: sha256 of every file of the
-    bundle that went into the plans. ``precision``: ``fp16``, or ``int8``: weights in 8 bits, activations in fp16
-    unless ``int8`` has ``scales_sha256``: with those scales the backbone's are in 8 bits too, but for the layers of ``keep``
-    (``auto``: those of too large an error). ``int8`` also has what stays ``fp16`` of ``projection`` and ``heads``.
-    ``weight_inputs``: of both plans, where their weights are ``streamed``; a plan has those of them that it has an input for.
-    ``features``: what was asked of the builder by name. ``versions``: of the programs that built it. ``logs``: by plan.
-    ``compression``: by plan, of those that aren't stored as TensorRT wrote them.
+    ``variant``: name of the bundle's graph that was built. ``graph_sha256``: sha256 of that graph's file. ``sources``: sha256 of
+    every file of the bundle that went into the plans. ``versions``: of the programs that built the plans. ``features``: features
+    that the builder was asked for, by name. ``logs``: measurements by plan. ``compression``: by plan; a plan without an entry is
+    stored as TensorRT wrote it.
+
+    ``precision``: ``fp16`` or ``int8``. Weights of ``int8`` have 8 bits. Its activations are fp16, unless the field ``int8`` has
+    ``scales_sha256``: then the backbone's have 8 bits too, except in the layers of ``keep`` (``auto``: layers whose error is too
+    large). ``int8`` also names which of ``projection`` and ``heads`` stays ``fp16``.
+
+    ``weight_inputs``: the weights of both plans if ``weights`` is ``streamed``. A plan takes those that it has an input for.
     """
 
     backend: str
@@ -100,29 +103,29 @@ class EngineRecord:
     record_version: int = RECORD_VERSION
 
     def to_json(self) -> str:
-        """The file's text."""
+        """Returns the file's text."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
-# What a record of version 1 didn't say: it was always built from the standard graph, which carries no rows.
+# Fields that a record of version 1 lacks. It was always built from the standard graph, which carries no rows.
 _ADDED_IN_2 = {"variant": "standard", "features": [], "sources": {}, "versions": {}, "logs": {}, "weight_inputs": []}
 
 
 def check_record_size(name: str, size: int) -> None:
-    """Refuse a record that is too large to be one before it is read.
+    """Refuses a file that is too large for a record, before it is read.
 
     Raises:
-        BundleIntegrityError: more than ``MAX_RECORD_BYTES``.
+        BundleIntegrityError: ``size`` is over ``MAX_RECORD_BYTES``.
     """
     if size > MAX_RECORD_BYTES:
         raise BundleIntegrityError(f"{name} is over the limit of {MAX_RECORD_BYTES} bytes", hint="don't use this bundle")
 
 
 def parse_engine_record(text: str | bytes) -> EngineRecord:
-    """Read a record, of this version or an older one.
+    """Reads a record of this version or an older one.
 
     Raises:
-        BundleSchemaError: not a record, or one of a newer program.
+        BundleSchemaError: the text isn't a record, or a newer program wrote it.
     """
     try:
         raw: dict[str, Any] = json.loads(text)

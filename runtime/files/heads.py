@@ -1,8 +1,7 @@
-"""The record that carries Medusa heads between the reader, the trainer and the exporter."""
+"""Records of Medusa heads, which the reader, the trainer and the exporter pass on: shape, tensors, Platt scaling."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,9 +25,10 @@ class HeadConfig:
     """Shape of a set of heads.
 
     ``kind``: ``medusa`` is the paper's form (arXiv 2401.10774, section 2.1.1): blocks ``x + SiLU(W x + b)`` over the
-    backbone's last hidden state. ``grounded`` feeds the first block the embedding of the root token too:
-    ``h + SiLU(W [h ; e(root)] + b)``; the root is the token that the step itself emits, so it is known when heads run.
-    ``projection``: ``own`` one per head, ``shared`` the backbone's, ``pruned`` one over a draft vocabulary.
+    backbone's last hidden state. ``grounded`` also feeds the embedding of the root token to the first block:
+    ``h + SiLU(W [h ; e(root)] + b)``. The root is the token that the step itself emits: it is known when the heads run.
+
+    ``projection``: ``own`` (one for each head), ``shared`` (the backbone's) or ``pruned`` (one over a draft vocabulary).
     """
 
     kind: HeadKind
@@ -43,10 +43,16 @@ class HeadConfig:
 class HeadSet:
     """Heads as numpy arrays under canonical names.
 
-    ``head.{h}.layer.{l}.weight`` [H, H] ([H, 2H] in the first layer of grounded heads), ``head.{h}.layer.{l}.bias`` [H];
-    ``head.{h}.projection.weight`` [V', H] for own projections; ``token_map`` int64 [V'] (draft index to token id) when
-    the draft vocabulary is pruned; ``projection.weight`` [V', H] when one pruned projection serves all heads (absent:
-    the backbone's own rows at ``token_map``).
+    ================================= ============ ================================================================
+    name                              shape        meaning
+    ================================= ============ ================================================================
+    ``head.{h}.layer.{l}.weight``     [H, H]       [H, 2H] in the first layer of grounded heads
+    ``head.{h}.layer.{l}.bias``       [H]
+    ``head.{h}.projection.weight``    [V', H]      if ``projection`` is ``own``
+    ``token_map``                     int64 [V']   draft index to token id, if the draft vocabulary is pruned
+    ``projection.weight``             [V', H]      the pruned projection of all heads; without it they take the
+                                                   backbone's rows at ``token_map``
+    ================================= ============ ================================================================
     """
 
     config: HeadConfig
@@ -54,15 +60,17 @@ class HeadSet:
 
     @property
     def token_map(self) -> np.ndarray | None:
-        """Draft index to token id, int64 [V'], or None when the draft vocabulary is the backbone's."""
+        """Draft index to token id, int64 [V']; None if the draft vocabulary is the backbone's."""
         return self.tensors.get("token_map")
 
     def layer(self, head: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """Weight and bias of one residual block."""
+        """Returns weight and bias of one residual block."""
         return self.tensors[f"head.{head}.layer.{layer}.weight"], self.tensors[f"head.{head}.layer.{layer}.bias"]
 
     def digest(self) -> str:
-        """Sha256 (hex) over names, types, shapes and bytes of all tensors: which heads these are."""
+        """Identifies the heads: sha256 (hex) over names, types, shapes and bytes of all tensors."""
+        import hashlib
+
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
             tensor = np.ascontiguousarray(self.tensors[name])
@@ -71,10 +79,10 @@ class HeadSet:
         return digest.hexdigest()
 
     def validate(self) -> None:
-        """Check shapes and values against ``config``.
+        """Checks shapes and values against ``config``.
 
         Raises:
-            HeadsError: a tensor is missing, has the wrong shape, or holds NaN or infinite values, or a projection is all zero.
+            HeadsError: a tensor is missing, has the wrong shape, or holds NaN or infinite values; or a projection is all zero.
         """
         for name, shape in expected_shapes(self.config, has_token_map=self.token_map is not None).items():
             tensor = self.tensors.get(name)
@@ -94,7 +102,7 @@ class HeadSet:
 
 
 def expected_shapes(config: HeadConfig, *, has_token_map: bool) -> dict[str, tuple[int, ...]]:
-    """Tensor names that must be there, with their shapes."""
+    """Returns the names of the tensors that heads of this shape must have, with their shapes."""
     shapes: dict[str, tuple[int, ...]] = {}
     hidden = config.hidden_size
     for head in range(config.num_heads):
@@ -110,7 +118,7 @@ def expected_shapes(config: HeadConfig, *, has_token_map: bool) -> dict[str, tup
 
 
 def config_from_json(raw: Mapping[str, Any]) -> HeadConfig:
-    """Read a :class:`HeadConfig` from its JSON form.
+    """Reads a :class:`HeadConfig` from its JSON form.
 
     Raises:
         HeadsError: a field is missing or has a value outside its range.

@@ -1,11 +1,18 @@
-"""Medusa heads on disk, in this project's own layout: a folder with ``heads.safetensors`` and ``config.json``.
+"""Reads and writes Medusa heads in this project's own layout: a folder with ``heads.safetensors`` and ``config.json``.
 
-``config.json`` holds ``format``, ``format_version`` and the fields of :class:`.module.HeadConfig`; beside them may stand
-``tree`` (the choices that suit these heads), ``trees`` (more of them, by name), ``platt_scaling`` (for each head a slope and an
-offset: how sure it is against how often it is right), and whatever the maker wants to record (hit rates, the command and the
-data that made them). Heads of the second training stage need the adapter that they were trained with: it lies in ``adapter/``,
-the field ``adapter`` says so (:mod:`.adapter_file`), and the format version is 2, so that older programs refuse them. Tensors
-have the canonical names of :class:`.module.HeadSet`.
+Tensors have the canonical names of :class:`.heads.HeadSet`. ``config.json`` holds ``format``, ``format_version`` and the fields
+of :class:`.heads.HeadConfig`. Optional fields:
+
+=================== ====================================================================================================
+``tree``            choices of the tree that suits these heads
+``trees``           choices of more trees, by name
+``platt_scaling``   [slope, offset] of each head (:data:`.heads.PlattScaling`)
+``adapter``         hashes of the adapter in the folder ``adapter/`` (:mod:`.adapter_file`)
+any other           records of the maker: hit rates, the command and the data that made the heads
+=================== ====================================================================================================
+
+Heads of the second training stage need the adapter that they were trained with. Their format version is 2: older programs refuse
+them.
 """
 
 from __future__ import annotations
@@ -42,12 +49,11 @@ def write_heads(
     force: bool = False,
     adapter: AdapterFiles | None = None,
 ) -> None:
-    """Write ``heads`` and what ``extra`` says about them into ``folder``, with the ``adapter`` they need; complete or not at all.
+    """Writes ``heads``, the optional fields ``extra`` and the ``adapter`` of the heads into ``folder``, completely or not at all.
 
     Raises:
-        HeadsError: the tensors don't match their config, or aren't finite; or ``extra`` has a field of the format, or
-            a bad scaling.
-        TreeError: a tree in ``extra`` breaks a rule, or is deeper than the heads.
+        HeadsError: the tensors don't match their config or aren't finite; ``extra`` has a field of the format or a bad scaling.
+        TreeError: a tree in ``extra`` breaks a rule or is deeper than the heads.
         BundleExistsError, OutputError: the folder can't be written.
     """
     check_tensors(heads)
@@ -64,7 +70,7 @@ def write_heads(
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in heads.tensors.items()}
     data = _safetensors().numpy.save(tensors, metadata={"format": FORMAT})
     with staged_folder(Path(folder), force=force) as staging:
-        # safetensors' own save_file reports a full disk as an error of its own kind: write the bytes here.
+        # safetensors' save_file raises an error of its own for a full disk: write the bytes here.
         (staging / TENSORS_NAME).write_bytes(data)
         if adapter is not None:
             adapter.write(staging / FOLDER)
@@ -72,16 +78,16 @@ def write_heads(
 
 
 def read_heads_folder(folder: Path | str) -> HeadSet:
-    """Heads that :func:`write_heads` wrote, without the adapter that they may need: see :func:`open_heads_folder`."""
+    """Reads heads that :func:`write_heads` wrote, without their adapter. :func:`open_heads_folder` finds that one too."""
     return open_heads_folder(folder)[0]
 
 
 def open_heads_folder(folder: Path | str) -> tuple[HeadSet, Adapter | None]:
-    """Read heads that :func:`write_heads` wrote, and find the adapter that they need.
+    """Reads heads that :func:`write_heads` wrote, and finds the adapter that they need.
 
     Raises:
-        HeadsError: not such a folder, a newer format, a damaged file, tensors that don't match their config, or the adapter that
-            they need is missing or another.
+        HeadsError: the folder holds no heads or has a newer format, a file is damaged, the tensors don't match their config, or
+            the adapter is missing or another one.
     """
     folder = Path(folder)
     raw = read_heads_config(folder)
@@ -110,10 +116,10 @@ def open_heads_folder(folder: Path | str) -> tuple[HeadSet, Adapter | None]:
 
 
 def read_heads_config(folder: Path | str) -> dict[str, Any]:
-    """``config.json`` of a heads folder, its format and version checked.
+    """Reads ``config.json`` of a heads folder and checks its format and version.
 
     Raises:
-        HeadsError: missing, not JSON, too large, of another format, or of a newer version.
+        HeadsError: the file is missing, not JSON, too large, of another format, or of a newer version.
     """
     config = read_json(Path(folder) / CONFIG_NAME)
     if config.get("format") != FORMAT:
@@ -132,11 +138,11 @@ def read_heads_config(folder: Path | str) -> dict[str, Any]:
 
 
 def named_trees(config: Mapping[str, Any], num_heads: int) -> dict[str, list[list[int]]]:
-    """Choices of the trees in a heads config, by name; the field ``tree`` is the one named ``default``.
+    """Returns the choices of the trees in a heads config, by name. The field ``tree`` gets the name ``default``.
 
     Raises:
-        HeadsError: the fields aren't lists of paths.
-        TreeError: a tree breaks a rule, or is deeper than the heads.
+        HeadsError: a field isn't a list of paths.
+        TreeError: a tree breaks a rule or is deeper than the heads.
     """
     trees = config.get("trees", {})
     if not isinstance(trees, Mapping):
@@ -159,10 +165,10 @@ def named_trees(config: Mapping[str, Any], num_heads: int) -> dict[str, list[lis
 
 
 def platt_scaling(config: Mapping[str, Any], num_heads: int) -> PlattScaling:
-    """Slope and offset of each head, from a heads config; empty when it doesn't say.
+    """Returns slope and offset of each head from a heads config; an empty tuple if the config has none.
 
     Raises:
-        HeadsError: the field isn't a list of as many pairs as there are heads, or a slope is negative.
+        HeadsError: the field isn't a list with one pair for each head, or a slope is negative.
     """
     try:
         return parse_platt_scaling(config.get("platt_scaling", []), num_heads)
@@ -171,10 +177,10 @@ def platt_scaling(config: Mapping[str, Any], num_heads: int) -> PlattScaling:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from an untrusted file.
+    """Reads a JSON object from an untrusted file.
 
     Raises:
-        HeadsError: missing, not a JSON object, or over ``MAX_CONFIG_BYTES``.
+        HeadsError: the file is missing, not a JSON object, or over ``MAX_CONFIG_BYTES``.
     """
     config = read_json_file(path, error=HeadsError, hint=_AGAIN, limit=MAX_CONFIG_BYTES, too_large="this is no config of heads")
     if not isinstance(config, dict):
@@ -183,10 +189,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_tensors(heads: HeadSet) -> None:
-    """:meth:`.module.HeadSet.validate`, and: no tensor that the config doesn't explain, a usable ``token_map``.
+    """Checks heads as :meth:`.heads.HeadSet.validate` does; refuses tensors without a meaning, and an unusable ``token_map``.
 
     Raises:
-        HeadsError: with the tensor's name.
+        HeadsError: a check fails. The message has the tensor's name.
     """
     heads.validate()
     config, token_map = heads.config, heads.token_map

@@ -1,4 +1,4 @@
-"""Reading JSON that somebody else wrote: size checked first, every failure a named error."""
+"""Reads JSON that somebody else wrote: checks the size first, and turns every failure into a named error."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..errors import DeployError
 
 
 def read_json_file(path: Path, *, limit: int, error: type[DeployError], hint: str, too_large: str | None = None) -> Any:
-    """What the file holds. ``limit`` is in bytes; ``too_large`` is the hint where it is exceeded (None: ``hint``).
+    """Returns the file's content. ``limit`` is in bytes. ``too_large``: hint for a file over the limit (None: ``hint``).
 
     Raises:
-        DeployError: an ``error``: missing or unreadable, over ``limit``, or not JSON.
+        DeployError: as an ``error``: the file is missing, unreadable, over ``limit``, or not JSON.
     """
     try:
         size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""``manifest.json``: what a bundle is and which files belong to it."""
+"""Reads and writes ``manifest.json``: the facts of a bundle and the list of its files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 from ..errors import BundleSchemaError, TreeError
 from ..tree import Tree
+from .backbone import BackboneShape
 from .heads import PlattScaling, parse_platt_scaling
 
 SCHEMA_VERSION = 2
@@ -17,23 +18,10 @@ MAX_MANIFEST_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class BackboneFacts:
-    """Sizes of the backbone that the runtime's buffers depend on."""
-
-    architecture: str
-    layers: int
-    hidden_size: int
-    attention_heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
-
-
-@dataclass(frozen=True, slots=True)
 class HeadFacts:
-    """Number and form of the Medusa heads; ``top_k`` candidates leave the graph per head.
+    """Number and form of the Medusa heads. The graph returns ``top_k`` candidates for each head.
 
-    ``platt_scaling``: how sure each head is against how often it is right.
+    ``platt_scaling``: slope and offset that turn a head's confidence into its hit rate.
     """
 
     kind: str
@@ -46,7 +34,11 @@ class HeadFacts:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``capacity`` tokens a slot; ``cache_rows`` rows S of each cache; ``max_rows`` of a tree; ``batch`` slots at most."""
+    """Sizes that the graphs allow.
+
+    ``capacity``: tokens of a slot. ``cache_rows``: rows S of each cache. ``max_rows``: rows of the largest tree. ``batch``:
+    largest number of slots. ``prefill_chunk``: largest number of prompt tokens in one step.
+    """
 
     capacity: int
     cache_rows: int
@@ -57,7 +49,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class TextFacts:
-    """Paths of the tokenizer and the chat template in the bundle (None: the bundle speaks token ids), and special ids."""
+    """Paths of the tokenizer and the chat template, and special tokens. Without a tokenizer the bundle takes token ids only."""
 
     tokenizer: str | None = None
     chat_template: str | None = None
@@ -76,13 +68,13 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A bundle's contents.
+    """The contents of a bundle. Paths are relative to its folder.
 
-    ``variants``: name to the step graph's relative path (``standard``, ``cpu``). ``engines``: target to the relative path of its
-    engine's record (:mod:`.engine_record`).
+    ``variants``: name of a step graph (``standard``, ``cpu``) to its path. ``engines``: target to the path of its engine's record
+    (:mod:`.engine_record`).
     """
 
-    backbone: BackboneFacts
+    backbone: BackboneShape
     heads: HeadFacts
     limits: Limits
     text: TextFacts
@@ -97,7 +89,12 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
     def tree(self, name: str | None = None) -> Tree:
-        """One of the bundle's trees, by default the default one, compiled and checked against the heads."""
+        """Compiles a tree of the bundle (None: the default tree) and checks it against the heads.
+
+        Raises:
+            BundleSchemaError: the bundle has no tree of this name.
+            TreeError: the tree breaks a rule or doesn't fit the heads.
+        """
         choices = self.trees.get(name or self.default_tree)
         if choices is None:
             raise BundleSchemaError(
@@ -108,20 +105,20 @@ class Manifest:
         return tree
 
     def to_json(self) -> str:
-        """The file's text."""
+        """Returns the file's text."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
 
 def cpu_twin(graph: str) -> str:
-    """Path of the form of ``graph`` in the operators of ONNX Runtime's CPU provider, where there is one: of the heads' graph."""
+    """Returns the path of a graph's twin in the operators of ONNX Runtime's CPU provider. Only the heads' graph may have one."""
     return f"{graph.removesuffix('.onnx')}.cpu.onnx"
 
 
 def parse_manifest(text: str | bytes) -> Manifest:
-    """Read a manifest.
+    """Reads a manifest.
 
     Raises:
-        BundleSchemaError: not JSON, a newer schema, or a missing, unknown or mistyped field.
+        BundleSchemaError: the text isn't JSON, its schema is newer, or a field is missing, unknown or mistyped.
     """
     try:
         raw = json.loads(text)
@@ -146,7 +143,7 @@ def parse_manifest(text: str | bytes) -> Manifest:
             Manifest,
             {
                 **raw,
-                "backbone": _record(BackboneFacts, raw["backbone"]),
+                "backbone": _record(BackboneShape, raw["backbone"]),
                 "heads": _record(HeadFacts, {**heads, "platt_scaling": scaling}),
                 "limits": _record(Limits, raw["limits"]),
                 "text": _record(TextFacts, {**raw["text"], "eos_token_ids": tuple(raw["text"]["eos_token_ids"])}),
@@ -163,7 +160,7 @@ def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-# By annotation; records, and lists inside trees, are checked where they are built.
+# Checks by annotation. Records, and lists inside trees, are checked where they are built.
 _TYPES: dict[str, Callable[[Any], bool]] = {
     "int": _is_int,
     "str": lambda value: isinstance(value, str),
@@ -178,7 +175,7 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
 
 
 def _record(kind: type[Any], raw: Mapping[str, Any]) -> Any:
-    """A dataclass from an object with exactly its fields, each of its annotated type."""
+    """Makes a dataclass from an object that must have exactly its fields, each of its annotated type."""
     fields = kind.__dataclass_fields__
     different = set(raw) ^ set(fields)
     if different:
@@ -191,7 +188,7 @@ def _record(kind: type[Any], raw: Mapping[str, Any]) -> Any:
 
 
 def _check(manifest: Manifest) -> None:
-    """Rules between fields; raises ValueError or TreeError."""
+    """Checks the rules between fields. Raises ValueError or TreeError."""
     graphs = [*manifest.variants.values(), *manifest.engines.values(), manifest.heads_graph]
     names = [*graphs, manifest.text.tokenizer, manifest.text.chat_template]
     missing = [name for name in names if name is not None and name not in manifest.files]

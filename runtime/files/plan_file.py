@@ -1,4 +1,4 @@
-"""Plans on disk: as TensorRT wrote them, or compressed, which pays where a plan holds kernels and no weights."""
+"""Reads plans from disk. A plan is stored as TensorRT wrote it, or compressed: that pays if it holds kernels and no weights."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..errors import BundleIntegrityError, MissingDependencyError
 XZ = "xz"
 SUFFIX = ".xz"
 MEMORY_LIMIT = 128 << 20
-"""Of the decompressor itself: its window, which the file chooses."""
+"""Limit for the decompressor's own memory: the file chooses the size of its window."""
 _CHUNK = 1 << 20
 _DAMAGED = "don't use this engine: build it again"
 
 
 @dataclass(frozen=True, slots=True)
 class Compression:
-    """How a plan's file holds it: ``method`` ``xz``, the file's bytes, and those of the plan in it."""
+    """Compression of a plan's file: the ``method`` (``xz``), bytes of the file, bytes of the plan in it."""
 
     method: str
     stored_bytes: int
@@ -25,10 +25,10 @@ class Compression:
 
 
 def parse_compression(raw: dict[str, Any]) -> dict[str, Compression]:
-    """Compressions by file, out of an engine's record.
+    """Reads the compression of each file from an engine's record.
 
     Raises:
-        KeyError, TypeError, ValueError: an unknown method, or a mistyped or impossible size.
+        KeyError, TypeError, ValueError: a method is unknown, or a size is mistyped or impossible.
     """
     found = {str(name): Compression(**entry) for name, entry in raw.items()}
     for name, each in found.items():
@@ -39,10 +39,10 @@ def parse_compression(raw: dict[str, Any]) -> dict[str, Compression]:
 
 
 def plan_bytes(name: str, stored: bytes, compression: Compression | None) -> bytes | bytearray:
-    """The plan that the checked bytes of the file ``name`` hold; beside it, no second copy of it is in memory.
+    """Returns the plan in ``stored``, the checked bytes of the file ``name``. Memory never holds a second copy of the plan.
 
     Raises:
-        BundleIntegrityError: another size than the record's before or after decompressing, or no sound stream of its method.
+        BundleIntegrityError: a size before or after decompressing isn't the record's, or the stream is damaged.
         MissingDependencyError: this Python was built without lzma.
     """
     if compression is None:
@@ -59,14 +59,14 @@ def plan_bytes(name: str, stored: bytes, compression: Compression | None) -> byt
         ) from None
     decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MEMORY_LIMIT)
     source, size, taken = memoryview(stored), compression.plan_bytes, 0
-    plan = bytearray()  # grows by what arrives: a size that the record made up takes no memory
+    plan = bytearray()  # grows with the data: a size that the record made up takes no memory
     try:
         while not decompressor.eof:
             piece = source[taken : taken + _CHUNK] if decompressor.needs_input else b""
             if decompressor.needs_input and not piece:
                 raise BundleIntegrityError(f"{name} ends after {len(plan)} of the {size} bytes of its plan", hint=_DAMAGED)
             taken += len(piece)
-            # One byte more than fits is asked for at the end: a file that holds more gives itself away before it is unpacked.
+            # At the end this asks for one byte more than fits: a file that holds more is noticed before it is unpacked.
             plan += decompressor.decompress(piece, min(_CHUNK, size - len(plan) + 1))
             if len(plan) > size:
                 raise BundleIntegrityError(

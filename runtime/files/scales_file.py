@@ -1,8 +1,8 @@
-"""``scales.json``: the int8 scales of a model's activations and weights, and what they were measured on.
+"""Reads and writes ``scales.json``: the int8 scales of a model's activations and weights, and the data they were measured on.
 
-Scales are symmetric: a value is ``scale`` times an integer in −127 … 127, and the zero point is 0. Layers are products (MatMul or
-Gemm) with a constant weight, by the names of their nodes; activations have the names of tensors. Both are those of the bundle's
-standard graph, and of its device graph, which engines are built of.
+Scales are symmetric: value = scale · integer in −127 … 127, zero point 0. A layer is a MatMul or Gemm with a constant weight,
+named as its node. An activation is named as its tensor. The bundle's standard graph and its device graph, which engines are built
+from, share these names.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ SCHEMA_VERSION = 2
 LEVELS = 127
 BLOCK = 64
 GRIDS = ("block", "tensor")
-"""How int8 products hold their values. ``block``: a scale for every 64 channels of a row, and for every 64 inputs of an output
-channel of the weight. ``tensor``: one scale for the whole activation, and one for every output channel.
+"""The values that share a scale.
+
+``block``: 64 channels of a row of the activation; 64 inputs of an output channel of the weight. ``tensor``: the whole activation;
+an output channel of the weight.
 """
+TAKERS = ("norm", "layer", "values")
 SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
 MAX_SCALES_BYTES = 1 << 30
 _HINT = "make scales with: medusa-deploy calibrate BUNDLE --data FILE -o scales.json"
@@ -34,7 +37,7 @@ _HINT = "make scales with: medusa-deploy calibrate BUNDLE --data FILE -o scales.
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A product: the activation [.., C] that it reads, its weight, and the weight's axis (0 or 1) of output channels."""
+    """A matrix product: the activation [.., C] that it reads, its weight, and the weight's axis (0 or 1) of output channels."""
 
     activation: str
     weight: str
@@ -43,11 +46,11 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class ActivationScale:
-    """One scale for the whole activation.
+    """The scale of a whole activation, and its statistics over ``rows`` vectors.
 
-    ``scale``: the range that isn't clipped, in 127 steps. ``largest``: magnitude seen in ``rows`` vectors. ``clipped``: share of
-    the values beyond the range, ``zeroed``: of those whose int8 value is 0. ``relative_error``: rms error of the int8 values over
-    the values' rms, which a few huge ones may dominate. ``channel_maxima`` float32 [C]: the largest magnitude of every channel.
+    ``scale``: 127 · scale is the largest magnitude that isn't clipped. ``largest``: largest magnitude seen. ``clipped``: share of
+    the values beyond the range. ``zeroed``: share of the values whose int8 value is 0. ``relative_error``: rms of (int8 value −
+    value) over rms of value; a few huge values may dominate it. ``channel_maxima`` float32 [C]: largest magnitude by channel.
     """
 
     scale: float
@@ -61,10 +64,11 @@ class ActivationScale:
 
 @dataclass(frozen=True, slots=True)
 class Smoothing:
-    """Products read an activation divided by ``factors`` float32 [C], channel by channel; their weights are multiplied with them.
+    """Smoothing of an activation x: y = (x / factors) (factors · W), with ``factors`` float32 [C], one for each channel.
 
-    ``alpha``: that the factors were made with; None leaves the activation as it is, and all factors are 1. ``error``: mean over
-    rows of ‖y - y_int8‖² / ‖y‖² of the activation's products with them, ``unsmoothed_error`` without.
+    ``alpha``: exponent that the factors were made with; None leaves the activation as it is, with factors of 1. ``error``: mean
+    over rows of ‖y − y_int8‖² / ‖y‖² with smoothing, for the products that read the activation. ``unsmoothed_error``: the same
+    without smoothing.
     """
 
     alpha: float | None
@@ -74,13 +78,28 @@ class Smoothing:
 
 
 @dataclass(frozen=True, slots=True)
-class Scales:
-    """What int8 needs to know of a model.
+class Taker:
+    """Takes 1/factors of a smoothed activation, so that dividing it costs nothing.
 
-    ``smoothing``: by activation and grid (one of ``GRIDS``), for those that can be smoothed; a norm's weight, or the weight of an
-    MLP's up product, takes 1/factors. Scales and maxima of activations and weights are those of the model as it is, unsmoothed.
-    ``weights``: (name, axis) to scales float32, one an output channel. ``method``: how ranges of activations were chosen.
-    ``provenance``: ``model_sha256`` (:func:`model_digest`), ``data_sha256`` of the prompts' token ids, prompts, rows, versions.
+    ``kind`` is one of ``TAKERS``. ``norm``: the constant vector ``name`` that the activation is a multiple of. ``layer``: the
+    output channels, and the bias, of the layer ``name`` that the activation is a multiple of. ``values``: the same for the layer
+    whose outputs are attention's values; its ``heads`` are shared by ``queries`` query heads each, which have one factor.
+    """
+
+    kind: str
+    name: str
+    heads: int = 1
+    queries: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """The int8 scales of a model. Scales and maxima of activations and weights are those of the unsmoothed model.
+
+    ``method``: name of the rule that chose the ranges of activations. ``weights``: (name, axis) to scales float32, one for each
+    output channel. ``smoothing``: by activation and grid (one of ``GRIDS``), for activations that can be smoothed. ``takers``: by
+    activation, the taker of 1/factors; files of older versions have none. ``provenance``: ``model_sha256``
+    (:func:`model_digest`), ``data_sha256`` of the prompts' token ids, prompts, rows, versions.
     """
 
     method: str
@@ -89,12 +108,13 @@ class Scales:
     weights: Mapping[tuple[str, int], np.ndarray]
     provenance: Mapping[str, Any]
     smoothing: Mapping[str, Mapping[str, Smoothing]] = field(default_factory=dict)
+    takers: Mapping[str, Taker] = field(default_factory=dict)
 
     def of_layer(self, name: str) -> tuple[ActivationScale, np.ndarray]:
-        """Scales of a layer's activation, and of its weight.
+        """Returns the scales of a layer's activation and of its weight.
 
         Raises:
-            ScalesError: there are none for a layer of this name.
+            ScalesError: the file has no layer of this name.
         """
         layer = self.layers.get(name)
         if layer is None:
@@ -105,7 +125,7 @@ class Scales:
         return self.activations[layer.activation], self.weights[layer.weight, layer.axis]
 
     def to_json(self) -> str:
-        """The file's text."""
+        """Returns the file's text."""
         activations = {
             name: {**asdict(entry), "channel_maxima": _numbers(entry.channel_maxima)} for name, entry in self.activations.items()
         }
@@ -119,14 +139,15 @@ class Scales:
             "smoothing": {
                 name: {grid: _smoothing_json(entry) for grid, entry in grids.items()} for name, grids in self.smoothing.items()
             },
+            "takers": {name: asdict(taker) for name, taker in self.takers.items()},
         }
         return json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def model_digest(manifest: Manifest) -> str:
-    """Which model: sha256 (hex) over the standard graph's hash and those of the other files in its folder that aren't graphs.
+    """Identifies a model: sha256 (hex) over the hashes of the standard graph and of the files beside it that aren't graphs.
 
-    Engines, tokenizers and what lies in folders below may be added or changed without another model coming of it.
+    Engines, tokenizers and files in folders below don't count: a bundle may gain or change them and stays the same model.
     """
     standard = manifest.variants["standard"]
     folder = PurePosixPath(standard).parent
@@ -136,11 +157,11 @@ def model_digest(manifest: Manifest) -> str:
 
 
 def read_scales(path: Path | str, manifest: Manifest) -> Scales:
-    """Read scales that were measured on the model of the bundle with this ``manifest``.
+    """Reads scales and checks that they were measured on the model of the bundle with this ``manifest``.
 
     Raises:
-        ScalesError: no such file, too large, not JSON, a newer schema, or a field that breaks a rule.
-        ScalesMismatchError: another model's.
+        ScalesError: the file is missing, too large or not JSON, its schema is newer, or a field breaks a rule.
+        ScalesMismatchError: the scales belong to another model.
     """
     path = Path(path)
     raw = read_json_file(path, limit=MAX_SCALES_BYTES, error=ScalesError, hint=_HINT)
@@ -164,7 +185,7 @@ def read_scales(path: Path | str, manifest: Manifest) -> Scales:
 
 
 def _parse(raw: Any) -> Scales:
-    """Raises what the wrong type or value at some place raises."""
+    """Builds the record. A wrong type or value raises whatever Python raises for it there."""
     version = raw["schema_version"]
     if version not in (1, SCHEMA_VERSION):
         raise ValueError(f"schema_version is {version!r}")
@@ -184,11 +205,24 @@ def _parse(raw: Any) -> Scales:
         name: {grid: _smoothing(grids[grid], len(activations[name].channel_maxima)) for grid in GRIDS}
         for name, grids in (raw["smoothing"] if version > 1 else {}).items()
     }
-    return Scales(str(raw["method"]), layers, activations, weights, dict(raw["provenance"]), smoothing)
+    takers = {name: Taker(**entry) for name, entry in raw.get("takers", {}).items()}
+    for name, taker in takers.items():
+        if name not in smoothing or not _is_taker(taker, layers, len(activations[name].channel_maxima)):
+            raise ValueError(f"{taker!r} takes no factors of {name}")
+    return Scales(str(raw["method"]), layers, activations, weights, dict(raw["provenance"]), smoothing, takers)
+
+
+def _is_taker(taker: Taker, layers: Mapping[str, Layer], channels: int) -> bool:
+    if taker.kind not in TAKERS or not isinstance(taker.name, str) or (taker.kind != "norm" and taker.name not in layers):
+        return False
+    counts = (taker.heads, taker.queries)
+    if taker.kind != "values":
+        return counts == (1, 1)
+    return all(type(count) is int and count > 0 for count in counts) and channels % (taker.heads * taker.queries) == 0
 
 
 def _smoothing(entry: Any, channels: int) -> Smoothing:
-    """Factors that are all 1 are left out of the file."""
+    """Reads a smoothing. The file leaves out factors that are all 1."""
     found = Smoothing(**{**entry, "factors": _array(entry.get("factors", [1.0] * channels), SMALLEST_SCALE)})
     if len(found.factors) != channels or (found.alpha is None) != ("factors" not in entry):
         raise ValueError(
@@ -207,7 +241,7 @@ def _smoothing_json(smoothing: Smoothing) -> dict[str, Any]:
 
 
 def _array(values: Any, least: float) -> np.ndarray:
-    with np.errstate(over="ignore"):  # to infinity, refused below
+    with np.errstate(over="ignore"):  # an overflow gives infinity, refused below
         array = np.array(values, np.float32)
     if array.ndim != 1 or not array.size or not np.isfinite(array).all() or array.min() < np.float32(least):
         raise ValueError(f"{values!r:.60} is no list of finite numbers from {least:g}")
@@ -215,5 +249,5 @@ def _array(values: Any, least: float) -> np.ndarray:
 
 
 def _numbers(array: np.ndarray) -> list[float]:
-    """Numbers with as many digits as a float32 needs to be read back unchanged."""
+    """Rounds numbers to the digits that a float32 needs to be read back unchanged."""
     return [float(f"{value:.9g}") for value in array.tolist()]

@@ -1,4 +1,4 @@
-"""Weights that an engine takes as inputs: which bytes of which files of the bundle they are."""
+"""Locates the weights that an engine takes as inputs: the bytes of the bundle's files that each of them consists of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ITEM_BYTES = {"float16": 2, "float32": 4, "bfloat16": 2, "int8": 1}
 
 
 class WeightPiece(NamedTuple):
-    """``nbytes`` bytes of ``file`` from ``offset`` on; the file is named relative to the bundle's folder."""
+    """``nbytes`` bytes of ``file``, beginning at ``offset``. The file's name is relative to the bundle's folder."""
 
     file: str
     offset: int
@@ -30,7 +30,7 @@ class WeightInput:
 
 
 def parse_weight_inputs(raw: Sequence[Any]) -> tuple[WeightInput, ...]:
-    """Weight inputs out of an engine's record.
+    """Reads weight inputs from an engine's record.
 
     Raises:
         KeyError, TypeError, ValueError: a mistyped field, pieces that don't fill the shape, or two inputs of one name.

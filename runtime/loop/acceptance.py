@@ -1,4 +1,4 @@
-"""Acceptance on the host: which drafted rows survive, and what is emitted. The graph does it itself for plain argmax."""
+"""Acceptance on the host, from logits. For plain argmax the graph accepts by itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ENTROPY_FLOOR = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """``path``: the accepted rows from below the root down. ``tokens``: theirs, then the one that follows them."""
+    """``path``: the accepted rows from below the root down. ``tokens``: their tokens, then the one that follows them."""
 
     path: tuple[int, ...]
     tokens: list[int]
@@ -32,9 +32,9 @@ def accept(
 ) -> Acceptance:
     """Walk the tree with the backbone's logits.
 
-    ``parents`` int64 [N]: row to parent row, parents before children. ``tokens`` int64 [≥ N] and ``logits`` [≥ N, V]: of each
-    row; the root's token is the last of ``history_tokens``, the first ``prompt_length`` of which are the prompt.
-    Padding rows past N are never looked at.
+    ``parents`` int64 [N]: row to parent row, parents before children. ``tokens`` int64 [≥ N] and ``logits`` [≥ N, V]: each row's.
+    The root's token is the last of ``history_tokens``, the first ``prompt_length`` of which are the prompt. Rows past N are
+    padding: nothing reads them.
 
     Raises:
         NumericsError: a visited row holds NaN or infinite logits.
@@ -75,17 +75,17 @@ class _Step:
             path.append(row)
 
     def most_likely(self, row: int, before: list[int]) -> int:
-        """The token of the largest score at ``row``; the lowest id of equal ones."""
+        """Return the token of the largest score at ``row``; the lowest id of equal ones."""
         return int(self._scores(row, before).argmax())
 
     def drawn(self, row: int, before: list[int]) -> int:
-        """A token drawn at ``row`` with the uniform number of its position."""
+        """Draw a token at ``row`` with the uniform number of its position."""
         assert self.params.seed is not None, "a request's parameters are resolved before its first step"
         position = len(self.history) + len(before)
         return draw(weights(self.params, self._scores(row, before)), uniform(self.params.seed, position))
 
     def typical(self) -> Acceptance:
-        """Medusa's acceptance: the deepest path whose tokens are likely enough, ties by the larger sum of log p; then argmax.
+        """Accept as Medusa does: the deepest path whose tokens are likely enough, then argmax. Ties go to the larger Σ log p.
 
         A token is likely enough when p > min(ε, δ·exp(-H)), with p and H those of its parent's row.
         """

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from ..drafting.draft import FixedTree
+from ..executors.one_slot import prefill_rows
 from ..executors.step_plan import NO_OUTPUTS, SlotRows, StepPlan, Wanted
-from ..tree import Shape, Tree
+from ..tree import Tree
 from .scheduler import Turn
 from .sequence import Sequence
 from .slots import SlotPool
@@ -23,8 +24,7 @@ def _prompt_rows(turn: Turn) -> SlotRows:
     sequence, start = turn.sequence, turn.sequence.computed
     end = start + turn.prompt_rows
     wanted = _wanted(sequence) if end == sequence.prompt_length else NO_OUTPUTS
-    tokens = np.array(sequence.tokens[start:end], np.int64)
-    return SlotRows(sequence.slot, tokens, Shape.chain(turn.prompt_rows), turn.prompt_rows, wanted)
+    return prefill_rows(sequence.slot, np.array(sequence.tokens[start:end], np.int64), wanted)
 
 
 def _decode_rows(sequence: Sequence) -> SlotRows:

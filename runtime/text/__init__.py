@@ -1,1 +1,1 @@
-"""Text to token ids and back: tokenizer, chat template, stop strings, prompt files."""
+"""Converts text to token ids and back: tokenizer, chat template, stop strings, prompt files."""

@@ -1,19 +1,22 @@
-"""Prompts to token ids: the tokenizer and the chat template that came with a checkpoint."""
+"""Encodes prompts as token ids, with the tokenizer and the chat template of a checkpoint."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError
-from ..files.manifest import TextFacts
 from ..request import Message, Request
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..files.manifest import TextFacts
 
 
 class PromptEncoder:
-    """Encodes requests. ``path``: where a file that ``text`` names is. Files are read when they are first needed."""
+    """Encodes requests. ``path`` returns the path of a file that ``text`` names. Files are read when they are first needed."""
 
     def __init__(self, text: TextFacts, vocab_size: int, path: Callable[[str], Path]) -> None:
         self.text, self.vocab_size = text, vocab_size
@@ -23,7 +26,7 @@ class PromptEncoder:
 
     @property
     def codec(self) -> Any:
-        """The tokenizer (:class:`.tokenizer.TextCodec`), or None where there are token ids only."""
+        """The tokenizer (:class:`.tokenizer.TextCodec`); None if the bundle takes token ids only."""
         if self._codec is None and self.text.tokenizer is not None:
             from .tokenizer import TextCodec
 
@@ -31,10 +34,10 @@ class PromptEncoder:
         return self._codec
 
     def render(self, messages: Sequence[Message]) -> str:
-        """Messages through the chat template, ready for an answer.
+        """Renders messages with the chat template, up to the beginning of the answer.
 
         Raises:
-            PromptError: there is no chat template, or a message is malformed.
+            PromptError: the bundle has no chat template, or a message is malformed.
             TemplateError: the template fails.
         """
         if self.text.chat_template is None:
@@ -48,10 +51,11 @@ class PromptEncoder:
         return str(self._template.render(messages))
 
     def encode(self, request: Request) -> list[int]:
-        """The request's prompt as token ids.
+        """Encodes the request's prompt as token ids.
 
         Raises:
-            PromptError: not exactly one kind of prompt, an empty one, ids outside the vocabulary, or text without a tokenizer.
+            PromptError: the request doesn't have exactly one kind of prompt, the prompt is empty, an id is outside the
+                vocabulary, or the bundle has no tokenizer for a text.
         """
         given = [name for name in ("prompt", "messages", "token_ids") if getattr(request, name) is not None]
         if len(given) != 1:

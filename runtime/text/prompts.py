@@ -1,4 +1,4 @@
-"""Prompt files: JSON lines with one prompt each, as text, as chat messages or as token ids."""
+"""Reads prompt files: JSON lines with one prompt each, as text, chat messages or token ids."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HINT = 'a line is {"prompt": "…"}, {"messages": [{"role": "user", "content": 
 
 @dataclass(frozen=True, slots=True)
 class PromptLine:
-    """One line: exactly one of ``prompt``, ``messages`` and ``token_ids``, and what kind of prompt its author calls it."""
+    """One line: exactly one of ``prompt``, ``messages`` and ``token_ids``, and the ``category`` that its author gave it."""
 
     prompt: str | None = None
     messages: tuple[Message, ...] | None = None
@@ -29,20 +29,20 @@ class PromptLine:
     category: str | None = None
 
     def request(self, **options: Any) -> Request:
-        """The request that this line asks for; ``options`` are other fields of :class:`.request.Request`."""
+        """Makes a request with this line's prompt. ``options``: other fields of :class:`.request.Request`."""
         return Request(prompt=self.prompt, messages=self.messages, token_ids=self.token_ids, **options)
 
 
 def prompts_digest(prompts: Sequence[Sequence[int]]) -> str:
-    """Sha256 (hex) of prompts given as token ids: the same in every record that says which prompts were used."""
+    """Identifies prompts, given as token ids: sha256 (hex). Every record that says which prompts were used has this digest."""
     return hashlib.sha256(json.dumps([list(map(int, prompt)) for prompt in prompts]).encode()).hexdigest()
 
 
 def read_prompts(path: Path | str) -> list[PromptLine]:
-    """Read a prompt file. Blank lines are skipped.
+    """Reads a prompt file. Skips blank lines.
 
     Raises:
-        PromptFileError: no such file, too large, no prompt in it, or a wrong line, named by its number.
+        PromptFileError: the file is missing or too large, holds no prompt, or has a wrong line. The message has its number.
     """
     path = Path(path)
     try:

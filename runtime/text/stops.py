@@ -1,4 +1,4 @@
-"""Stop strings in streamed text: text is certain once no stop string can begin in it."""
+"""Finds stop strings in streamed text. Text is certain once no stop string can begin in it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from ..errors import UsageError
 
 
 class StopChecker:
-    """Cuts a stream of text at the stop string that is complete first; of several that end together, the longest counts.
+    """Cuts a stream of text at the first complete stop string. If several end at the same place, the longest counts.
 
-    The result depends on the text alone, not on where it is split into pieces. ``include_stop`` keeps the stop string.
+    The result depends on the text alone, not on how it is split into pieces. ``include_stop`` keeps the stop string.
 
     Raises:
         UsageError: a stop string is empty or isn't a string.
@@ -25,7 +25,7 @@ class StopChecker:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """Add text; returns what became certain. After a stop string there is no more."""
+        """Adds text. Returns the text that became certain; nothing after a stop string."""
         if self.stopped:
             return ""
         if not self._stops:
@@ -39,7 +39,7 @@ class StopChecker:
         return self._release(len(self._held) - self._uncertain())
 
     def flush(self) -> str:
-        """The text held back, at the end of the stream; empty after a stop string."""
+        """Ends the stream. Returns the text held back; nothing after a stop string."""
         return "" if self.stopped else self._release(len(self._held))
 
     def _release(self, length: int) -> str:
@@ -47,7 +47,7 @@ class StopChecker:
         return certain
 
     def _uncertain(self) -> int:
-        """Length of the longest suffix that could begin a stop string."""
+        """Returns the length of the longest suffix that could begin a stop string."""
         longest = 0
         for stop in self._stops:
             for length in range(min(len(stop) - 1, len(self._held)), longest, -1):

@@ -1,4 +1,4 @@
-"""Chat templates: untrusted Jinja text from a checkpoint, rendered by minijinja under a budget."""
+"""Renders chat templates. They are untrusted Jinja text from a checkpoint: minijinja renders them under a budget."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import MissingDependencyError, PromptError, TemplateError
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_OUTPUT_CHARS = 4 << 20
 FUEL = 2_000_000
-"""minijinja's unit: about one for an instruction and one for 64 bytes of a new string. Spent in about a second."""
+"""Budget in minijinja's unit: about one for an instruction and one for 64 bytes of a new string. It lasts about a second."""
 
 _GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
@@ -21,11 +21,11 @@ _GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 class ChatTemplate:
     """A compiled chat template, with the functions and the whitespace rules that ``transformers`` gives to templates.
 
-    A template reads the messages and nothing else: no files, no Python objects. Its running time is bounded by ``FUEL``, except
-    for lists nested in themselves many times over, so a template from an unknown source deserves a look.
+    A template reads the messages and nothing else: no files, no Python objects. ``FUEL`` bounds its running time, except for
+    lists nested in themselves many times over: look at a template from an unknown source before you use it.
 
     Raises:
-        TemplateError: too long, or not valid Jinja.
+        TemplateError: the template is too long, or isn't valid Jinja.
         MissingDependencyError: ``minijinja`` isn't installed.
     """
 
@@ -58,7 +58,7 @@ class ChatTemplate:
             ) from None
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The text of ``messages`` up to where the assistant's answer begins.
+        """Renders ``messages`` up to the beginning of the assistant's answer.
 
         Raises:
             PromptError: the messages are not a list of objects with a ``role`` and a ``content``.
@@ -98,10 +98,10 @@ class ChatTemplate:
 
 
 def check_messages(messages: object) -> None:
-    """Refuse what isn't a list of chat messages.
+    """Refuses anything but a list of chat messages.
 
     Raises:
-        PromptError: naming the message by its index.
+        PromptError: a message is malformed. The error has its index.
     """
     hint = 'messages are a list such as [{"role": "user", "content": "Hello"}]'
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
@@ -146,6 +146,6 @@ def _tojson(
 
 
 def _without_generation(match: re.Match[str]) -> str:
-    """``generation`` blocks mark the assistant's text for training; here they are plain blocks."""
+    """Turns a ``generation`` tag into an ``if true`` block. Such tags mark the assistant's text for training."""
     start, end, stop = match.groups()
     return f"{start}{'endif' if end else 'if true'}{stop}"

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with a decoder for streams. Needs ``tokenizers``, imported when a tokenizer is loaded."""
+"""Converts text to token ids and back, and decodes streams. Imports ``tokenizers`` when a tokenizer is loaded."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from ..errors import BundleError, MissingDependencyError, PromptError
 
 MAX_TOKENIZER_BYTES = 256 << 20
 _UNKNOWN = "\ufffd"
-"""What a decoder puts in place of bytes that are not UTF-8, or not yet."""
+"""Stands in decoded text for bytes that are not UTF-8, or not yet."""
 
 
 class TextCodec:
-    """A ``tokenizer.json``. Special tokens are read wherever their literals stand in a text, and are never part of decoded text.
+    """The tokenizer of a ``tokenizer.json``.
+
+    It reads a special token wherever its literal stands in a text. Decoded text never holds special tokens.
 
     Raises:
         BundleError: the file can't be read.
@@ -40,18 +42,18 @@ class TextCodec:
             self._tokenizer: Any = Tokenizer.from_file(str(path))
         except Exception as error:  # noqa: BLE001 tokenizers raises nothing more specific
             raise BundleError(f"{path} is not a tokenizer: {error}", hint=hint) from None
-        # A file may carry settings of its training: a prompt that is cut or padded in silence is a wrong prompt.
+        # The file may hold training settings that would cut or pad a prompt without a word.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``.
+        """Encodes ``text`` as token ids.
 
-        ``add_special_tokens`` adds what the tokenizer puts around a text, such as a begin-of-sequence token; a chat template
-        has written all of that already.
+        ``add_special_tokens`` adds the tokens that the tokenizer puts around a text, such as a begin-of-sequence token. A chat
+        template has written them already.
 
         Raises:
-            PromptError: not a string, or one that isn't valid Unicode.
+            PromptError: ``text`` isn't a string, or isn't valid Unicode.
         """
         if not isinstance(text, str):
             raise PromptError(f"the prompt is of type {type(text).__name__}", hint="give a string")
@@ -65,30 +67,30 @@ class TextCodec:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of all ``ids`` together; ids that the tokenizer doesn't know are nothing."""
+        """Decodes all ``ids`` together. An id that the tokenizer doesn't know adds no text."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
     def decoder(self) -> StreamDecoder:
-        """A decoder for one stream of token ids."""
+        """Makes a decoder for one stream of token ids."""
         return StreamDecoder(self)
 
 
 class StreamDecoder:
-    """Decodes ids as they come: what it gives adds up to ``codec.decode`` of all of them.
+    """Decodes ids as they come. The pieces add up to ``codec.decode`` of all ids.
 
-    A token's text depends on its neighbours (a leading space, a character spread over several tokens), so a window of ids is
-    decoded each time: from the last place where the text was complete, and the ids before it as context.
+    A token's text depends on its neighbours: a leading space, a character spread over several tokens. Each call therefore decodes
+    a window of ids: those after the last place where the text was complete, with the ids before that place as context.
     """
 
     def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
         self._window: list[int] = []
-        self._context = 0  # ids at the start of the window whose text is out
-        self._out = 0  # characters of the window's text that are out
+        self._context = 0  # ids at the start of the window whose text was returned
+        self._out = 0  # characters of the window's text that were returned
 
     def push(self, ids: Sequence[int]) -> str:
-        """Add ids; returns the text that can't change any more, never part of a character."""
+        """Adds ids. Returns the text that can't change any more: whole characters only."""
         if not ids:
             return ""
         self._window.extend(ids)
@@ -103,7 +105,7 @@ class StreamDecoder:
         return added
 
     def flush(self) -> str:
-        """What was held back, at the end of the stream: bytes that never became a character, as U+FFFD."""
+        """Ends the stream. Returns the text held back; bytes that never became a character are U+FFFD."""
         text = self._codec.decode(self._window)
         added = text[self._out :]
         self._out = max(self._out, len(text))

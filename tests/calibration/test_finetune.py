@@ -16,9 +16,10 @@ pytest.importorskip("peft")
 from safetensors.torch import load  # noqa: E402
 
 from medusa_deploy.calibration.answers.sequences import AnsweredPrompt, make_batch, plan_batches  # noqa: E402
-from medusa_deploy.calibration.training.divergence import mean_divergence  # noqa: E402
+from medusa_deploy.calibration.distributions import kl_divergence, log_softmax  # noqa: E402
 from medusa_deploy.calibration.training.examples import IGNORE  # noqa: E402
 from medusa_deploy.calibration.training.finetune import FinetuneConfig, Tuned, finetune  # noqa: E402
+from medusa_deploy.calibration.training.kl_loss import kl_loss  # noqa: E402
 from medusa_deploy.calibration.training.quality import perplexity  # noqa: E402
 from medusa_deploy.export.backbone.adapter import backbone_digest, merge_adapter  # noqa: E402
 from medusa_deploy.export.backbone.backbone import load_module  # noqa: E402
@@ -98,11 +99,14 @@ def test_every_sequence_is_in_one_batch_of_bounded_size() -> None:
 def test_divergence_equals_torch_and_so_does_its_gradient() -> None:
     torch.manual_seed(0)
     hidden, teacher, weight = torch.randn(600, 8, requires_grad=True), torch.randn(600, 8), torch.randn(30, 8)
-    found = mean_divergence(hidden, teacher, weight)
+    found = kl_loss(hidden, teacher, weight)
     (gradient,) = torch.autograd.grad(found, hidden)
     logits, expected = hidden @ weight.T, (teacher @ weight.T).log_softmax(-1)
     wanted = torch.nn.functional.kl_div(logits.log_softmax(-1), expected, reduction="batchmean", log_target=True)
     assert torch.allclose(found, wanted, atol=1e-5)
+    in_numpy = kl_divergence(*(log_softmax((rows @ weight.T).detach().numpy()) for rows in (teacher, hidden)))
+    assert in_numpy.shape == (600,)
+    assert found.item() == pytest.approx(in_numpy.mean(), rel=1e-5)
     assert torch.allclose(gradient, torch.autograd.grad(wanted, hidden)[0], atol=1e-6)
 
 

@@ -15,8 +15,8 @@ from medusa_deploy.calibration.int8 import layer_by_layer as module  # noqa: E40
 from medusa_deploy.calibration.int8.collect import Calibrator  # noqa: E402
 from medusa_deploy.calibration.int8.layer_by_layer import LayerCalibrator, Measured  # noqa: E402
 from medusa_deploy.calibration.int8.layer_cut import cut_layers  # noqa: E402
+from medusa_deploy.calibration.int8.matmuls import Matmul, StepGraph  # noqa: E402
 from medusa_deploy.calibration.int8.observations import Observations  # noqa: E402
-from medusa_deploy.calibration.int8.products import Product, StepGraph  # noqa: E402
 from medusa_deploy.calibration.int8.ranges import Method  # noqa: E402
 from medusa_deploy.calibration.int8.row_sample import find_smoothing  # noqa: E402
 from medusa_deploy.calibration.int8.scales import make_scales  # noqa: E402
@@ -63,7 +63,7 @@ def test_layers_see_what_the_whole_graph_sees_in_the_prefill_of_the_same_texts(w
     assert expected.tree_rows == 0
     assert (measured.seen.prompts, measured.seen.prefill_rows) == (5, expected.prefill_rows)
     assert list(measured.seen.observers) == list(expected.observers)
-    of_layers = list(dict.fromkeys(product.activation for product in whole.products[: 7 * LAYERS]))
+    of_layers = list(dict.fromkeys(matmul.activation for matmul in whole.matmuls[: 7 * LAYERS]))
     assert_same(measured.seen, expected, of_layers)
 
 
@@ -71,7 +71,7 @@ def test_projection_and_heads_see_every_token_of_a_text_as_a_root(whole: Calibra
     """A prefill shows them its last row only: those of all beginnings of a text are what the text shows here."""
     expected = whole.collect(PREFIXES, 1)
     found = layers.measure(PREFIXES[-1:], ()).seen
-    names = [product.activation for product in whole.products[7 * LAYERS :]]
+    names = [matmul.activation for matmul in whole.matmuls[7 * LAYERS :]]
     assert_same(found, expected, names)
 
 
@@ -87,14 +87,14 @@ def test_smoothing_is_that_of_the_same_rows_and_weights(whole: Calibrator, measu
 
 
 def test_scales_of_weights_are_those_of_the_whole_graph(whole: Calibrator, measured: Measured):
-    assert list(measured.weights) == list(dict.fromkeys((product.weight, product.axis) for product in whole.products))
+    assert list(measured.weights) == list(dict.fromkeys((matmul.weight, matmul.axis) for matmul in whole.matmuls))
     for key, scales in measured.weights.items():
         np.testing.assert_array_equal(scales, whole.graph.weight_scales(*key))
 
 
 def test_a_stage_holds_the_weights_of_its_own_layer_alone(layers: LayerCalibrator):
-    assert [len(stage.products) for stage in layers.stages] == [7, 7, len(layers.products) - 14]
-    own = [{product.weight for product in stage.products} for stage in layers.stages[:-1]]
+    assert [len(stage.matmuls) for stage in layers.stages] == [7, 7, len(layers.matmuls) - 14]
+    own = [{matmul.weight for matmul in stage.matmuls} for stage in layers.stages[:-1]]
     for number, stage in enumerate(layers.stages):
         piece = onnx.load_from_string(layers.graph.piece(stage.before, stage.outputs))
         there = {tensor.name for tensor in piece.graph.initializer}
@@ -103,7 +103,7 @@ def test_a_stage_holds_the_weights_of_its_own_layer_alone(layers: LayerCalibrato
 
 
 def nodes_of(*lines: str) -> StepGraph:
-    """A graph without weights from lines like ``y = Add x f``; products are beside the point."""
+    """A graph without weights from lines like ``y = Add x f``; matmuls are beside the point."""
     graph = object.__new__(StepGraph)
     nodes = []
     for line in lines:
@@ -121,7 +121,7 @@ NORM = "hidden = Norm z"
 
 def test_a_graph_that_is_no_chain_of_layers_is_refused_by_name():
     own = nodes_of(*FIRST, "s = Shape past_key.0", "b = Attention y past_key.1 past_value.1 s", "z = Add y b", NORM)
-    first, second, rest = cut_layers(own, 2, [Product("b", "y", "w", 1, 4, of_heads=False)])
+    first, second, rest = cut_layers(own, 2, [Matmul("b", "y", "w", 1, 4, of_heads=False)])
     assert [(stage.before, stage.after) for stage in (first, second, rest)] == [(None, "y"), ("y", "z"), ("z", None)]
     assert (second.activations, second.outputs) == ({"y": 4}, ["z"]), "what it is given it needn't give back"
     shared = nodes_of(*FIRST, "b = Attention y past_key.1 past_key.0", "z = Add y b", NORM)

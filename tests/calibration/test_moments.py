@@ -41,12 +41,12 @@ def test_moments_are_means_over_all_rows_of_all_texts(tiny_bundle: Path):
     for text in TEXTS:
         calibrator.watch(text, 1, rows)
     whole = max(len(np.concatenate(each)) for each in rows.rows.values())
-    products = [product for product in calibrator.products if len(np.concatenate(rows.rows[product.activation])) == whole]
-    assert len(products) == 14, "all but the projection and the heads, which read one row of a prefill"
-    assert set(found) == {product.weight for product in products}
-    for product in products:
-        seen = np.concatenate(rows.rows[product.activation]).astype(np.float64)
-        np.testing.assert_allclose(found[product.weight], seen.T @ seen / len(seen), rtol=1e-3, atol=1e-4)
+    matmuls = [matmul for matmul in calibrator.matmuls if len(np.concatenate(rows.rows[matmul.activation])) == whole]
+    assert len(matmuls) == 14, "all but the projection and the heads, which read one row of a prefill"
+    assert set(found) == {matmul.weight for matmul in matmuls}
+    for matmul in matmuls:
+        seen = np.concatenate(rows.rows[matmul.activation]).astype(np.float64)
+        np.testing.assert_allclose(found[matmul.weight], seen.T @ seen / len(seen), rtol=1e-3, atol=1e-4)
 
 
 def test_too_few_rows_are_an_error(tiny_bundle: Path):

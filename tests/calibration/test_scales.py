@@ -20,6 +20,7 @@ from medusa_deploy.calibration.int8.observations import Observations  # noqa: E4
 from medusa_deploy.calibration.int8.ranges import Method  # noqa: E402
 from medusa_deploy.calibration.int8.scales import make_scales  # noqa: E402
 from medusa_deploy.runtime.errors import CalibrationError, QuantisationError, RangeError  # noqa: E402
+from medusa_deploy.runtime.executors.step_plan import SlotRows  # noqa: E402
 from medusa_deploy.runtime.files.bundle import open_bundle  # noqa: E402
 from medusa_deploy.runtime.files.scales_file import read_scales  # noqa: E402
 from medusa_deploy.tools.prompt_source import random_prompts  # noqa: E402
@@ -69,14 +70,14 @@ def test_what_is_observed_is_what_torch_computes_in_prefill_and_in_every_row_of_
 ):
     (prompt,) = random_prompts(VOCAB, 256, 1, seed=3)
     steps: list[tuple[int, np.ndarray, np.ndarray]] = []
-    run = module.ObservingExecutor._run
+    call = module.ObservingExecutor._call
 
-    def spy(self: Any, buffers: Any, binding: Any, slot: int | None) -> None:
-        if slot is None:
-            steps.append((int(buffers.positions[0, 0]), buffers.tokens[0].copy(), buffers.ancestors[0].copy()))
-        run(self, buffers, binding, slot)
+    def spy(self: Any, bound: Any, rows: SlotRows, length: int) -> None:
+        if length >= len(prompt):
+            steps.append((length, rows.tokens.copy(), rows.shape.ancestors))
+        call(self, bound, rows, length)
 
-    monkeypatch.setattr(module.ObservingExecutor, "_run", spy)
+    monkeypatch.setattr(module.ObservingExecutor, "_call", spy)
     found = calibrator.collect([prompt], 8)
     emitted = calibrator.session.generate(token_ids=prompt, max_new_tokens=8, tree=calibrator.session.tree).token_ids
     text = prompt + emitted
@@ -85,7 +86,7 @@ def test_what_is_observed_is_what_torch_computes_in_prefill_and_in_every_row_of_
     ]
     assert len(paths) == found.tree_rows > 4
     expected = linear_inputs(tiny_model, [(prompt, len(prompt)), *paths])
-    products = calibrator.products[: PER_LAYER * LAYERS]
+    products = calibrator.matmuls[: PER_LAYER * LAYERS]
     for product, maxima in zip(products, expected, strict=True):
         observer = found.observers[product.activation]
         np.testing.assert_allclose(observer.channel_maxima, maxima, rtol=1e-4, atol=1e-5)
@@ -95,7 +96,7 @@ def test_what_is_observed_is_what_torch_computes_in_prefill_and_in_every_row_of_
 def test_every_product_with_a_constant_weight_is_there_and_sees_the_rows_that_it_computes(
     calibrator: Calibrator, seen: Observations
 ):
-    products = calibrator.products
+    products = calibrator.matmuls
     of_heads = [product for product in products if product.of_heads]
     (projection,) = [product for product in products[PER_LAYER * LAYERS :] if not product.of_heads]
     assert len(products) == PER_LAYER * LAYERS + 1 + HEADS + 1
@@ -118,7 +119,7 @@ def test_scales_are_ranges_and_weights_in_127_steps_and_are_read_back(
     path.write_text(scales.to_json(), "utf-8")
     read = read_scales(path, calibrator.bundle.manifest)
     assert read.to_json() == scales.to_json()
-    product = calibrator.products[6]
+    product = calibrator.matmuls[6]
     activation, weights = read.of_layer(product.name)
     tensor = load_file(tiny_model / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
     np.testing.assert_allclose(weights, np.abs(tensor).max(1) / 127, rtol=1e-6)
@@ -153,7 +154,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_result(
 def test_what_an_interrupted_prompt_showed_is_not_counted_twice(
     calibrator: Calibrator, seen: Observations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    run, calls = module.ObservingExecutor._run, 0
+    run, calls = module.ObservingExecutor._call, 0
 
     def failing(*arguments: Any) -> None:
         nonlocal calls
@@ -163,7 +164,7 @@ def test_what_an_interrupted_prompt_showed_is_not_counted_twice(
         run(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.ObservingExecutor, "_run", failing)
+        patch.setattr(module.ObservingExecutor, "_call", failing)
         with pytest.raises(KeyboardInterrupt):
             calibrator.collect(PROMPTS, 24, tmp_path / "progress")
     resumed = calibrator.collect(PROMPTS, 24, tmp_path / "progress")
@@ -193,7 +194,7 @@ def test_a_large_model_is_prefilled_in_fewer_rows_at_a_time(
     assert small.session.manifest.limits.prefill_chunk < 16
     found = small.collect(PROMPTS, 24)
     assert found.prefill_rows == seen.prefill_rows
-    name = small.products[0].activation
+    name = small.matmuls[0].activation
     np.testing.assert_allclose(found.observers[name].channel_maxima, seen.observers[name].channel_maxima, rtol=1e-4)
 
 
@@ -202,7 +203,7 @@ def test_where_the_tree_is_its_root_alone_heads_run_in_no_step_and_are_not_watch
     plain = Calibrator(replace(bundle, manifest=replace(bundle.manifest, trees={"default": []})), threads=1)
     found = plain.collect(PROMPTS, 24)
     assert found.tree_rows > 0
-    assert not any(product.of_heads for product in plain.products)
+    assert not any(product.of_heads for product in plain.matmuls)
     scales = make_scales(plain, found, Method(), plain.settings(PROMPTS, 24))
     assert len(scales.layers) == PER_LAYER * LAYERS + 1
     assert set(scales.activations) < set(seen.observers)
@@ -213,7 +214,7 @@ def test_too_little_data_is_refused(calibrator: Calibrator, seen: Observations):
         found = calibrator.collect(prompts, new_tokens)
         with pytest.raises(CalibrationError, match=what):
             make_scales(calibrator, found, Method(), {})
-    untouched = Observations.of(calibrator.products)
+    untouched = Observations.of(calibrator.matmuls)
     untouched.prefill_rows = untouched.tree_rows = 1000
     with pytest.raises(CalibrationError, match="never computed"):
         make_scales(calibrator, untouched, Method(), {})

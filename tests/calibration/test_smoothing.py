@@ -13,6 +13,7 @@ pytest.importorskip("onnxruntime")
 from medusa_deploy.calibration.int8.collect import Calibrator
 from medusa_deploy.calibration.int8.row_sample import find_smoothing, sample_rows
 from medusa_deploy.calibration.int8.smoothing import choose_smoothing, smoothing_factors
+from medusa_deploy.calibration.int8.takers import smoothable
 from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.runtime.files.scales_file import BLOCK
 from medusa_deploy.tools.prompt_source import random_prompts
@@ -51,7 +52,7 @@ def int8(values: np.ndarray, axis: int | None) -> np.ndarray:
 
 
 def expected_error(factors: np.ndarray, grid: str) -> float:
-    """The products of whole blocks and one that is shorter, one after the other."""
+    """The matmuls of whole blocks and one that is shorter, one after the other."""
     errors = []
     w = np.hstack(W) * factors[:, None]
     cuts = [slice(at, at + BLOCK) for at in range(0, CHANNELS, BLOCK)] if grid == "block" else [slice(None)]
@@ -103,23 +104,26 @@ def test_one_factor_serves_the_queries_that_share_their_values_and_the_cpu_graph
 
 def test_inputs_of_all_products_of_layers_can_be_smoothed(calibrator: Calibrator):
     per_layer = [[0, 1, 2], [3], [4, 5], [6]]  # q, k, v · o · gate, up · down; neither the projection nor heads
-    products = calibrator.products
+    matmuls = calibrator.matmuls
     expected = {
-        products[7 * layer + readers[0]].activation: [
-            (products[7 * layer + index].weight, products[7 * layer + index].axis) for index in readers
+        matmuls[7 * layer + readers[0]].activation: [
+            (matmuls[7 * layer + index].weight, matmuls[7 * layer + index].axis) for index in readers
         ]
         for layer in range(2)
         for readers in per_layer
     }
-    assert calibrator.graph.smoothable() == expected
-    sharing = [calibrator.graph.sharing_queries(product.activation) for product in products[:7]]
-    assert sharing == [0, 0, 0, 2, 0, 0, 0]
+    found = smoothable(calibrator.graph)
+    assert {name: each.readers for name, each in found.items()} == expected
+    takers = [found[matmul.activation].taker for matmul in matmuls[:7]]
+    assert [taker.kind for taker in takers] == ["norm", "norm", "norm", "values", "norm", "norm", "layer"]
+    assert [found[matmul.activation].heads for matmul in matmuls[:7]] == [None, None, None, (2, 2), None, None, None]
+    assert [takers[index].name for index in (3, 6)] == [matmuls[2].name, matmuls[5].name], "values; up"
 
 
 def test_rows_are_few_and_the_same_again_and_the_first_of_every_prompt_is_among_them(calibrator: Calibrator):
-    name = calibrator.products[0].activation
+    name = calibrator.matmuls[0].activation
     rows = sample_rows(calibrator, [name], PROMPTS, 24)[name]
-    assert rows.shape[1] == calibrator.products[0].channels
+    assert rows.shape[1] == calibrator.matmuls[0].channels
     assert len(PROMPTS) * 8 < len(rows) <= len(PROMPTS) * 16
     np.testing.assert_array_equal(rows, sample_rows(calibrator, [name], PROMPTS, 24)[name])
     for prompt in PROMPTS:
@@ -130,7 +134,7 @@ def test_rows_are_few_and_the_same_again_and_the_first_of_every_prompt_is_among_
 def test_every_activation_that_can_be_smoothed_is_and_none_without_alphas(calibrator: Calibrator):
     seen = calibrator.collect(PROMPTS, 24)
     found = find_smoothing(calibrator, seen, PROMPTS, 24, [None, 0.5])
-    assert list(found) == list(calibrator.graph.smoothable())
+    assert list(found) == list(smoothable(calibrator.graph))
     for name, grids in found.items():
         assert set(grids) == {"block", "tensor"}
         assert all(len(entry.factors) == len(seen.observers[name].channel_maxima) for entry in grids.values())

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 def smollm2_bundle() -> Path:
     """The bundle that ``make demo`` makes, made now if it isn't there."""
     pytest.importorskip("transformers")
-    from medusa_deploy.tools.demo_bundle import HEADS, ensure_bundle
+    from medusa_deploy.tools.making.demo_bundle import HEADS, ensure_bundle
 
     return ensure_bundle(ROOT / "build", ROOT / HEADS)
 

@@ -1,4 +1,4 @@
-"""The README's commands and Python example, word for word, on the real model."""
+"""The commands and Python examples of the README and of the page that goes on from it, word for word, on the real model."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from support.documents import README, ROOT, blocks, commands
+from support.documents import FIRST_BUNDLE, README, ROOT, blocks, commands
 
 pytestmark = pytest.mark.model
+VERBS = {"export", "inspect", "generate", "verify", "bench", "compare", "tree", "calibrate", "quantise", "plan", "doctor"}
 
 
 def runnable(words: list[str]) -> bool:
@@ -20,13 +21,14 @@ def runnable(words: list[str]) -> bool:
     return words[0] == "medusa-deploy" and words[1] != "prepare" and not any(re.fullmatch(r"[A-Z]+", word) for word in words)
 
 
-def test_the_readme_does_what_it_says(smollm2_bundle: Path, tmp_path: Path) -> None:
+def test_the_readme_and_the_first_bundle_do_what_they_say(smollm2_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "heads").symlink_to(ROOT / "heads")
     (tmp_path / "build").mkdir()
     (tmp_path / "build" / "smollm2").symlink_to(smollm2_bundle.parent / "smollm2")
-    programs = [["-m", "medusa_deploy", *words[1:]] for words in commands(README) if runnable(words)]
-    programs += [["-c", block] for block in blocks(README, "python")]
-    assert {"export", "inspect", "generate", "verify", "bench"} <= {words[2] for words in programs if words[0] == "-m"}
+    pages = (README, FIRST_BUNDLE)
+    programs = [["-m", "medusa_deploy", *words[1:]] for page in pages for words in commands(page) if runnable(words)]
+    programs += [["-c", block] for page in pages for block in blocks(page, "python")]
+    assert {words[2] for words in programs if words[0] == "-m"} >= VERBS
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
     for words in programs:
         result = subprocess.run(

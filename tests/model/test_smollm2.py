@@ -8,9 +8,9 @@ import pytest
 
 from medusa_deploy.runtime import ROOT_ONLY, Request, SamplingParams, Session, load
 from medusa_deploy.runtime.errors import CapacityError
+from medusa_deploy.tools.exactness.verify import verify
 from medusa_deploy.tools.prompt_source import heldout_prompts, prompts_for
 from medusa_deploy.tools.tree_set import NAMES, trees_for
-from medusa_deploy.tools.verbs.verify import verify
 
 pytestmark = pytest.mark.model
 
@@ -86,7 +86,7 @@ def test_stop_strings_and_capacity(smollm2: Session) -> None:
 
 
 def test_plain_greedy_is_transformers_greedy(smollm2: Session, smollm2_bundle: Path) -> None:
-    from medusa_deploy.tools.measure.reference import load_reference
+    from medusa_deploy.tools.exactness.reference import load_reference
 
     reference = load_reference(smollm2_bundle.parent / "smollm2", smollm2.manifest.dtype)
     prompts = prompts_for(smollm2, None, 3)

@@ -10,18 +10,20 @@ import re
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from medusa_deploy.runtime.tree import Tree
 from medusa_deploy.tools.cli import VERBS
-from support.documents import DOCS, README, ROOT, blocks, commands, outside_blocks
+from support.documents import DOCS, README, ROOT, blocks, commands, inline_commands, outside_blocks
 from support.text import text_bundle
 
 FOLDERS = ("benchmarks", "calibration", "docs", "export", "heads", "runtime", "src", "tests", "tools")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
 # Commands of other programs, which no test here runs.
 FOREIGN = ("cd", "git", "ls", "source", ".", "cat")
-# Which test runs a verb, where it isn't tests/tools/test_VERB.py.
-RUN_BY = {"export": "tests/tools/test_export_verb.py"}
+# Which test runs a verb, where it isn't tests/tools/verbs/test_VERB.py.
+RUN_BY = {"export": "tests/tools/verbs/test_export_verb.py"}
 
 
 def slug(heading: str) -> str:
@@ -77,6 +79,11 @@ def test_every_command_is_one_that_exists(path: Path, words: list[str]) -> None:
         assert words[0] in FOREIGN or (ROOT / words[0]).is_file()
 
 
+@pytest.mark.parametrize("words", list(inline_commands(README)), ids=id_of)
+def test_every_command_in_the_text_of_the_readme_is_one_that_exists(words: list[str]) -> None:
+    check_verb(words[1:])
+
+
 def check_verb(words: list[str]) -> None:
     """The command line parses, and a test runs its verb."""
     if words[0] in ("--version", "--help"):
@@ -87,7 +94,7 @@ def check_verb(words: list[str]) -> None:
     words = words[1 : next((index for index, word in enumerate(words) if word in ("|", ">", "2>")), None)]
     if words != ["--help"]:
         parser.parse_args(words)
-    assert (ROOT / RUN_BY.get(verb.name, f"tests/tools/test_{verb.name}.py")).is_file()
+    assert (ROOT / RUN_BY.get(verb.name, f"tests/tools/verbs/test_{verb.name}.py")).is_file()
 
 
 @pytest.mark.parametrize("path", DOCS, ids=id_of)
@@ -115,6 +122,27 @@ def test_the_python_examples_run(example: str, text_bundle: Path, tmp_path: Path
     monkeypatch.chdir(tmp_path)
     program = re.sub(r"\bload\(\s*([\"'])[^\"']*\1", f"load({str(text_bundle)!r}", example)
     exec(compile(program, "README.md", "exec"), {"__name__": "__main__"})  # noqa: S102
+
+
+def test_the_readme_is_short_and_its_first_command_is_on_the_first_screen() -> None:
+    text = README.read_text("utf-8")
+    assert len(text.split()) <= 800
+    assert text.splitlines().index("$ make demo") < 40
+    assert len((ROOT / "docs" / "design.md").read_text("utf-8").splitlines()) <= 200
+
+
+def test_the_worked_example_of_the_concepts_is_what_the_code_says() -> None:
+    text = (ROOT / "docs" / "concepts.md").read_text("utf-8")
+    example = re.search(r"`Tree\.from_choices\((\[.*?\])\)`", text, re.DOTALL)
+    assert example
+    tree = Tree.from_choices(ast.literal_eval(example[1]))
+    mismatch = np.array([0, 0, 1, 0])
+    for row, (ancestors, product) in enumerate(zip(tree.ancestors, tree.ancestors @ mismatch, strict=True)):
+        picture = " ".join("FT"[int(seen)] for seen in ancestors)
+        assert re.search(rf"^  {picture}\b", text, re.MULTILINE)
+        assert re.search(rf"^ {row}     {picture}       {mismatch[row]}          {product}     ", text, re.MULTILINE)
+    for name, values in (("parent", tree.parents), ("depth", tree.depths)):
+        assert re.search(rf"{name} +{' +'.join(map(str, values))}$", text, re.MULTILINE)
 
 
 def test_no_file_names_a_path_of_one_machine() -> None:

@@ -19,7 +19,7 @@ from medusa_deploy.runtime.tree import Tree, chain
 from support.fake_cuda import FakeRuntime
 from support.fake_engine import load_fake
 from support.fake_trt import FakeTrt
-from support.plans import Caller
+from support.plan_driver import Caller
 from support.tiny import HEADS, VOCAB
 from support.trees import prefix_closed
 

@@ -1,4 +1,4 @@
-"""Bundles on disk: opened only when whole, written whole or not at all."""
+"""A bundle opens only if it is whole, and is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _tree_of(folder: Path) -> dict[str, bytes]:
 
 
 def _rename_in_manifest(folder: Path, old: str, new: str) -> None:
-    """Make the manifest call the file ``old`` by the name ``new``."""
+    """Makes the manifest call the file ``old`` by the name ``new``."""
     path = folder / MANIFEST_NAME
     path.write_text(path.read_text("utf-8").replace(json.dumps(old), json.dumps(new)), "utf-8")
 

@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 pytest.importorskip("onnxruntime")
 
 from medusa_deploy.runtime import SamplingParams, load
-from medusa_deploy.runtime.executors.executor import StepBuffers, Wanted
+from medusa_deploy.runtime.executors.step_arrays import StepInputs
 from medusa_deploy.runtime.session import Session
 from support.tiny import HEADS, VOCAB
 
@@ -38,11 +38,12 @@ def test_a_graph_that_moves_rows_itself_takes_as_many_as_there_are_heads(tiny_bu
         assert found.token_ids == plain.token_ids and max(found.stats.accepted) <= HEADS
 
 
-@given(st.integers(1, 6), st.integers(1, 20), st.integers(1, 50), st.data())
-def test_rows_that_are_not_moved_stay(heads: int, moves: int, length: int, data: st.DataObject) -> None:
-    buffers = StepBuffers.allocate(1, 4, 4, heads, 2, 3, 5, "float32", Wanted(), moves=moves)
-    rows = data.draw(st.lists(st.integers(0, 99), max_size=min(moves, length)))
-    buffers.move(0, length, rows)
+@given(st.integers(1, 6), st.integers(0, 50), st.data())
+def test_rows_that_are_not_moved_stay(heads: int, length: int, data: st.DataObject) -> None:
+    inputs = StepInputs.allocate(1, 4, 4, heads)
+    rows = data.draw(st.lists(st.integers(0, 99), max_size=min(heads, length)))
+    inputs.rest(length, tuple(rows))
     end = heads + length
-    assert buffers.commit[0].tolist()[moves - len(rows) :] == rows
-    assert buffers.commit[0].tolist()[: moves - len(rows)] == list(range(end - moves, end - len(rows)))
+    commit = inputs.commit[0].tolist()
+    assert commit[heads - len(rows) :] == [heads + row for row in rows]
+    assert commit[: heads - len(rows)] == list(range(end - heads, end - len(rows)))

@@ -12,7 +12,8 @@ import pytest
 
 from medusa_deploy.runtime import ROOT_ONLY, Generation, Request, SamplingParams, Session, Tree, chain, load
 from medusa_deploy.runtime.errors import BundleIntegrityError, UsageError
-from medusa_deploy.runtime.executors.executor import Wanted
+from medusa_deploy.runtime.executors.ort import Bound
+from medusa_deploy.runtime.executors.step_plan import Wanted
 from support.tiny import EOS, HEADS, HIDDEN, VOCAB
 from support.trees import random_tree
 
@@ -165,14 +166,16 @@ def test_threads_share_an_engine(four_slots: Session, tiny_session: Session) -> 
     assert four_slots.slots.free == 4
 
 
-def test_the_cpu_variant_decodes_several_slots_plainly_or_not_at_all(tiny_bundle: Path, tiny_session: Session) -> None:
-    session = load(tiny_bundle, slots=3, variant="cpu", threads=1)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_verifies_trees_of_several_slots(tiny_bundle: Path, tiny_session: Session, variant: str) -> None:
+    session = load(tiny_bundle, slots=3, variant=variant, threads=1)
     prompts = [[10, 11], [20] * 20, [30, 31, 32], [4]]
-    found = dict(session.generate_many([Request(token_ids=prompt, max_new_tokens=12, ignore_eos=True) for prompt in prompts]))
-    assert [found[index].token_ids for index in range(4)] == [_plain(tiny_session, prompt, 12).token_ids for prompt in prompts]
-    with pytest.raises(UsageError, match="can't verify trees of 3 slots"):
-        session.generate(token_ids=[1], tree=chain(1))
-    assert session.slots.free == 3
+    expected = [_plain(tiny_session, prompt, 12).token_ids for prompt in prompts]
+    for tree in (ROOT_ONLY, WIDE, chain(1), None):
+        requests = [Request(token_ids=prompt, max_new_tokens=12, ignore_eos=True, tree=tree) for prompt in prompts]
+        found = dict(session.generate_many(requests))
+        assert [found[index].token_ids for index in range(4)] == expected
+        assert session.slots.free == 3
 
 
 # -- in place, without allocation ----------------------------------------------------------------------------------
@@ -182,8 +185,10 @@ def test_the_cpu_variant_decodes_several_slots_plainly_or_not_at_all(tiny_bundle
 def test_caches_are_updated_where_they_are(sessions: dict[str, Session], variant: str) -> None:
     session = sessions[variant]
     executor = session.executor
-    caches, addresses = executor.caches, [value.data_ptr() for value in executor._cache_values]  # type: ignore[attr-defined]
-    assert addresses == [cache.ctypes.data for cache in caches]
+    caches: np.ndarray = executor.caches  # type: ignore[attr-defined]
+    values = executor._cache_values  # type: ignore[attr-defined]
+    addresses = [[value.data_ptr() for value in of_slot] for of_slot in values]
+    assert addresses == [[cache[slot].ctypes.data for cache in caches] for slot in range(len(values))]
     caches[:] = 0
     prompt = [3, 4, 5, 6]
     stream = session.stream(token_ids=prompt, max_new_tokens=10, ignore_eos=True, tree=ROOT_ONLY)
@@ -195,7 +200,7 @@ def test_caches_are_updated_where_they_are(sessions: dict[str, Session], variant
     assert np.flatnonzero((caches != before).any(axis=(0, 1, 2, 4))).tolist() == [HEADS + 4]
     stream.close()  # type: ignore[attr-defined]
     assert executor.caches is caches  # type: ignore[attr-defined]
-    assert [value.data_ptr() for value in executor._cache_values] == addresses  # type: ignore[attr-defined]
+    assert [[value.data_ptr() for value in of_slot] for of_slot in values] == addresses
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -216,11 +221,10 @@ def test_steps_of_every_size_see_the_text_as_it_grows_and_as_it_starts_anew(sess
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_allocates_nothing(sessions: dict[str, Session], variant: str) -> None:
     session = sessions[variant]
-    wanted = Wanted(heads=True)
     stream = session.stream(token_ids=[3, 4, 5], max_new_tokens=200, ignore_eos=True, tree=WIDE)
     for _ in range(10):
         next(stream)
-    buffers = session.executor.buffers(WIDE.rows, wanted)
+    bound = _bound(session, WIDE.rows, Wanted(heads=True))
     tracemalloc.start()
     try:
         next(stream)
@@ -230,17 +234,25 @@ def test_a_step_allocates_nothing(sessions: dict[str, Session], variant: str) ->
         grown = tracemalloc.get_traced_memory()[0] - start
     finally:
         tracemalloc.stop()
-    assert session.executor.buffers(WIDE.rows, wanted) is buffers
+    assert _bound(session, WIDE.rows, Wanted(heads=True)) is bound
     # What stays is the answer's own text pieces and tokens, far less than any buffer of a step.
     assert grown < 40 * 400
 
 
+def _bound(session: Session, rows: int, wanted: Wanted) -> Bound:
+    """What the executor keeps for steps of ``rows`` rows."""
+    found: Bound = session.executor._bound._kept[(0, rows, False, wanted)]  # type: ignore[attr-defined]
+    return found
+
+
 def test_only_what_is_wanted_is_computed(tiny_session: Session) -> None:
-    plain = tiny_session.executor.buffers(1, Wanted())
-    assert plain.logits.shape == (1, 0, VOCAB) and plain.hidden.shape == (1, 0, HIDDEN)
-    plain.candidates[:] = -1
     _plain(tiny_session, [1, 2], 5)
-    assert (plain.candidates == -1).all()
+    outputs = _bound(tiny_session, 1, Wanted()).outputs
+    assert outputs.logits.shape == (1, 0, VOCAB)
+    assert outputs.hidden.shape == (1, 1, HIDDEN), "plain steps tell NaN by it"
+    outputs.candidates[:] = -1
+    _plain(tiny_session, [1, 2], 5)
+    assert (outputs.candidates == -1).all()
 
 
 # -- loading -------------------------------------------------------------------------------------------------------

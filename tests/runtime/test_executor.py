@@ -1,22 +1,39 @@
-"""Buffers of a step, and where its rows lie in the caches."""
+"""Arrays of a step, where its rows lie in the caches, and what executors keep between steps."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
+import pytest
 from hypothesis import given, strategies as st
 
-from medusa_deploy.runtime import SamplingParams, Session
-from medusa_deploy.runtime.executors import step_io
-from medusa_deploy.runtime.executors.executor import StepBuffers, Wanted, chain_ancestors, visible_rows
+from medusa_deploy.runtime import ROOT_ONLY, SamplingParams, Session, chain
+from medusa_deploy.runtime.backends import ort_model
+from medusa_deploy.runtime.executors import step_arrays, step_io
+from medusa_deploy.runtime.executors.one_slot import prefill_rows
 from medusa_deploy.runtime.executors.ort import OrtExecutor
+from medusa_deploy.runtime.executors.ort_cuda import OrtDeviceExecutor
+from medusa_deploy.runtime.executors.step_arrays import KEPT_BYTES, Recent, StepInputs, StepOutputs, visible_rows
+from medusa_deploy.runtime.executors.step_plan import NO_OUTPUTS, SlotResult, SlotRows, StepPlan, Wanted, rows_to_move
+from medusa_deploy.runtime.files.bundle import open_bundle
+from medusa_deploy.runtime.tree import Shape
+from support.plans import EVERYTHING, plain_plan, prefill, run, verify
+from support.tiny import HEADS, VOCAB
+from support.trees import random_tree
 
 _sizes = st.tuples(st.integers(1, 500), st.integers(1, 8), st.integers(1, 64))  # capacity, heads, most rows of a step
-EVERYTHING = Wanted(heads=True, logits=True, hidden=True)
 
 
-def _buffers(slots: int = 2, rows: int = 3, logit_rows: int = 3, heads: int = 4, wanted: Wanted = EVERYTHING) -> StepBuffers:
-    return StepBuffers.allocate(slots, rows, logit_rows, heads, 5, 6, 7, "float16", wanted)
+def _outputs(wanted: Wanted, slots: int = 2, logit_rows: int = 3) -> StepOutputs:
+    return StepOutputs.allocate(slots, logit_rows, 4, 5, 6, 7, "float16", wanted)
+
+
+# -- the caches ----------------------------------------------------------------------------------------------------
 
 
 @given(_sizes)
@@ -32,9 +49,22 @@ def test_cache_names_pair_up() -> None:
     assert step_io.present_names(2) == [name.replace("past", "present") for name in step_io.past_names(2)]
 
 
+@given(st.lists(st.integers(0, 900), min_size=1, max_size=4), st.integers(1, 64))
+def test_the_visible_rows_cover_every_slot_and_change_seldom(starts: list[int], rows: int) -> None:
+    cache_rows = 1000
+    visible = visible_rows(max(starts) + rows, cache_rows)
+    assert max(starts) + rows <= visible <= cache_rows
+    assert visible % 64 == 0 or visible == cache_rows
+    assert visible - (max(starts) + rows) < 64
+
+
+# -- the arrays ----------------------------------------------------------------------------------------------------
+
+
 def test_shapes_are_those_of_the_table() -> None:
-    buffers = _buffers(slots=2, rows=3, logit_rows=1, heads=4)
-    assert {field.name: getattr(buffers, field.name).shape for field in dataclasses.fields(buffers)} == {
+    inputs, outputs = StepInputs.allocate(2, 3, 1, 4), _outputs(EVERYTHING, logit_rows=1)
+    arrays = {name: value for each in (inputs, outputs) for name, value in _arrays(each).items()}
+    assert {name: array.shape for name, array in arrays.items()} == {
         "tokens": (2, 3),
         "positions": (2, 3),
         "ancestors": (2, 3, 3),
@@ -42,7 +72,6 @@ def test_shapes_are_those_of_the_table() -> None:
         "write_index": (2,),
         "logit_rows": (2, 1),
         "commit": (2, 4),
-        "draft_slots": (2, 3),
         "last_row": (2,),
         "next_token": (2,),
         "candidates": (2, 4, 5),
@@ -50,48 +79,299 @@ def test_shapes_are_those_of_the_table() -> None:
         "logits": (2, 1, 7),
         "hidden": (2, 1, 6),
     }
-    assert buffers.logit_rows.tolist() == [[2], [2]], "in prefill the last row's logits are computed"
-    assert _buffers(rows=3, logit_rows=3).logit_rows.tolist() == [[0, 1, 2]] * 2
-    types = [array.dtype.name for array in (buffers.logits, buffers.hidden, buffers.log_probs)]
+    assert inputs.logit_rows.tolist() == [[2], [2]], "in prefill the last row's logits are computed"
+    assert StepInputs.allocate(2, 3, 3, 4).logit_rows.tolist() == [[0, 1, 2]] * 2
+    types = [array.dtype.name for array in (outputs.logits, outputs.hidden, outputs.log_probs)]
     assert types == ["float16", "float16", "float32"]
 
 
+def _arrays(of: Any) -> dict[str, np.ndarray]:
+    values = {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
+    return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+
+
 def test_outputs_that_are_not_wanted_take_no_memory() -> None:
-    buffers = _buffers(wanted=Wanted())
-    assert (buffers.logits.nbytes, buffers.hidden.nbytes) == (0, 0)
+    outputs = _outputs(Wanted(heads=True))
+    assert (outputs.logits.nbytes, outputs.hidden.nbytes) == (0, 0)
+    assert _outputs(NO_OUTPUTS).logits.nbytes == 0
+    assert _outputs(NO_OUTPUTS).hidden.shape == (2, 3, 6), "NaN is told by them"
 
 
 @given(_sizes, st.data())
-def test_an_idle_slot_does_nothing_within_its_cache(sizes: tuple[int, int, int], data: st.DataObject) -> None:
+def test_a_resting_slot_does_nothing_within_its_cache(sizes: tuple[int, int, int], data: st.DataObject) -> None:
     capacity, heads, max_rows = sizes
     length, rows = data.draw(st.integers(0, capacity)), data.draw(st.integers(1, max_rows))
-    buffers = _buffers(rows=rows, logit_rows=rows, heads=heads)
-    for field in dataclasses.fields(buffers):
-        getattr(buffers, field.name)[:] = 1
-    buffers.idle(1, length)
-    assert not buffers.ancestors[1].any() and buffers.forced[1] == 0
-    first, end = buffers.write_index[1] - heads, buffers.write_index[1] + rows
+    inputs = StepInputs.allocate(2, rows, rows, heads)
+    for array in _arrays(inputs).values():
+        array[:] = 1
+    inputs.rest(length, index=1)
+    assert not inputs.ancestors[1].any() and inputs.forced[1] == 0
+    first, end = inputs.write_index[1] - heads, inputs.write_index[1] + rows
     assert first >= 0 and end <= step_io.cache_rows(capacity, heads, max_rows)
-    assert buffers.write_index[1] == heads + length, "no committed row is written over"
-    assert buffers.commit[1].tolist() == list(range(first, first + heads)), "every committed row stays where it is"
-    for field in dataclasses.fields(buffers):
-        assert (getattr(buffers, field.name)[0] == 1).all(), f"{field.name} of another slot has changed"
+    assert inputs.write_index[1] == heads + length, "no committed row is written over"
+    assert inputs.commit[1].tolist() == list(range(first, first + heads)), "every committed row stays where it is"
+    for name, array in _arrays(inputs).items():
+        assert (array[0] == 1).all(), f"{name} of another slot has changed"
 
 
-@given(st.lists(st.integers(0, 900), min_size=1, max_size=4), st.integers(1, 64))
-def test_the_visible_rows_cover_every_slot_and_change_seldom(starts: list[int], rows: int) -> None:
-    buffers = _buffers(slots=len(starts), rows=rows, logit_rows=rows)
-    buffers.write_index[:] = starts
-    cache_rows = 1000
-    visible = visible_rows(buffers, cache_rows)
-    assert max(starts) + rows <= visible <= cache_rows
-    assert visible % 64 == 0 or visible == cache_rows
-    assert visible - (max(starts) + rows) < 64
+@given(_sizes, st.integers(0, 1 << 16), st.data())
+def test_rows_are_encoded_over_whatever_was_there(sizes: tuple[int, int, int], seed: int, data: st.DataObject) -> None:
+    capacity, heads, _ = sizes
+    rng = np.random.default_rng(seed)
+    tree, length = random_tree(rng, depth=heads), data.draw(st.integers(0, capacity))
+    padded, tokens = tree.rows + data.draw(st.integers(0, 3)), rng.integers(0, 99, tree.rows)
+    inputs = StepInputs.allocate(2, padded, padded, heads)
+    for array in _arrays(inputs).values():
+        array[:] = 1
+    inputs.fill(SlotRows(7, tokens, tree), length, (), 1)
+    count = tree.rows
+    assert inputs.tokens[1].tolist() == [*tokens.tolist(), *[0] * (padded - count)]
+    assert inputs.positions[1, :count].tolist() == (length + tree.depths).tolist()
+    assert np.array_equal(inputs.ancestors[1, :count, :count], tree.ancestors)
+    assert inputs.ancestors[1].sum() == tree.ancestors.sum(), "a row that isn't its own ancestor is padding"
+    assert (inputs.forced[1], inputs.write_index[1]) == (1, heads + length)
+    for name, array in _arrays(inputs).items():
+        assert (array[0] == 1).all(), f"{name} of another slot has changed"
 
 
 def test_a_chain_sees_what_came_before() -> None:
     T, F = True, False
-    assert chain_ancestors(3).tolist() == [[T, F, F], [T, T, F], [T, T, T]]
+    assert Shape.chain(3).ancestors.tolist() == [[T, F, F], [T, T, F], [T, T, T]]
+    assert Shape.chain(3) is Shape.chain(3)
+
+
+# -- accepted rows -------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 50), st.data())
+def test_rows_to_move_are_those_from_the_first_one_out_of_place(length: int, data: st.DataObject) -> None:
+    """Rows that hold their own numbers, and the accepted ones moved as a plan says."""
+    path = tuple(sorted(data.draw(st.sets(st.integers(1, 12), max_size=6))))
+    moves = rows_to_move(length, path)
+    end = length + 1 + len(path)
+    rows = list(range(80))
+    rows[end - len(moves) : end] = [rows[row] for row in moves]
+    assert rows[:end] == [*range(length + 1), *(length + row for row in path)]
+    assert not moves or moves[0] != end - len(moves), "what is in place isn't moved"
+
+
+@pytest.fixture(scope="module")
+def executors(tiny_bundle: Path) -> dict[str, OrtExecutor | OrtDeviceExecutor]:
+    """Three slots each: the two graphs of the CPU's executor, and the GPU's over host memory."""
+    bundle = open_bundle(tiny_bundle)
+    return {
+        "cpu": OrtExecutor(ort_model(bundle, 3, "cpu"), threads=1),
+        "standard": OrtExecutor(ort_model(bundle, 3, "standard"), threads=1),
+        "device": OrtDeviceExecutor(ort_model(bundle, 3, "standard"), "cpu", threads=1),
+    }
+
+
+NAMES = ("cpu", "standard", "device")
+
+
+def caches_of(executor: OrtExecutor | OrtDeviceExecutor) -> np.ndarray:
+    """A copy [2·layers, slots, H_kv, S, D_h]."""
+    if isinstance(executor, OrtExecutor):
+        return executor.caches.copy()
+    return np.stack([cache.numpy() for cache in executor.caches])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_resting_slots_are_moved_and_no_others(executors: Any, name: str) -> None:
+    executor, rng = executors[name], np.random.default_rng(0)
+    lengths = [20, 9, 30]
+    for slot, length in enumerate(lengths):
+        prefill(executor, slot, rng.integers(0, VOCAB, length))
+        # Rows that a step has written behind them.
+        verify(executor, slot, chain(HEADS), rng.integers(0, VOCAB, HEADS + 1), length)
+    before = caches_of(executor)
+    kept = (lengths[0] + 2, lengths[1], lengths[2] + 3)
+    moves: tuple[tuple[int, ...], ...] = ((20, 22), (), (31, 32, 33))  # sources and targets overlap
+    assert executor.run(StepPlan((), kept, moves)).slots == ()
+    after = caches_of(executor)
+    for slot, (end, moved) in enumerate(zip(kept, moves, strict=True)):
+        rows = [*range(end - len(moved)), *moved]
+        expected = before[:, slot, :, [HEADS + row for row in rows]]
+        assert np.array_equal(after[:, slot, :, [*range(HEADS, HEADS + end)]], expected)
+
+
+@given(length=st.integers(20, 60), data=st.data())
+def test_the_host_moves_any_number_of_rows(tiny_session: Session, length: int, data: st.DataObject) -> None:
+    """More rows than there are heads, where the graph has no part in it."""
+    executor = tiny_session.executor
+    assert isinstance(executor, OrtExecutor)
+    count = data.draw(st.integers(1, 16))
+    moves = tuple(sorted(data.draw(st.sets(st.integers(length - count, length + 30), min_size=count, max_size=count))))
+    executor.caches[:] = np.arange(executor.layout.rows, dtype=np.float32)[:, None]
+    executor.run(StepPlan((), (length,), (moves,)))
+    expected = np.arange(executor.layout.rows)
+    expected[HEADS + length - count : HEADS + length] = [HEADS + row for row in moves]
+    assert (executor.caches == expected[:, None]).all()
+    executor.caches[:] = 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_of_resting_slots_is_written_behind_what_they_keep(executors: Any, name: str) -> None:
+    """The slot in the middle rests while its neighbours decode, verify trees and prefill."""
+    executor, rng = executors[name], np.random.default_rng(1)
+    lengths = [7, 12, 40]
+    for slot, length in enumerate(lengths):
+        prefill(executor, slot, rng.integers(0, VOCAB, length))
+    before = caches_of(executor)[:, 1, :, HEADS : HEADS + 12].tobytes()
+    others: list[Callable[[int], SlotRows]] = [
+        lambda slot: SlotRows(slot, rng.integers(0, VOCAB, 1), ROOT_ONLY),
+        lambda slot: SlotRows(slot, rng.integers(0, VOCAB, HEADS + 1), chain(HEADS), wanted=EVERYTHING),
+        lambda slot: prefill_rows(slot, rng.integers(0, VOCAB, 16)),
+    ]
+    for first in others:
+        for last in others:
+            run(executor, StepPlan((first(0), last(2)), tuple(lengths), ((), (), ())))
+            assert caches_of(executor)[:, 1, :, HEADS : HEADS + 12].tobytes() == before
+
+
+# -- not a number --------------------------------------------------------------------------------------------------
+
+
+def poison(executor: OrtExecutor | OrtDeviceExecutor, slot: int) -> None:
+    """Make every row of a slot NaN: whatever attends to it is NaN from there on."""
+    if isinstance(executor, OrtExecutor):
+        executor.caches[:, slot] = np.nan
+        return
+    import ctypes
+
+    for cache in executor.caches:
+        shape = cache.shape()
+        memory = (ctypes.c_float * int(np.prod(shape))).from_address(cache.data_ptr())
+        np.ctypeslib.as_array(memory).reshape(shape)[slot] = np.nan
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_is_noticed_in_every_kind_of_step_and_in_its_own_slot_only(tiny_bundle: Path, name: str) -> None:
+    model = ort_model(open_bundle(tiny_bundle), 2, "cpu" if name == "cpu" else "standard")
+    executor = OrtDeviceExecutor(model, "cpu", threads=1) if name == "device" else OrtExecutor(model, threads=1)
+    for slot in range(2):
+        prefill(executor, slot, [5, 6, 7])
+    assert run(executor, plain_plan(2, 1, 8, 3, Wanted(hidden=True)))[0].finite
+    poison(executor, 1)
+    plain = run(executor, plain_plan(2, 1, 8, 3, Wanted(hidden=True)))[0]
+    assert plain.hidden is not None and np.isnan(plain.hidden).all()
+    for wanted in (NO_OUTPUTS, Wanted(heads=True), Wanted(logits=True), EVERYTHING):
+        for shape in (ROOT_ONLY, chain(2)):
+            rows = [SlotRows(slot, np.arange(8, 8 + shape.rows), shape, wanted=wanted) for slot in range(2)]
+            good, bad = run(executor, StepPlan(tuple(rows), (3, 3), ((), ())))
+            assert (good.finite, bad.finite) == (True, False), (wanted, shape.rows)
+        chunk = prefill_rows(1, np.arange(4), wanted)
+        good, bad = run(executor, StepPlan((SlotRows(0, np.array([8]), ROOT_ONLY), chunk), (3, 3), ((), ())))
+        assert (good.finite, bad.finite) == (True, False), wanted
+
+
+def test_a_call_that_fails_fails_its_own_slot_alone(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = OrtExecutor(ort_model(open_bundle(tiny_bundle), 3, "cpu"), threads=1)
+    for slot in range(3):
+        prefill(executor, slot, [5, 6, 7])
+    plan = StepPlan(tuple([SlotRows(slot, np.array([8 + slot]), ROOT_ONLY) for slot in range(3)]), (3, 3, 3), ((), (), ()))
+    expected = [result.next_token for result in run(executor, plan)]
+    call, error = OrtExecutor._call, RuntimeError("the engine broke")
+
+    def failing(self: OrtExecutor, bound: Any, rows: SlotRows, length: int) -> None:
+        if rows.slot == 1:
+            raise error
+        call(self, bound, rows, length)
+
+    monkeypatch.setattr(OrtExecutor, "_call", failing)
+    first, second, third = executor.run(plan).slots
+    assert second is error
+    assert isinstance(first, SlotResult) and isinstance(third, SlotResult)
+    assert [first.next_token, third.next_token] == [expected[0], expected[2]]
+    error = AssertionError("our own mistake")  # type: ignore[assignment]
+    with pytest.raises(AssertionError, match="our own mistake"):
+        executor.run(plan)
+
+
+# -- what is kept --------------------------------------------------------------------------------------------------
+
+
+class Block:
+    """Something that takes ``nbytes``."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+
+def test_the_most_recent_buffers_are_kept_up_to_the_limit() -> None:
+    recent: Recent[Block] = Recent(100)
+    first, second = recent.get("a", lambda: Block(40)), recent.get("b", lambda: Block(40))
+    assert recent.get("a", lambda: Block(1)) is first
+    recent.get("c", lambda: Block(40))  # b was used longest ago
+    assert recent.nbytes == 80
+    assert recent.get("a", lambda: Block(1)) is first
+    assert recent.get("b", lambda: Block(20)) is not second
+    recent.get("d", lambda: Block(101))
+    assert recent.nbytes == 0, "what is larger than the limit is made anew each time"
+
+
+def test_buffers_that_grow_while_in_use_are_counted_when_others_are_asked_for() -> None:
+    recent: Recent[Block] = Recent(100)
+    recent.get("a", lambda: Block(30)).nbytes = 45
+    recent.get("b", lambda: Block(30)).nbytes = 45
+    assert recent.nbytes == 45 + 30
+    recent.get("c", lambda: Block(30)).nbytes = 45  # 120 with b's growth: a goes, with all that was counted for it
+    assert recent.nbytes == 45 + 30
+    recent.get("c", lambda: Block(0))
+    assert recent.nbytes == 45 + 45
+    recent.get("c", lambda: Block(0)).nbytes = 70
+    assert recent.get("b", lambda: Block(20)).nbytes == 20, "b had to make room for c"
+    assert recent.nbytes == 70 + 20
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["a call a slot", "one call"])
+def test_buffers_of_all_sizes_with_logits_of_a_large_vocabulary_are_bounded(
+    monkeypatch: pytest.MonkeyPatch, batched: bool
+) -> None:
+    """8 slots, 152k tokens, steps of 1 to 64 rows, whose outputs are made without memory."""
+    zeros = lambda shape, dtype: np.broadcast_to(np.zeros((), dtype), shape)  # noqa: E731
+    monkeypatch.setattr(step_arrays, "np", SimpleNamespace(zeros=zeros, int64=np.int64, float32=np.float32))
+    assert KEPT_BYTES <= 256 << 20
+    recent: Recent[StepOutputs] = Recent()
+    made = 0
+    for wanted in (Wanted(logits=True, hidden=True), Wanted(heads=True)):
+        for rows in range(1, 65):
+            for slot in range(8):
+                slots = 1 + slot if batched else 1
+
+                def make(rows: int = rows, slots: int = slots, wanted: Wanted = wanted) -> StepOutputs:
+                    nonlocal made
+                    outputs = StepOutputs.allocate(slots, rows, 4, 10, 1536, 152_000, "float32", wanted)
+                    made += outputs.nbytes
+                    return outputs
+
+                found = recent.get((slot, rows, wanted), make)
+                assert len(found.last_row) == slots
+                assert sum(kept.nbytes for kept in recent._kept.values()) == recent.nbytes <= KEPT_BYTES
+    assert made > 40 * KEPT_BYTES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_executor_keeps_no_more_than_the_limit_and_computes_the_same(tiny_bundle: Path, name: str) -> None:
+    """Masks grow with the text; those of the CPU's graph make up most of what is kept here."""
+    model = ort_model(open_bundle(tiny_bundle), 2, "cpu" if name == "cpu" else "standard")
+    make = (lambda: OrtDeviceExecutor(model, "cpu", threads=1)) if name == "device" else lambda: OrtExecutor(model, threads=1)
+    limited, free = make(), make()
+    limit, rng = 60_000, np.random.default_rng(2)
+    limited._bound = Recent(limit)
+    for slot in range(2):
+        for executor in (limited, free):
+            prefill(executor, slot, np.arange(20))
+    for length in (20, 100, 240):
+        for rows in range(1, 17):
+            for slot in range(2):
+                tokens = rng.integers(0, VOCAB, rows)
+                wanted = Wanted(logits=True) if rows % 2 else NO_OUTPUTS
+                one, other = (verify(each, slot, Shape.chain(rows), tokens, length, (), wanted) for each in (limited, free))
+                assert (one.last_row, one.next_token) == (other.last_row, other.next_token)
+                *kept, _newest = limited._bound._kept.values()  # type: ignore[misc]
+                assert sum(each.nbytes for each in kept) <= limit, "the newest may have grown since"
+    assert free._bound.nbytes > 2 * limit, "the limit was never reached"
 
 
 def test_the_threads_of_the_heads_do_not_spin_beside_those_of_the_step(tiny_session: Session) -> None:

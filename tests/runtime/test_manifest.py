@@ -1,4 +1,4 @@
-"""``manifest.json``: read back as written, and refused with one error whatever is wrong with it."""
+"""``manifest.json`` is read back as written; whatever is wrong with it, one error refuses it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GOOD: dict[str, Any] = json.loads(manifest().to_json())
 
 
 def _changed(path: tuple[str, ...], value: object) -> str:
-    """The good manifest's text with one value replaced, or dropped when the value is ``...``."""
+    """Returns the good manifest's text with one value replaced, or dropped if the value is ``...``."""
     raw = copy.deepcopy(GOOD)
     parent = raw
     for key in path[:-1]:

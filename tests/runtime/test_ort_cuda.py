@@ -8,15 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medusa_deploy.runtime import ROOT_ONLY, Request, SamplingParams, Session, Tree, load
+from medusa_deploy.runtime import ROOT_ONLY, Request, SamplingParams, Session, Tree, chain, load
 from medusa_deploy.runtime.errors import CapacityError, DeployError, ProviderError, UsageError
 from medusa_deploy.runtime.executors import ort_cuda
-from medusa_deploy.runtime.executors.executor import CacheLayout, Wanted
+from medusa_deploy.runtime.executors.executor import CacheLayout
+from medusa_deploy.runtime.executors.one_slot import prefill_rows
 from medusa_deploy.runtime.executors.ort import OrtExecutor, OrtModel
 from medusa_deploy.runtime.executors.ort_cuda import OrtDeviceExecutor
+from medusa_deploy.runtime.executors.step_plan import SlotResult, SlotRows, StepPlan, Wanted, rows_to_move
 from medusa_deploy.runtime.files.bundle import Bundle, open_bundle
 from support.fake_ort import CPU, CUDA, FakeOrt
+from support.plans import EVERYTHING, plain_plan, prefill, run, tree_plan
 from support.tiny import HEADS, HIDDEN, VOCAB
+from support.trees import random_tree
 
 WIDE = Tree.from_choices([(a, *rest) for a in range(3) for rest in [(), (0,), (1,), (0, 0)]])
 SAMPLED = SamplingParams(mode="sample", temperature=0.9, seed=7)
@@ -49,7 +53,7 @@ def bundle(tiny_bundle: Path) -> Bundle:
 
 @pytest.fixture(scope="module")
 def reference(bundle: Bundle) -> Session:
-    return Session(bundle, OrtExecutor(model_of(bundle, 3), threads=1), 3)
+    return Session(bundle, OrtExecutor(model_of(bundle, 3), threads=1))
 
 
 def outputs(session: Session) -> list[Any]:
@@ -72,23 +76,22 @@ def test_the_output_is_the_cpu_executors(bundle: Bundle, reference: Session, fak
 
     if device == "cpu":
         fake.__dict__.update(vars(onnxruntime))  # the real module
-    session = Session(bundle, OrtDeviceExecutor(model_of(bundle, 3), device, threads=1), 3)
+    session = Session(bundle, OrtDeviceExecutor(model_of(bundle, 3), device, threads=1))
     assert outputs(session) == outputs(reference)
 
 
 def test_logits_and_hidden_states_are_the_cpu_executors(bundle: Bundle, reference: Session, fake: FakeOrt) -> None:
-    wanted = Wanted(heads=True, logits=True, hidden=True)
     executors = [OrtDeviceExecutor(model_of(bundle, 3), threads=1), reference.executor]
-    chunk = np.arange(9)
-    first, second = ([getattr(e.prefill(1, chunk, 0, wanted), name) for name in ("logits", "hidden")] for e in executors)
-    assert first[0].shape == (1, 1, VOCAB) and first[1].shape == (1, 1, HIDDEN)
-    for mine, theirs in zip(first, second, strict=True):
-        np.testing.assert_array_equal(mine, theirs)
+    first, second = (prefill(executor, 1, np.arange(9), wanted=EVERYTHING) for executor in executors)
+    assert first.logits is not None and first.logits.shape == (1, VOCAB)
+    assert first.hidden is not None and first.hidden.shape == (1, HIDDEN)
+    np.testing.assert_array_equal(first.logits, second.logits)
+    np.testing.assert_array_equal(first.hidden, second.hidden)
 
 
 def test_caches_stay_where_they_are(bundle: Bundle, fake: FakeOrt) -> None:
     executor = OrtDeviceExecutor(model_of(bundle, 2), threads=1)
-    session = Session(bundle, executor, 2)
+    session = Session(bundle, executor)
     addresses = [cache.data_ptr() for cache in executor.caches]
     session.slots.acquire()  # the second slot: a prefill that writes at the cache's beginning shows
     session.generate(token_ids=[3, 4, 5, 6], max_new_tokens=6, ignore_eos=True, tree=ROOT_ONLY)
@@ -96,22 +99,25 @@ def test_caches_stay_where_they_are(bundle: Bundle, fake: FakeOrt) -> None:
     for cache in executor.caches:
         written = np.flatnonzero(cache.array[1].any(axis=(0, 2)))  # type: ignore[attr-defined]
         assert written.tolist() == list(range(HEADS, HEADS + 9))
-        # The idle slot's row is written past its length of 0 in every step, and seen by nobody.
-        assert np.flatnonzero(cache.array[0].any(axis=(0, 2))).tolist() == [HEADS]  # type: ignore[attr-defined]
+        assert not cache.array[0].any(), "a slot outside of the call is not touched"  # type: ignore[attr-defined]
 
 
-def test_a_cache_that_is_copied_is_noticed(bundle: Bundle, fake: FakeOrt) -> None:
+def test_a_cache_that_is_copied_is_noticed(bundle: Bundle, fake: FakeOrt, monkeypatch: pytest.MonkeyPatch) -> None:
     executor = OrtDeviceExecutor(model_of(bundle, 1), threads=1)
-    buffers = executor.buffers(1, Wanted())  # bound to the caches of now
-    bound = executor.caches[2]  # kept: bindings hold addresses, the executor holds the memory
-    executor.caches[2] = fake.OrtValue.ortvalue_from_numpy(bound.array, "cuda", 0)
-    buffers.idle(0, 0)
+    bind, bound = executor._bind, executor.caches[2]  # kept: bindings hold addresses, the executor holds the memory
+
+    def then_swap(*arguments: Any) -> Any:
+        found = bind(*arguments)  # bound to the caches of now
+        executor.caches[2] = fake.OrtValue.ortvalue_from_numpy(bound.array, "cuda", 0)
+        return found
+
+    monkeypatch.setattr(executor, "_bind", then_swap)
     with pytest.raises(AssertionError, match="copied, not updated in place"):
-        executor.step(buffers, Wanted())
+        executor.run(plain_plan(1, 0, 5, 0))
 
 
 def test_a_step_sends_its_small_inputs_and_nothing_else(bundle: Bundle, fake: FakeOrt) -> None:
-    session = Session(bundle, OrtDeviceExecutor(model_of(bundle, 1), threads=1), 1)
+    session = Session(bundle, OrtDeviceExecutor(model_of(bundle, 1), threads=1))
     session.generate(token_ids=[1, 2, 3], max_new_tokens=8, ignore_eos=True, speculative=False)
     step = fake.bindings[-1]
     names = ["tokens", "positions", "ancestors", "forced", "write_index", "logit_rows", "commit", "columns"]
@@ -119,26 +125,96 @@ def test_a_step_sends_its_small_inputs_and_nothing_else(bundle: Bundle, fake: Fa
     assert len(fake.bindings) == 2, "one for the prefill, one for all steps"
 
 
-@pytest.mark.parametrize(("field", "value"), [("write_index", 10_000), ("write_index", 0), ("commit", 10_000), ("commit", -1)])
-def test_rows_outside_the_cache_are_refused(bundle: Bundle, fake: FakeOrt, field: str, value: int) -> None:
+@pytest.mark.parametrize(("length", "moves"), [(10_000, ()), (-HEADS, ()), (9, (10_000,)), (9, (-HEADS - 1,))])
+def test_rows_outside_the_cache_are_refused(bundle: Bundle, fake: FakeOrt, length: int, moves: tuple[int, ...]) -> None:
     executor = OrtDeviceExecutor(model_of(bundle, 2), threads=1)
     before = [cache.array.copy() for cache in executor.caches]
-    buffers = executor.buffers(4, Wanted())
-    for slot in range(2):
-        buffers.idle(slot, 0)
-    getattr(buffers, field)[1] = value
-    with pytest.raises(CapacityError, match="a cache has rows 0 to") as caught:
-        executor.step(buffers, Wanted())
-    assert caught.value.hint
+    active = tuple([SlotRows(slot, np.arange(4), chain(3)) for slot in range(2)])
+    for error in executor.run(StepPlan(active, (0, length), ((), moves))).slots:
+        assert isinstance(error, CapacityError) and "a cache has rows 0 to" in error.message
+        assert error.hint
     for cache, kept in zip(executor.caches, before, strict=True):
         np.testing.assert_array_equal(cache.array, kept)
 
 
 def test_the_last_rows_of_the_cache_can_be_used(bundle: Bundle, fake: FakeOrt) -> None:
     executor = OrtDeviceExecutor(model_of(bundle, 1), threads=1)
-    buffers = executor.buffers(4, Wanted())
-    buffers.idle(0, executor.layout.rows - 4 - HEADS)
-    executor.step(buffers, Wanted())
+    run(executor, tree_plan(1, 0, chain(3), [1, 2, 3, 4], executor.layout.rows - 4 - HEADS))
+
+
+# -- several slots -------------------------------------------------------------------------------------------------
+
+FLAGS = [Wanted(*map(bool, flags)) for flags in np.ndindex(2, 2, 2)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("slots", [3, 4])
+def test_a_batch_computes_what_each_slot_computes_alone(bundle: Bundle, slots: int, seed: int) -> None:
+    """Random steps: trees of different shapes, resting slots between them with and without rows to move, prefill beside them."""
+    rng = np.random.default_rng(seed)
+    device, alone = OrtDeviceExecutor(model_of(bundle, slots), "cpu", threads=1), OrtExecutor(model_of(bundle, slots), threads=1)
+    lengths = [0] * slots
+    moves: list[tuple[int, ...]] = [()] * slots
+    seen = dict.fromkeys(("batches", "rests between", "moves while resting", "prefill beside decoding", "moves"), 0)
+    for _ in range(36):
+        active: list[SlotRows] = []
+        for slot in rng.permutation(slots).tolist():
+            chance = rng.random()
+            if lengths[slot] == 0 or (chance < 0.2 and not moves[slot]):
+                chunk = rng.integers(0, VOCAB, int(rng.integers(2, 17)))
+                active.append(prefill_rows(slot, chunk, FLAGS[int(rng.integers(len(FLAGS)))]))
+            elif chance < 0.75:
+                tree = random_tree(rng, depth=HEADS)
+                wanted = FLAGS[int(rng.integers(len(FLAGS)))]
+                active.append(SlotRows(slot, rng.integers(0, VOCAB, tree.rows), tree, wanted=wanted))
+        _count(seen, active, moves)
+        plan = StepPlan(tuple(active), tuple(lengths), tuple(moves))
+        for rows, mine, theirs in zip(active, run(device, plan), run(alone, plan), strict=True):
+            _assert_same(mine, theirs)
+            # The deepest last path counts as accepted, so that rows are moved often.
+            path = () if rows.prefills else rows.shape.row_paths[-1]
+            grown = rows.count if rows.prefills else 1 + len(path)
+            moves[rows.slot] = rows_to_move(lengths[rows.slot], path)
+            lengths[rows.slot] += grown
+        for slot in set(range(slots)) - {rows.slot for rows in active}:
+            moves[slot] = ()
+        for slot in range(slots):
+            end = HEADS + lengths[slot] - len(moves[slot])
+            for cache, others in zip(device.caches, alone.caches, strict=True):
+                np.testing.assert_allclose(cache.numpy()[slot, :, HEADS:end], others[slot, :, HEADS:end], atol=2e-5)
+            if lengths[slot] > 160:
+                lengths[slot], moves[slot] = 0, ()
+    assert all(seen.values()), seen
+
+
+def _count(seen: dict[str, int], active: list[SlotRows], moves: list[tuple[int, ...]]) -> None:
+    decoding = {rows.slot for rows in active if not rows.prefills}
+    resting = [slot for slot in range(len(moves)) if slot not in {rows.slot for rows in active}]
+    seen["batches"] += len({rows.shape.parents.tobytes() for rows in active if not rows.prefills}) > 1
+    seen["rests between"] += any(min(decoding, default=slot) < slot < max(decoding, default=slot) for slot in resting)
+    seen["moves while resting"] += any(moves[slot] for slot in resting)
+    seen["prefill beside decoding"] += 0 < len(decoding) < len(active)
+    seen["moves"] += any(moves[slot] for slot in decoding)
+
+
+def _assert_same(mine: SlotResult, theirs: SlotResult) -> None:
+    assert (mine.last_row, mine.next_token) == (theirs.last_row, theirs.next_token)
+    assert mine.finite and theirs.finite
+    for name in ("logits", "hidden", "candidates", "log_probs"):
+        one, other = getattr(mine, name), getattr(theirs, name)
+        assert (one is None) == (other is None), name
+        if one is not None:
+            np.testing.assert_allclose(one, other, atol=2e-5, err_msg=name)
+
+
+def test_a_chunk_that_fails_leaves_the_decoding_slots_their_results(bundle: Bundle, fake: FakeOrt) -> None:
+    executor = OrtDeviceExecutor(model_of(bundle, 2), threads=1)
+    prefill(executor, 0, [1, 2, 3])
+    expected = run(executor, plain_plan(2, 0, 4, 3))[0].next_token
+    active = (prefill_rows(1, np.arange(4)), SlotRows(0, np.array([4]), ROOT_ONLY))
+    failed, decoded = executor.run(StepPlan(active, (3, executor.layout.rows), ((), ()))).slots
+    assert isinstance(failed, CapacityError)
+    assert isinstance(decoded, SlotResult) and decoded.next_token == expected
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------

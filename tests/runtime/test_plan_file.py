@@ -1,4 +1,4 @@
-"""Compressed plans come back whole, and what isn't the record's plan is refused before it takes memory."""
+"""Compressed plans come back whole. Anything but the record's plan is refused before it takes memory."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _place(folder: Path) -> Path:
 
 
 def _recorded(folder: Path, **fields: Any) -> None:
-    """Stand behind the files as they are, and behind a record that says ``fields`` too."""
+    """Makes the manifest record the files as they are, and a record with ``fields``."""
     place = _place(folder)
     record = json.loads((place / "engine.json").read_text())
     (place / "engine.json").write_text(json.dumps({**record, **fields}))

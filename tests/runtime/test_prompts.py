@@ -1,4 +1,4 @@
-"""Prompt files: three kinds of line, and errors that name the file and the line."""
+"""Prompt files have three kinds of lines; errors name the file and the line."""
 
 from __future__ import annotations
 

@@ -186,6 +186,42 @@ def test_several_slots_and_modes_share_steps(monkeypatch: pytest.MonkeyPatch) ->
     assert session.slots.free == 3
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_costs_are_learnt_although_a_chunk_of_a_prompt_comes_into_every_gap(padded: bool) -> None:
+    """Chunks take some ten times a step's time, at random. What is learnt is what is learnt without them."""
+    alone, disturbed = learnt_costs(padded, chunks=False), learnt_costs(padded, chunks=True)
+    assert disturbed == alone
+    guess = {**StepCost(tuple(int(rows) for rows in alone if rows != "heads")).shown()}
+    assert sum(alone[rows] != guess[rows] for rows in alone) > 2
+
+
+def learnt_costs(padded: bool, *, chunks: bool) -> dict[str, float]:
+    """Costs after an answer of 200 tokens, beside prompts of 160 tokens or alone."""
+    session = fake_session(2, prefill_chunk=4, padded=padded)
+    run, rng = session.executor.run, np.random.default_rng(0)
+
+    def timed(plan: StepPlan) -> StepResult:
+        result = run(plan)
+        for rows, found in zip(plan.active, result.slots, strict=True):
+            assert isinstance(found, SlotResult)
+            step = staircase(rows.count) + 0.08 * rows.wanted.heads
+            found.seconds = float(rng.exponential(0.3)) if rows.forced > 1 else 0.03 * step
+            session.executor.engine_seconds += found.seconds
+        return result
+
+    session.executor.run = timed  # type: ignore[method-assign]
+    answer = session.submit(Request(token_ids=[1, 2, 3], max_new_tokens=200))
+    while not answer.done:
+        others = session.submit(Request(token_ids=[7] * 160, max_new_tokens=1)) if chunks else answer
+        while not (answer.done or others.done):
+            assert session.loop.tick()
+    gaps = [any(rows.forced > 1 for rows in plan.active) for plan in session.executor.plans[1:]]
+    assert sum(gaps) > 0.9 * len(gaps) if chunks else not any(gaps)
+    costs = answer.wait().stats.costs
+    assert costs is not None
+    return costs
+
+
 def test_the_last_token_asked_for_takes_a_plain_step() -> None:
     stats = fake_session().generate(token_ids=[1, 2], max_new_tokens=2).stats
     assert (stats.steps, stats.rows, stats.plain_steps) == (1, 1, 1)

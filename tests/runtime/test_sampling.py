@@ -1,4 +1,4 @@
-"""Sampling parameters, and the arithmetic on one row of logits against plain restatements of the definitions."""
+"""Tests sampling parameters, and the arithmetic on one row of logits against plain restatements of the definitions."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_draw_never_takes_a_token_without_weight() -> None:
 
 
 def kept_by_definition(logits: np.ndarray, params: SamplingParams) -> dict[int, float]:
-    """Token to probability, by temperature, top-k, top-p and min-p in turn, on sorted Python lists."""
+    """Returns token to probability: applies temperature, top-k, top-p and min-p in turn to sorted Python lists."""
     values = {token: math.exp((float(logit) - float(logits.max())) / params.temperature) for token, logit in enumerate(logits)}
     ranked = sorted(values, key=lambda token: -values[token])
     ranked = ranked[: params.top_k or None]

@@ -1,4 +1,4 @@
-"""scales.json: read back unchanged, refused by rule, bound to one model."""
+"""``scales.json`` is read back unchanged, refused by rule, and bound to one model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 
 from medusa_deploy.runtime.errors import ScalesError, ScalesMismatchError
 from medusa_deploy.runtime.files.manifest import FileRecord
-from medusa_deploy.runtime.files.scales_file import ActivationScale, Layer, Scales, Smoothing, model_digest, read_scales
+from medusa_deploy.runtime.files.scales_file import ActivationScale, Layer, Scales, Smoothing, Taker, model_digest, read_scales
 from support.records import manifest
 
 LAYERS = {"q": Layer("x", "w", 1), "k": Layer("x", "v", 0)}
@@ -33,11 +33,12 @@ def scales(maxima: list[float] | None = None) -> Scales:
                 "tensor": Smoothing(None, 1e-3, 1e-3, np.ones(len(values), np.float32)),
             }
         },
+        {"x": Taker("values", "q", 1, len(values))},
     )
 
 
 def changed(path: Path, edit: dict[str, Any]) -> Path:
-    """``path`` with fields replaced; a dotted name goes down."""
+    """Replaces fields of ``path``. A dotted name goes down."""
     raw = json.loads(path.read_text("utf-8"))
     for name, value in edit.items():
         *above, last = name.split(".")
@@ -75,9 +76,18 @@ def test_factors_are_read_back_and_where_there_is_no_alpha_all_are_1(path: Path)
 
 def test_files_of_the_first_schema_have_no_smoothing(path: Path):
     raw = json.loads(path.read_text("utf-8"))
-    del raw["smoothing"]
+    del raw["smoothing"], raw["takers"]
     path.write_text(json.dumps({**raw, "schema_version": 1}), "utf-8")
     assert read_scales(path, manifest()).smoothing == {}
+
+
+def test_files_of_older_versions_do_not_say_what_takes_factors(path: Path):
+    assert read_scales(path, manifest()).takers == {"x": Taker("values", "q", 1, 3)}
+    raw = json.loads(path.read_text("utf-8"))
+    del raw["takers"]
+    path.write_text(json.dumps(raw), "utf-8")
+    read = read_scales(path, manifest())
+    assert read.takers == {} and set(read.smoothing) == {"x"}
 
 
 @given(st.lists(st.floats(0, width=32, allow_infinity=False), min_size=1, max_size=20))
@@ -119,6 +129,17 @@ def test_numbers_survive_the_file_bit_by_bit(maxima: list[float]):
         {"smoothing.x.block.error": float("nan")},
         {"smoothing.x.tensor.alpha": 0.5},
         {"smoothing.x.tensor.more": 1},
+        {"takers": []},
+        {"takers.y": {"kind": "norm", "name": "w"}},
+        {"takers.x": {"kind": "gate", "name": "q"}},
+        {"takers.x": {"kind": "norm", "name": 1}},
+        {"takers.x": {"kind": "norm", "name": "w", "heads": 3}},
+        {"takers.x": {"kind": "layer", "name": "o"}},
+        {"takers.x.name": []},
+        {"takers.x.heads": 2},
+        {"takers.x.queries": 0},
+        {"takers.x.queries": 1.5},
+        {"takers.x.more": 1},
     ],
     ids=str,
 )

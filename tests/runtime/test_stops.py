@@ -1,4 +1,4 @@
-"""Stop strings: what is certain is released, and pieces give the same as the whole."""
+"""A stop checker releases certain text. Pieces give the same text as the whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)
 
 
 def cut(text: str, stops: list[str], include_stop: bool) -> tuple[str, bool]:
-    """By the definition: the shortest prefix that ends with a stop string, cut by the longest one it ends with."""
+    """Applies the definition: the shortest prefix that ends with a stop string, cut by the longest one it ends with."""
     for end in range(len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:

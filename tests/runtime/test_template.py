@@ -1,4 +1,4 @@
-"""Chat templates as models ship them, and what a hostile or wrong one may not do."""
+"""Chat templates render as models ship them. A hostile or wrong one does no harm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text to ids and back: special tokens where they belong, streams that never emit part of a character, broken files named."""
+"""Text becomes ids and text again: special tokens stay in place, streams emit whole characters, errors name broken files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Candidate trees: what compiles, what is refused, and which tree is best."""
+"""Choices compile to trees or are refused; the best tree is found."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_a_tree_must_not_ask_heads_for_more_than_they_give() -> None:
 
 @given(st.lists(st.tuples(*[st.integers(-1, 2)] * 3), min_size=1, max_size=12), st.integers(1, 5))
 def test_the_tree_of_counted_paths_is_as_good_as_any(found: list[tuple[int, ...]], rows: int) -> None:
-    """Counts of real hits: a path was right whenever a longer one was."""
+    """Counts as hits occur: a path is right whenever a longer one is."""
     right = [row[: row.index(-1)] if -1 in row else row for row in found]
     paths = {row[:depth] for row in right for depth in range(1, len(row) + 1)}
     counts = {path: sum(row[: len(path)] == path for row in right) / len(found) for path in paths}

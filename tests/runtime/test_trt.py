@@ -21,7 +21,7 @@ from medusa_deploy.runtime.executors.tensorrt.executor import TrtExecutor
 from medusa_deploy.runtime.tree import Shape, Tree, chain
 from support.fake_engine import add_fake_engine, load_fake
 from support.fake_trt import FakeTrt, FakeTrtRtx
-from support.plans import HEADS_WANTED, Caller, chunk, succeeded
+from support.plan_driver import HEADS_WANTED, Caller, chunk, succeeded
 from support.tiny import HEADS, VOCAB
 
 WIDE = Tree.from_choices([(a, *rest) for a in range(3) for rest in [(), (0,), (1,), (0, 0)]])

@@ -1,4 +1,4 @@
-"""What isn't this bundle's engine for this GPU is refused by name, before a plan is deserialised."""
+"""An engine of another bundle or GPU is refused by a named error, before a plan is deserialised."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from support.fake_trt import FakeConfig, FakeContext, FakeEngine, FakeLoader, Fa
 
 @pytest.fixture
 def folder(engine_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of ``engine_bundle`` to tamper with."""
+    """Copies ``engine_bundle`` for a test that tampers with it."""
     return Path(shutil.copytree(engine_bundle, tmp_path / "bundle"))
 
 
 def _rewrite(folder: Path, **fields: Any) -> None:
-    """Another record, and a manifest that stands behind it."""
+    """Writes another record, and a manifest with its hash."""
     place = folder / "engines" / TARGET
     record = json.loads((place / "engine.json").read_text())
     (place / "engine.json").write_text(json.dumps({**record, **fields}))
@@ -260,7 +260,7 @@ def test_an_unknown_backend(engine_bundle: Path) -> None:
 
 
 def test_the_exporter_takes_what_both_sides_need_to_know_from_the_runtime() -> None:
-    """A plan's tensors are held against the record by the names that the exporter wrote."""
+    """The loader compares a plan's tensors with the record by the names that the exporter wrote."""
     tensorrt = pytest.importorskip("medusa_deploy.export.engines.tensorrt")
     for name in ("MODULES", "HERE", "numpy_name", "import_backend"):
         assert getattr(tensorrt, name) is getattr(trt_engine, name)

@@ -18,7 +18,7 @@ from medusa_deploy.runtime.executors.tensorrt.cuda import Cuda
 from medusa_deploy.runtime.tree import Tree
 from support.fake_engine import load_fake
 from support.fake_trt import FakeTrt
-from support.plans import Caller, chunk, succeeded
+from support.plan_driver import Caller, chunk, succeeded
 
 WIDE = Tree.from_choices([(a, *rest) for a in range(3) for rest in [(), (0,), (1,), (0, 0)]])
 

@@ -24,7 +24,7 @@ from medusa_deploy.runtime.tree import Tree, chain
 from support.fake_cuda import DeviceFaultError, FakeRuntime
 from support.fake_engine import load_fake
 from support.fake_trt import FakeTrt
-from support.plans import HEADS_WANTED, Caller, chunk, succeeded
+from support.plan_driver import HEADS_WANTED, Caller, chunk, succeeded
 from support.tiny import VOCAB
 
 WIDE = Tree.from_choices([(a, *rest) for a in range(3) for rest in [(), (0,), (1,), (0, 0)]])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+FIRST_BUNDLE = ROOT / "docs" / "first-bundle.md"
 DOCS = sorted([*ROOT.glob("*.md"), *(path for name in ("docs", "heads", "benchmarks") for path in (ROOT / name).rglob("*.md"))])
 
 
@@ -21,6 +22,12 @@ def blocks(path: Path, *languages: str) -> list[str]:
 def outside_blocks(path: Path) -> str:
     """The text of a document without its fenced blocks."""
     return re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def inline_commands(path: Path) -> Iterator[list[str]]:
+    """Commands of ``medusa-deploy`` in the running text of a document; a verb alone is none."""
+    for found in re.findall(r"`(medusa-deploy [^`]+ [^`]+)`", outside_blocks(path)):
+        yield shlex.split(found)
 
 
 def commands(path: Path) -> Iterator[list[str]]:

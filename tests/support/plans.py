@@ -1,88 +1,73 @@
-"""Step plans made by hand, as the loop makes them: for tests that ask an executor directly."""
+"""Step plans with rows of one slot, for tests that drive executors themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from medusa_deploy.runtime.executors.executor import Executor
-from medusa_deploy.runtime.executors.step_plan import NO_OUTPUTS, SlotResult, SlotRows, StepPlan, StepResult, Wanted, rows_to_move
-from medusa_deploy.runtime.tree import Shape, Tree
+from medusa_deploy.runtime.executors.one_slot import plan_of_one, prefill_rows
+from medusa_deploy.runtime.executors.step_plan import NO_OUTPUTS, SlotResult, SlotRows, StepPlan, Wanted
+from medusa_deploy.runtime.tree import ROOT_ONLY, Shape
 
-HEADS_WANTED = Wanted(heads=True)
-
-
-def chunk(slot: int, tokens: Sequence[int], wanted: Wanted = NO_OUTPUTS) -> SlotRows:
-    """A prefill chunk."""
-    return SlotRows(slot, np.array(tokens, np.int64), Shape.chain(len(tokens)), len(tokens), wanted)
+EVERYTHING = Wanted(heads=True, logits=True, hidden=True)
+Tokens = Sequence[int] | np.ndarray
 
 
-def succeeded(result: StepResult) -> list[SlotResult]:
-    """All results of a step; the first exception among them is raised."""
-    found = []
-    for each in result.slots:
-        if isinstance(each, Exception):
-            raise each
-        found.append(each)
-    return found
+def prefill_plan(slots: int, slot: int, tokens: Tokens, start: int = 0, wanted: Wanted = NO_OUTPUTS) -> StepPlan:
+    """A chunk of a prompt behind ``start`` rows of ``slot``; the other slots are empty."""
+    return plan_of_one(prefill_rows(slot, np.asarray(tokens, np.int64), wanted), _lengths(slots, slot, start))
 
 
-class Caller:
-    """What the loop knows of an executor's slots: lengths, rows to move, roots, and candidates. It accepts greedily."""
+def tree_plan(
+    slots: int,
+    slot: int,
+    shape: Shape,
+    tokens: Tokens,
+    length: int,
+    moves: tuple[int, ...] = (),
+    wanted: Wanted = NO_OUTPUTS,
+) -> StepPlan:
+    """Rows of ``shape`` behind ``length`` rows of ``slot``; the other slots are empty."""
+    rows = SlotRows(slot, np.asarray(tokens, np.int64), shape, wanted=wanted)
+    return plan_of_one(rows, _lengths(slots, slot, length), moves)
 
-    def __init__(self, executor: Executor) -> None:
-        self.executor = executor
-        slots = executor.abilities.slots
-        self.lengths = [0] * slots
-        self.moves: list[tuple[int, ...]] = [()] * slots
-        self.roots = [0] * slots
-        self.candidates: list[np.ndarray | None] = [None] * slots
 
-    def verifies(self, slot: int, tree: Tree, wanted: Wanted = HEADS_WANTED) -> SlotRows:
-        """The root and the candidates on ``tree``."""
-        tokens = np.empty(tree.rows, np.int64)
-        tokens[0] = self.roots[slot]
-        if tree.rows > 1:
-            candidates = self.candidates[slot]
-            assert candidates is not None
-            tokens[1:] = candidates[tree.slots[0], tree.slots[1]]
-        return SlotRows(slot, tokens, tree, 1, wanted)
+def plain_plan(slots: int, slot: int, token: int, length: int, wanted: Wanted = NO_OUTPUTS) -> StepPlan:
+    """A root alone behind ``length`` rows of ``slot``; the other slots are empty."""
+    return tree_plan(slots, slot, ROOT_ONLY, [token], length, wanted=wanted)
 
-    def plan(self, active: Iterable[SlotRows] = (), follow: Tree | None = None) -> StepPlan:
-        """The next step."""
-        return StepPlan(tuple(active), tuple(self.lengths), tuple(self.moves), follow)
 
-    def commit(self, plan: StepPlan, results: Sequence[SlotResult], most: int | None = None) -> list[list[int]]:
-        """Take in the results; at most ``most`` drafted tokens of each. Returns the tokens that each emitted."""
-        self.moves = [()] * len(self.moves)
-        emitted = []
-        for rows, found in zip(plan.active, results, strict=True):
-            slot = rows.slot
-            path = () if rows.prefills else rows.shape.row_paths[found.last_row][:most]
-            self.moves[slot] = rows_to_move(self.lengths[slot], path)
-            self.lengths[slot] += rows.count if rows.prefills else 1 + len(path)
-            self.roots[slot] = found.next_token
-            self.candidates[slot] = None if found.candidates is None else found.candidates.copy()
-            emitted.append([*rows.tokens[list(path)].tolist(), found.next_token])
-        return emitted
+def run(executor: Executor, plan: StepPlan) -> list[SlotResult]:
+    """Run a plan none of whose calls fails."""
+    results = []
+    for result in executor.run(plan).slots:
+        if isinstance(result, Exception):
+            raise result
+        results.append(result)
+    return results
 
-    def step(self, *active: SlotRows, follow: Tree | None = None) -> list[list[int]]:
-        """Run one step. Returns the tokens that each slot emitted."""
-        plan = self.plan(active, follow)
-        return self.commit(plan, succeeded(self.executor.run(plan)))
 
-    def prompt(self, slot: int, tokens: Sequence[int], size: int = 16) -> int:
-        """Fill an empty slot, ``size`` tokens at a time. Returns the first token."""
-        self.lengths[slot] = 0
-        first = -1
-        for start in range(0, len(tokens), size):
-            ((first,),) = self.step(chunk(slot, tokens[start : start + size], HEADS_WANTED))
-        return first
+def prefill(executor: Executor, slot: int, tokens: Tokens, start: int = 0, wanted: Wanted = NO_OUTPUTS) -> SlotResult:
+    """Run a chunk of a prompt while the other slots are empty."""
+    (result,) = run(executor, prefill_plan(executor.layout.slots, slot, tokens, start, wanted))
+    return result
 
-    def greedy(self, slot: int, tree: Tree, count: int, *, follow: bool = True) -> list[int]:
-        """Emit at least ``count`` tokens after the root."""
-        emitted: list[int] = []
-        while len(emitted) < count:
-            emitted += self.step(self.verifies(slot, tree), follow=tree if follow else None)[0]
-        return emitted
+
+def verify(
+    executor: Executor,
+    slot: int,
+    shape: Shape,
+    tokens: Tokens,
+    length: int,
+    moves: tuple[int, ...] = (),
+    wanted: Wanted = NO_OUTPUTS,
+) -> SlotResult:
+    """Run rows of ``shape`` behind ``length`` rows of ``slot`` while the other slots are empty."""
+    (result,) = run(executor, tree_plan(executor.layout.slots, slot, shape, tokens, length, moves, wanted))
+    return result
+
+
+def _lengths(slots: int, slot: int, length: int) -> list[int]:
+    return [length if each == slot else 0 for each in range(slots)]

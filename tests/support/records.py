@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from medusa_deploy.runtime.executors.step_io import cache_rows
+from medusa_deploy.runtime.files.backbone import BackboneShape
 from medusa_deploy.runtime.files.bundle import record_files
-from medusa_deploy.runtime.files.manifest import MANIFEST_NAME, BackboneFacts, FileRecord, HeadFacts, Limits, Manifest, TextFacts
+from medusa_deploy.runtime.files.manifest import MANIFEST_NAME, FileRecord, HeadFacts, Limits, Manifest, TextFacts
 from medusa_deploy.runtime.tree import Tree, chain
 from support.tiny import EOS, HEADS, HIDDEN, VOCAB
 
@@ -20,7 +21,7 @@ def manifest(
     """A manifest of the tiny model's sizes."""
     files = ("onnx/step.onnx", "onnx/step.cpu.onnx", "onnx/heads.onnx", "onnx/weights.bin", "onnx/step.device.onnx")
     return Manifest(
-        backbone=BackboneFacts("TinyForCausalLM", 2, HIDDEN, 4, 2, 16, VOCAB),
+        backbone=BackboneShape("TinyForCausalLM", 2, HIDDEN, 4, 2, 16, VOCAB),
         heads=HeadFacts("medusa", HEADS, TOP_K, "shared", VOCAB, ((0.7, -1.0),) * HEADS),
         limits=Limits(capacity, cache_rows(capacity, HEADS, max_rows), max_rows, batch, prefill_chunk),
         text=TextFacts(eos_token_ids=(EOS,)),

@@ -86,6 +86,37 @@ def test_help_and_version_go_to_stdout(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == f"medusa-deploy {medusa_deploy.__version__}\n"
 
 
+def test_help_groups_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    groups: dict[str, list[str]] = {}
+    for line in capsys.readouterr().out.partition("verbs:\n")[2].splitlines():
+        if line.isalpha():
+            groups[line] = found = []
+        elif line.startswith("  "):
+            found.append(line.split()[0])
+    assert groups == {
+        "make": ["prepare", "export", "train", "build"],
+        "tune": ["calibrate", "quantise", "tree"],
+        "run": ["generate"],
+        "check": ["verify", "bench", "compare", "inspect"],
+        "advise": ["plan", "doctor", "demo", "figure"],
+    }
+    modules = {path.stem for path in (SOURCE / "medusa_deploy" / "tools" / "verbs").glob("*.py")} - {"__init__"}
+    assert modules == {verb for verbs in groups.values() for verb in verbs}, "every verb stands in one group"
+
+
+def test_help_takes_at_most_150_ms() -> None:
+    spent = []
+    for _ in range(5):
+        environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+        process = subprocess.Popen([sys.executable, "-m", "medusa_deploy", "--help"], env=environment, stdout=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        spent.append(used.ru_utime + used.ru_stime)
+    assert min(spent) <= 0.15, "seconds of a processor, which other work on the machine doesn't change"
+
+
 def test_without_a_verb_the_help_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == cli.USAGE
     shown = capsys.readouterr()

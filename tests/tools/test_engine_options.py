@@ -11,9 +11,9 @@ import pytest
 
 from medusa_deploy.runtime.session import Session
 from medusa_deploy.tools.cli import main
+from medusa_deploy.tools.measure.bench import ways_of
 from medusa_deploy.tools.measure.hit_table import count_hits
 from medusa_deploy.tools.prompt_source import random_prompts
-from medusa_deploy.tools.verbs import bench
 from support.fake_cuda import FakeRuntime
 from support.fake_trt import FakeTrt
 
@@ -72,8 +72,8 @@ def test_where_steps_run_ahead_the_bundles_tree_is_what_is_measured(folder: Path
     from support.fake_engine import load_fake
 
     session = load_fake(folder, monkeypatch, FakeTrt(FakeRuntime()))
-    assert bench.ways_of(session, None)["medusa"].tree == session.tree
-    assert bench.ways_of(session, 3)["medusa"].tree is None
+    assert ways_of(session, None)["medusa"].tree == session.tree
+    assert ways_of(session, 3)["medusa"].tree is None
 
 
 def test_a_sweep_measures_every_size_on_the_profile_that_holds_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""The report of ``compare`` as one HTML page: no script, no other file, light or dark as the reader's system is."""
+"""Draws the report of ``compare`` as one HTML page, light or dark as the reader's system is.
+
+The page has no script and needs no other file.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ details { margin-top: 12px; } pre { white-space: pre-wrap; overflow-wrap: anywhe
 
 
 def page(report: Mapping[str, Any]) -> str:
-    """The whole page. Everything that comes from a model, a prompt or a bundle is escaped."""
+    """Draw the whole page. Everything that comes from a model, a prompt or a bundle is escaped."""
     names = {side: side_name(report, side) for side in ("a", "b")}
     title = f"{names['b']} against {names['a']}"
     body = [
@@ -94,7 +97,7 @@ def _table(headers: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 
 def _cells(line: Sequence[str]) -> str:
-    """Cells of a line; the last one spans empty ones before it, which gives it the room that a phone lacks."""
+    """Cells of a line. The last one spans the empty ones before it, which gives it the room that a phone lacks."""
     first, *rest = line
     empty = next((index for index, cell in enumerate(rest) if cell), 0)
     spanned = f'<td colspan="{empty + 1}">{escape(rest[empty])}</td>'
@@ -102,7 +105,7 @@ def _cells(line: Sequence[str]) -> str:
 
 
 def _charts(report: Mapping[str, Any]) -> list[str]:
-    """One card a chart."""
+    """Charts of the report, one card each."""
     texts = {name: report[name] for name in ("answers", "prose") if report[name] is not None}
     answers, heads, acceptance, layers = (report[name] for name in ("answers", "heads", "acceptance", "layers"))
     kl = answers["kl_nats"]
@@ -191,7 +194,7 @@ def _card(title: str, drawn: str, told: str) -> str:
 
 
 def _between(edges: Sequence[float]) -> list[str]:
-    """Labels of a histogram's bins: what is below the first edge, and from each edge on."""
+    """Labels of a histogram's bins: one below the first edge, and one from each edge on."""
     return [f"<{_edge(edges[0])}", *(_edge(edge) for edge in edges)]
 
 

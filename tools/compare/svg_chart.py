@@ -1,4 +1,4 @@
-"""Small charts as inline SVG: bars and lines. Colours come from the page's CSS, so that one drawing suits light and dark."""
+"""Draws small charts as inline SVG: bars and lines. The page's CSS sets the colours, so that one drawing suits light and dark."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Format = Callable[[float], str]
 
 
 class Series(NamedTuple):
-    """``style``: a class of the page's CSS. ``values``: None where there is none."""
+    """One row of values. ``style`` is a class of the page's CSS; a value is None where there is none."""
 
     name: str
     style: str
@@ -25,17 +25,17 @@ class Series(NamedTuple):
 
 
 def percent(value: float) -> str:
-    """``0.25`` to ``25 %``."""
+    """Write ``0.25`` as ``25 %``."""
     return f"{100 * value:.3g} %"
 
 
 def short(value: float) -> str:
-    """Three digits."""
+    """Write a number with three digits."""
     return f"{value:.3g}"
 
 
 def bars(labels: Sequence[str], series: Sequence[Series], axis: str, form: Format = short) -> str:
-    """Groups of bars, one group a label; each bar's value is its tooltip."""
+    """Draw groups of bars, one group for each label. A bar's tooltip is its value."""
     top, ticks = _scale(value for each in series for value in each.values if value is not None)
     group = _INNER / max(1, len(labels))
     width = 0.8 * group / len(series)
@@ -53,7 +53,10 @@ def bars(labels: Sequence[str], series: Sequence[Series], axis: str, form: Forma
 
 
 def lines(labels: Sequence[str], series: Sequence[Series], axis: str, form: Format = short, most: float | None = None) -> str:
-    """A line a series, a point a label, broken where a value is missing. ``most``: the top of the scale, if it is known."""
+    """Draw a line for each series, a point for each label.
+
+    A missing value breaks the line. ``most`` sets the top of the scale.
+    """
     top, ticks = _scale(value for each in series for value in each.values if value is not None)
     if most is not None:
         top, ticks = most, [most * quarter / 4 for quarter in range(5)]
@@ -77,7 +80,7 @@ def lines(labels: Sequence[str], series: Sequence[Series], axis: str, form: Form
 
 
 def _scale(values: Iterable[float]) -> tuple[float, list[float]]:
-    """The top of a scale from 0, and its ticks: a round number apart."""
+    """Top of a scale from 0, and its ticks, a round number apart."""
     largest = max(values, default=0.0)
     if not largest > 0:
         return 1.0, [0.0, 1.0]
@@ -97,7 +100,7 @@ def _grid(top: float, ticks: Sequence[float], form: Format) -> list[str]:
 
 
 def _below(labels: Sequence[str], places: Sequence[float]) -> list[str]:
-    """As many labels as there is room for."""
+    """Labels below the axis, as many as there is room for."""
     every = -(-len(labels) // _MOST_LABELS)
     return [
         f'<text x="{places[index]:.1f}" y="{_TOP + _DEEP + 15}" text-anchor="middle">{escape(labels[index])}</text>'
@@ -106,7 +109,7 @@ def _below(labels: Sequence[str], places: Sequence[float]) -> list[str]:
 
 
 def _chart(parts: Sequence[str], series: Sequence[Series], axis: str) -> str:
-    """The drawing with its legend above and what the labels are below."""
+    """The drawing, with the legend above it and the axis's name below."""
     keys = "".join(f'<span><i class="{each.style}"></i>{escape(each.name)}</span>' for each in series)
     name = f'<text x="{_LEFT + _INNER / 2}" y="{_HEIGHT - 5}" text-anchor="middle">{escape(axis)}</text>'
     told = escape(", ".join(each.name for each in series))

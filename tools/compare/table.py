@@ -1,4 +1,4 @@
-"""The report of ``compare`` as one table, for a terminal and for the head of its page."""
+"""Writes the report of ``compare`` as one table, for a terminal and for the head of its page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..console import human_bytes, table
-from ..measure.comparison import describe_divergence
+from ..exactness.first_divergence import describe_divergence
 
 _MOST_DIVERGENCES = 3
 _TEXTS = {"answers": "A's answers", "prose": "held-out prose"}
@@ -18,7 +18,7 @@ _CHECKS = {
 
 
 class Row(NamedTuple):
-    """One figure of both sides, and what changed; all as text."""
+    """One figure of both sides and its change, as text."""
 
     name: str
     a: str
@@ -68,7 +68,7 @@ def layer_error(layers: Mapping[str, Any]) -> str:
 
 
 def headline(report: Mapping[str, Any]) -> str:
-    """Within the budget or over it, by what."""
+    """Say that the report is within the budget or over it, and by what."""
     verdict = report["verdict"]
     over = [check for check in verdict["checks"] if not check["passed"]]
     told = [" ".join(check_words(check)) for check in over or verdict["checks"]]
@@ -76,7 +76,7 @@ def headline(report: Mapping[str, Any]) -> str:
 
 
 def check_words(check: Mapping[str, Any]) -> tuple[str, str]:
-    """What one check of the verdict found, and its limit in brackets."""
+    """Finding of one check of the verdict, and its limit in brackets."""
     found, limit = _CHECKS[check["name"]]
     return found.format(**check), f"({limit.format(**check)})"
 
@@ -88,7 +88,7 @@ def side_name(report: Mapping[str, Any], side: str) -> str:
 
 
 def unexplained(report: Mapping[str, Any]) -> list[str]:
-    """B's first divergences from its own plain decoding that rounding doesn't explain, and what that means."""
+    """Describe B's first divergences from its own plain decoding that rounding doesn't explain, and what they mean."""
     exactness = report["exactness"]["b"]
     ways = {"fixed_rows": f"B with {report['rows']} rows", "medusa": "B, Medusa"}
     entries = [(title, found) for way, title in ways.items() for found in exactness[way]["first_divergences"]]
@@ -107,7 +107,7 @@ def unexplained(report: Mapping[str, Any]) -> list[str]:
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """The report for a terminal: the verdict, then the table."""
+    """Write the report for a terminal: the verdict, then the table."""
     lines = [headline(report), *(f"{side.upper()}: {side_name(report, side)}" for side in ("a", "b")), ""]
     lines.append(table(rows(report), ["", "A", "B", "B against A"]))
     lines += unexplained(report)

@@ -1,4 +1,4 @@
-"""What a figure of bench reports shows: bars, speed-ups and parts of a step, as numbers. Draws nothing."""
+"""Numbers of a figure of bench reports: bars, speed-ups and parts of a step. Draws nothing."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.errors import UsageError
-from .projection import is_gpu_check
+from .reports import is_gpu_check
 
-MAX_REPORT_BYTES = 64 << 20
 _DTYPES = {"float32": "fp32", "float16": "fp16"}
 _SCHEMA = "give reports that medusa-deploy bench --json wrote"
 
@@ -19,7 +18,8 @@ _SCHEMA = "give reports that medusa-deploy bench --json wrote"
 class Bar:
     """Decoding in one way: ``stage`` 0 is plain, 1 and 2 are Medusa-1 and Medusa-2.
 
-    ``speedup`` is against plain decoding in the same run, whose rate is ``plain_tokens_per_s``. ``lookup``: with prompt lookup.
+    ``speedup`` is against plain decoding in the same run, whose rate is ``plain_tokens_per_s``. ``lookup`` says that the prompt
+    is looked up, too.
     """
 
     stage: int
@@ -38,10 +38,10 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Where one step's milliseconds go; ``backbone + added + host`` is the median step.
+    """Parts of one step in milliseconds; ``backbone + added + host`` is the median step.
 
-    ``backbone``: the engine's part of a plain step, one row. ``added``: what the engine takes beyond it for more rows and the
-    heads. ``host``: the share of the wall time that the engine doesn't take.
+    ``backbone``: the engine's part of a plain step, one row. ``added``: the engine's time beyond it, for more rows and the heads.
+    ``host``: the share of the wall time that the engine doesn't take.
     """
 
     label: str
@@ -58,7 +58,7 @@ class StepTime:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One model on one machine. ``settings``: what was measured on what; ``notes``: what a reader must know besides."""
+    """One model on one machine. ``settings`` say what was measured and on which machine; ``notes`` are for the reader."""
 
     name: str
     settings: str
@@ -69,7 +69,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class FigureData:
-    """All groups. ``shared``: their settings where they are the same; empty where each group needs its own."""
+    """All groups. ``shared`` holds their settings where they are the same; it is empty where each group needs its own."""
 
     groups: tuple[Group, ...]
     shared: str
@@ -78,9 +78,10 @@ class FigureData:
 def figure_data(
     reports: Mapping[Path, Any], labels: Mapping[Path, str] | None = None, stages: Mapping[Path, int] | None = None
 ) -> FigureData:
-    """The figure of bench reports by file; those with one label and the same settings share a group.
+    """Build the figure of bench reports by file. Reports with one label and the same settings share a group.
 
-    ``labels``: names of models (without: the file's stem). ``stages``: 1 or 2 (without: what the report says, else 1).
+    ``labels`` name models; a file without one is named by its stem. ``stages`` are 1 or 2; without one the report says it, else
+    1.
 
     Raises:
         UsageError: no report, one of another schema or without steps, a label or stage for no report, or a stage twice.
@@ -117,7 +118,7 @@ def figure_data(
 
 
 def settings(report: Mapping[str, Any]) -> str:
-    """Precision, machine and prompts of a report, in a line."""
+    """Describe a report's precision, machine and prompts in a line."""
     environment = report["environment"]
     bundle = environment["bundle"]
     device = environment.get("gpu") or f"{environment['cpu']}, {environment['cores']} cores"
@@ -159,7 +160,11 @@ def _medusa_step(label: str, report: Mapping[str, Any], way: str) -> StepTime:
 
 
 def _check(path: Path, report: Any) -> None:
-    """Raise UsageError unless ``report`` is one of bench, with steps in it."""
+    """Check that ``report`` is one of bench and has steps in it.
+
+    Raises:
+        UsageError: it isn't.
+    """
     if is_gpu_check(report):
         raise UsageError(
             f"{path} is a report of gpu_check, which measures no acceptance: what it projects isn't drawn with what was measured",

@@ -1,41 +1,23 @@
-"""Draws a :class:`.data.FigureData` with matplotlib, without a display, the same bytes every time."""
+"""Draws a :class:`.data.FigureData`: bars of tokens/s on the left, parts of a step on the right."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from html import escape
 from typing import TYPE_CHECKING, Any
 
+from .canvas import INK, above, frame, picture
 from .data import Bar, FigureData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; a lighter tint without prompt lookup.
 _COLOURS = {(0, False): "#8C8C8C", (1, False): "#8CC8EC", (1, True): "#0072B2", (2, False): "#F2B08A", (2, True): "#D55E00"}
 _PARTS = (("backbone", "backbone, one row", "#8C8C8C"), ("added", "more rows and heads", "#009E73"), ("host", "host", "#E69F00"))
-_INK, _QUIET, _CARD, _EDGE = "#1F2328", "#59636E", "#FFFFFF", "#D1D9E0"
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "medusa-deploy",
-    "font.family": ["DejaVu Sans"],
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.labelcolor": _QUIET,
-    "axes.edgecolor": _EDGE,
-    "xtick.color": _INK,
-    "ytick.color": _QUIET,
-}
 _BETWEEN = 1.8  # inches between the panels: names of steps stand there
-_FONTS = "Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 
 
 def draw(data: FigureData, kind: str) -> bytes:
-    """The figure as a file's bytes; ``kind``: ``svg`` or ``png``."""
+    """Draw the figure and return the file's bytes; ``kind`` is ``svg`` or ``png``."""
     bars = sum(len(group.bars) for group in data.groups)
     steps = sum(len(group.steps) for group in data.groups)
     below = [data.shared] if data.shared else [f"{group.name}: {group.settings}" for group in data.groups]
@@ -60,28 +42,6 @@ def draw(data: FigureData, kind: str) -> bytes:
     return file.getvalue()
 
 
-@contextmanager
-def picture(
-    width: float, height: float, kind: str, below: Sequence[str], title: str, description: str
-) -> Iterator[tuple[Figure, io.BytesIO]]:
-    """A card in inches to add axes to, with lines ``below``; at the end the buffer holds the file, the same bytes every time."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-    file = io.BytesIO()
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), facecolor=_CARD, edgecolor=_EDGE, linewidth=2)
-        figure.text(0.2 / width, 0.15 / height, "\n".join(below), fontsize=8.5, color=_QUIET, va="bottom", linespacing=1.35)
-        yield figure, file
-        figure.savefig(file, format=kind, dpi=200, edgecolor=_EDGE, metadata=metadata)
-    if kind == "svg":
-        svg = _accessible(file.getvalue().decode(), title, description)
-        file.seek(0)
-        file.truncate()
-        file.write(svg.encode())
-
-
 def _rates(axes: Axes, data: FigureData, legend_rows: int) -> None:
     at, ticks = 0.0, []
     named: dict[tuple[int, bool], tuple[Any, str]] = {}
@@ -94,7 +54,7 @@ def _rates(axes: Axes, data: FigureData, legend_rows: int) -> None:
                 above(axes, (at, bar.tokens_per_s), 13, f"{bar.speedup:.2f}×")
             above(axes, (at, bar.tokens_per_s), 2, f"{bar.tokens_per_s:.1f}", quiet=True)
             if _differs(bar, group.bars[0]):
-                axes.hlines(bar.plain_tokens_per_s, at - 0.41, at + 0.41, color=_INK, linestyle=":", linewidth=1.2)
+                axes.hlines(bar.plain_tokens_per_s, at - 0.41, at + 0.41, color=INK, linestyle=":", linewidth=1.2)
             at += 0.94
         ticks.append(((first + at - 0.94) / 2, group.name))
         at += 0.6
@@ -106,14 +66,8 @@ def _rates(axes: Axes, data: FigureData, legend_rows: int) -> None:
     frame(axes, "How fast", [named[key] for key in sorted(named)], "left", 0.0, legend_rows)
 
 
-def above(axes: Axes, end: tuple[float, float], points: float, text: str, *, quiet: bool = False) -> None:
-    """Write ``text`` so many points above the end of a bar, bold or quiet."""
-    style: Any = {"color": _QUIET, "fontsize": 9} if quiet else {"fontweight": "bold"}
-    axes.annotate(text, end, (0, points), textcoords="offset points", ha="center", va="bottom", **style)
-
-
 def _differs(bar: Bar, plain: Bar) -> bool:
-    """Whether a bar's own run had another plain rate than the one drawn, by more than noise: it is then marked in the bar."""
+    """Tell whether a bar's own run had another plain rate than the one drawn, by more than noise. The bar then gets a mark."""
     return abs(bar.plain_tokens_per_s / plain.tokens_per_s - 1) > 0.02
 
 
@@ -135,33 +89,15 @@ def _steps(axes: Axes, data: FigureData, legend_rows: int) -> None:
             labels.append((at, f"{group.name}\n{name}" if len(data.groups) > 1 and step is group.steps[0] else name))
             at += 1
         at += 0.4
-    axes.set_yticks([place for place, _ in labels], [label for _, label in labels], color=_INK)
+    axes.set_yticks([place for place, _ in labels], [label for _, label in labels], color=INK)
     axes.set_ylim(at - 0.8, -0.6)
     axes.set_xlim(0, 1.36 * longest)
     axes.set_xlabel("ms a step")
     frame(axes, "Where the time goes", [named[field] for field, _, _ in _PARTS], "bottom", -1.2 / 2.85, legend_rows)
 
 
-def frame(axes: Axes, title: str, entries: list[tuple[Any, str]], scale: str, start: float, rows: int) -> None:
-    """Title and legend above the axes, from ``start`` (in widths of the axes); no line where the ``scale`` is.
-
-    ``rows``: of the longest legend in the figure, so that all its titles stand at one height.
-    """
-    axes.set_facecolor(_CARD)
-    axes.annotate(
-        title, (start, 1), (0, 8 + 16 * rows), "axes fraction", textcoords="offset points", fontweight="bold", fontsize=12
-    )
-    handles, names = zip(*entries, strict=True)
-    axes.legend(
-        handles, names, loc="lower left", bbox_to_anchor=(start, 1.0), ncols=3, frameon=False, fontsize=8.5,
-        handlelength=1, handleheight=1, columnspacing=1.1, handletextpad=0.5, borderaxespad=0.3, borderpad=0,
-    )  # fmt: skip
-    axes.spines[["top", "right", scale]].set_visible(False)
-    axes.tick_params(length=0)
-
-
 def describe(data: FigureData) -> str:
-    """The figure in words, a line a bar and a step: for stdout, and for who can't see it."""
+    """Describe the figure in words, a line for each bar and step: for stdout, and for those who can't see it."""
     lines = []
     for group in data.groups:
         lines.append(f"{group.name} ({group.settings})")
@@ -173,14 +109,3 @@ def describe(data: FigureData) -> str:
         ]
         lines += group.notes
     return "\n".join(lines)
-
-
-def _accessible(svg: str, title: str, description: str) -> str:
-    """With title and description, and fonts that every reader has one of."""
-    words = f'<title id="title">{escape(title)}</title>\n <desc id="desc">{escape(description)}</desc>'
-    svg = svg.replace("'DejaVu Sans'", _FONTS).replace("DejaVu Sans;", f"{_FONTS};")
-    return re.sub(r"(<svg )([^>]*>)", rf'\1role="img" aria-labelledby="title desc" \2\n {_literal(words)}', svg, count=1)
-
-
-def _literal(text: str) -> str:
-    return text.replace("\\", r"\\")

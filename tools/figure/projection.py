@@ -1,6 +1,6 @@
-"""A projection as a picture of its own: measured overhead of a step (``gpu_check``) at an acceptance that somebody else measured.
+"""Draws a projection as a picture of its own: the measured overhead of a step (``gpu_check``) at a published acceptance.
 
-Nothing of it is drawn beside measured speed-ups, and it looks like none: hatched, and called a projection in its title.
+Its bars never stand beside measured speed-ups. They are hatched, and the title calls them a projection.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...runtime.errors import UsageError
+from .canvas import above, frame, picture
+from .reports import is_gpu_check
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TITLE = "Projection: acceptance published, not measured here"
 ROWS = "64"
-"""Of the tree whose acceptance was published."""
+"""Rows of the tree whose acceptance was published."""
 HINT = "give a gpu_check.json whose stage overhead ran on a GPU: python -m medusa_deploy.tools.gpu_check --stages overhead"
 
 _COLOURS = {"own": "#56B4E9", "shared": "#009E73", "pruned": "#CC79A7"}
@@ -25,7 +27,10 @@ _COLOURS = {"own": "#56B4E9", "shared": "#009E73", "pruned": "#CC79A7"}
 
 @dataclass(frozen=True, slots=True)
 class ProjectedBar:
-    """``overhead``: a step with heads of one ``kind`` of projection ÷ a plain step, measured; ``speedup_if_so`` follows."""
+    """A step with heads of one ``kind`` of projection.
+
+    ``overhead`` is that step ÷ a plain step, measured. ``speedup_if_so`` follows from it and the published acceptance.
+    """
 
     kind: str
     overhead: float
@@ -34,7 +39,7 @@ class ProjectedBar:
 
 @dataclass(frozen=True, slots=True)
 class ProjectedSize:
-    """One model size on one GPU. ``tokens_per_step``: published, by ``source``."""
+    """One model size on one GPU. ``tokens_per_step`` was published by ``source``."""
 
     name: str
     settings: str
@@ -45,19 +50,14 @@ class ProjectedSize:
 
 @dataclass(frozen=True, slots=True)
 class ProjectionData:
-    """All sizes; ``notes``: which were measured and aren't drawn, and why."""
+    """All sizes. ``notes`` name the sizes that were measured and aren't drawn, and why."""
 
     sizes: tuple[ProjectedSize, ...]
     notes: tuple[str, ...] = ()
 
 
-def is_gpu_check(report: Any) -> bool:
-    """Whether this is what ``gpu_check`` writes, rather than ``bench``."""
-    return isinstance(report, Mapping) and isinstance(report.get("stages"), Mapping)
-
-
 def projection_data(reports: Mapping[Path, Any], labels: Mapping[Path, str] | None = None) -> ProjectionData:
-    """The projections in reports of ``gpu_check`` by file. ``labels``: names of machines (without: the GPU's).
+    """Read the projections in reports of ``gpu_check`` by file. ``labels`` name machines; a file without one is named by its GPU.
 
     Raises:
         UsageError: a report of ``bench``, one without a projection, or one whose figures don't follow from each other.
@@ -107,7 +107,7 @@ def _size(name: str, entry: Mapping[str, Any]) -> ProjectedSize:
 
 
 def describe_projection(data: ProjectionData) -> str:
-    """The figure in words, a line a bar."""
+    """Describe the figure in words, a line for each bar."""
     lines = [TITLE]
     for size in data.sizes:
         lines.append(f"{size.name} ({size.settings})")
@@ -120,9 +120,7 @@ def describe_projection(data: ProjectionData) -> str:
 
 
 def draw_projection(data: ProjectionData, kind: str) -> bytes:
-    """The figure as a file's bytes; ``kind``: ``svg`` or ``png``."""
-    from .draw import picture
-
+    """Draw the figure and return the file's bytes; ``kind`` is ``svg`` or ``png``."""
     below = [f"{size.name}: {size.settings}" for size in data.sizes] + _below(data)
     width, foot, body, head = max(8.2, 1.1 + 0.95 * sum(len(size.bars) + 0.6 for size in data.sizes)), 0.55, 2.6, 0.82
     foot += 0.17 * len(below)
@@ -134,8 +132,6 @@ def draw_projection(data: ProjectionData, kind: str) -> bytes:
 
 
 def _bars(axes: Axes, data: ProjectionData) -> None:
-    from .draw import above, frame
-
     at, ticks = 0.0, []
     named: dict[str, tuple[Any, str]] = {}
     for size in data.sizes:

@@ -1,4 +1,4 @@
-"""The runtime's executors, as far as they load here."""
+"""Loads the runtime's executors, as far as this machine has what they need."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def loaded_sessions(options: Options, report: Report) -> Iterator[tuple[str, Session]]:
-    """(backend, session of one slot) of every backend that loads the bundle; of the others the report says why they don't.
+    """Yield (backend, session of one slot) for every backend that loads the bundle. The report says why the others don't.
 
-    The CPU's comes first, over the graph that CUDA runs too.
+    The CPU's comes first. It runs the graph that CUDA runs, too.
     """
     if options.bundle is None:
         report.skip("executors", "no --bundle was given")

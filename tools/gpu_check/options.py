@@ -1,4 +1,4 @@
-"""What a run is asked for. Needs no torch."""
+"""Options of a run, from its command line. Needs no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """See :func:`parse`. ``worker``: the one stage that this process runs itself."""
+    """Options as :func:`parse` reads them. ``worker`` is the one stage that this process runs itself."""
 
     out: Path
     stages: tuple[str, ...]
@@ -35,7 +35,7 @@ class Options:
 
     @property
     def dtype(self) -> str:
-        """Of the torch reference: fp16 on a GPU; a CPU has no kernels for it."""
+        """Type of the torch reference: fp16 on a GPU. A CPU has no kernels for it and takes fp32."""
         return "float16" if self.device == "cuda" else "float32"
 
 
@@ -69,7 +69,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 
 def command_line(options: Options, stage: str) -> list[str]:
-    """The arguments that let another process run one stage of ``options``."""
+    """Arguments that make another process run one stage of ``options``."""
     arguments = ["--out", str(options.out), "--worker", stage, "--device", options.device]
     arguments += ["--sizes", ",".join(options.sizes), "--rows", ",".join(map(str, options.rows))]
     arguments += ["--limit", str(options.limit), "--repeats", str(options.repeats)]
@@ -93,7 +93,7 @@ def _names(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 def _rows(text: str) -> tuple[int, ...]:
-    """An argparse type: numbers of rows; 1, which all others are compared with, is always among them."""
+    """An argparse type: numbers of rows. 1 is always among them: all others are compared with it."""
     try:
         rows = {int(part) for part in text.split(",")} | {1}
     except ValueError:

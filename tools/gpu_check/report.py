@@ -1,4 +1,4 @@
-"""What a stage has found so far, on disk after every entry, and the time that it has left."""
+"""Keeps a stage's findings, on disk after every entry, and watches its time."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from ..console import write_json
 
 
 class OutOfTimeError(Exception):
-    """The stage's time is up; what was found is in its report."""
+    """The stage's time is up; its report keeps what was found."""
 
 
 class Report:
-    """``results``: name to entry. ``skipped``: what couldn't be measured, and why. ``wrong``: results that must not be."""
+    """A stage's findings.
+
+    ``results``: name to entry. ``skipped``: name to the reason why it wasn't measured. ``wrong``: name of a result that is not
+    what it must be, and how.
+    """
 
     def __init__(self, path: Path | None, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
@@ -30,11 +34,11 @@ class Report:
 
     @property
     def seconds_left(self) -> float:
-        """Until the deadline; negative after it."""
+        """Seconds until the deadline; negative after it."""
         return self._start + self._seconds - self._clock()
 
     def check_time(self, needed: float = 0.0) -> None:
-        """Before work that takes about ``needed`` seconds.
+        """Stop before work that takes about ``needed`` seconds, if these aren't left.
 
         Raises:
             OutOfTimeError: the deadline is nearer than that.
@@ -48,7 +52,7 @@ class Report:
         self.save()
 
     def skip(self, name: str, reason: BaseException | str) -> None:
-        """Say why an entry isn't there."""
+        """Record why an entry is missing."""
         self.skipped[name] = reason if isinstance(reason, str) else describe(reason)
         self.save()
 
@@ -70,7 +74,7 @@ class Report:
 
 
 def describe(error: BaseException) -> str:
-    """Class, message and hint of an error, on one line."""
+    """Write class, message and hint of an error on one line."""
     text = f"{type(error).__name__}: {getattr(error, 'message', None) or error}"
     hint = getattr(error, "hint", "")
     return " ".join((f"{text} ({hint})" if hint else text).split())[:600]

@@ -1,11 +1,10 @@
-"""The command: every stage in a process of its own, their reports merged into one JSON, a table last."""
+"""The command: runs every stage in a process of its own, merges the reports into one JSON, and prints a table last."""
 
 from __future__ import annotations
 
 import datetime as dt
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 from ... import __version__
 from ...runtime.errors import DeployError
 from ..console import say, write_json
-from ..machine import measured_on, memory_bytes
+from .machine import machine_facts
 from .options import Options, command_line, parse
 from .table import describe_check
 
@@ -26,11 +25,10 @@ SCHEMA_VERSION = 1
 _STDERR = 2
 _COMPILED = ".compiled"
 _PROGRAM = ["-m", str(__package__)]
-_QUERY = "name,compute_cap,driver_version,memory.total,clocks.max.sm,clocks.max.memory,power.limit"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the stages that were asked for; 0 unless ``--strict`` finds one that isn't ok, or nothing can be written."""
+    """Run the stages asked for. Returns 1 if nothing can be written, or with ``--strict`` if one isn't ok; else 0."""
     options = parse(arguments)
     if options.worker is not None:
         from .worker import run_stage
@@ -76,32 +74,8 @@ def check(options: Options) -> dict[str, Any]:
     return report
 
 
-def machine_facts() -> dict[str, Any]:
-    """Host and GPU, without any package."""
-    return {
-        **measured_on(),
-        "memory_bytes": memory_bytes()[0],
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "gpu": gpu_facts(),
-    }
-
-
-def gpu_facts() -> list[dict[str, str]]:
-    """What nvidia-smi says of each GPU; nothing where there is no nvidia-smi or it fails."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    command = [program, f"--query-gpu={_QUERY}", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [dict(zip(_QUERY.split(","), (cell.strip() for cell in line.split(",")), strict=False)) for line in said.splitlines()]
-
-
 def _run_apart(stage: str, options: Options) -> dict[str, Any]:
-    """One stage in a process of its own, ended when its time is up; whatever it had found is kept."""
+    """Run one stage in a process of its own and end it when its time is up. Whatever it had found is kept."""
     path = _stage_path(options, stage)
     path.unlink(missing_ok=True)
     started = time.monotonic()
@@ -138,7 +112,7 @@ def _stage_path(options: Options, stage: str) -> Path:
 
 
 def _earlier(path: Path) -> dict[str, Any]:
-    """A JSON object that an earlier call or another process wrote; empty when there is none."""
+    """Read a JSON object that an earlier call or another process wrote; empty when there is none."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):

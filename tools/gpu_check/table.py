@@ -1,4 +1,4 @@
-"""The merged report for a person: short, stage by stage."""
+"""Writes the merged report for a person: short, stage by stage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..console import human_bytes, table
 
 
 def describe_check(report: Mapping[str, Any]) -> str:
-    """Machine, state of each stage with the reason when it isn't ok, then the figures."""
+    """Describe the machine, then the state of each stage with the reason when it isn't ok, then the figures."""
     machine, stages = report["machine"], report["stages"]
     gpus = ", ".join(gpu.get("name", "?") for gpu in machine["gpu"]) or "no GPU that nvidia-smi shows"
     lines = [f"{gpus}; {machine['cpu']}, {machine['cores']} cores; {machine['date']}", ""]
@@ -31,7 +31,7 @@ def _state(name: str, stage: Mapping[str, Any]) -> list[Any]:
 
 
 def _sizes_of(results: Mapping[str, Any], field: str) -> dict[str, Any]:
-    """Entries of sizes; others are of something else."""
+    """Entries of model sizes; the results hold others, too."""
     return {size: entry for size, entry in results.items() if isinstance(entry, Mapping) and field in entry}
 
 

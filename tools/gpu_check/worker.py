@@ -11,20 +11,20 @@ from pathlib import Path
 from .options import Options
 from .report import OutOfTimeError, Report, describe
 
-# What a stage keeps of its limit for leaving: the interpreter and a GPU's memory take seconds to go.
+# Seconds of its limit that a stage keeps for leaving: the interpreter and a GPU's memory take that long to go.
 _RESERVE = 30.0
 
 
 def run_stage(name: str, options: Options, path: Path | None = None) -> Report:
-    """Run a stage to its end, its deadline or its first error; its report is at ``path`` all the while.
+    """Run a stage to its end, its deadline or its first error. Its report is at ``path`` all the while.
 
-    The status is ``ok``; ``wrong``: a result is not what it must be; ``partial``: something was skipped or time ran out;
+    Its status becomes ``ok``; ``wrong``: a result is not what it must be; ``partial``: something was skipped or time ran out; or
     ``failed``: an error ended it.
     """
     report = Report(path, max(options.limit - _RESERVE, options.limit / 2))
     report.save()
     try:
-        stage: Callable[[Options, Report], None] = importlib.import_module(f".{name}", __package__).run
+        stage: Callable[[Options, Report], None] = importlib.import_module(f".stages.{name}", __package__).run
         stage(options, report)
         report.status = "partial" if report.skipped else "ok"
     except OutOfTimeError as error:

@@ -1,1 +1,1 @@
-"""Measures a bundle: step times, divergence, agreement, hits."""
+"""Measures a bundle: step times, rates, distances of distributions, hits of its heads, sizes."""

@@ -1,4 +1,4 @@
-"""How alike two backbones predict one text: both are fed the same tokens, and every next-token distribution is compared."""
+"""Measures how alike two backbones predict one text: feeds both the same tokens and compares every next-token distribution."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from ...runtime.errors import NumericsError, UsageError
+from ...calibration.distributions import kl_divergence, log_softmax
+from ...runtime.errors import UsageError
 from ...runtime.session import Session
 from .probe import Probe
 
@@ -19,10 +20,10 @@ _BINS = 16
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """At each of n positions, arrays [n]: ``index`` counts them from the first predicted token of their text.
+    """Holds facts of n positions, arrays [n]. ``index`` counts positions from the first predicted token of their text.
 
-    ``nll_a`` and ``nll_b``: −log of the probability of the token that comes, in nats. ``kl``: KL(A‖B) in nats. ``same``: whether
-    the argmax is. ``margin``: how far, in nats, A's best token is ahead of its second.
+    ``nll_a`` and ``nll_b``: −log of the next token's probability, in nats. ``kl``: KL(A‖B) in nats. ``same``: both have the same
+    argmax. ``margin``: lead of A's best token over its second, in nats.
     """
 
     index: np.ndarray
@@ -34,7 +35,7 @@ class _Found:
 
     @classmethod
     def at(cls, a: np.ndarray, b: np.ndarray, labels: Sequence[int], first: int) -> Self:
-        """Compare logits [n, V] of both sides; ``labels``: the n tokens that come."""
+        """Compare logits [n, V] of both sides. ``labels``: the n tokens that come."""
         log_a, log_b = log_softmax(a), log_softmax(b)
         rows = np.arange(len(labels))
         second, best = np.partition(log_a, -2, axis=1)[:, -2:].T
@@ -42,14 +43,14 @@ class _Found:
             index=first + rows,
             nll_a=-log_a[rows, labels],
             nll_b=-log_b[rows, labels],
-            kl=np.maximum((np.exp(log_a) * (log_a - log_b)).sum(1), 0.0),  # rounding leaves −1e-17
+            kl=np.maximum(kl_divergence(log_a, log_b), 0.0),  # rounding leaves −1e-17
             same=log_a.argmax(1) == log_b.argmax(1),
             margin=best - second,
         )
 
     @classmethod
     def together(cls, parts: Sequence[Self]) -> Self:
-        """All positions of all parts."""
+        """Join the positions of all parts."""
         return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
@@ -57,16 +58,16 @@ class Agreement:
     """Reads texts with two sessions of one vocabulary, of which A is the reference."""
 
     def __init__(self, a: Session, b: Session, rows: int) -> None:
-        """``rows``: the most that a step reads; 1 computes every position as plain decoding does."""
+        """``rows``: the most rows of a step. 1 computes every position as plain decoding does."""
         self._sessions = (a, b)
         self._most = min(rows, a.max_rows, b.max_rows)
         self._parts: list[_Found] = []
 
     def read(self, tokens: Sequence[int], given: int) -> None:
-        """Compare what both predict for ``tokens[given:]``; the first token is given in any case.
+        """Compare both predictions of ``tokens[given:]``. The first token is given in any case.
 
-        Each side computes the given tokens as a prefill and the others in steps. Their numbers of rows are powers of two: buffers
-        are kept for each, and with padding instead, a variant that scales activations by the step would round otherwise.
+        Each side computes the given tokens as a prefill and the others in steps. Numbers of rows are powers of two: buffers are
+        kept for each. With padding instead, a variant that scales activations by the step would round otherwise.
         """
         at = max(1, given)
         with Probe(self._sessions[0]) as a, Probe(self._sessions[1]) as b:
@@ -80,9 +81,9 @@ class Agreement:
                 at += rows
 
     def report(self) -> dict[str, Any]:
-        """Perplexities, divergence and agreement of the argmax over all positions read so far.
+        """Report perplexities, divergence and agreement of the argmax over all positions read so far.
 
-        A histogram has a count below its first edge, one between two edges each, and one from the last edge on.
+        A histogram counts values below its first edge, between two edges each, and from the last edge on.
 
         Raises:
             UsageError: nothing was predicted.
@@ -117,20 +118,6 @@ class Agreement:
         }
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities float64 [n, V] of logits [n, V].
-
-    Raises:
-        NumericsError: NaN or infinity among them.
-    """
-    if not np.isfinite(logits).all():
-        raise NumericsError("the engine returned NaN or infinite logits", hint="verify the bundle: medusa-deploy verify BUNDLE")
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(1, keepdims=True))
-    return shifted
-
-
 def _histogram(values: np.ndarray, edges: Sequence[float]) -> list[int]:
     counts: list[int] = np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(edges) + 1).tolist()
     return counts
@@ -144,7 +131,7 @@ def _quantiles(values: np.ndarray) -> dict[str, float] | None:
 
 
 def _by_position(found: _Found) -> list[dict[str, Any]]:
-    """Agreement of the argmax by the position in the text, in bins of equal width: [from, to)."""
+    """Report the agreement of the argmax by the position in the text, in bins of equal width: [from, to)."""
     end = int(found.index.max()) + 1
     width = -(-end // _BINS)
     bins = []

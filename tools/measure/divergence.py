@@ -1,4 +1,4 @@
-"""How far the next-token distributions of a rewritten graph are from those of the graph that it was made of."""
+"""Measures how far a rewritten graph's next-token distributions are from those of the graph that it was made of."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...calibration.distributions import kl_divergence, log_softmax
 from ...runtime.backends import ort_model
 from ...runtime.executors.ort import OrtExecutor, OrtModel
 from ...runtime.session import Session
-from .agreement import log_softmax
 from .probe import Probe
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _SMALLEST_APART = 1024
 
 
 class _InMemory(OrtExecutor):
-    """The CPU executor on a graph that is nowhere on disk; tensors that lie in the bundle's files are read there."""
+    """Runs a graph that is nowhere on disk on the CPU. Reads tensors that lie in the bundle's files there."""
 
     def __init__(self, model: OrtModel, graph: ir.Model, threads: int | None) -> None:
         self._bytes, self._weights = taken_apart(graph)
@@ -38,7 +38,7 @@ class _InMemory(OrtExecutor):
 
 
 def taken_apart(model: ir.Model) -> tuple[bytes, dict[str, np.ndarray]]:
-    """A graph in memory and, by name, its big weights beside it: a graph with its weights in it can't have 2 GB (protobuf)."""
+    """Separate a graph from its big weights. Returns the graph's bytes and the weights by name: protobuf holds less than 2 GB."""
     import onnx_ir as ir
 
     graph, weights = model.clone(), dict[str, np.ndarray]()
@@ -54,12 +54,12 @@ def taken_apart(model: ir.Model) -> tuple[bytes, dict[str, np.ndarray]]:
 
 
 class Divergence:
-    """KL(reference ‖ other) of the distributions after every token of some answers."""
+    """Measures KL(reference‖other) of the distributions after every token of some answers."""
 
     def __init__(self, reference: Session, prompts: Sequence[list[int]], tokens: int, threads: int | None = None) -> None:
         """Answer ``prompts`` greedily, up to ``tokens`` each, and keep the distributions: 4 · V bytes for every token.
 
-        ``reference``: a session of the bundle's CPU graph. ``threads``: of the engines that run graphs in memory.
+        ``reference``: a session of the bundle's CPU graph. ``threads``: threads of the engines that run graphs in memory.
         """
         self._bundle, self._threads = reference.bundle, threads
         most = min(tokens, reference.max_rows)
@@ -69,25 +69,25 @@ class Divergence:
 
     @property
     def positions(self) -> int:
-        """Distributions that are compared."""
+        """Number of distributions that are compared."""
         return sum(len(answer) for _, answer in self.texts)
 
     def of(self, model: ir.Model) -> tuple[float, float]:
-        """Of a graph in memory; see :meth:`of_session`."""
+        """Measure a graph in memory; see :meth:`of_session`."""
         executor = _InMemory(ort_model(self._bundle, 1, "cpu"), model, self._threads)
-        return self.of_session(Session(self._bundle, executor, 1))
+        return self.of_session(Session(self._bundle, executor))
 
     def of_session(self, session: Session) -> tuple[float, float]:
-        """Mean divergence in nats, and the share of positions where the most likely token is the same."""
+        """Return the mean divergence in nats, and the share of positions where the most likely token is the same."""
         total, same = 0.0, 0
         for reference, other in zip(self._reference, _log_probabilities(session, self.texts), strict=True):
-            total += float((np.exp(reference) * (reference - other)).sum())
+            total += float(kl_divergence(reference, other).sum())
             same += int((reference.argmax(-1) == other.argmax(-1)).sum())
         return total / self.positions, same / self.positions
 
 
 def _log_probabilities(session: Session, texts: Sequence[tuple[list[int], list[int]]]) -> Iterator[np.ndarray]:
-    """For each text, prompt and answer: log-probabilities float32 [n, V] that its answer's n tokens are chosen by."""
+    """Yield for each text (prompt, answer) the log-probabilities float32 [n, V] that its answer's n tokens are chosen by."""
     with Probe(session) as probe:
         for prompt, answer in texts:
             probe.restart(prompt[:-1])

@@ -1,4 +1,4 @@
-"""Hit rates of a bundle's heads, counted on the engine at hand while it decodes."""
+"""Counts how often a bundle's heads are right, on the engine at hand while it decodes."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from ...runtime.tree import MAX_ROWS, RankPath, Tree, expected_acceptance_length
 from ..tree_set import MAX_FILE_BYTES
 
 OVER_POSITIONS = "over all positions, by rates alone: decoding leaps over what was easy to guess, and accepts a few percent fewer"
-"""What an expected acceptance length is that wasn't replayed."""
+"""Describes an expected acceptance length that wasn't replayed."""
 
 _HINT = "give a file that medusa-deploy tree wrote"
 
 
 class Recorder:
-    """Drafts nothing while the heads run, so that every position becomes a root, and keeps what they propose there."""
+    """Drafts nothing while the heads run, so that every position becomes a root. Records what they propose there."""
 
     rows = 1
     heads = True
 
     def __init__(self, observe: Callable[[Candidates], object]) -> None:
-        """``observe`` gets what the heads propose at each root."""
+        """Call ``observe`` with what the heads propose at each root."""
         self._observe = observe
 
     def draft(self, candidates: Candidates | None) -> Draft:
-        """The root alone."""
+        """Draft the root alone."""
         assert candidates is not None
         self._observe(candidates)
         return NOTHING
@@ -44,10 +44,11 @@ class Recorder:
 
 @dataclass(frozen=True, slots=True)
 class HitTable:
-    """``rates`` float64 [K, k] by head and rank; ``paths``: the most frequent paths of ranks, at most 511; ``positions``: n.
+    """Hits of the heads at ``positions`` roots.
 
-    ``ranks`` int64 [n + answers, K]: what was counted, as :func:`..runtime.hits.replayed_acceptance_length` takes it; None where
-    only the rates are known.
+    ``rates`` float64 [K, k]: by head and rank. ``paths``: the most frequent paths of ranks, at most 511, with their rates.
+    ``ranks`` int64 [positions + answers, K]: every count, as ``replayed_acceptance_length`` takes it; None where only the rates
+    are known.
     """
 
     rates: np.ndarray
@@ -62,7 +63,7 @@ class HitTable:
         return replayed_acceptance_length(tree, self.ranks)
 
     def to_json(self) -> dict[str, Any]:
-        """As the file holds it; ``ranks`` a line a head."""
+        """The table as its file holds it; ``ranks`` has a line for each head."""
         pairs = [[list(path), round(rate, 6)] for path, rate in self.paths.items()]
         ranks = None if self.ranks is None else [" ".join(map(str, column)) for column in self.ranks.T.tolist()]
         return {"positions": self.positions, "rank_rates": self.rates.round(6).tolist(), "path_rates": pairs, "ranks": ranks}
@@ -74,7 +75,7 @@ def count_hits(
     max_new_tokens: int,
     progress: Callable[[int, str], object] = lambda _done, _note: None,
 ) -> HitTable:
-    """Decode the prompts greedily and compare each root's candidates with what the backbone then emitted.
+    """Decode the prompts greedily and compare each root's candidates with the tokens that the backbone then emitted.
 
     Raises:
         UsageError: the bundle has no heads, or nothing was decoded.
@@ -96,7 +97,7 @@ def count_hits(
 
 
 def _ranks_in_answer(session: Session, prompt: list[int], max_new_tokens: int) -> list[list[int]]:
-    """For each token of the answer, the ranks, by head, of the tokens that came after it; after the last there is none."""
+    """For each token of the answer, the ranks by head of the tokens that came after it; none after the last."""
     heads = session.manifest.heads
     tokens: list[int] = []
     seen: list[np.ndarray] = []
@@ -108,7 +109,7 @@ def _ranks_in_answer(session: Session, prompt: list[int], max_new_tokens: int) -
 
 
 def read_hit_table(path: Path) -> tuple[HitTable, dict[int, float], dict[str, Any]]:
-    """The table of a tree file, step times in ms by rows if there are any, and where both come from (``hits``, ``times``).
+    """Read the table of a tree file, its step times in ms by rows (maybe none), and the origins of both (``hits``, ``times``).
 
     Raises:
         TreeError: the file holds no such table, or times that can't be.
@@ -128,7 +129,7 @@ def read_hit_table(path: Path) -> tuple[HitTable, dict[int, float], dict[str, An
 
 
 def _table(raw: Mapping[str, Any]) -> HitTable:
-    """A table from its JSON form, checked: ValueError and its kin tell what is wrong."""
+    """Read a table from its JSON form and check it. ValueError and its kin tell what is wrong."""
     rates = np.array(raw["rank_rates"], np.float64)
     paths = {tuple(int(rank) for rank in ranks): float(rate) for ranks, rate in raw["path_rates"]}
     if rates.ndim != 2 or not rates.size:

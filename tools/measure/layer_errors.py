@@ -1,4 +1,4 @@
-"""Where in the backbone one variant begins to differ from another: the hidden state behind every layer, on the same tokens."""
+"""Finds where in the backbone one variant begins to differ: compares the hidden states behind every layer, on the same tokens."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def layer_errors(
     threads: int | None = None,
     progress: Callable[[int, str], object] = lambda _done, _note: None,
 ) -> dict[str, Any]:
-    """Error of every layer's output in ``b``, ``a`` being right, over the first 512 positions of the texts.
+    """Errors of every layer's output in ``b`` against ``a``, over the first 512 positions of the texts.
 
-    ``relative_rms``: root of the summed squared differences over that of the summed squares. A few positions, such as the first,
-    have states a hundred times as large as the others and decide that, so ``median`` is beside it: of the positions' own relative
-    errors. None where a layer's tensor isn't found, or is of another size.
+    ``relative_rms`` is the root of the summed squared differences over that of the summed squares. A few positions, such as the
+    first, have states a hundred times as large as the others and decide it. ``median`` stands beside it: the median of the
+    positions' own relative errors. Both are None where a layer's tensor isn't found, or is of another size.
 
     Both graphs are loaded anew with their layers as outputs, one after the other. ``progress(done, note)`` follows the two.
 
@@ -53,7 +53,7 @@ def layer_errors(
 
 
 def _states(session: Session, texts: Sequence[list[int]], threads: int | None) -> States:
-    """Of each layer, over all texts, float32 [n, H]."""
+    """Hidden states behind each layer, over all texts, float32 [n, H]."""
     from ...calibration.int8.layer_states import LayerStates
 
     name = variant(session)

@@ -8,7 +8,8 @@ from typing import Self
 
 import numpy as np
 
-from ...runtime.executors.executor import StepBuffers, Wanted
+from ...runtime.executors.one_slot import run_one, run_prompt
+from ...runtime.executors.step_plan import NO_OUTPUTS, SlotResult, SlotRows, Wanted
 from ...runtime.session import Session
 from ...runtime.tree import ROOT_ONLY, Tree, chain
 
@@ -21,8 +22,6 @@ class Probe:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._executor = session.executor
-        self._margin = session.manifest.heads.num_heads
         self._slot = -1
         self.length = 0
 
@@ -35,14 +34,10 @@ class Probe:
 
     def prefill(self, tokens: Sequence[int]) -> np.ndarray:
         """Start over with ``tokens``, in the session's chunks; the logits [V] after the last one, float32."""
-        ids = np.asarray(tokens, np.int64)
-        size = self._session.manifest.limits.prefill_chunk
-        for start in range(0, len(ids), size):
-            chunk = ids[start : start + size]
-            last = start + len(chunk) == len(ids)
-            buffers = self._executor.prefill(self._slot, chunk, start, Wanted(logits=last))
-        self.length = len(ids)
-        logits: np.ndarray = buffers.logits[0, 0].astype(np.float32)
+        chunk, lengths = self._session.manifest.limits.prefill_chunk, self._session.slots.lengths.tolist()
+        result = run_prompt(self._session.executor, self._slot, tokens, chunk, lengths, Wanted(logits=True))
+        self.length = len(tokens)
+        logits: np.ndarray = _logits(result)[0]
         return logits
 
     def restart(self, tokens: Sequence[int]) -> None:
@@ -52,40 +47,30 @@ class Probe:
             self.prefill(tokens)
 
     def step(
-        self, tokens: Sequence[int], tree: Tree = ROOT_ONLY, wanted: Wanted | None = None, *, commit: bool = False
-    ) -> StepBuffers:
+        self, tokens: Sequence[int], tree: Tree = ROOT_ONLY, wanted: Wanted = NO_OUTPUTS, *, commit: bool = False
+    ) -> SlotResult:
         """One step of ``tree`` with ``tokens`` in its rows."""
-        wanted = wanted or Wanted()
-        buffers = self._executor.buffers(tree.rows, wanted)
-        for slot in range(self._executor.layout.slots):
-            buffers.idle(slot, self.length if slot == self._slot else 0)
-        rows = tree.rows  # engines may take more, the rest of which are padding
-        buffers.tokens[self._slot, :rows] = tokens
-        buffers.positions[self._slot, :rows] = self.length + tree.depths
-        buffers.ancestors[self._slot, :rows, :rows] = tree.ancestors
-        buffers.forced[self._slot] = 1
-        buffers.write_index[self._slot] = self._margin + self.length
-        self._executor.step(buffers, wanted)
+        result = self._run(SlotRows(self._slot, np.asarray(tokens, np.int64), tree, wanted=wanted))
         self.length += int(commit)
-        return buffers
+        return result
 
     def root_logits(self, root: int, tree: Tree = ROOT_ONLY, *, commit: bool = False) -> np.ndarray:
         """Logits [V] after ``root``, float32, computed in a step of the tree's rows (the others carry token 0)."""
-        buffers = self.step([root] + [0] * (tree.rows - 1), tree, Wanted(logits=True), commit=commit)
-        logits: np.ndarray = buffers.logits[self._slot, 0].astype(np.float32)
+        result = self.step([root] + [0] * (tree.rows - 1), tree, Wanted(logits=True), commit=commit)
+        logits: np.ndarray = _logits(result)[0]
         return logits
 
     def chain_logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits [n, V] after each of these tokens, float32, computed in one step; all of them are committed."""
-        buffers = self.step(tokens, chain(len(tokens) - 1), Wanted(logits=True))
+        result = self.step(tokens, chain(len(tokens) - 1), Wanted(logits=True))
         self.length += len(tokens)
-        logits: np.ndarray = buffers.logits[self._slot, : len(tokens)].astype(np.float32)
-        return logits
+        return _logits(result)
 
     def candidates(self, root: int) -> tuple[int, np.ndarray]:
         """The token that the backbone chooses after ``root``, and what the heads propose after that, int64 [K, k]; commits it."""
-        buffers = self.step([root], wanted=Wanted(heads=True), commit=True)
-        return int(buffers.next_token[self._slot]), buffers.candidates[self._slot].copy()
+        result = self.step([root], wanted=Wanted(heads=True), commit=True)
+        assert result.candidates is not None, "they were wanted"
+        return result.next_token, result.candidates.copy()
 
     def replay(self, prompt: Sequence[int], emitted: Sequence[int]) -> np.ndarray:
         """Logits [V] after ``prompt`` and ``emitted``, computed as plain decoding computes them: prefill, then row by row."""
@@ -93,3 +78,15 @@ class Probe:
         for token in emitted[:-1]:
             self.step([token], commit=True)
         return self.root_logits(emitted[-1], commit=True) if emitted else logits
+
+    def _run(self, rows: SlotRows) -> SlotResult:
+        """Run ``rows`` in the probe's slot; the others rest."""
+        lengths = self._session.slots.lengths.tolist()
+        lengths[self._slot] = self.length
+        return run_one(self._session.executor, rows, lengths)
+
+
+def _logits(result: SlotResult) -> np.ndarray:
+    """A copy [R, V], float32."""
+    assert result.logits is not None, "they were wanted"
+    return result.logits.astype(np.float32)

@@ -1,4 +1,4 @@
-"""Which products keep more bits, so that a quantised graph stays within a budget: found by measuring each of them alone."""
+"""Chooses the matmuls that keep more bits, so that a quantised graph stays within a budget: measures each of them alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ROUNDS = 4
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """What a product costs: the mean divergence in nats when only it is quantised, and how many bytes more bits would take."""
+    """Cost of a matmul: the mean divergence in nats if only it is quantised, and the bytes that more bits would take."""
 
     divergence: float
     extra_bytes: int
@@ -21,7 +21,7 @@ class Sensitivity:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """``kept``: products with more bits, and how many. ``divergence``: of the whole graph with them, in nats."""
+    """Holds the matmuls ``kept`` with more bits (bits by name), and the whole graph's ``divergence`` with them, in nats."""
 
     kept: Mapping[str, int]
     divergence: float
@@ -30,10 +30,10 @@ class Choice:
 def fit_budget(
     sensitivities: Mapping[str, Sensitivity], bits: int, budget: float, measure: Callable[[Mapping[str, int]], float]
 ) -> Choice:
-    """Give those products more bits that spoil most for their bytes, until the whole graph's divergence is in the budget.
+    """Give more bits to the matmuls that spoil most for their bytes, until the whole graph's divergence is in the budget.
 
-    Divergences of products alone add up to that of all together nearly, not quite: the whole is measured, and the sum that is
-    aimed at corrected by the ratio. ``measure`` takes bits by product and returns the divergence of the whole graph.
+    Divergences of single matmuls nearly add up to that of all together. So the whole is measured, and the sum that is aimed at is
+    corrected by the ratio. ``measure`` takes bits by matmul and returns the divergence of the whole graph.
 
     Raises:
         QuantisationError: after four corrections the divergence is still over the budget.
@@ -59,7 +59,7 @@ def fit_budget(
     if choice.divergence <= budget:
         return choice
     raise QuantisationError(
-        f"with {len(choice.kept)} of {len(sensitivities)} products in {HIGHER[bits]} bits the divergence is "
+        f"with {len(choice.kept)} of {len(sensitivities)} matmuls in {HIGHER[bits]} bits the divergence is "
         f"{choice.divergence:.4g} nats, over the budget of {budget:.4g}",
         hint="allow more, take more bits, or keep the projection and the heads in 32 bits",
     )

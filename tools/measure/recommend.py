@@ -1,4 +1,4 @@
-"""Which of a bundle's variants for the CPU is the fastest on this machine within a quality budget: measured, not assumed."""
+"""Finds the fastest of a bundle's CPU variants on this machine within a quality budget: by measuring, not by assumption."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _WARMUP_TOKENS = 8
 class Candidate:
     """A variant as measured.
 
-    ``plain``, ``medusa``: tokens a second over all prompts, prefill left out. ``divergence``: mean KL in nats, ``agreement``:
-    share of positions with the same likeliest token.
+    ``plain`` and ``medusa`` are tokens/s over all prompts, prefill left out. ``divergence`` is the mean KL in nats,
+    ``agreement`` the share of positions with the same likeliest token.
     """
 
     variant: str
@@ -33,7 +33,7 @@ class Candidate:
 
     @property
     def fastest(self) -> float:
-        """The faster way's tokens a second."""
+        """Tokens/s of the faster way."""
         return max(self.plain, self.medusa)
 
 
@@ -47,8 +47,8 @@ def recommend(
 ) -> dict[str, Any]:
     """Time all ``sessions``, by variant, on the same prompts in turn, and compare their distributions with those of ``cpu``.
 
-    Returns ``candidates``, fastest first, the ``budget``, and what is ``recommended``: the fastest variant within it, and whether
-    to speculate. ``progress(done, note)`` follows each of the 2 · variants · prompts runs.
+    Returns ``candidates``, fastest first, the ``budget``, and the ``recommended`` one: the fastest variant within it, and
+    whether to speculate. ``progress(done, note)`` follows each of the 2 · variants · prompts runs.
     """
     seconds = {(name, way): 0.0 for name in sessions for way in _WAYS}
     tokens = dict.fromkeys(seconds, 0)
@@ -81,7 +81,7 @@ def recommend(
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """A line a variant, and what to use."""
+    """Write a line for each variant, and which to use."""
     from ..console import table
 
     rows = [

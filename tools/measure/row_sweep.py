@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.executors.executor import Wanted
+from ...runtime.executors.step_plan import Wanted
 from ...runtime.files.manifest import Manifest
 from ...runtime.session import Session
 from ...runtime.tree import RankPath, Tree, expected_acceptance_length, tree_of_paths

@@ -1,4 +1,4 @@
-"""One generation with its step times, as an application sees them: from one chunk of the stream to the next."""
+"""Times one generation as an application sees it: from one chunk of the stream to the next."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _CHOICE = ("rows_histogram", "plain_steps", "probes", "trust", "costs")
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How a run drafts: on a tree, or the best rows of each step (None), with or without what the text repeats.
+    """A way to draft: on a ``tree``, or with the best rows of each step (None); ``lookup`` adds what the text repeats.
 
-    ``rows``: how many; None: as many as pay, chosen in each step. ``params``: how tokens are chosen.
+    ``rows`` is their number; None takes as many as pay, in each step. ``params`` choose the tokens.
     """
 
     tree: Tree | None = None
@@ -29,16 +29,17 @@ class Way:
 
     @property
     def options(self) -> dict[str, Any]:
-        """As fields of a request."""
+        """The way as fields of a request."""
         return {"tree": self.tree, "rows": self.rows, "lookup": self.lookup, "params": self.params}
 
 
 @dataclass(slots=True)
 class TimedRun:
-    """``step_seconds`` of every decode step, detokenising included; ``engine_seconds``: the engine's share of their sum.
+    """Times and tokens of one run.
 
-    ``tokens`` are all emitted tokens. The first comes from the prefill and counts in no rate of decoding. ``choice``: how many
-    rows the steps had, and why (fields of :class:`..runtime.sequence.Stats`).
+    ``step_seconds`` has every decode step, detokenising included; ``engine_seconds`` is the engine's share of their sum.
+    ``tokens`` are all emitted tokens. The first comes from the prefill and counts in no rate of decoding. ``choice`` says how
+    many rows the steps had, and why (fields of the session's ``Stats``).
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -60,7 +61,7 @@ class TimedRun:
 
 
 def timed_run(session: Session, prompt: Sequence[int], way: Way, max_new_tokens: int) -> TimedRun:
-    """Generate from token ids, drafting in this way, to the end-of-sequence token or ``max_new_tokens``."""
+    """Generate from token ids in this way, to the end-of-sequence token or ``max_new_tokens``."""
     run = TimedRun()
     executor = session.executor
     before = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What one of a bundle's step graphs takes on disk; files of weights are shared by graphs, and each reads its own part."""
+"""Measures what one of a bundle's step graphs takes on disk. Graphs share files of weights, and each reads its own part."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from ...runtime.files.bundle import Bundle
 
 
 def variant_size(bundle: Bundle, variant: str) -> dict[str, Any]:
-    """``bytes``: of the graph's file and of the weights that it reads from others. ``files``: these, with their whole sizes.
+    """Measure the variant.
+
+    ``bytes``: the graph's file and the weights that it reads from others. ``files``: all of these, with their whole sizes.
 
     Raises:
         BundleIntegrityError: the graph can't be read.
         MissingDependencyError: onnx isn't installed.
     """
-    from ...calibration.int8.products import read_graph
+    from ...calibration.int8.matmuls import read_graph
 
     name = bundle.manifest.variants[variant]
     model = read_graph(bundle, name)
@@ -33,7 +35,7 @@ def variant_size(bundle: Bundle, variant: str) -> dict[str, Any]:
 
 
 def _external(graph: Any) -> Iterator[Any]:
-    """Tensors of a graph, and of the branches in it, whose values are in other files."""
+    """Yield the tensors of a graph, and of the branches in it, whose values are in other files."""
     import onnx
 
     yield from (tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL)

@@ -1,4 +1,4 @@
-"""What a plan tells to do: the commands that come next, what makes it fit, and what its figures leave out."""
+"""Gives advice for a plan: the commands that come next, changes that make it fit, and the limits of its figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .source import Source
 def commands_for(
     source: Source, precision: str, limits: Limits, rows: tuple[int, ...], weights: str, gpu: Gpu | None
 ) -> tuple[str, ...]:
-    """What to run next, in order. ``weights``: inside the engine or streamed."""
+    """List the commands to run next, in order. ``weights``: ``inside`` the engine or ``streamed``."""
     commands = []
     bundle = source.argument if source.kind == "bundle" else "BUNDLE"
     if source.kind != "bundle":
@@ -28,7 +28,7 @@ def commands_for(
 
 
 def notes_for(gpu: Gpu | None, taken: Footprint) -> tuple[str, ...]:
-    """How the figures were made, what building takes, and what they can't say of this GPU."""
+    """Tell how the figures were made, the memory that building takes, and what is unknown of this GPU."""
     notes = [f"workspace: {WORKSPACE}"]
     if taken.weights == "inside":
         needed = 2 * (taken.backbone + taken.heads) / 10**9
@@ -48,7 +48,7 @@ def notes_for(gpu: Gpu | None, taken: Footprint) -> tuple[str, ...]:
 def suggestions_for(
     source: Source, heads: Heads, precision: str, limits: Limits, taken: Footprint, rows: tuple[int, ...], gpu: Gpu
 ) -> tuple[str, ...]:
-    """What would make a plan fit that doesn't: first what changes the plan, then GPUs that hold it as it is."""
+    """Suggest how to make a plan fit: first changes of the plan, then GPUs that hold it as it is."""
 
     def fits(precision: str, limits: Limits) -> bool:
         return footprint(source.backbone, heads, precision, limits, len(rows) + 1, taken.reserve).total <= gpu.memory_bytes

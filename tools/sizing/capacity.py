@@ -1,7 +1,7 @@
-"""Arithmetic of a deployment: bytes of weights, heads and caches, and what a step reads and computes. Pure numbers in and out.
+"""Computes the bytes of a deployment's weights, heads, caches and workspace. Takes and returns plain numbers.
 
-Precisions are those of ``build``: ``fp16``, and ``int8``, where the matrices that products read are int8 with one fp16 scale an
-output channel, and everything else (the embedding's rows, norms, biases, caches, activations) stays fp16.
+Precisions are those of ``build``. ``fp16``: all numbers. ``int8``: the matrices of products, with one fp16 scale an output
+channel; everything else (the embedding's rows, norms, biases, caches, activations) stays fp16.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ...runtime.executors import step_io
+from ...runtime.files.backbone import BackboneShape
 from ...runtime.files.heads import HeadConfig, expected_shapes
 from .model_sizes import ModelShape
 
 PRECISIONS = ("fp16", "int8")
 _HALF = 2  # bytes
-# An engine with its weights inside is at most this much larger: kernels, and the projection again in other layouts.
-# Kernels of each layer are stored again for each profile: 136 MB for 7 profiles of 32 layers, measured.
+# An engine with its weights inside adds at most kernels, and copies of the projection in other layouts.
+# Each profile stores the kernels of each layer again: 136 MB for 7 profiles of 32 layers, measured.
 _BYTES_PER_PROFILE = 8 * 10**6
 _BYTES_PER_PROFILE_AND_LAYER = 500_000
 _PROJECTION_COPIES = 2
-# Above, fp16 weights are bound from the bundle's files instead: building an engine takes twice its size in memory.
+# Larger fp16 weights are streamed from the bundle's files: building an engine takes twice its size in memory.
 _LARGEST_INSIDE = 4 * 10**9
 # Matrices with fewer elements stay fp16 in an int8 engine.
 _SMALLEST_MATRIX = 1 << 14
@@ -27,9 +28,9 @@ _SMALLEST_MATRIX = 1 << 14
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Elements of some tensors: those of ``matrices`` that products read, their output ``channels``, and ``others``.
+    """Counts of elements: ``matrices`` of products, their output ``channels``, and ``others``.
 
-    ``bytes_apart``: of what isn't a weight and keeps its type (token maps).
+    ``bytes_apart``: bytes of tensors that aren't weights and keep their type (token maps).
     """
 
     matrices: int = 0
@@ -60,7 +61,7 @@ class Weights:
 
 
 def matrix(outputs: int, inputs: int) -> Weights:
-    """A matrix [outputs, inputs] that a product reads."""
+    """Count a matrix [outputs, inputs] of a product."""
     if outputs * inputs < _SMALLEST_MATRIX:
         return Weights(others=outputs * inputs)
     return Weights(outputs * inputs, outputs)
@@ -68,7 +69,7 @@ def matrix(outputs: int, inputs: int) -> Weights:
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
-    """Weights of a backbone by part. ``projection`` is the vocabulary projection; the embedding's memory where they are tied."""
+    """Weights of a backbone by part. The vocabulary projection shares the embedding's memory where they are tied."""
 
     shape: ModelShape
     layers: Weights
@@ -76,22 +77,22 @@ class Backbone:
 
     @property
     def embedding(self) -> Weights:
-        """The table whose rows are gathered: fp16 in every precision."""
-        return Weights(others=self.shape.vocab * self.shape.hidden)
+        """The table of token embeddings, whose rows are gathered; fp16 in every precision."""
+        return Weights(others=self.shape.vocab_size * self.shape.hidden_size)
 
     @property
     def projection(self) -> Weights:
-        """What the logits' product reads."""
-        return matrix(self.shape.vocab, self.shape.hidden)
+        """The vocabulary projection, which the logits' product reads."""
+        return matrix(self.shape.vocab_size, self.shape.hidden_size)
 
     @property
     def parameters(self) -> int:
-        """As published: a tied projection counts once."""
+        """Number of parameters as models publish it: a tied projection counts once."""
         projection = 0 if self.shape.tied else self.projection.parameters
         return self.embedding.parameters + self.layers.parameters + self.norm.parameters + projection
 
     def parts(self, precision: str) -> dict[str, int]:
-        """Bytes in memory by part. A tied projection in fp16 is the embedding and takes nothing more."""
+        """Bytes in memory by part. A tied projection in fp16 is the embedding and adds nothing."""
         shared = self.shape.tied and precision == "fp16"
         return {
             "embedding": self.embedding.nbytes(precision),
@@ -101,44 +102,44 @@ class Backbone:
         }
 
     def read(self, precision: str) -> int:
-        """Bytes that every step reads: all but the embedding, of which it takes a few rows."""
+        """Bytes that every step reads: all weights except the embedding, of which it reads a few rows."""
         return (self.layers + self.norm + self.projection).nbytes(precision)
 
 
 def backbone_of(shape: ModelShape) -> Backbone:
-    """The weights that a model of this shape has."""
-    hidden, queries, keys = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    """Count the weights of a model of this shape."""
+    hidden, queries, keys = shape.hidden_size, shape.query_size, shape.key_size
     attention = matrix(queries, hidden) + matrix(keys, hidden) * 2 + matrix(hidden, queries)
-    mlp = matrix(shape.intermediate, hidden) * 2 + matrix(hidden, shape.intermediate)
+    mlp = matrix(shape.intermediate_size, hidden) * 2 + matrix(hidden, shape.intermediate_size)
     vectors = Weights(others=2 * hidden + (queries + 2 * keys if shape.qkv_bias else 0))
     return Backbone(shape, (attention + mlp + vectors) * shape.layers, Weights(others=hidden))
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Medusa heads: blocks, and projections of their own (none where they use the backbone's)."""
+    """Medusa heads: their blocks, and their own projections (none if they use the backbone's)."""
 
     config: HeadConfig
     blocks: Weights
     projections: Weights
 
     def nbytes(self, precision: str) -> int:
-        """Bytes that they add to the backbone's."""
+        """Bytes that the heads add to the backbone's."""
         return (self.blocks + self.projections).nbytes(precision)
 
     def read(self, backbone: Backbone, precision: str) -> int:
-        """Bytes that they read in a step. A shared projection is read once more: their input exists only after the first time."""
+        """Bytes that the heads read in a step. They read a shared projection again: their input needs its first result."""
         shared = backbone.projection.nbytes(precision) if self.config.projection == "shared" else 0
         return self.nbytes(precision) + shared
 
     def products(self) -> int:
-        """Multiplications for one accepted row."""
+        """Multiplications of the heads for one accepted row."""
         draft = self.config.draft_vocab_size * self.config.hidden_size * self.config.num_heads
         return self.blocks.matrices + draft
 
 
 def heads_of(config: HeadConfig) -> Heads:
-    """The weights that heads of this form have."""
+    """Count the weights of heads of this form."""
     blocks, projections = Weights(), Weights()
     for name, shape in expected_shapes(config, has_token_map=False).items():
         if name == "token_map":
@@ -154,7 +155,7 @@ def heads_of(config: HeadConfig) -> Heads:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a bundle is exported for: ``batch`` slots of ``capacity`` tokens, steps of up to ``max_rows`` rows."""
+    """Limits of a bundle: ``batch`` slots of ``capacity`` tokens, steps of up to ``max_rows`` rows, and a prefill chunk."""
 
     capacity: int
     batch: int
@@ -162,37 +163,37 @@ class Limits:
     prefill_chunk: int
 
     def at(self, capacity: int | None = None, batch: int | None = None) -> Limits:
-        """The same with another capacity or batch."""
+        """Copy the limits with another capacity or batch; the prefill chunk stays within the capacity."""
         capacity = self.capacity if capacity is None else capacity
         chunk = min(self.prefill_chunk, capacity)
         return replace(self, capacity=capacity, batch=self.batch if batch is None else batch, prefill_chunk=chunk)
 
 
-def cache_bytes_per_token(shape: ModelShape) -> int:
-    """Keys and values of one token in all layers; fp16 in every precision."""
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * _HALF
+def cache_bytes_per_token(shape: BackboneShape) -> int:
+    """Bytes of one token's keys and values in all layers; fp16 in every precision."""
+    return shape.cache_bytes(1, _HALF)
 
 
-def cache_bytes(shape: ModelShape, num_heads: int, limits: Limits) -> int:
-    """Caches of all slots."""
+def cache_bytes(shape: BackboneShape, num_heads: int, limits: Limits) -> int:
+    """Bytes of all slots' caches; fp16 in every precision."""
     rows = step_io.cache_rows(limits.capacity, num_heads, limits.max_rows)
-    return rows * cache_bytes_per_token(shape) * limits.batch
+    return shape.cache_bytes(rows, _HALF) * limits.batch
 
 
 def workspace_bytes(backbone: Backbone, heads: Heads, limits: Limits, precision: str) -> int:
-    """Memory for everything that isn't weights or caches, from above: :data:`WORKSPACE` says how it is counted."""
+    """Bound the bytes of all memory but weights and caches from above; :data:`WORKSPACE` tells how they are counted."""
     shape, config = backbone.shape, heads.config
     rows = limits.batch * limits.max_rows
     total = step_io.cache_rows(limits.capacity, config.num_heads, limits.max_rows)
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    queries, keys = shape.query_size, shape.key_size
     widest = max(rows, limits.prefill_chunk)
-    activations = widest * (3 * shape.hidden + 2 * queries + 2 * keys + 3 * shape.intermediate) * _HALF
-    scores = widest * (2 * shape.heads + 1) * total * _HALF
-    logits = rows * shape.vocab * _HALF + limits.batch * config.num_heads * config.draft_vocab_size * 10
+    activations = widest * (3 * shape.hidden_size + 2 * queries + 2 * keys + 3 * shape.intermediate_size) * _HALF
+    scores = widest * (2 * shape.attention_heads + 1) * total * _HALF
+    logits = rows * shape.vocab_size * _HALF + limits.batch * config.num_heads * config.draft_vocab_size * 10
     carried = 2 * rows * cache_bytes_per_token(shape)
     dequantised = 0
     if precision == "int8":
-        dequantised = max(queries, keys, shape.intermediate, shape.vocab) * shape.hidden * _HALF
+        dequantised = max(queries, keys, shape.intermediate_size, shape.vocab_size) * shape.hidden_size * _HALF
     return activations + scores + logits + carried + dequantised
 
 
@@ -206,9 +207,9 @@ WORKSPACE = (
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes on the GPU. ``parts``: the backbone's weights; ``engine``: what an engine holds beyond all weights, at most.
+    """Bytes on the GPU. ``parts``: the backbone's weights by part. ``engine``: bytes of an engine beyond all weights, at most.
 
-    ``weights``: ``inside`` the engine or ``streamed`` to it from the bundle's files.
+    ``weights``: ``inside`` the engine, or ``streamed`` to it from the bundle's files.
     """
 
     parts: dict[str, int]
@@ -221,17 +222,17 @@ class Footprint:
 
     @property
     def backbone(self) -> int:
-        """All of the backbone's weights."""
+        """Bytes of all of the backbone's weights."""
         return sum(self.parts.values())
 
     @property
     def total(self) -> int:
-        """Everything."""
+        """Bytes of everything."""
         return self.backbone + self.heads + self.cache + self.workspace + self.engine + self.reserve
 
 
 def footprint(backbone: Backbone, heads: Heads, precision: str, limits: Limits, profiles: int, reserve: int) -> Footprint:
-    """What an engine with ``profiles`` profiles takes, and ``reserve`` bytes that are left to others."""
+    """Compute the bytes of an engine with ``profiles`` profiles; ``reserve`` bytes are left to others."""
     parts, head_bytes = backbone.parts(precision), heads.nbytes(precision)
     inside = precision == "int8" or sum(parts.values()) + head_bytes <= _LARGEST_INSIDE  # int8 weights are made by the build
     copies = _PROJECTION_COPIES * backbone.projection.nbytes("fp16") if inside else 0

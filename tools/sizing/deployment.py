@@ -1,4 +1,4 @@
-"""The planner: what a backbone with its heads takes on a GPU, what fits, how fast it can be at most, and the commands to run."""
+"""Plans a deployment: the bytes of a backbone with heads on a GPU, the limits that fit, bounds of speed, commands to run."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _MOST_SLOTS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What a GPU holds. ``left``: bytes beyond the plan, negative where it is too small.
+    """Limits that fit on a GPU. ``left``: bytes beyond the plan, negative where the GPU is too small.
 
-    ``positions``: tokens that the model attends to. ``largest_capacity``: at the plan's batch, 0 where nothing fits.
+    ``positions``: tokens that the model attends to. ``largest_capacity``: for the plan's batch, 0 where none fits.
     ``largest_batches``: pairs of capacity and slots.
     """
 
@@ -36,10 +36,10 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class DeploymentPlan:
-    """Sizes in bytes; what is said of time is a bound from published figures.
+    """Sizes in bytes, and bounds of time from published figures.
 
-    ``rows``: sizes of a step, each with a profile. ``context``: tokens in each slot of the estimated steps. ``plan_bytes``: an
-    engine's file, at least and at most. ``fit``, ``plain`` and ``steps``: only where a GPU was given.
+    ``rows``: sizes of a step, each with a profile. ``context``: tokens in each slot of the estimated steps. ``plan_bytes``: size
+    of an engine's file, at least and at most. ``fit``, ``plain`` and ``steps`` exist only where a GPU was given.
     """
 
     name: str
@@ -64,7 +64,7 @@ class DeploymentPlan:
 
     @property
     def fits(self) -> bool:
-        """Nothing is known to be too small."""
+        """True unless a given GPU is too small."""
         return self.fit is None or self.fit.left >= 0
 
 
@@ -88,8 +88,8 @@ def plan_deployment(
     """Plan for one of ``size`` (a preset), ``model`` (a folder) or ``bundle``; without ``gpu``, bytes only.
 
     ``heads``: ``own``, ``shared`` or ``pruned:TOKENS`` (default: the bundle's, else ``shared``). ``context``: tokens in each
-    slot when speed is estimated (default: half the capacity). ``acceptance``: a mean acceptance length that was measured;
-    without it no Medusa speed is named. ``reserve``: bytes of the GPU left to others, an assumption.
+    slot of the estimated steps (default: half the capacity). ``acceptance``: a measured mean acceptance length; without it the
+    plan names no Medusa speed. ``reserve``: bytes of the GPU left to others, an assumption.
 
     Raises:
         UsageError: an unknown size, GPU, precision or form of heads, or a number out of range.
@@ -149,10 +149,10 @@ def _head_config(source: Source, form: str | None, num_heads: int, kind: HeadKin
     forms: dict[str, Projection] = {"own": "own", "shared": "shared", "pruned": "pruned"}
     if name not in forms or (name == "pruned") != bool(tokens):
         raise UsageError(f"unknown heads {form!r}", hint="own, shared, or pruned:TOKENS such as pruned:8192")
-    if num_heads < 1 or (tokens and not (tokens.isdecimal() and 1 <= int(tokens) <= shape.vocab)):
-        asked = f"{num_heads} heads over {tokens or shape.vocab} tokens"
-        raise UsageError(asked, hint=f"1 head or more, up to {shape.vocab} tokens")
-    return HeadConfig(kind, num_heads, 1, shape.hidden, int(tokens or shape.vocab), forms[name])
+    if num_heads < 1 or (tokens and not (tokens.isdecimal() and 1 <= int(tokens) <= shape.vocab_size)):
+        asked = f"{num_heads} heads over {tokens or shape.vocab_size} tokens"
+        raise UsageError(asked, hint=f"1 head or more, up to {shape.vocab_size} tokens")
+    return HeadConfig(kind, num_heads, 1, shape.hidden_size, int(tokens or shape.vocab_size), forms[name])
 
 
 def _limits(source: Source, capacity: int | None, batch: int | None, rows: tuple[int, ...]) -> Limits:
@@ -205,7 +205,7 @@ def _on_gpu(plan: DeploymentPlan, source: Source, heads: Heads, gpu: Gpu, accept
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to ``most`` that fits, 0 where none does; whatever is below one that fits, fits."""
+    """Find the largest number up to ``most`` that fits, 0 if none does. Every number below one that fits must fit."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2

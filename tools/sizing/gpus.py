@@ -1,9 +1,9 @@
-"""GPUs as data, figures as NVIDIA publishes them: nothing here was measured.
+"""Lists GPUs as data, with the figures that NVIDIA publishes: nothing here was measured.
 
-``source`` says where NVIDIA publishes a row's figures: ``wp`` in an architecture's white paper, ``ds`` in the product's data
-sheet. The table was written down by hand, not generated from those documents: check a row against its source before money
-depends on it. Rates of tensor cores are dense, fp16 with fp32 sums; a data sheet's figure "with sparsity" is halved (quartered,
-where it is the fp8 one). None: not published in this form.
+``source`` names the publication of a row's figures: ``wp`` an architecture's white paper, ``ds`` the product's data sheet. The
+table was written down by hand, not generated from those documents: check a row against its source before money depends on it.
+Rates of tensor cores are dense, fp16 with fp32 sums. A data sheet's figure "with sparsity" is halved, its fp8 figure quartered.
+None: not published in this form.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from .model_sizes import look_up
 
-# What TensorRT-RTX 1.7 builds for without the GPU; the test of the adapter compares.
+# Targets that TensorRT-RTX 1.7 builds for without the GPU; the test of the adapter compares them.
 AHEAD_OF_TIME = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """``memory_gb``: as it is sold, ``shared`` with the CPU or not; ``bandwidth``: GB/s; ``fp16``: TFLOPS; ``int8``: TOPS."""
+    """A GPU. ``memory_gb``: as sold, ``shared`` with the CPU or not; ``bandwidth``: GB/s; ``fp16``: TFLOPS; ``int8``: TOPS."""
 
     name: str
     target: str
@@ -31,7 +31,7 @@ class Gpu:
 
     @property
     def memory_bytes(self) -> int:
-        """GB read as 10⁹ bytes, which errs on the safe side: a part of what is sold goes to ECC and the driver."""
+        """Memory in bytes. Takes a GB for 10⁹ bytes, to be on the safe side: ECC and the driver take a part of what is sold."""
         return self.memory_gb * 10**9
 
 
@@ -95,10 +95,10 @@ GPUS = (
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of a name or a part of it: ``RTX 4090``, ``4090``, ``NVIDIA GeForce RTX 4090``, ``orin nx 16gb``.
+    """Find a GPU by its name or a part of it: ``RTX 4090``, ``4090``, ``NVIDIA GeForce RTX 4090``, ``orin nx 16gb``.
 
     Raises:
-        UsageError: none, or more than one (``a100``); with the nearest names.
+        UsageError: no GPU or several (``a100``) have the name; with the nearest names.
     """
     found = look_up(name, {gpu.name: gpu.name for gpu in GPUS}, "GPU", ("rtx", "jetson"))
     return next(gpu for gpu in GPUS if gpu.name == found)

@@ -1,10 +1,10 @@
-"""What ``plan`` plans for: a known size, a model's folder or a bundle, as weights by part and limits to start with."""
+"""Reads the subject of a plan (a known size, a model's folder or a bundle) as weights by part, with limits to start from."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """``kind``: ``size``, ``model`` or ``bundle``. ``heads``: a bundle's own, else None. ``argument``: as commands name it."""
+    """The subject of a plan.
+
+    ``kind``: ``size``, ``model`` or ``bundle``. ``argument``: its name in commands. ``heads``: a bundle's own heads, else None.
+    """
 
     kind: str
     name: str
@@ -30,7 +33,7 @@ class Source:
 
 
 def source_of_size(name: str) -> Source:
-    """A preset.
+    """Take a preset.
 
     Raises:
         UsageError: no such size.
@@ -41,7 +44,7 @@ def source_of_size(name: str) -> Source:
 
 
 def source_of_model(folder: Path) -> Source:
-    """A folder or GGUF file that export reads: its config decides, its weights stay on disk.
+    """Read a folder or GGUF file that export reads. Its config decides; its weights stay on disk.
 
     Raises:
         CheckpointError, UnsupportedArchitectureError: no such model, or one that can't be exported.
@@ -56,18 +59,13 @@ def source_of_model(folder: Path) -> Source:
 
     config = load_config(folder, 1)
     module = empty_module(config)
-    facts = backbone_shape(module)
+    backbone_sizes = backbone_shape(module)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     shape = ModelShape(
-        facts.layers,
-        facts.hidden_size,
-        int(getattr(config, "intermediate_size", 4 * facts.hidden_size)),
-        facts.attention_heads,
-        facts.kv_heads,
-        facts.head_dim,
-        facts.vocab_size,
-        facts.max_position,
-        module.get_input_embeddings().weight is module.get_output_embeddings().weight,
+        **asdict(backbone_sizes),
+        intermediate_size=int(getattr(config, "intermediate_size", 4 * backbone_sizes.hidden_size)),
+        max_position=int(config.max_position_embeddings),
+        tied=module.get_input_embeddings().weight is module.get_output_embeddings().weight,
         window=int(window or 0),
     )
     tables = {id(module.get_input_embeddings().weight), id(module.get_output_embeddings().weight)}
@@ -83,11 +81,11 @@ def source_of_model(folder: Path) -> Source:
     large = backbone.parameters > 5 * 10**9
     rows, chunk = LARGE if large else EDGE
     limits = Limits(min(4096 if large else 2048, positions(shape)), 1, rows[-1], chunk)
-    return Source("model", f"{folder} ({facts.architecture})", str(folder), backbone, limits.at(), rows)
+    return Source("model", f"{folder} ({shape.architecture})", str(folder), backbone, limits.at(), rows)
 
 
 def source_of_bundle(folder: Path) -> Source:
-    """A bundle: what its standard graph holds, with its own heads and limits.
+    """Read a bundle: the tensors of its standard graph, its own heads and limits.
 
     Raises:
         BundleError: no bundle.
@@ -119,12 +117,11 @@ def source_of_bundle(folder: Path) -> Source:
 
 
 def _bundle_backbone(manifest: Manifest, step: Mapping[str, tuple[int, ...]], config: HeadConfig) -> Backbone:
-    """The graph's tensors less those of the heads. Tensors lose their names when constants are folded, not their sizes.
+    """Subtract the heads' tensors from the graph's: folded constants lose their names, but not their sizes.
 
-    A tied projection that was folded into a matrix of its own is one: the plan is for what the graph holds.
+    A tied projection that was folded into its own matrix counts as its own: the plan is for the tensors of the graph.
     """
-    facts = manifest.backbone
-    hidden, vocab = facts.hidden_size, facts.vocab_size
+    hidden, vocab = manifest.backbone.hidden_size, manifest.backbone.vocab_size
     tables = [dims for dims in step.values() if sorted(dims) == sorted((vocab, hidden))]
     own = config.num_heads if config.projection == "own" and config.draft_vocab_size == vocab else 0
     tied = len(tables) - own == 1
@@ -135,17 +132,8 @@ def _bundle_backbone(manifest: Manifest, step: Mapping[str, tuple[int, ...]], co
     head_weights = heads.blocks + heads.projections
     other = (max(dims) for dims in step.values() if len(dims) == 2 and not {vocab, config.draft_vocab_size} & set(dims))
     intermediate = max(other, default=0)
-    shape = ModelShape(
-        facts.layers,
-        hidden,
-        intermediate,
-        facts.attention_heads,
-        facts.kv_heads,
-        facts.head_dim,
-        vocab,
-        manifest.limits.capacity,
-        tied,
-    )
+    capacity = manifest.limits.capacity
+    shape = ModelShape(**asdict(manifest.backbone), intermediate_size=intermediate, max_position=capacity, tied=tied)
     norm, table = Weights(others=hidden), matrix(vocab, hidden)
     tables_in_graph = 1 if tied else 2
     layers = Weights(
@@ -157,12 +145,12 @@ def _bundle_backbone(manifest: Manifest, step: Mapping[str, tuple[int, ...]], co
 
 
 def positions(shape: ModelShape) -> int:
-    """The largest capacity: trained positions, within the attention window if there is one."""
+    """Largest capacity: the trained positions, within the attention window if there is one."""
     return min(shape.max_position, shape.window or shape.max_position)
 
 
 def _weights(dims: tuple[int, ...]) -> Weights:
-    """Elements of one tensor; the output channels of a matrix are taken to be its first axis."""
+    """Count the elements of one tensor; the first axis of a matrix is taken for its output channels."""
     if len(dims) == 2:
         return matrix(*dims)
     size = 1
@@ -172,7 +160,7 @@ def _weights(dims: tuple[int, ...]) -> Weights:
 
 
 def _tensors(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a graph's floating-point tensors, one name for each place in the weights; no data are read."""
+    """Read names and shapes of a graph's floating-point tensors, one name for each place in the weights, without their data."""
     import onnx
 
     graph: Any = onnx.load(path, load_external_data=False).graph

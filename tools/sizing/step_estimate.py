@@ -1,4 +1,4 @@
-"""What a step costs at least on a GPU, from bytes and products alone: a roofline over published figures, not a measurement."""
+"""Bounds the time of a step on a GPU from below: a roofline of bytes and products over published figures, no measurement."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from .gpus import Gpu
 class StepEstimate:
     """One step of all slots: ``rows`` a slot, bytes that memory delivers, floating-point operations, seconds at least.
 
-    ``bound``: ``bandwidth``, or ``compute`` where the products take longer. ``ratio``: to the plain step; it is also the mean
-    acceptance length from which Medusa pays. ``tokens_per_second``: of all slots, where the acceptance length is known.
+    ``bound``: ``bandwidth``, or ``compute`` where the products take longer. ``ratio``: the step's time over the plain step's,
+    which is also the mean acceptance length from which Medusa pays. ``tokens_per_second``: of all slots, where the acceptance
+    length is known.
     """
 
     rows: int
@@ -40,15 +41,15 @@ class HeadsEstimate:
 def estimate_step(
     backbone: Backbone, heads: Heads | None, gpu: Gpu, *, precision: str, rows: int, batch: int, context: int
 ) -> StepEstimate:
-    """A step of ``rows`` rows over ``batch`` slots that hold ``context`` tokens each; ``heads`` None: plain decoding.
+    """Estimate a step of ``rows`` rows over ``batch`` slots that hold ``context`` tokens each; ``heads`` None: plain decoding.
 
-    Memory delivers every weight but the embedding once, the tokens' keys and values, and takes the new ones; heads run at
-    one row a slot. Products are in fp16 in both precisions: weights in int8 are widened first.
+    Memory delivers every weight except the embedding once, and the tokens' keys and values; it takes the new keys and values.
+    Heads run at one row a slot. Products are in fp16 in both precisions: int8 weights are widened first.
     """
     shape, token = backbone.shape, cache_bytes_per_token(backbone.shape)
     nbytes = backbone.read(precision) + batch * (context + rows) * token
     products = backbone.layers.matrices + backbone.projection.parameters
-    products += 2 * shape.layers * shape.heads * shape.head_dim * context
+    products += 2 * shape.layers * shape.query_size * context
     flops = 2 * batch * rows * products
     if heads is not None:
         nbytes += heads.read(backbone, precision)
@@ -62,8 +63,8 @@ def estimate_step(
 def compare_heads(
     backbone: Backbone, config: HeadConfig, gpu: Gpu | None, *, precision: str, rows: int, batch: int, context: int
 ) -> tuple[HeadsEstimate, ...]:
-    """As many heads as ``config`` has with each form of projection: own, shared, and pruned (8192 tokens if ``config`` isn't)."""
-    vocab = backbone.shape.vocab
+    """Compare the forms of projection for the heads of ``config``: own, shared, and pruned (8192 tokens if ``config`` isn't)."""
+    vocab = backbone.shape.vocab_size
     draft = config.draft_vocab_size if config.projection == "pruned" else min(8192, vocab)
     forms: tuple[tuple[Projection, int], ...] = (("own", vocab), ("shared", vocab), ("pruned", draft))
     found = []

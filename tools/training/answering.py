@@ -1,4 +1,4 @@
-"""A backbone answers prompts for training, into a work folder whose parts the next run takes up again."""
+"""Lets a backbone answer prompts for training, into a work folder whose parts the next run takes up again."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _CAPACITY = 2048
 
 @dataclass(frozen=True, slots=True)
 class AnswerPlan:
-    """Who answers what. ``prompts`` and ``heldout`` None take the prompts that come with the package.
+    """Settings of answering. ``prompts`` and ``heldout`` None take the prompts that come with the package.
 
-    ``self_prompts``: how many more the backbone tries to write. ``temperatures``: one answer to each training prompt at each; 0
-    is greedy, as held-out answers always are. ``slots``: answers generated at a time. ``device``: on a CPU the runtime answers,
-    elsewhere torch.
+    ``self_prompts``: the number of prompts that the backbone tries to write besides. ``temperatures``: each training prompt is
+    answered once at each; 0 is greedy, as held-out answers always are. ``slots``: answers generated at a time. ``device``: on a
+    CPU the runtime answers, elsewhere torch.
     """
 
     model: Path
@@ -37,21 +37,21 @@ class AnswerPlan:
 
 
 class Backbone(NamedTuple):
-    """What answers, and what makes token ids of its prompts."""
+    """``answerer`` answers prompts; ``encoder`` makes token ids of them."""
 
     answerer: Answerer
     encoder: PromptEncoder
 
 
 class Answered(NamedTuple):
-    """``prompts``: of each part, one for each of its questions. ``tokens``: how many were answered in each part."""
+    """By part (``train``, ``heldout``): its ``prompts``, one for each question, and the number of ``tokens`` answered."""
 
     prompts: dict[str, list[list[int]]]
     tokens: dict[str, int]
 
 
 def claim(plan: AnswerPlan) -> None:
-    """A work folder belongs to one model: refuse to mix its answers with another's.
+    """Mark the work folder as this model's, and refuse to mix its answers with another's.
 
     Raises:
         TrainingError: it belongs to another one.
@@ -67,7 +67,7 @@ def claim(plan: AnswerPlan) -> None:
 
 
 def open_backbone(plan: AnswerPlan, heads: Path | None = None) -> Backbone:
-    """The model, with the adapter of ``heads`` merged if they are given, ready to answer many prompts at a time."""
+    """Open the model, with the adapter of ``heads`` merged if they are given, ready to answer many prompts at a time."""
     return _in_runtime(plan, heads) if plan.device == "cpu" else _in_torch(plan, heads)
 
 
@@ -85,7 +85,7 @@ def answer_prompts(backbone: Backbone, plan: AnswerPlan) -> Answered:
 
 
 def answer_heldout(backbone: Backbone, plan: AnswerPlan, folder: str) -> None:
-    """Greedy answers to the held-out prompts in another folder of the work folder, made anew."""
+    """Answer the held-out prompts greedily into another folder of the work folder, made anew."""
     import shutil
 
     from ...calibration.answers.distill import GREEDY
@@ -122,7 +122,7 @@ def _lines(plan: AnswerPlan, part: str) -> list[PromptLine]:
 
 
 def _self_written(backbone: Backbone, plan: AnswerPlan) -> list[PromptLine]:
-    """Prompts that the backbone wrote, none of them a held-out one."""
+    """Read the prompts that the backbone wrote, or let it write them; none of them is a held-out one."""
     from ...calibration.answers.self_prompts import write_self_prompts
     from ...runtime.text.prompts import read_prompts
     from ..console import Progress
@@ -141,7 +141,7 @@ def _self_written(backbone: Backbone, plan: AnswerPlan) -> list[PromptLine]:
 
 
 def _in_runtime(plan: AnswerPlan, heads: Path | None) -> Backbone:
-    """A bundle in the work folder. One with ``heads`` is exported anew: they may be other ones than before."""
+    """Open a bundle in the work folder. One with ``heads`` is exported anew: they may be other ones than before."""
     from ...calibration.answers.distill import RuntimeAnswerer
     from ...export.exporter import export_bundle
     from ...runtime.session import load
@@ -150,9 +150,7 @@ def _in_runtime(plan: AnswerPlan, heads: Path | None) -> Backbone:
     bundle = plan.work / ("backbone" if heads is None else "tuned-bundle")
     if heads is not None or not bundle.exists():
         with Progress("exporting") as progress:
-            export_bundle(
-                plan.model, heads, bundle, batch=plan.slots, capacity=_CAPACITY, force=True, report=progress.phase
-            )
+            export_bundle(plan.model, heads, bundle, batch=plan.slots, capacity=_CAPACITY, force=True, report=progress.phase)
     session = load(bundle, slots=plan.slots, variant="cpu")
     return Backbone(RuntimeAnswerer(session), session.encoder)
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..verbs.train import TREE_ROWS, measure_heads
+from .hit_rates import TREE_ROWS, measure_heads
 
 if TYPE_CHECKING:
     from ...calibration.training.finetune import FinetuneConfig, StepReport, Tuned
@@ -32,11 +32,11 @@ def train_backbone(
 ) -> dict[str, Any]:
     """Train an adapter and heads that begin as ``heads`` into ``output``; return the report that is stored with them.
 
-    As much of what was learnt is kept as raises the perplexity of the backbone's own answers to training prompts by no more than
-    ``quality_budget``.
+    The training answers are the original backbone's, as in the first stage. Of what was learnt, a share is kept: the largest
+    one that raises the perplexity of the backbone's own answers to training prompts by no more than ``quality_budget``.
 
-    The training answers are the original backbone's, as in the first stage. Hits are counted on what the tuned backbone answers
-    to the held-out prompts, as an engine with the adapter merged answers them; those before, on the backbone's own answers.
+    Hits are counted on the tuned backbone's answers to the held-out prompts, as an engine with the adapter merged gives them. The
+    hits before are counted on the backbone's own answers.
 
     Raises:
         TrainingError: no data, a work folder of another run, heads that already have an adapter, or a loss that diverged.
@@ -64,7 +64,7 @@ def train_backbone(
     backbone = open_backbone(plan)
     encoder = backbone.encoder
     answered = answer_prompts(backbone, plan)
-    del backbone  # what it takes to answer many prompts at a time is large
+    del backbone  # answering many prompts at a time takes much memory
     own = answers_in_order(plan.work / "heldout")
     texts = {
         "prose": [(tokens, 1) for tokens in heldout_prose(encoder)],
@@ -110,7 +110,7 @@ def train_backbone(
 
 
 def quality_table(report: dict[str, Any]) -> str:
-    """Perplexities of backbone and tuned backbone."""
+    """Table of the perplexities of backbone and tuned backbone."""
     from ..console import table
 
     quality = report["quality"]
@@ -125,7 +125,9 @@ def quality_table(report: dict[str, Any]) -> str:
 def _within_budget(
     module: Any, start: HeadSet, tuned: Tuned, judged: list[tuple[list[int], int]], budget: float, device: str
 ) -> tuple[Tuned, float]:
-    """As much of ``tuned`` as raises the perplexity of ``judged`` by no more than ``budget``, and its share; ``module`` follows.
+    """Keep the share of ``tuned`` that raises the perplexity of ``judged`` by no more than ``budget``. Returns both.
+
+    ``module`` follows.
 
     Raises:
         TrainingError: that is nearly nothing.
@@ -153,9 +155,9 @@ def _within_budget(
 
 
 def _judged(plan: AnswerPlan, prompts: list[list[int]]) -> list[tuple[list[int], int]]:
-    """Training answers that say how much of the adapter to keep: some of those at the lowest temperature.
+    """Training answers that decide how much of the adapter to keep: some of those at the lowest temperature.
 
-    ``prompts``: one for each question; a temperature's questions follow those of the one before.
+    ``prompts`` has one for each question; a temperature's questions follow those of the one before.
     """
     from ...calibration.answers.answers import iter_shards
 
@@ -171,7 +173,7 @@ def _judged(plan: AnswerPlan, prompts: list[list[int]]) -> list[tuple[list[int],
 
 
 def _perplexities(module: Any, texts: Mapping[str, list[tuple[list[int], int]]], device: str) -> dict[str, float]:
-    """Perplexity of each kind of text that there is; ``module`` comes back to the CPU."""
+    """Perplexity of each kind of text that there is. ``module`` comes back to the CPU."""
     from ...calibration.training.quality import perplexity
 
     module.to(device)

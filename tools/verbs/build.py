@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The verb."""
+    """Build the engines, or say what would be built."""
     from ...export.engines.build import build_engines, plan_engines
     from ...export.engines.options import EngineOptions
     from ...export.quantise.w8a8 import Int8Options
@@ -127,7 +127,7 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _check_before_export(args: argparse.Namespace, options: EngineOptions) -> None:
-    """What is wrong with a target or feature is said before minutes of export."""
+    """Refuse a wrong target or feature now, before minutes of export."""
     from ...export.engines.build import check_engines
     from ...runtime.files.bundle import refuse_existing
     from ..extras import quiet_libraries, require
@@ -161,20 +161,20 @@ def _dry_run_of_model(args: argparse.Namespace, options: EngineOptions, model: d
 
 
 class _Shown:
-    """Phase, profile and remaining time of a build, on the progress line."""
+    """Shows phase, profile and remaining time of a build on the progress line."""
 
     def __init__(self, progress: Any) -> None:
         self._progress = progress
         self.report("starting")
 
     def report(self, phase: str) -> None:
-        """A new piece of work."""
+        """Begin a new piece of work."""
         self._progress.phase(phase)
         self._started = time.monotonic()
         self._done, self._changed = 0, self._started
 
     def advance(self, phase: str, done: int, total: int) -> bool:
-        """A profile takes about as long as the one before: the builder says nothing in between."""
+        """Estimate the remaining time: a profile takes as long as the one before. The builder says nothing in between."""
         from ..console import human_seconds
 
         now = time.monotonic()
@@ -193,7 +193,7 @@ class _Shown:
 
 
 def report_text(built: list[dict[str, Any]]) -> str:
-    """What was built, for a person."""
+    """Describe what was built."""
     from ..console import human_bytes, human_seconds, table
 
     rows = []
@@ -207,7 +207,7 @@ def report_text(built: list[dict[str, Any]]) -> str:
 
 
 def plan_text(plan: EnginePlan) -> str:
-    """What would be built, for a person."""
+    """Describe what would be built."""
     from ..console import facts, human_bytes, table
 
     rows = [
@@ -226,7 +226,7 @@ def plan_text(plan: EnginePlan) -> str:
 
 
 def model_plan_text(plan: ExportPlan, output: Path, targets: list[str], options: EngineOptions) -> str:
-    """What would be exported and then built, for a person."""
+    """Describe what would be exported and then built."""
     from ..console import facts, human_bytes
 
     return facts(

@@ -1,172 +1,17 @@
-"""``medusa-deploy compare``: what a variant, a quantised one for instance, lost against a reference, and what it won."""
+"""``medusa-deploy compare``: what a variant, a quantised one for instance, loses against a reference, and what it wins."""
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from ...runtime.session import Session
-    from ..compare.paired_runs import Decoded
-    from ..console import Progress
+from ..compare.budget import QualityBudget
 
 HELP = "quality and speed of one bundle or variant against a reference"
 
-_PROSE_ROWS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class QualityBudget:
-    """What B may lose against A: perplexity may rise by so many percent, and mean acceptance length fall to this share.
-
-    A divergence of B's speculative from its plain decoding that rounding doesn't explain is never within it.
-    """
-
-    max_perplexity_increase: float = 2.0
-    min_acceptance_ratio: float = 0.98
-
-
-def compare(
-    a: Session,
-    b: Session,
-    prompts: Sequence[list[int]],
-    *,
-    prose: Sequence[list[int]] = (),
-    max_new_tokens: int = 64,
-    rows: int | None = None,
-    tolerance: float | None = None,
-    budget: QualityBudget | None = None,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Measure ``b`` against ``a``: two sessions of the CPU with one vocabulary.
-
-    Both answer the prompts greedily, up to ``max_new_tokens`` or the end of the sequence; A's answers and the ``prose`` are then
-    read by both. ``rows``: of the steps whose acceptance is counted (None: as many as A's tree has, as far as both take them).
-    ``tolerance``: as in ``verify``. ``threads``: of the engines that compute layers. The report's keys are in docs/compare.md.
-
-    Raises:
-        VocabularyMismatchError: tokens of the one aren't those of the other.
-        CapacityError: a prompt and its answer don't fit into a slot of both, or ``rows`` into a step.
-        UsageError: nothing to measure.
-        MissingDependencyError: onnx, which reads the graphs, isn't installed.
-    """
-    from ..compare.paired_hits import paired_hits
-    from ..compare.paired_runs import TURNS, acceptance, greedy_agreement, take_turns
-    from ..extras import require
-    from ..measure.agreement import Agreement
-    from ..measure.layer_errors import layer_errors
-
-    require("calibrate")
-    sessions = {"a": a, "b": b}
-    rows = _check(sessions, prompts, max_new_tokens, rows)
-    bar = progress or _silent()
-    bar.phase("decoding", len(prompts) * len(sessions) * TURNS)
-    sides = take_turns(sessions, prompts, rows=rows, max_new_tokens=max_new_tokens, tolerance=tolerance, progress=bar.update)
-    speed = _speed(sides)  # which refuses prompts that nothing was answered to
-    pairs = list(zip(prompts, sides["a"].answers, strict=True))
-    bar.phase("reading answers with heads", len(pairs) * len(sessions))
-    hits = paired_hits(sessions, pairs, bar.update)
-    texts = [([*prompt, *answer], len(prompt)) for prompt, answer in pairs]
-    most = min(session.manifest.limits.capacity for session in sessions.values())
-    pieces = [(text[start : start + most], 1) for text in prose for start in range(0, len(text), most)]
-    agreements = {}
-    # A variant that quantises activations as it runs predicts otherwise in larger steps: answers are read as they are decoded.
-    for name, part, most_rows in (("answers", texts, 1), ("prose", pieces, _PROSE_ROWS)):
-        bar.phase(f"reading {name}", len(part))
-        agreement = Agreement(a, b, most_rows)
-        for done, (text, given) in enumerate(part, 1):
-            agreement.read(text, given)
-            bar.update(done)
-        agreements[name] = agreement.report() if part else None
-    bar.phase("layers", 2)
-    report: dict[str, Any] = {
-        "prompts": len(prompts),
-        "max_new_tokens": max_new_tokens,
-        "rows": rows,
-        **agreements,
-        "greedy": greedy_agreement(sides["a"], sides["b"], prompts, max_new_tokens),
-        "heads": hits,
-        "acceptance": acceptance(sides["a"], sides["b"]),
-        "exactness": {name: side.exactness() for name, side in sides.items()},
-        "layers": layer_errors(a, b, [text for text, _ in texts], threads, bar.update),
-        "speed": speed,
-        "size": _sizes(sessions),
-    }
-    return {"verdict": judge(report, budget or QualityBudget()), **report}
-
-
-def judge(report: Mapping[str, Any], budget: QualityBudget) -> dict[str, Any]:
-    """Whether a report is within a budget, check by check. Perplexity is that of answers or of prose, whichever rose more."""
-    read = [report[name] for name in ("answers", "prose") if report[name] is not None]
-    increases = [part["perplexity"]["increase_percent"] for part in read]
-    increase = max(increases, key=lambda found: (math.isnan(found), found))
-    ratio, unexplained = report["acceptance"]["ratio"], report["exactness"]["b"]["unexplained"]
-    checks = [
-        ("perplexity_increase_percent", increase, budget.max_perplexity_increase, increase <= budget.max_perplexity_increase),
-        ("acceptance_ratio", ratio, budget.min_acceptance_ratio, ratio >= budget.min_acceptance_ratio),
-        ("unexplained_divergences", unexplained, 0, unexplained == 0),
-    ]
-    named = [dict(zip(("name", "value", "limit", "passed"), check, strict=True)) for check in checks]
-    return {"passed": all(check["passed"] for check in named), "checks": named}
-
-
-def _check(sessions: Mapping[str, Session], prompts: Sequence[list[int]], max_new_tokens: int, rows: int | None) -> int:
-    """Refuse before the first step what would fail later; the number of rows to count acceptance with."""
-    from ...runtime.errors import CapacityError, UsageError, VocabularyMismatchError
-    from ..prompt_source import check_room
-
-    vocabularies = [session.manifest.backbone.vocab_size for session in sessions.values()]
-    tokenizers = [
-        session.manifest.files[session.manifest.text.tokenizer].sha256
-        for session in sessions.values()
-        if session.manifest.text.tokenizer is not None
-    ]
-    if len(set(vocabularies)) > 1 or len(set(tokenizers)) > 1:
-        sizes = " and ".join(map(str, vocabularies))
-        what = f"vocabularies of {sizes} tokens" if len(set(vocabularies)) > 1 else f"other tokenizers for their {sizes} tokens"
-        raise VocabularyMismatchError(
-            f"the bundles have {what}", hint="compare bundles of one model: the same checkpoint with other weights or types"
-        )
-    if not prompts or max_new_tokens < 2:
-        raise UsageError(f"{len(prompts)} prompts, {max_new_tokens} tokens", hint="at least 1 prompt and 2 tokens")
-    for session in sessions.values():
-        check_room(session, list(prompts), max_new_tokens)
-    most = min(session.max_rows for session in sessions.values())
-    if rows is not None and not 1 <= rows <= most:
-        raise CapacityError(f"{rows} rows, the bundles take 1 to {most}", hint="give other --rows")
-    return min(next(iter(sessions.values())).tree.rows, most) if rows is None else rows
-
-
-def _silent() -> Progress:
-    import io
-
-    from ..console import Progress
-
-    return Progress("compare", stream=io.StringIO())
-
-
-def _speed(sides: Mapping[str, Decoded]) -> dict[str, Any]:
-    """Of both, and B's rates as a share of A's."""
-    each = {name: side.speed() for name, side in sides.items()}
-    ratios = {f"{way}_ratio": each["b"][way]["tokens_per_s"] / each["a"][way]["tokens_per_s"] for way in ("plain", "medusa")}
-    return {**each, **ratios}
-
-
-def _sizes(sessions: Mapping[str, Session]) -> dict[str, Any]:
-    from ..environment import variant
-    from ..measure.variant_size import variant_size
-
-    each = {name: variant_size(session.bundle, str(variant(session))) for name, session in sessions.items()}
-    return {**each, "ratio": each["b"]["bytes"] / each["a"]["bytes"]}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Declare the verb's options."""
     from ..console import add_json_argument, non_negative, positive_int
     from ..prompt_source import add_prompt_arguments
 
@@ -206,9 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare, print the table, write the reports; 1 when B is over its budget."""
+    """Compare, print the table, write the reports. Returns 1 when B is over its budget."""
     from ...runtime import load
     from ...runtime.files.bundle import refuse_existing, write_whole
+    from ..compare.comparison import compare
     from ..compare.page import page
     from ..compare.table import describe
     from ..console import STDOUT, Progress, emit

@@ -25,15 +25,15 @@ _DRAFTED, _DIM, _RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 def demo(root: Path, *, heads: Path | None = None, output: Path | None = None, screen: TextIO | None = None) -> dict[str, Any]:
     """Set up below ``root/build`` what isn't there, generate live, bench and verify; reports go to ``output``.
 
-    ``heads``: None takes the repository's own. At the end a variant in 8 bits is made, and what suits this machine recommended.
-    Returns the reports, under ``bench``, ``verify`` and ``recommend``.
+    ``heads`` None takes the repository's own. At the end a variant in 8 bits is made, and the variant that suits this machine is
+    recommended. Returns the reports, under ``bench``, ``verify`` and ``recommend``.
 
     Raises:
         DeployError: the model can't be fetched, exported or run.
     """
     from ...runtime.session import load
     from ..console import Progress
-    from ..demo_bundle import HEADS, INT8, ensure_bundle, ensure_int8
+    from ..making.demo_bundle import HEADS, INT8, ensure_bundle, ensure_int8
 
     with Progress("setting up") as bar:
         bundle = ensure_bundle(root / "build", heads or root / HEADS, bar)
@@ -50,9 +50,10 @@ def show(session: Session, lines: Sequence[PromptLine], output: Path, screen: Te
     """Answer each prompt plainly and with Medusa, live; then bench and verify them, print and write the reports."""
     from ..console import Progress, write_json
     from ..environment import environment
+    from ..exactness.verify import describe as describe_verify, verify
+    from ..measure.bench import bench
+    from ..measure.bench_report import describe as describe_bench
     from ..tree_set import trees_for
-    from .bench import bench, describe as describe_bench
-    from .verify import describe as describe_verify, verify
 
     colour = screen.isatty() and "NO_COLOR" not in os.environ
     for line in lines:
@@ -77,7 +78,7 @@ def show(session: Session, lines: Sequence[PromptLine], output: Path, screen: Te
 
 
 def _recommend(sessions: Mapping[str, Session], lines: Sequence[PromptLine], output: Path, screen: TextIO) -> dict[str, Any]:
-    """Time and judge the variants, print what suits this machine and write why."""
+    """Time and judge the variants, print the one that suits this machine, and write why."""
     from ..console import Progress, write_json
     from ..environment import environment
     from ..measure.recommend import describe, recommend
@@ -104,7 +105,7 @@ def pick_prompts(count: int = PROMPTS) -> list[PromptLine]:
 
 
 def _answer_twice(session: Session, line: PromptLine, screen: TextIO, *, colour: bool) -> None:
-    """One prompt, then its plain and its Medusa answer as they come."""
+    """Print one prompt, then its plain and its Medusa answer as they come."""
     question = line.messages[-1]["content"] if line.messages else line.prompt or ""
     prompt = session.encode(line.request())
     screen.write(f"\n── {line.category or 'prompt'} " + "─" * 60 + f"\n{question}\n")
@@ -121,7 +122,7 @@ def _answer_twice(session: Session, line: PromptLine, screen: TextIO, *, colour:
 
 
 class _Painter:
-    """Writes chunks; with ``colour``, the text of accepted drafted tokens (all of a step's but the last) stands out."""
+    """Writes chunks. With ``colour`` it marks the text of accepted drafted tokens: all of a step's but the last."""
 
     def __init__(self, session: Session, screen: TextIO, *, colour: bool) -> None:
         self._screen = screen
@@ -134,7 +135,7 @@ class _Painter:
         self._screen.flush()
 
     def _painted(self, chunk: Chunk, decoder: Any) -> str:
-        if not chunk.token_ids:  # the end: what was held back comes out
+        if not chunk.token_ids:  # the end: the decoder gives the text that it held back
             return str(decoder.flush())
         last = len(chunk.token_ids) - 1
         shown = [(index, token) for index, token in enumerate(chunk.token_ids) if token not in self._hidden]
@@ -146,7 +147,7 @@ def _styled(text: str, style: str, on: bool) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Declare the verb's options."""
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("build", "demo"), help="folder for the reports (default: %(default)s)"
     )
@@ -156,7 +157,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo in the current folder; 1 when a divergence is unexplained."""
+    """Run the demo in the current folder. Returns 1 when a divergence is unexplained."""
     from ..extras import quiet_libraries, require
 
     require("export")

@@ -1,4 +1,4 @@
-"""``medusa-deploy doctor``: what this machine can run, what is missing, and how to get it."""
+"""``medusa-deploy doctor``: what this machine can run, and how to get what is missing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The verb."""
+    """Diagnose and print. Returns 1 when there are problems."""
     from ..console import emit
 
     report = diagnose()
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def diagnose() -> dict[str, Any]:
-    """Facts, and ``problems``: what keeps the runtime from working here, each with a hint. ``ok`` when there are none."""
+    """Gather facts and ``problems``, which keep the runtime from working here, each with a hint. ``ok`` without any."""
     from ... import __version__
     from ..extras import EXTRAS, install_command, missing, version
     from ..machine import available_cores, core_quota, cpu_features, cpu_model, memory_bytes
@@ -66,7 +66,7 @@ def diagnose() -> dict[str, Any]:
 
 
 def _providers() -> tuple[list[str], str]:
-    """ONNX Runtime's execution providers, or why there are none."""
+    """ONNX Runtime's execution providers, or the reason why there are none."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -96,7 +96,7 @@ def _problems(providers: list[str], failure: str) -> list[dict[str, str]]:
 
 
 def report_text(report: dict[str, Any]) -> str:
-    """The report for a person."""
+    """Write the report for a person."""
     from ..console import facts, human_bytes, table
 
     quota = f", limited to {report['core_quota']:g}" if report["core_quota"] is not None else ""

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The verb."""
+    """Export the bundle, or with ``--dry-run`` print the plan."""
     from ..console import Progress, emit, say
     from ..extras import quiet_libraries, require
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report_text(report: dict[str, Any], output: Path) -> str:
-    """What was measured: one line a variant, then the bundle."""
+    """Describe what was measured: one line a variant, then the bundle."""
     from ..console import human_bytes, human_seconds, table
 
     rows = [
@@ -101,7 +101,7 @@ def report_text(report: dict[str, Any], output: Path) -> str:
 
 
 def plan_text(plan: ExportPlan, output: Path) -> str:
-    """The plan of an export as a list."""
+    """Write the plan of an export as a list."""
     from ..console import facts, human_bytes
 
     heads = f"{plan.num_heads}, {plan.head_parameters:,} parameters" if plan.num_heads else "none"

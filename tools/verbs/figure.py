@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The verb."""
+    """Draw the figure and print it in words."""
     from dataclasses import asdict
 
     from ...runtime.errors import UsageError
@@ -73,7 +73,7 @@ def draw_figure(
     stages: Mapping[Path, int] | None = None,
     force: bool = False,
 ) -> FigureData:
-    """Draw the reports into ``output``, which is written whole or not at all; return what it shows.
+    """Draw the reports into ``output``, which is written whole or not at all. Returns the figure's data.
 
     Raises:
         BundleExistsError: ``output`` exists and ``force`` is false.
@@ -101,7 +101,7 @@ def draw_figure(
 def draw_projected(
     results: Sequence[Path], output: Path, *, labels: Mapping[Path, str] | None = None, force: bool = False
 ) -> ProjectionData:
-    """Draw what reports of ``gpu_check`` project at a published acceptance; else as :func:`draw_figure`.
+    """Draw the projections in reports of ``gpu_check``, at a published acceptance; else as :func:`draw_figure`.
 
     Raises:
         BundleExistsError: ``output`` exists and ``force`` is false.
@@ -121,7 +121,7 @@ def draw_projected(
 
 
 def _kind(output: Path, *, force: bool) -> str:
-    """``svg`` or ``png``, if the file may be written."""
+    """Check that the file may be written. Returns ``svg`` or ``png``."""
     from ...runtime.errors import UsageError
     from ...runtime.files.bundle import refuse_existing
 
@@ -135,7 +135,7 @@ def _kind(output: Path, *, force: bool) -> str:
 def _reports(results: Sequence[Path], hint: str) -> dict[Path, Any]:
     from ...runtime.errors import UsageError
     from ...runtime.files.json_file import read_json_file
-    from ..figure.data import MAX_REPORT_BYTES
+    from ..figure.reports import MAX_REPORT_BYTES
 
     return {path: read_json_file(path, limit=MAX_REPORT_BYTES, error=UsageError, hint=hint) for path in results}
 

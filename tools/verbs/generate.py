@@ -41,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ignore-eos", action="store_true", help="don't end at an end-of-sequence token")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--plain", action="store_true", help="decode without speculation")
-    how.add_argument(
-        "--tree", metavar="TREE", help="the same rows in every step: a tree by name, or a JSON file of choices"
-    )
+    how.add_argument("--tree", metavar="TREE", help="the same rows in every step: a tree by name, or a JSON file of choices")
     how.add_argument("--rows", type=positive_int, metavar="N", help="rows of a step, the root included (default: as many as pay)")
     parser.add_argument("--no-lookup", action="store_true", help="draft from the heads alone, not from what the text repeats")
     add_engine_arguments(parser)
@@ -68,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The verb."""
+    """Generate, print the text as it comes, and sum up on stderr."""
     from ..console import say, write_json
 
     prompt = None if args.token_ids is not None else read_prompt(args.prompt)
@@ -84,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def generate(session: Session, *, write: Callable[[str], object], **options: Any) -> dict[str, Any]:
-    """Generate with :meth:`Session.stream`, hand every piece of text to ``write`` as it comes, and return text and statistics.
+    """Generate with :meth:`Session.stream` and hand every piece of text to ``write`` as it comes. Returns text and statistics.
 
     A bundle without a tokenizer writes token ids, with spaces between them. ``options`` are the fields of ``Request``.
     """
@@ -115,7 +113,7 @@ def generate(session: Session, *, write: Callable[[str], object], **options: Any
 
 
 def summary(report: dict[str, Any]) -> str:
-    """What the generation cost, in one line."""
+    """Describe the cost of the generation in one line."""
     return (
         f"{len(report['token_ids'])} tokens  {report['tokens_per_s']:.1f} tokens/s  "
         f"mean acceptance length {report['mean_acceptance_length']:.2f} over {report['steps']} steps  "
@@ -125,7 +123,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def read_prompt(prompt: str | None, stdin: TextIO | None = None) -> str:
-    """The argument, or stdin for ``-`` and where a pipe stands in for the argument.
+    """Read the prompt: the argument, or stdin for ``-`` and where a pipe stands in for the argument.
 
     Raises:
         PromptError: nothing there, or not UTF-8.
@@ -147,7 +145,7 @@ def read_prompt(prompt: str | None, stdin: TextIO | None = None) -> str:
 
 
 def _options(session: Session, args: argparse.Namespace, prompt: str | None) -> dict[str, Any]:
-    """The fields of the request that the arguments ask for."""
+    """Fields of the request that the arguments ask for."""
     from ...runtime import ROOT_ONLY, Request, SamplingParams
 
     given: dict[str, Any] = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}

@@ -1,4 +1,4 @@
-"""``medusa-deploy inspect``: what a bundle holds, and whether its files are what its manifest says."""
+"""``medusa-deploy inspect``: the contents of a bundle, and whether its files are those of its manifest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The verb."""
+    """Inspect and print."""
     from ..console import emit
 
     report = inspect_bundle(args.bundle, check_hashes=not args.no_hashes)
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def inspect_bundle(bundle: Path | str, *, check_hashes: bool = True) -> dict[str, Any]:
-    """The manifest's facts, with sizes in bytes and trees measured.
+    """Read the manifest's facts; sizes are bytes, and trees are measured.
 
     Raises:
         BundleError, BundleSchemaError, BundleIntegrityError: the bundle can't be used, and why.
@@ -63,7 +63,7 @@ def inspect_bundle(bundle: Path | str, *, check_hashes: bool = True) -> dict[str
 
 
 def _engine(bundle: Bundle, name: str) -> dict[str, Any]:
-    """Of one engine: its record's path, what the record says, and its plans with the bytes of their files and of the plans."""
+    """Describe one engine: its record and its path, and its plans with the bytes of their files and of the plans."""
     from ...runtime.errors import BundleError
     from ...runtime.files.engine_record import check_record_size, parse_engine_record
 
@@ -71,7 +71,7 @@ def _engine(bundle: Bundle, name: str) -> dict[str, Any]:
     try:
         check_record_size(name, files[name].size)
         record = parse_engine_record(bundle.path(name).read_bytes())
-    except BundleError as error:  # the rest of the bundle can be told all the same
+    except BundleError as error:  # the rest of the bundle can be described all the same
         return {"record": name, "unreadable": error.message}
     plans = {}
     for plan in (record.plan, record.heads_plan):
@@ -87,13 +87,11 @@ def cache_bytes(manifest: Manifest) -> int:
     """Bytes of key and value caches that one slot takes."""
     import numpy as np
 
-    backbone = manifest.backbone
-    rows = 2 * backbone.layers * backbone.kv_heads * manifest.limits.cache_rows
-    return rows * backbone.head_dim * np.dtype(manifest.dtype).itemsize
+    return manifest.backbone.cache_bytes(manifest.limits.cache_rows, np.dtype(manifest.dtype).itemsize)
 
 
 def report_text(report: dict[str, Any]) -> str:
-    """The report for a person."""
+    """Write the report for a person."""
     from ..console import facts, human_bytes, table
 
     backbone, heads, limits, text = (report[name] for name in ("backbone", "heads", "limits", "text"))

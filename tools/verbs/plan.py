@@ -1,4 +1,4 @@
-"""``medusa-deploy plan``: which size fits on which GPU, what it takes, how fast it can be at most, and what to run next."""
+"""``medusa-deploy plan``: which size fits on which GPU, its memory, its top speed, and the commands to run next."""
 
 from __future__ import annotations
 
@@ -41,19 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The verb. A plan that doesn't fit ends with 1."""
-    from ..cli import OK, USER_ERROR
+    """Plan and print. Returns 1 when the plan doesn't fit."""
     from ..console import emit
     from ..sizing.deployment import GIB, plan_deployment
 
     if args.list:
         emit(tables_text(), tables(), args.json)
-        return OK
+        return 0
     names = ("size", "model", "bundle", "gpu", "precision", "capacity", "batch", "rows", "heads", "num_heads", "head_kind")
     options = {name: getattr(args, name) for name in (*names, "context", "acceptance")}
     plan = plan_deployment(**options, reserve=int(args.reserve * GIB))
     emit(plan_text(plan), {**asdict(plan), "fits": plan.fits}, args.json)
-    return OK if plan.fits else USER_ERROR
+    return 0 if plan.fits else 1
 
 
 def tables() -> dict[str, object]:
@@ -61,18 +60,19 @@ def tables() -> dict[str, object]:
     from ..sizing.gpus import GPUS
     from ..sizing.model_sizes import PRESETS
 
-    return {"sizes": [asdict(preset) for preset in PRESETS], "gpus": [asdict(gpu) for gpu in GPUS]}
+    return {"sizes": [preset.report() for preset in PRESETS], "gpus": [asdict(gpu) for gpu in GPUS]}
 
 
 def tables_text() -> str:
-    """Both tables for a person."""
+    """Write both tables for a person."""
     from ..console import table
     from ..sizing.gpus import GPUS
     from ..sizing.model_sizes import PRESETS
 
     sizes = [
-        [preset.name, f"{preset.parameters / 1e9:.2f}", shape.layers, shape.hidden, shape.intermediate,
-         f"{shape.heads}/{shape.kv_heads}", shape.head_dim, shape.vocab, shape.window or shape.max_position,
+        [preset.name, f"{preset.parameters / 1e9:.2f}", shape.layers, shape.hidden_size,
+         shape.intermediate_size,
+         f"{shape.attention_heads}/{shape.kv_heads}", shape.head_dim, shape.vocab_size, shape.window or shape.max_position,
          preset.capacity, ",".join(map(str, preset.rows)), " ".join(preset.aliases)]
         for preset in PRESETS for shape in [preset.shape]
     ]  # fmt: skip
@@ -94,7 +94,7 @@ def _rate(value: float | None) -> str:
 
 
 def plan_text(plan: DeploymentPlan) -> str:
-    """The plan for a person."""
+    """Write the plan for a person."""
     from ..console import facts
 
     limits, heads = plan.limits, plan.heads

@@ -4,215 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from ...export.quantise.cpu import CpuPrecision, CpuReport, Made
-    from ...runtime.files.bundle import Bundle
-    from ...runtime.files.scales_file import Scales
-    from ..console import Progress
-    from ..measure.divergence import Divergence
+from ..making.variant import BITS, MOMENT_PROMPTS
 
 HELP = "add a variant of 8-bit or 4-bit weights for the CPU to a bundle"
-BITS = (4, 8, 32)
 BLOCKS = (16, 32, 64, 128)
 ROUNDINGS = ("gptq", "nearest")
-BUDGET_PROMPTS, BUDGET_TOKENS = 6, 48
-MOMENT_PROMPTS, MOMENT_TOKENS = 48, 48
-
-
-def quantise(
-    bundle: Path,
-    scales: Path | None = None,
-    *,
-    name: str | None = None,
-    precision: CpuPrecision | None = None,
-    budget: float | None = None,
-    data: Path | None = None,
-    samples: int | None = None,
-    rounding: str = "gptq",
-    threads: int | None = None,
-    force: bool = False,
-) -> dict[str, Any]:
-    """Quantise the CPU graph of ``bundle`` and add it as the variant ``name`` (None: ``cpu-int8`` or ``cpu-int4``).
-
-    ``scales``: a file that ``calibrate`` wrote; its smoothing is applied. ``rounding`` of 4-bit weights: ``gptq``, for which
-    ``samples`` prompts of ``data`` (None: the package's training prompts) are answered, or to the ``nearest``. ``budget``: the
-    most that the distributions of next tokens may diverge from the CPU graph's, as mean KL in nats; products that spoil most
-    get more bits until it is kept. Returns the report that the verb prints.
-
-    Raises:
-        BundleError, BundleBusyError, BundleExistsError: the bundle can't take the variant.
-        ScalesError, ScalesMismatchError: the scales can't be used, or are another model's.
-        QuantisationError: weights that can't be quantised, or a budget that can't be kept.
-        CalibrationError, PromptError: the data won't do.
-        UsageError: the name, bits or blocks.
-        OutputError: the file system refused.
-    """
-    from ..extras import require
-
-    require("calibrate")
-    from ...export.passes.matmuls import find_products
-    from ...export.passes.screen import load_whole
-    from ...export.quantise.cpu import CpuPrecision, quantise_cpu
-    from ...export.variant import add_variant
-    from ...runtime.files.bundle import locked, open_bundle
-    from ...runtime.files.scales_file import read_scales
-    from ..console import Progress
-
-    precision = precision or CpuPrecision()
-    name = name or f"cpu-int{precision.layers}"
-    with locked(bundle), Progress("load") as bar:
-        opened = open_bundle(bundle)
-        _check(opened, name, precision, force=force)
-        found = None if scales is None else read_scales(scales, opened.manifest)
-        moments = None
-        if precision.layers == 4 and rounding == "gptq":
-            moments = _moments(opened, data, samples or MOMENT_PROMPTS, threads, bar)
-        measured: dict[str, Any] = {}
-        made: Made = {}
-        source = opened.path(opened.manifest.variants["cpu"])
-        if budget is not None:
-            search = _Search(opened, precision, found, moments, made, _divergence(opened, data, threads, bar), bar)
-            kept, measured = search.run(budget)
-            precision = replace(precision, kept=kept)
-        model = load_whole(source)
-        bar.phase("quantise", len(find_products(model)))
-        report = quantise_cpu(model, precision, found, moments, made, bar.update)
-        bar.phase("write")
-        facts = {
-            "source": opened.manifest.files[opened.manifest.variants["cpu"]].sha256,
-            "scales": None if found is None else dict(found.provenance),
-            **_describe(report, precision),
-            **measured,
-        }
-        after = add_variant(opened, name, model, facts)
-    return {"bundle": str(bundle), "variant": name, "file": after.manifest.variants[name], **facts}
-
-
-def _check(bundle: Bundle, name: str, precision: CpuPrecision, *, force: bool) -> None:
-    from ...export.variant import check_variant
-    from ...runtime.errors import QuantisationError, UsageError
-
-    check_variant(bundle.manifest, name, force=force)
-    if "cpu" not in bundle.manifest.variants or bundle.manifest.dtype != "float32":
-        raise QuantisationError(
-            f"the bundle's graphs are in {bundle.manifest.dtype}, the CPU's kernels for few bits take float32",
-            hint="export in fp32: medusa-deploy export … --dtype fp32",
-        )
-    if precision.layers == precision.projection == precision.heads == 32:
-        raise UsageError("nothing is quantised with 32 bits everywhere", hint="give --bits 8 or 4")
-
-
-def _moments(bundle: Bundle, data: Path | None, samples: int, threads: int | None, bar: Progress) -> dict[str, np.ndarray]:
-    from ...calibration.int8.collect import Calibrator
-    from ...calibration.int8.moments import collect_moments
-    from ...calibration.int8.samples import read_samples
-    from ...runtime.session import load
-    from ..prompt_source import check_room, packaged_prompts
-
-    bar.phase("answers for GPTQ", samples)
-    session = load(bundle.folder, threads=threads, check_hashes=False)
-    prompts = read_samples(session, data or packaged_prompts("train"), samples, MOMENT_TOKENS + 1)
-    check_room(session, prompts, MOMENT_TOKENS + 1)
-    texts = []
-    for done, prompt in enumerate(prompts, 1):
-        texts.append([*prompt, *session.generate(token_ids=prompt, max_new_tokens=MOMENT_TOKENS).token_ids])
-        bar.update(done)
-    del session  # its weights leave memory before the calibrator's enter it
-    bar.phase("second moments", len(texts))
-    return collect_moments(Calibrator(bundle, threads), texts, bar.update)
-
-
-def _divergence(bundle: Bundle, data: Path | None, threads: int | None, bar: Progress) -> Divergence:
-    """Of the last prompt of every category in the data: GPTQ sees the first ones."""
-    from ...calibration.int8.samples import categories_in_turn
-    from ...runtime.session import load
-    from ...runtime.text.prompts import read_prompts
-    from ..measure.divergence import Divergence
-    from ..prompt_source import packaged_prompts
-
-    bar.phase("answers for the budget")
-    session = load(bundle.folder, variant="cpu", threads=threads, check_hashes=False)
-    lines = categories_in_turn(read_prompts(data or packaged_prompts("train"))[::-1])[:BUDGET_PROMPTS]
-    return Divergence(session, [session.encode(line.request()) for line in lines], BUDGET_TOKENS, threads)
-
-
-class _Search:
-    """Measures products alone, then all of them with the choice that fits."""
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        precision: CpuPrecision,
-        scales: Scales | None,
-        moments: Mapping[str, np.ndarray] | None,
-        made: Made,
-        divergence: Divergence,
-        bar: Progress,
-    ) -> None:
-        self._source = bundle.path(bundle.manifest.variants["cpu"])
-        self._precision, self._scales, self._moments = precision, scales, moments
-        self._made, self._divergence, self._bar = made, divergence, bar
-
-    def run(self, budget: float) -> tuple[Mapping[str, int], dict[str, Any]]:
-        """Products that keep more bits, and what was measured."""
-        from ...export.passes.matmuls import find_products
-        from ...export.passes.screen import load_whole
-        from ..measure.quantise_budget import HIGHER, Sensitivity, fit_budget
-
-        bits = self._precision.layers
-        products = [product for product in find_products(load_whole(self._source)) if product.layer is not None]
-        self._bar.phase("products alone", len(products))
-        found = {}
-        for done, product in enumerate(products):
-            size = product.shape[0] * product.shape[1] * (HIGHER[bits] - bits) // 8
-            alone = replace(self._precision, layers=32, projection=32, heads=32, kept={product.name: bits})
-            found[product.name] = Sensitivity(self._of(alone), size)
-            self._bar.update(done + 1, f"{product.name}  {found[product.name].divergence:.2g} nats")
-        self._bar.phase("the whole graph")
-        choice = fit_budget(found, bits, budget, lambda kept: self._of(replace(self._precision, kept=kept)))
-        worst = sorted(found.items(), key=lambda item: -item[1].divergence)[:20]
-        return choice.kept, {
-            "budget": budget,
-            "divergence": choice.divergence,
-            "positions": self._divergence.positions,
-            "most_sensitive": {name: entry.divergence for name, entry in worst},
-        }
-
-    def _of(self, precision: CpuPrecision) -> float:
-        from ...export.passes.screen import load_whole
-        from ...export.quantise.cpu import quantise_cpu
-
-        model = load_whole(self._source)
-        quantise_cpu(model, precision, self._scales, self._moments, self._made)
-        return self._divergence.of(model)[0]
-
-
-def _describe(report: CpuReport, precision: CpuPrecision) -> dict[str, Any]:
-    from ...export.quantise.cpu import DEFAULT_BLOCKS
-
-    counts = {str(bits): sum(1 for found in report.bits.values() if found == bits) for bits in BITS}
-    return {
-        "bits": {"layers": precision.layers, "projection": precision.projection, "heads": precision.heads},
-        "blocks": {str(bits): precision.block or block for bits, block in DEFAULT_BLOCKS.items()},
-        "projection_block": precision.projection_block,
-        "rescored": precision.rescored,
-        "products": counts,
-        "kept": dict(precision.kept),
-        "smoothed": len(report.smoothed),
-        "bytes_before": report.before,
-        "bytes_after": report.after,
-        "plain_step_bytes": report.plain,
-    }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Declare the verb's options."""
     from ..console import add_json_argument, non_negative, positive_int
 
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle that the variant is put into")
@@ -250,12 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Quantise, and say what became of the products."""
+    """Quantise, and describe the products."""
     from ..extras import require
 
     require("calibrate")
     from ...export.quantise.cpu import CpuPrecision
     from ..console import emit
+    from ..making.variant import quantise
 
     precision = CpuPrecision(args.bits, args.projection_bits, args.heads_bits, args.block)
     report = quantise(
@@ -275,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report_text(report: Mapping[str, Any]) -> str:
-    """What was made, for a person."""
+    """Describe the variant that was made."""
     from ..console import facts, human_bytes
 
     products = ", ".join(f"{count} in {bits} bits" for bits, count in report["products"].items() if count)

@@ -1,40 +1,32 @@
 """``medusa-deploy train``: heads for a backbone by self-distillation, from prompts to a heads folder.
 
-``--stage 1`` trains heads on the frozen backbone (Medusa-1), ``--stage 2`` the backbone with them (Medusa-2,
-:mod:`.backbone`).
-Three steps, each kept in the work folder and taken up again by the next run: let the backbone answer the prompts
-(:mod:`.answering`), train on the cached hidden states, count hit rates on prompts that training never saw.
+``--stage 1`` trains heads on the frozen backbone (Medusa-1, :mod:`..training.heads`).
+``--stage 2`` trains the backbone with them (Medusa-2, :mod:`..training.backbone`).
+Each stage has three steps: the backbone answers the prompts (:mod:`..training.answering`), training reads the cached hidden
+states, and hit rates are counted on prompts that training never saw. The work folder keeps each step's result for the next run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ...calibration.training.train import TrainConfig
-    from ...runtime.files.heads import HeadSet
-    from ..training.answering import AnswerPlan
+from ..training.heads import FORM
+from ..training.hit_rates import TREE_ROWS
 
 HELP = "train Medusa heads on the backbone's own answers"
-RANKS = 10
-_FORM = ("kind", "num_heads", "num_layers", "draft_vocab_size")
 _CHOICES = {
-    1: (*_FORM, "batch_size"),
+    1: (*FORM, "batch_size"),
     2: ("rank", "alpha", "heads_weight", "batch_tokens", "time_limit", "quality_budget"),
 }
 """Options of one stage alone: fields of its config, and arguments of its function."""
 _SHARED_CHOICES = ("epochs", "learning_rate", "weight_decay", "dropout", "seed")
-TREE_ROWS = 5
-_RATED_PATHS = 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Declare the verb's options."""
     from ..console import add_json_argument, non_negative
 
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of safetensors, or a .gguf file")
@@ -98,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
     from ..console import emit
     from ..training.answering import AnswerPlan
     from ..training.backbone import quality_table, train_backbone
+    from ..training.heads import train
+    from ..training.hit_rates import hit_rate_table
 
     fields = [name for name in AnswerPlan.__dataclass_fields__ if name not in ("work", "seed")]
     work = args.work or args.output.with_name(args.output.name + ".work")
@@ -125,75 +119,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def train(
-    plan: AnswerPlan,
-    output: Path,
-    chosen: Mapping[str, Any],
-    start: Path | None = None,
-    *,
-    tree_rows: int = TREE_ROWS,
-    force: bool = False,
-) -> dict[str, Any]:
-    """Train heads into ``output`` and return the report that is stored with them.
-
-    ``chosen``: fields of :class:`..calibration.train.TrainConfig` that aren't as usual. ``start``: heads to go on from, whose
-    form isn't chosen again.
-
-    Raises:
-        TrainingError: no data, a work folder of another run, or ``start`` has another form than what was chosen, or an adapter.
-        BundleExistsError: the output exists and ``force`` is false.
-        CheckpointError, UnsupportedArchitectureError: the backbone can't be exported.
-    """
-    from ...calibration.training.examples import load_examples
-    from ...calibration.training.train import train_heads
-    from ...export.backbone.backbone import load_module
-    from ...runtime.files.bundle import refuse_existing
-    from ...runtime.files.heads_file import write_heads
-    from ..console import Progress
-    from ..training.answering import answer_prompts, claim, open_backbone
-
-    refuse_existing(output, force=force)
-    before, config = _start(start, chosen)
-    claim(plan)
-    tokens = answer_prompts(open_backbone(plan), plan).tokens
-    backbone = load_module(plan.model, "fp32")
-    with Progress("training") as progress:
-        heads = train_heads(
-            load_examples(plan.work / "train", config.num_heads),
-            backbone.get_input_embeddings().weight.detach(),
-            backbone.get_output_embeddings().weight.detach(),
-            config,
-            start=before,
-            checkpoint=plan.work / f"checkpoint-{config.kind}-{config.num_layers}.pt",
-            device=plan.device,
-            progress=lambda step, total, loss: progress.update(step, note=f"loss {loss:.3f}", total=total),
-        )
-    answers = {part: plan.work / part for part in ("train", "heldout")}
-    report = {
-        "tokens": tokens,
-        "training": asdict(config),
-        "data": {part: json.loads((folder / "data.json").read_text("utf-8")) for part, folder in answers.items()},
-        **measure_heads(heads, answers, backbone, tree_rows, plan.device),
-    }
-    write_heads(heads, output, report, force=force)
-    return report
-
-
-def _start(heads: Path | None, chosen: Mapping[str, Any]) -> tuple[HeadSet | None, TrainConfig]:
-    """Heads to go on from, and the config: their form, if there are any, and what was chosen."""
-    from ...calibration.training.train import TrainConfig
-    from ...export.heads.layouts import read_heads
-    from ...runtime.errors import TrainingError
-
-    if heads is None:
-        return None, TrainConfig(**chosen)
-    read = read_heads(heads)
-    if read.adapter is not None:
-        raise TrainingError(f"{heads} come with an adapter, and belong to the backbone with it", hint="leave --heads out")
-    form = {name: getattr(read.heads.config, name) for name in _FORM}
-    return read.heads, TrainConfig(**{**form, **chosen})
-
-
 def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
@@ -203,45 +128,3 @@ def _temperatures(text: str) -> tuple[float, ...]:
     from ..console import non_negative
 
     return tuple(non_negative(part) for part in text.split(","))
-
-
-def measure_heads(
-    heads: HeadSet, answers: Mapping[str, Path], backbone: Any, tree_rows: int, device: str = "cpu"
-) -> dict[str, Any]:
-    """Hit rates on each folder of answers; paths, scaling and tree from those called ``heldout``.
-
-    ``backbone``: the module whose embeddings the heads use.
-    """
-    from ...calibration.hit_rates import find_hits, platt_scaling
-    from ...calibration.training.examples import load_examples
-    from ...runtime.drafting.hits import path_rates, rank_rates, replayed_acceptance_length
-    from ...runtime.tree import tree_of_paths
-
-    embedding, output_weight = backbone.get_input_embeddings().weight.detach(), backbone.get_output_embeddings().weight.detach()
-    ranks = min(RANKS, heads.config.draft_vocab_size)
-    found = {
-        part: find_hits(heads, load_examples(folder, heads.config.num_heads), embedding, output_weight, ranks, device=device)
-        for part, folder in answers.items()
-    }
-    rates = path_rates(found["heldout"].ranks)
-    tree = tree_of_paths(rates, tree_rows)
-    return {
-        "hit_rates": {part: rank_rates(hits.ranks, ranks).round(4).tolist() for part, hits in found.items()},
-        "path_rates": [[list(path), round(rates[path], 5)] for path in tree_of_paths(rates, _RATED_PATHS).paths[1:]],
-        "platt_scaling": platt_scaling(found["heldout"]),
-        "tree": tree.choices(),
-        "expected_acceptance_length": round(replayed_acceptance_length(tree, found["heldout"].ranks), 3),
-    }
-
-
-def hit_rate_table(rates: dict[str, list[list[float]]]) -> str:
-    """Top-1 and top-5 hit rate of each head, on held-out answers and, where they were counted, on training answers."""
-    from ..console import table
-
-    parts = [part for part in ("train", "heldout") if part in rates]
-    rows = [
-        [str(head + 1), *(f"{value:.3f}" for part in parts for value in (rates[part][head][0], sum(rates[part][head][:5])))]
-        for head in range(len(rates["heldout"]))
-    ]
-    titles = {"train": "train", "heldout": "held-out"}
-    return table(rows, ["head", *(f"{titles[part]} {top}" for part in parts for top in ("top-1", "top-5"))])

@@ -11,61 +11,11 @@ if TYPE_CHECKING:
     from ..measure.hit_table import HitTable
 
 HELP = "count the heads' hits on held-out prompts and find the best candidate tree of every size"
-MOST_ROWS = 64
 TIMED_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
 
 
-def search(table: HitTable, times: Mapping[int, float], rows: int | None = None) -> dict[str, Any]:
-    """The best tree of every size, and the size with the largest expected speed-up over one row; ``rows`` forces it.
-
-    ``times``: ms a step by rows, 1 among them. Trees are of the counted paths; ``independent`` is what dynamic programming over
-    the rates by head and rank expects of its own tree, as if heads were right independently of each other. ``expected_by``:
-    ``replay`` where expected lengths are of decoding what was counted, ``rates`` where they are averages over all positions.
-
-    Raises:
-        UsageError: no size to choose by, or more rows than there are paths for.
-    """
-    from ...runtime.errors import UsageError
-    from ...runtime.tree import tree_of_paths
-    from ..measure.tree_search import best_trees
-
-    independent = best_trees(table.rates, MOST_ROWS)
-    sizes = []
-    for size in range(1, MOST_ROWS + 1):
-        tree = tree_of_paths(table.paths, size)
-        if tree.rows < size:
-            break
-        promising, value = independent[size - 1]
-        entry: dict[str, Any] = {
-            "rows": size,
-            "expected_acceptance_length": table.acceptance_length(tree),
-            "independent": value,
-            "independent_counted": table.acceptance_length(promising),
-            "choices": tree.choices(),
-        }
-        if size in times and 1 in times:
-            entry["ms_per_step"] = times[size]
-            entry["speedup"] = entry["expected_acceptance_length"] * times[1] / times[size]
-        sizes.append(entry)
-    timed = [entry for entry in sizes if "speedup" in entry]
-    if rows is not None and rows > len(sizes):
-        raise UsageError(f"{rows} rows, and trees go to {len(sizes)}", hint=f"give --rows {len(sizes)} or less, or more prompts")
-    if rows is None and not timed:
-        raise UsageError("there are no step times to choose a size by", hint="give BUNDLE as well, or --rows N")
-    best = sizes[rows - 1] if rows is not None else max(timed, key=lambda entry: float(entry["speedup"]))
-    return {
-        "rows": best["rows"],
-        "expected_acceptance_length": best["expected_acceptance_length"],
-        "expected_by": "rates" if table.ranks is None else "replay",
-        "choices": best["choices"],
-        "sizes": [{key: value for key, value in entry.items() if key != "choices"} for entry in sizes],
-        "table": table.to_json(),
-        "ms_by_rows": dict(times),
-    }
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Declare the verb's options."""
     from ..console import add_json_argument, positive_int
     from ..engine_options import add_engine_arguments
     from ..prompt_source import add_prompt_arguments
@@ -92,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from ...runtime.tree import Tree
     from ..console import emit, write_json
     from ..measure.hit_table import read_hit_table
+    from ..measure.tree_search import search
     from ..tree_set import check_runs
 
     for path in (args.output, args.choices):
@@ -130,7 +81,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, table: HitTable | None) -> tuple[HitTable, dict[int, float], dict[str, Any]]:
-    """Hit rates, where there are none yet, and step times, both of the engine that the arguments name; where they are from."""
+    """Count hit rates if there are none yet, and measure step times. Returns both and their origins.
+
+    Both are of the engine that the arguments name.
+    """
     from ...runtime.text.prompts import prompts_digest
     from ..console import Progress
     from ..engine_options import load_session
@@ -160,7 +114,7 @@ def _measure(args: argparse.Namespace, table: HitTable | None) -> tuple[HitTable
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """One line a size that was timed, the chosen one marked; every size is in the file."""
+    """Write a line for each size that was timed, with the chosen one marked. The file has every size."""
     from ..console import table
     from ..measure.hit_table import OVER_POSITIONS
 

@@ -1,0 +1,99 @@
+"""Writes ``docs/results.md`` and the README's table of results, out of the reports in ``benchmarks/results``.
+
+Usage: ``python benchmarks/results_page.py``, or with ``--check`` to compare instead of to write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from results_sections import quality, sizes, speed
+from results_sections.markdown import ROOT, report, table, wrapped
+
+COMMAND = "python benchmarks/results_page.py"
+PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
+START, END = "<!-- results -->", "<!-- end -->"
+SECTIONS = (
+    speed.medusa,
+    speed.peers,
+    speed.sampled,
+    quality.exactness,
+    speed.chosen_rows,
+    speed.fixed_trees,
+    quality.heads,
+    quality.path_heads,
+    quality.eight_bits,
+    quality.four_bits,
+    quality.libraries,
+    sizes.big_models,
+)
+
+
+def page() -> str:
+    """The text of ``docs/results.md``."""
+    first = f"""# Results
+
+`{COMMAND}` writes this page and the README's table from the reports in
+[`benchmarks/results/`](../benchmarks/results). A test holds both to the reports. [concepts.md](concepts.md) explains the words,
+[benchmarks/README.md](../benchmarks/README.md) how each report is made,
+[gpu.md](gpu.md#measured-on-an-h200) what a GPU measured."""
+    return "\n\n".join(wrapped(section) for section in (first, *(section() for section in SECTIONS))) + "\n"
+
+
+def readme_block() -> str:
+    """The README's table, and two sentences that say how it was measured."""
+    first, second, peers = report("smollm2-grounded"), report("smollm2-medusa-2"), report(speed.PEERS)["systems"]
+    plain, medusa, llama = peers["ours-plain"], peers["ours-medusa"], peers["llama.cpp"]
+    rows = [
+        ("plain", first["plain"]["tokens_per_s"], 1.0, 1.0),
+        _bench_row("Medusa-1 + prompt lookup", first),
+        _bench_row("Medusa-2 + prompt lookup", second),
+        ("llama.cpp F32", llama["tokens_per_s"], speed.ratio(llama, plain), 1.0),
+    ]
+    shown = [(name, f"{rate:.1f}", f"{ratio:.2f}×", f"{length:.2f}") for name, rate, ratio, length in rows]
+    environment = first["environment"]
+    header = ("32-bit floats (fp32)", "tokens/s", "× plain in the same run", "tokens a step")
+    return wrapped(f"""{table(header, shown)}
+
+SmolLM2-135M-Instruct, greedy, {first["prompts"]} held-out chat prompts of at most {first["max_new_tokens"]} new tokens,
+{environment["cores"]} cores of an {environment["cpu"]}, medians of {first["repeats"]} runs.
+llama.cpp's run counts reading the prompt, too: beside its {llama["tokens_per_s"]:.1f} tokens/s,
+plain decoding had {plain["tokens_per_s"]:.1f} and Medusa-1 {medusa["tokens_per_s"]:.1f}.""")
+
+
+def _bench_row(name: str, found: dict[str, Any]) -> tuple[str, float, float, float]:
+    way = found["medusa"]
+    return name, way["tokens_per_s"], way["speedup"], way["mean_acceptance_length"]
+
+
+def with_block(text: str) -> str:
+    """A README whose part between the two comments is the current block."""
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n{readme_block()}\n{END}{after}"
+
+
+def stale() -> list[Path]:
+    """The files that the reports have left behind."""
+    wanted = {PAGE: page(), README: with_block(README.read_text("utf-8"))}
+    return [path for path, text in wanted.items() if not path.is_file() or path.read_text("utf-8") != text]
+
+
+def main() -> int:
+    """Write both, or say which is out of date."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if a file isn't what the reports say")
+    if parser.parse_args().check:
+        for path in (found := stale()):
+            print(f"{path.relative_to(ROOT)} isn't what the reports say: run {COMMAND}", file=sys.stderr)
+        return 1 if found else 0
+    PAGE.write_text(page(), "utf-8")
+    README.write_text(with_block(README.read_text("utf-8")), "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

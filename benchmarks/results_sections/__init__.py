@@ -1,0 +1,1 @@
+"""The sections of ``docs/results.md``: each function reads reports and returns Markdown."""

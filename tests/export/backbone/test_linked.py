@@ -1,0 +1,271 @@
+"""Linked weights: the bundle's graphs read the checkpoint's own safetensors, and what can't be linked is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from medusa_deploy.export.backbone import checkpoint
+from medusa_deploy.export.backbone.checkpoint import find_stored
+from medusa_deploy.export.backbone.linked import stored_parameters
+from medusa_deploy.export.backbone.safetensors_header import read_header
+from medusa_deploy.export.estimate import plan_export
+from medusa_deploy.export.exporter import export_bundle
+from medusa_deploy.export.proof import linked_check
+from medusa_deploy.export.proof.linked_check import check_places
+from medusa_deploy.runtime import load
+from medusa_deploy.runtime.errors import CheckpointError, ExportMismatchError
+from medusa_deploy.runtime.files.bundle import open_bundle
+from medusa_deploy.runtime.session import Session
+from support.families import FAMILIES, make_family
+from support.tiny import HEADS, HIDDEN
+
+pytestmark = pytest.mark.slow  # each export of this kind traces twice
+
+OPTIONS: dict[str, Any] = {"capacity": 64, "batch": 2, "top_k": 4, "max_rows": 8, "prefill_chunk": 16}
+INDEX = "model.safetensors.index.json"
+
+
+def split(model: Path, folder: Path, shards: int = 2) -> Path:
+    """A copy of a model with one file as one with several and an index."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for shard in range(shards):
+        name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = {key: tensors[key] for key in sorted(tensors)[shard::shards]}
+        save_file(part, folder / name)
+        weight_map.update(dict.fromkeys(part, name))
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return split(tiny_model, tmp_path_factory.mktemp("linked") / "model")
+
+
+@pytest.fixture(scope="module")
+def bundle(sharded: Path, tiny_heads: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, linked from two shards."""
+    output = tmp_path_factory.mktemp("linked") / "bundle"
+    export_bundle(sharded, tiny_heads, output, weights="linked", **OPTIONS)
+    return output
+
+
+@pytest.fixture
+def broken(sharded: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(sharded, tmp_path / "model"))
+
+
+def generated(session: Session) -> list[int]:
+    return session.generate(token_ids=[5, 9, 17, 40], max_new_tokens=24).token_ids
+
+
+def test_a_linked_bundle_generates_what_a_copied_one_does(bundle: Path, tiny_session: Session) -> None:
+    assert generated(load(bundle, threads=1)) == generated(tiny_session)
+
+
+def test_the_rules_that_are_left_out_would_change_nothing(
+    bundle: Path, sharded: Path, tiny_heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxscript import optimizer
+
+    from medusa_deploy.export.trace import link
+
+    monkeypatch.setattr(link, "optimise", lambda model, keeps: optimizer.optimize_ir(model, should_fold=keeps))
+    export_bundle(sharded, tiny_heads, tmp_path / "bundle", weights="linked", **OPTIONS)
+    graphs = sorted(path.name for path in (bundle / "onnx").glob("*.onnx"))
+    assert len(graphs) == 5
+    for name in graphs:
+        assert (tmp_path / "bundle" / "onnx" / name).read_bytes() == (bundle / "onnx" / name).read_bytes()
+
+
+def test_the_weights_are_the_checkpoints_own_files(bundle: Path, sharded: Path) -> None:
+    shards = sorted(path.name for path in sharded.glob("*.safetensors"))
+    assert len(shards) == 2
+    for name in shards:
+        assert (bundle / "onnx" / name).samefile(sharded / name)
+    manifest = open_bundle(bundle).manifest
+    heads = HEADS * HIDDEN * HIDDEN * (4 + 1 + 4 / 32)  # in float32, and in 8 bits with scales
+    tables = manifest.limits.cache_rows * manifest.backbone.head_dim * 4  # halves of cos and sin
+    stored = (bundle / "onnx" / "weights.bin").stat().st_size
+    assert stored < heads + tables + (HEADS + 4) * 65536, "weights.bin holds the heads and the rotation's tables alone"
+    weights = manifest.provenance["weights"]
+    assert weights["kind"] == "linked"
+    assert weights["files"] == dict.fromkeys(shards, "hard link")
+    assert weights["places"]["device"] == {"tensors": 20, "layers": 2}
+    assert not list((bundle / "onnx").glob("check.*")), "the graphs of the check are gone"
+
+
+def test_files_are_copied_where_there_are_no_hard_links(
+    sharded: Path, tiny_heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_source: Path, _target: Path) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(checkpoint.os, "link", refuse)
+    placed = checkpoint.place(stored_parameters(sharded, "fp32", 64)[1], torch.float32, tmp_path, lambda _phase: None)
+    assert set(placed.files.values()) == {"copy"}
+    for name in placed.files:
+        assert (tmp_path / name).read_bytes() == (sharded / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["qwen2: tied, QKV bias", "phi3: fused QKV, partial rotary"])
+def test_other_families_are_linked(name: str, tmp_path: Path) -> None:
+    model = make_family(FAMILIES[name], tmp_path / "model")
+    report = export_bundle(model, None, tmp_path / "bundle", weights="linked", **OPTIONS)
+    assert all(check["argmax_agreement"] == 1 for check in report["check"].values())
+
+
+def test_another_type_is_converted_a_chunk_at_a_time(tiny_model: Path, tiny_heads: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    tensors = {name: torch.from_numpy(array).bfloat16() for name, array in load_file(model / "model.safetensors").items()}
+    from safetensors.torch import save_file as save_torch
+
+    save_torch(tensors, model / "model.safetensors")
+    report = export_bundle(model, tiny_heads, tmp_path / "bundle", dtype="fp16", weights="linked", **OPTIONS)
+    assert report["weights"]["files"] == {"model.safetensors": "converted to F16"}
+    converted = load_file(tmp_path / "bundle" / "onnx" / "model.safetensors")
+    assert all(np.array_equal(converted[name], tensors[name].half().numpy()) for name in converted)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1e6
+    save_torch(tensors, model / "model.safetensors")
+    with pytest.raises(CheckpointError, match="norm.weight holds NaN or infinite values as F16"):
+        export_bundle(model, None, tmp_path / "other", dtype="fp16", weights="linked", **OPTIONS)
+
+
+def _rewrite_index(folder: Path, name: str, file: str) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][name] = file
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def _shard(folder: Path) -> Path:
+    return min(folder.glob("*.safetensors"))
+
+
+def _patched(folder: Path, old: bytes, new: bytes) -> None:
+    data = _shard(folder).read_bytes()
+    assert len(old) == len(new)
+    assert old in data
+    _shard(folder).write_bytes(data.replace(old, new, 1))
+
+
+def _truncate(folder: Path) -> None:
+    _shard(folder).write_bytes(_shard(folder).read_bytes()[:-1])
+
+
+def _dangle(folder: Path) -> None:
+    _shard(folder).unlink()
+    (folder / "model-00001-of-00002.safetensors").symlink_to("nowhere")
+
+
+def _grow(folder: Path) -> None:
+    with _shard(folder).open("r+b") as file:
+        file.write((1 << 40).to_bytes(8, "little"))
+
+
+def _not_finite(folder: Path) -> None:
+    tensors = {name: array.copy() for name, array in load_file(_shard(folder)).items()}
+    next(iter(tensors.values())).reshape(-1)[0] = np.nan
+    save_file(tensors, _shard(folder))
+
+
+BAD = {
+    "truncated shard": (_truncate, "bytes; its tensors end at|can't lie at bytes"),
+    "missing shard": (lambda folder: _shard(folder).unlink(), "can't be read: No such file"),
+    "link to nowhere": (_dangle, "can't be read: No such file"),
+    "shard outside the folder": (
+        lambda folder: _rewrite_index(folder, "model.norm.weight", "../other.safetensors"),
+        "isn't a file of its",
+    ),
+    "index that names the wrong shard": (
+        lambda folder: _rewrite_index(folder, "model.embed_tokens.weight", "model-00002-of-00002.safetensors"),
+        "says that .* holds model.embed_tokens.weight",
+    ),
+    "tensor missing": (lambda folder: _patched(folder, b"model.embed_tokens", b"model.embed_tokenz"), "holds model.embed_tokens"),
+    "unknown type": (lambda folder: _patched(folder, b'"F32"', b'"F99"'), "a type that isn't known"),
+    "type that doesn't fit the bytes": (lambda folder: _patched(folder, b'"F32"', b'"F16"'), "can't lie at bytes"),
+    "header longer than the file": (_grow, "says that its header has"),
+    "values that aren't finite": (_not_finite, "holds NaN"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_checkpoint_is_refused_by_name(kind: str, broken: Path, tmp_path: Path) -> None:
+    damage, message = BAD[kind]
+    damage(broken)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        export_bundle(broken, None, tmp_path / "bundle", weights="linked", **OPTIONS)
+    assert caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing is left behind"
+
+
+def test_a_tied_weight_that_is_stored_twice_must_be_the_same(broken: Path) -> None:
+    path = _shard(broken)
+    tensors = load_file(path)
+    embedding = find_stored(broken)["model.embed_tokens.weight"].mapped()
+    save_file({**tensors, "lm_head.weight": embedding}, path)
+    _rewrite_index(broken, "lm_head.weight", path.name)
+    stored_parameters(broken, "fp32", 64)
+    save_file({**tensors, "lm_head.weight": embedding + 1}, path)
+    with pytest.raises(CheckpointError, match="other numbers"):
+        stored_parameters(broken, "fp32", 64)
+
+
+def test_a_weight_in_the_wrong_place_fails_the_check(bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle / "onnx", tmp_path / "onnx"))
+    needed: dict[str, Any] = {}
+    for path in folder.glob("*.safetensors"):
+        needed |= read_header(path)
+    assert check_places(folder / "step.onnx", needed, 2).layers == 2
+    model = onnx.load(folder / "step.onnx", load_external_data=False)
+    one, two = (
+        next(tensor for tensor in model.graph.initializer if tensor.name.endswith(f"layers.{layer}.mlp.up_proj.weight"))
+        for layer in (0, 1)
+    )
+    places = list(one.external_data), list(two.external_data)
+    del one.external_data[:], two.external_data[:]
+    one.external_data.extend(places[1])
+    two.external_data.extend(places[0])
+    onnx.save(model, folder / "swapped.onnx")
+    with pytest.raises(ExportMismatchError, match="should be its own tensor"):
+        check_places(folder / "swapped.onnx", needed, 2)
+
+
+def test_an_export_whose_first_layers_are_wrong_is_not_committed(
+    sharded: Path, tiny_heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first_layers = linked_check.first_layers
+
+    def swapped(backbone: Any) -> Any:
+        cut, real = first_layers(backbone)
+        layers = real.get_decoder().layers
+        layers[0].mlp.up_proj, layers[0].mlp.gate_proj = layers[0].mlp.gate_proj, layers[0].mlp.up_proj
+        return cut, real
+
+    monkeypatch.setattr(linked_check, "first_layers", swapped)
+    with pytest.raises(ExportMismatchError):
+        export_bundle(sharded, tiny_heads, tmp_path / "bundle", weights="linked", **OPTIONS)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_what_would_be_linked(sharded: Path, broken: Path, tiny_heads: Path) -> None:
+    copied = plan_export(sharded, tiny_heads, dtype="fp32")
+    linked = plan_export(sharded, tiny_heads, dtype="fp32", weights="linked")
+    assert linked.linked_bytes == sum(path.stat().st_size for path in sharded.glob("*.safetensors"))
+    assert copied.linked_bytes == 0
+    assert linked.weights_bytes < copied.weights_bytes
+    _truncate(broken)
+    with pytest.raises(CheckpointError):
+        plan_export(broken, None, weights="linked")
