@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from medusa_deploy.runtime import ROOT_ONLY, Session, load
-from medusa_deploy.runtime.errors import DeviceError, EngineError, NumericsError
+from medusa_deploy.runtime.errors import DeviceError, DeviceMemoryError, EngineError, NumericsError
 from medusa_deploy.runtime.executors import step_io
-from medusa_deploy.runtime.executors.step_plan import SlotResult, StepPlan
+from medusa_deploy.runtime.executors.step_plan import SlotResult, StepPlan, Wanted
 from medusa_deploy.runtime.executors.tensorrt.context import Contexts
 from medusa_deploy.runtime.executors.tensorrt.cuda import Cuda
 from medusa_deploy.runtime.tree import Tree
@@ -76,6 +76,19 @@ def test_after_an_exception_the_sequence_can_go_on_where_it_was(
     emitted += caller.greedy(0, WIDE, 40)
     expected = reference.generate(token_ids=[4, 5, 6], max_new_tokens=len(emitted), ignore_eos=True)
     assert emitted == expected.token_ids
+
+
+def test_without_host_memory_for_logits_no_part_of_the_plan_is_run(
+    engine_bundle: Path, gpu: FakeTrt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = Caller(load_fake(engine_bundle, monkeypatch, gpu, slots=2).executor)
+    caller.prompt(0, [4, 5, 6])
+    plan = caller.plan([caller.verifies(0, WIDE), chunk(1, [7] * 9, Wanted(logits=True))])
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu.cuda, "cudaHostAlloc", lambda *_: (gpu.cuda.cudaError_t.cudaErrorMemoryAllocation, None))
+        failed = caller.executor.run(plan).slots
+    assert all(isinstance(each, DeviceMemoryError) and "logits" in each.message for each in failed)
+    assert succeeded(caller.executor.run(plan))[1].logits is not None
 
 
 @pytest.mark.parametrize("before", [1, 2, 5])

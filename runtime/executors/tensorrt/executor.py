@@ -100,16 +100,18 @@ class TrtExecutor:
         """
         decoding = [rows for rows in plan.active if not rows.prefills]
         found: dict[int, SlotResult | Exception] = {}
+        concerned: Sequence[SlotRows] = plan.active
         try:
             self._settle()
             self._optional.reserve(plan.active)
+            concerned = decoding or plan.active
             found |= self._decode(plan, decoding)
         except AssertionError:
             raise
         except Exception as error:
-            found |= dict.fromkeys([rows.slot for rows in decoding or plan.active], error)
-            if not found:
+            if not concerned:
                 raise
+            found |= dict.fromkeys([rows.slot for rows in concerned], error)
         for rows in plan.active:
             if rows.slot not in found:
                 found[rows.slot] = self._prefill(rows, plan.lengths[rows.slot])
