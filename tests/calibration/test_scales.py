@@ -186,6 +186,24 @@ def test_progress_of_another_run_and_damaged_progress_are_refused(calibrator: Ca
             calibrator.collect(PROMPTS[:1], 4, path)
 
 
+def test_a_last_chunk_of_one_token_belongs_to_the_prefill(calibrator: Calibrator):
+    prompt = random_prompts(VOCAB, 256, 1, seed=9)[0] * 17
+    seen = calibrator.collect([prompt[:17]], 2)
+    assert (seen.prefill_rows, seen.tree_rows) == (17, calibrator.session.tree.rows)
+
+
+def test_bindings_hold_no_activations_between_calls(calibrator: Calibrator):
+    """They are kept, one for each length of a chunk, and a call's activations may take 256 MiB."""
+    executor = calibrator._executor
+    calibrator.collect(PROMPTS[:2], 4)
+    kept = dict(executor._bound._kept)
+    assert kept
+    for (*_, wanted), bound in kept.items():  # type: ignore[misc]
+        added = executor._added(wanted)
+        assert len(added) > 2 * LAYERS
+        assert [value.has_value() for value in bound.io.get_outputs()].count(False) == len(added)
+
+
 def test_a_large_model_is_prefilled_in_fewer_rows_at_a_time(
     tiny_bundle: Path, seen: Observations, monkeypatch: pytest.MonkeyPatch
 ):
