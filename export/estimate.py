@@ -17,8 +17,8 @@ from .backbone.backbone import backbone_shape, load_config
 from .backbone.linked import stored_parameters
 from .backbone.record import DTYPES
 from .heads.layouts import ReadHeads, check_fit, read_heads
-from .passes.cpu_heads import narrow_size
-from .passes.screen import screen_size
+from .quantise.cpu_heads import narrow_size
+from .quantise.screen import screen_size
 from .weights import ALIGNMENT
 
 DEFAULT_TREE = "default"

@@ -8,9 +8,9 @@ from pathlib import Path
 from ..runtime.files.manifest import cpu_twin
 from .backbone.record import Backbone
 from .heads.module import HeadStack
-from .passes.cpu_heads import narrow_heads
 from .passes.lower import drop_closing, lower_cpu, lower_device, lower_standard
-from .passes.screen import screen
+from .quantise.cpu_heads import narrow_heads
+from .quantise.screen import screen
 from .trace.trace import trace_heads, trace_step
 from .weights import WeightsFile
 

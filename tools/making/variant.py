@@ -54,8 +54,8 @@ def quantise(
 
     require("calibrate")
     from ...export.passes.matmuls import find_matmuls
-    from ...export.passes.screen import load_whole
     from ...export.quantise.cpu import CpuPrecision, quantise_cpu
+    from ...export.quantise.screen import load_whole
     from ...export.quantise.takers import with_takers
     from ...export.variant import add_variant
     from ...runtime.files.bundle import locked, open_bundle
@@ -160,7 +160,7 @@ class _Search:
     def run(self, budget: float) -> tuple[Mapping[str, int], dict[str, Any]]:
         """Find the products that keep more bits. Returns them and what was measured."""
         from ...export.passes.matmuls import find_matmuls
-        from ...export.passes.screen import load_whole
+        from ...export.quantise.screen import load_whole
         from ..measure.quantise_budget import HIGHER, Sensitivity, fit_budget
 
         bits = self._precision.layers
@@ -183,8 +183,8 @@ class _Search:
         }
 
     def _of(self, precision: CpuPrecision) -> float:
-        from ...export.passes.screen import load_whole
         from ...export.quantise.cpu import quantise_cpu
+        from ...export.quantise.screen import load_whole
 
         model = load_whole(self._source)
         quantise_cpu(model, precision, self._scales, self._moments, self._made)

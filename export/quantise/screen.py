@@ -20,11 +20,11 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from ...runtime.executors import step_io
-from ..quantise.blocks import Grid, values
-from ..quantise.cpu import few_bits, few_bits_size, rounded
-from .matmuls import CpuMatmul, find_matmuls
-from .patterns import MICROSOFT, Nodes, new_constant, replace_uses
-from .rescore import exact_logits, greedy_choices, largest, likeliest
+from ..passes.matmuls import CpuMatmul, find_matmuls
+from ..passes.patterns import MICROSOFT, Nodes, new_constant, replace_uses
+from ..passes.rescore import exact_logits, greedy_choices, largest, likeliest
+from .blocks import Grid, values
+from .cpu import few_bits, few_bits_size, rounded
 
 _PREFIX = "screen"
 _BITS = 8

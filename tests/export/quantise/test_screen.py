@@ -19,7 +19,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from medusa_deploy.export.passes import screen as screening
+from medusa_deploy.export.quantise import screen as screening
 from medusa_deploy.export.quantise.cpu import CpuPrecision, quantise_cpu
 from medusa_deploy.runtime import load
 from medusa_deploy.runtime.executors import step_io

@@ -11,10 +11,10 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from ...runtime.files.heads import HeadConfig, expected_shapes
-from ..quantise.cpu import DEFAULT_BLOCKS, CpuPrecision, few_bits_size, largest_block, put_bits, rounded
-from .matmuls import find_matmuls
-from .merge import Product, joined, product_of
-from .patterns import MICROSOFT, Nodes, match_commutative, new_constant, producer_if, replace_uses
+from ..passes.matmuls import find_matmuls
+from ..passes.merge import Product, joined, product_of
+from ..passes.patterns import MICROSOFT, Nodes, match_commutative, new_constant, producer_if, replace_uses
+from .cpu import DEFAULT_BLOCKS, CpuPrecision, few_bits_size, largest_block, put_bits, rounded
 
 _PRECISION = CpuPrecision()
 
