@@ -5,49 +5,76 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from ..errors import UsageError
 from .loop import Loop
 
 
 class Driver:
-    """Lets threads run one loop. A step advances all requests, so threads that wait at once share their steps."""
+    """Lets threads run one loop. A step advances all requests, so threads that wait at once share their steps.
+
+    One thread leads at a time. An interrupt (Ctrl-C) may come between any two calls, and the garbage collector may close a
+    stream, which cancels it, in the middle of anything. So the lock is re-entrant, and a leader gives the lead up in ``finally``.
+    """
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        # Re-entrant: the garbage collector may close a stream, which cancels it, in the middle of anything.
-        self._changed = threading.Condition()
-        self._led = False
+        # Taken by itself: an interrupt in the Python code of Condition.__exit__ would leave it locked for good.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._leader: int | None = None  # a thread's identifier
+        self._asked = False  # whether something was cancelled since the loop looked last
 
     def until(self, ready: Callable[[], bool]) -> None:
         """Run the loop, or wait while another thread runs it, until ``ready`` says yes.
 
         Raises:
             SlotError: nothing runs, and all slots are held by others than the loop.
+            UsageError: a function that the loop calls, ``cancel`` or a drafter, waits for the loop.
         """
-        while not ready():
-            with self._changed:
-                while self._led and not ready():
-                    self._changed.wait()
-                if ready():
-                    return
-                self._led = True
-            try:
+        me = threading.get_ident()
+        if self._leader == me:
+            raise UsageError(
+                "a step of this session is under way in the same thread, and waits for the function that waits for it",
+                hint="don't generate in cancel functions, drafters and signal handlers; Handle.cancel is allowed there",
+            )
+        try:
+            while not ready():
+                with self._lock:
+                    while self._leader is not None and not ready():
+                        self._changed.wait()
+                    if ready():
+                        return
+                    self._leader = me
                 if not self._loop.tick() and not ready():
-                    self._loop.slots.release(self._loop.slots.acquire())  # says that there is none
-            finally:
+                    self._loop.slots.check_free()
+                self._hand_over()
+        finally:
+            if self._leader == me:
                 self._hand_over()
 
     def settle(self) -> None:
-        """End what was cancelled, now where no thread runs the loop, else before its next step."""
-        with self._changed:
-            if self._led:
-                return
-            self._led = True
+        """End what was cancelled: now where no thread runs the loop, else before that thread lets it go."""
+        me = threading.get_ident()
+        self._asked = True
+        if self._leader == me:
+            return
         try:
-            self._loop.retire()
-        finally:
+            with self._lock:
+                if self._leader is not None:
+                    return
+                self._leader = me
             self._hand_over()
+        finally:
+            if self._leader == me:
+                self._hand_over()
 
     def _hand_over(self) -> None:
-        with self._changed:
-            self._led = False
-            self._changed.notify_all()
+        """Give the lead up, once what was cancelled meanwhile has ended."""
+        while True:
+            with self._lock:
+                self._changed.notify_all()
+                if not self._asked:
+                    self._leader = None
+                    return
+                self._asked = False
+            self._loop.retire()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,48 +26,49 @@ class Handle:
         self._sequence, self._output, self._driver = sequence, output, driver
         self._chunks: deque[Chunk] = deque()
         self._text: list[str] = []
-        self._ended = False
+        self._given = sequence.prompt_length  # tokens up to here were handed over
+        self._last: Chunk | None = None  # set in one go when the request ends
 
     @property
     def done(self) -> bool:
         """Whether the request has ended and its slot is free."""
-        return self._ended
+        return self._last is not None
 
     @property
     def error(self) -> Exception | None:
         """The error that ended it, if one did."""
-        return self._sequence.error if self._ended else None
+        return self._sequence.error if self.done else None
 
     def cancel(self) -> None:
         """End the request before its next step; what was emitted stays."""
-        if not self._ended:
+        if not self.done:
             self._sequence.cancelled = True
             self._driver.settle()
 
     def chunks(self) -> Iterator[Chunk]:
-        """Yield the chunks as they are emitted, the one with the finish reason last.
+        """Yield the chunks as they are emitted, each to one reader, and the one with the finish reason last, to every reader.
 
         Raises:
             Exception: the error that ended the request.
         """
-        while True:
-            while self._chunks:
+        while not self.done or self._chunks:
+            self._driver.until(lambda: bool(self._chunks) or self.done)
+            if self._chunks:
                 yield self._chunks.popleft()
-            if self._ended and not self._chunks:
-                break
-            self._driver.until(lambda: bool(self._chunks) or self._ended)
+        assert self._last is not None
+        yield self._last
         if self._sequence.error is not None:
             raise self._sequence.error
 
     def wait(self) -> Generation:
         """Run to the end and return the generation, one that ended with an error too."""
-        self._driver.until(lambda: self._ended)
+        self._driver.until(lambda: self.done)
         sequence = self._sequence
-        assert sequence.finish_reason is not None
+        assert sequence.finish_reason is not None and self._last is not None
         hidden = np.stack(sequence.hidden[: len(sequence.emitted)]) if sequence.keep_hidden and sequence.hidden else None
         prompt = sequence.tokens[: sequence.prompt_length]
         reason, stats = sequence.finish_reason, sequence.stats
-        return Generation("".join(self._text), sequence.emitted, reason, prompt, stats, hidden, sequence.error)
+        return Generation("".join(self._text) + self._last.text, sequence.emitted, reason, prompt, stats, hidden, sequence.error)
 
     def result(self) -> Generation:
         """Run to the end and return the generation.
@@ -87,17 +88,32 @@ class Handle:
         """The request's state; only the loop changes it."""
         return self._sequence
 
-    def put(self, tokens: list[int]) -> None:
-        """Hand newly emitted tokens over, as text as far as it is certain; a stop string ends the sequence."""
-        text = self._output.push(tokens)
-        if self._output.stopped and self._sequence.finish_reason in (None, "length"):
-            self._sequence.finish_reason = "stop"
-        self._text.append(text)
-        self._chunks.append(Chunk(text, tokens))
+    def put(self) -> None:
+        """Hand newly emitted tokens over, as text as far as it is certain."""
+        tokens = self._sequence.tokens[self._given :]
+        if tokens:
+            self._given += len(tokens)
+            text = self._checked(lambda: self._output.push(tokens))
+            self._text.append(text)
+            self._chunks.append(Chunk(text, tokens))
 
     def end(self) -> None:
-        """Hand the rest of the text over, with the finish reason and the statistics."""
-        text = self._output.flush()
-        self._text.append(text)
-        self._chunks.append(Chunk(text, [], self._sequence.finish_reason, self._sequence.stats))
-        self._ended = True
+        """Hand the rest over, with the finish reason and the statistics. Does it once."""
+        if self.done:
+            return
+        self.put()
+        text = self._checked(self._output.flush)
+        self._last = Chunk(text, [], self._sequence.finish_reason, self._sequence.stats)
+
+    def _checked(self, decode: Callable[[], str]) -> str:
+        """Return the text of ``decode``. A stop string in it, or an error, ends the sequence."""
+        sequence = self._sequence
+        try:
+            text = decode()
+        except Exception as error:  # noqa: BLE001 - a tokenizer's errors have no common base
+            if sequence.error is None:
+                sequence.fail(error)
+            return ""
+        if self._output.stopped and sequence.finish_reason in (None, "length"):
+            sequence.finish_reason = "stop"
+        return text

@@ -19,7 +19,7 @@ from .planning import step_plan
 from .scheduler import Scheduler, Turn
 from .sequence import Sequence
 from .slots import SlotPool
-from .verify import verify
+from .verify import named, verify
 
 
 class Loop:
@@ -34,7 +34,7 @@ class Loop:
         self.scheduler = Scheduler(prefill_chunk)
         self.clock: Callable[[], float] = time.perf_counter
         self._submitted: deque[Handle] = deque()  # the mailbox
-        self._handles: dict[Sequence, Handle] = {}
+        self._handles: dict[Sequence, Handle] = {}  # of all that is waiting or running, in order of arrival
 
     def submit(self, handle: Handle) -> None:
         """Queue a request."""
@@ -48,11 +48,13 @@ class Loop:
         began = self.clock()
         self.retire()
         self.admit()
-        turns = self.scheduler.turns()
+        turns = taking_part = self.scheduler.turns(self._handles)
         if not turns:
             return False
         try:
-            turns = self._draft(turns)
+            turns = self._draft(taking_part)
+            if not turns:
+                return True
             plan = step_plan(turns, self.slots, ahead=self.executor.abilities.ahead)
             engine = self.executor.engine_seconds
             result = self.executor.run(plan)
@@ -60,12 +62,12 @@ class Loop:
             outcomes = verify(turns, plan, result)
             self._commit(turns, plan.active, result, outcomes)
             self._learn(turns, result, outcomes, engine, self.clock() - began)
+            self._deliver(turns)
         except Exception as error:  # noqa: BLE001 - it is raised by the handles of those that it ends
-            self._abandon(turns, error)
+            self._abandon(taking_part, error)
         except BaseException:
-            self._abandon(turns, StepError("the step was interrupted", hint="send the request again"))
+            self._abandon(taking_part, StepError("the step was interrupted", hint="send the request again"))
             raise
-        self._deliver(turns)
         return True
 
     # -- who takes part --------------------------------------------------------------------------------------------
@@ -73,12 +75,12 @@ class Loop:
     def retire(self) -> None:
         """Take in submitted requests; end those that are cancelled or late."""
         while self._submitted:
-            handle = self._submitted.popleft()
+            handle = self._submitted[0]  # an interrupt may come between any two calls: it goes from here once it is there
             self._handles[handle.sequence] = handle
-            self.scheduler.waiting.append(handle.sequence)
-        for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
+            self._submitted.popleft()
+        for sequence in list(self._handles):
             try:
-                if sequence.asks_to_end():
+                if not sequence.done and sequence.asks_to_end():
                     sequence.finish_reason = "cancelled"
             except Exception as error:  # noqa: BLE001 - the caller's own function failed
                 sequence.fail(error)
@@ -87,10 +89,8 @@ class Loop:
 
     def admit(self) -> None:
         """Give free slots to waiting sequences."""
-        while self.scheduler.waiting and self.slots.free:
-            sequence = self.scheduler.next_waiting()
-            sequence.slot, sequence.state = self.slots.acquire(), "prefill"
-            self.scheduler.running.append(sequence)
+        while self.slots.free and (sequence := self.scheduler.next_waiting(self._handles)) is not None:
+            self.slots.acquire(sequence)
 
     # -- the parts of a step ---------------------------------------------------------------------------------------
 
@@ -126,17 +126,15 @@ class Loop:
         if turn.prompt_rows:
             sequence.computed += turn.prompt_rows
             self.slots.advance(slot, turn.prompt_rows)
-            sequence.arrived = sequence.emit(outcome.tokens)
-            if outcome.tokens:
-                sequence.state, sequence.stats.prompt_tokens = "decode", sequence.prompt_length
+            sequence.stats.prompt_tokens = sequence.computed
+            sequence.emit(outcome.tokens)
             return
         length = int(self.slots.lengths[slot])
         room = self.slots.capacity - length
         moves = rows_to_move(length, outcome.path) if accepted < room else ()  # a slot that is full is at its end
         self.slots.advance(slot, min(1 + accepted, room), moves)
-        sequence.arrived = sequence.emit(outcome.tokens)
+        kept = len(sequence.emit(outcome.tokens))
         draft, drafter = sequence.draft, sequence.drafter
-        kept = len(sequence.arrived)
         sequence.stats.add_step(draft.shape.rows, accepted, kept, heads=drafter.heads, looked_up=draft.looked_up)
 
     def _propose(self, sequences: list[Sequence]) -> None:
@@ -147,7 +145,12 @@ class Loop:
         going_on = [(s, state) for s, state in zip(sequences, states, strict=True) if state is not None and not s.done]
         if going_on:
             roots = np.array([sequence.root for sequence, _ in going_on], np.int64)
-            tokens, log_probs = self.executor.propose(np.stack([state for _, state in going_on]), roots)
+            try:
+                tokens, log_probs = self.executor.propose(np.stack([state for _, state in going_on]), roots)
+            except Exception as error:  # noqa: BLE001 - the engine's; it ends those that asked
+                for sequence, _ in going_on:
+                    sequence.fail(named(error))
+                return
             for (sequence, _), *proposed in zip(going_on, tokens, log_probs, strict=True):
                 sequence.candidates = Candidates(*proposed)
 
@@ -172,31 +175,23 @@ class Loop:
     def _deliver(self, turns: list[Turn]) -> None:
         """Hand the emitted tokens to their handles; sequences that ended give their slots back."""
         for sequence in [turn.sequence for turn in turns]:
-            if sequence.arrived and not sequence.error:
-                try:
-                    self._handles[sequence].put(sequence.arrived)
-                except Exception as error:  # noqa: BLE001 - a tokenizer's errors have no common base
-                    sequence.fail(error)
-            sequence.arrived = []
+            self._handles[sequence].put()
             if sequence.done:
                 self._end(sequence)
 
     def _abandon(self, turns: list[Turn], error: Exception) -> None:
         """End all sequences of a step that broke off: nobody knows how far it came."""
-        for turn in turns:
-            if not turn.sequence.done:
-                turn.sequence.fail(error)
+        for sequence in [turn.sequence for turn in turns if turn.sequence in self._handles]:
+            if sequence.error is None and not self._handles[sequence].done:
+                sequence.fail(error)
+            self._end(sequence)
 
     def _end(self, sequence: Sequence) -> None:
-        """Give the sequence's slot back and close its handle."""
-        if sequence.state == "waiting":
-            self.scheduler.waiting.remove(sequence)
-        elif sequence.state != "done":
-            self.scheduler.running.remove(sequence)
-            self.slots.release(sequence.slot)
-        if sequence.state != "done":
-            sequence.state = "done"
-            self._handles.pop(sequence).end()
+        """Give the sequence's slot back and close its handle. What an interrupt leaves undone, the next call does."""
+        if self.slots.holds(sequence):
+            self.slots.release(sequence)
+        self._handles[sequence].end()
+        del self._handles[sequence]
 
 
 def _keep(sequence: Sequence, rows: SlotRows, found: SlotResult, outcome: Acceptance) -> None:

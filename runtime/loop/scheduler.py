@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from .sequence import Sequence
 
@@ -15,28 +16,26 @@ class Turn:
     prompt_rows: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Scheduler:
-    """Sequences that wait for a slot and those that hold one, each in order of arrival.
+    """Chooses among sequences in order of arrival.
 
     Every decoding sequence takes part in every step. Of the prompts that are under way, the first by priority goes on by one
     chunk, in the same step: nobody waits for more than one chunk of somebody else's prompt.
     """
 
     prefill_chunk: int
-    waiting: list[Sequence] = field(default_factory=list)
-    running: list[Sequence] = field(default_factory=list)
 
-    def next_waiting(self) -> Sequence:
-        """Take the next sequence from the queue: the first to come of the smallest priority number."""
-        sequence = min(self.waiting, key=lambda sequence: sequence.priority)
-        self.waiting.remove(sequence)
-        return sequence
+    def next_waiting(self, sequences: Iterable[Sequence]) -> Sequence | None:
+        """The sequence that gets the next slot: of those that wait, the first to come of the smallest priority number."""
+        waiting = [sequence for sequence in sequences if sequence.state == "waiting"]
+        return min(waiting, key=lambda sequence: sequence.priority, default=None)
 
-    def turns(self) -> list[Turn]:
+    def turns(self, sequences: Iterable[Sequence]) -> list[Turn]:
         """The sequences of the next step; none when nothing runs."""
-        turns = [Turn(sequence) for sequence in self.running if sequence.state == "decode"]
-        prompts = [sequence for sequence in self.running if sequence.state == "prefill"]
+        running = [sequence for sequence in sequences if sequence.state in ("prefill", "decode")]
+        turns = [Turn(sequence) for sequence in running if sequence.state == "decode"]
+        prompts = [sequence for sequence in running if sequence.state == "prefill"]
         if prompts:
             first = min(prompts, key=lambda sequence: sequence.priority)
             turns.append(Turn(first, min(self.prefill_chunk, first.prompt_length - first.computed)))

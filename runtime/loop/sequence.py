@@ -20,11 +20,11 @@ State = Literal["waiting", "prefill", "decode", "done"]
 class Sequence:
     """Tokens of one request. ``tokens`` is the only truth of what was emitted; the newest one is the next step's root.
 
-    ``state``: waiting → prefill → decode → done. ``slot``: held in prefill and decode. ``computed``: prompt tokens whose rows are
-    in the cache. ``candidates``: the heads' at the row of the root. ``accepted_state``: hidden state [H] of the row that the host
-    accepted last, which the heads have yet to see. ``draft``: the rows that the newest step verifies. ``arrived``: the tokens
-    that it emitted. ``hidden``: the backbone's states [H] behind the emitted tokens, where they were asked for; the last step may
-    have added more than were emitted. ``cancelled``: set by other threads. ``deadline``: by the monotonic clock.
+    ``slot``: given by the slot pool; -1 before. ``computed``: prompt tokens whose rows are in the cache. ``candidates``: the
+    heads' at the row of the root. ``accepted_state``: hidden state [H] of the row that the host accepted last, which the heads
+    have yet to see. ``draft``: the rows that the newest step verifies. ``hidden``: the backbone's states [H] behind the emitted
+    tokens, where they were asked for; the last step may have added more than were emitted. ``cancelled``: set by other threads.
+    ``deadline``: by the monotonic clock.
     """
 
     tokens: list[int]
@@ -37,13 +37,11 @@ class Sequence:
     priority: int = 0
     deadline: float | None = None
     cancel: Callable[[], bool] | None = None
-    state: State = "waiting"
     slot: int = -1
     computed: int = 0
     candidates: Candidates | None = None
     accepted_state: np.ndarray | None = None
     draft: Draft = NOTHING
-    arrived: list[int] = field(default_factory=list)
     hidden: list[np.ndarray] = field(default_factory=list)
     cancelled: bool = False
     finish_reason: FinishReason | None = None
@@ -74,6 +72,15 @@ class Sequence:
     def done(self) -> bool:
         """Whether no further step is needed."""
         return self.finish_reason is not None
+
+    @property
+    def state(self) -> State:
+        """waiting → prefill → decode → done. A slot is held in prefill and decode."""
+        if self.done:
+            return "done"
+        if self.slot < 0:
+            return "waiting"
+        return "prefill" if self.computed < self.prompt_length else "decode"
 
     def asks_to_end(self) -> bool:
         """Whether it is cancelled or late; asks the request's own ``cancel`` once its prompt is under way."""

@@ -20,7 +20,7 @@ def verify(turns: list[Turn], plan: StepPlan, result: StepResult) -> list[Accept
 
 def _verified(turn: Turn, rows: SlotRows, found: SlotResult | Exception) -> Acceptance | Exception:
     if isinstance(found, Exception):
-        return found if isinstance(found, DeployError) else _engine_failed(found)
+        return named(found)
     if not found.finite and found.logits is None:  # the host looks at all logits that it chooses from
         return NumericsError("the engine returned NaN", hint="verify the bundle: medusa-deploy verify BUNDLE")
     sequence = turn.sequence
@@ -37,7 +37,10 @@ def _verified(turn: Turn, rows: SlotRows, found: SlotResult | Exception) -> Acce
         return error
 
 
-def _engine_failed(cause: Exception) -> StepError:
-    error = StepError(f"the engine failed: {cause}", hint="try again; check the bundle with: medusa-deploy verify BUNDLE")
-    error.__cause__ = cause
-    return error
+def named(error: Exception) -> DeployError:
+    """Return the error that ends a request whose engine call raised ``error``."""
+    if isinstance(error, DeployError):
+        return error
+    failed = StepError(f"the engine failed: {error}", hint="try again; check the bundle with: medusa-deploy verify BUNDLE")
+    failed.__cause__ = error
+    return failed

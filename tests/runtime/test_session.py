@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,13 +119,14 @@ def test_a_request_waits_for_a_slot_and_the_stream_that_holds_it_goes_on() -> No
 
 def test_a_slot_that_somebody_else_holds_for_good_is_an_error_and_not_a_wait() -> None:
     session = fake_session()
-    slot = session.slots.acquire()
+    other = SimpleNamespace(slot=-1)
+    session.slots.acquire(other)
     with pytest.raises(SlotError, match="all 1 slots") as caught:
         session.generate(token_ids=[2])
     assert "slots" in caught.value.hint
     with pytest.raises(SlotError):
         next(session.generate_many([Request(token_ids=[2])]))
-    session.slots.release(slot)
+    session.slots.release(other)
     found = session.generate(token_ids=[2], max_new_tokens=5, speculative=False)
     assert found.token_ids == session.language.greedy([2], 5)
     assert session.executor.calls == 5, "the requests that were refused left nothing behind"

@@ -22,20 +22,20 @@ class Probe:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._slot = -1
+        self.slot = -1
         self.length = 0
 
     def __enter__(self) -> Self:
-        self._slot = self._session.slots.acquire()
+        self._session.slots.acquire(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._session.slots.release(self._slot)
+        self._session.slots.release(self)
 
     def prefill(self, tokens: Sequence[int]) -> np.ndarray:
         """Start over with ``tokens``, in the session's chunks; the logits [V] after the last one, float32."""
         chunk, lengths = self._session.manifest.limits.prefill_chunk, self._session.slots.lengths.tolist()
-        result = run_prompt(self._session.executor, self._slot, tokens, chunk, lengths, Wanted(logits=True))
+        result = run_prompt(self._session.executor, self.slot, tokens, chunk, lengths, Wanted(logits=True))
         self.length = len(tokens)
         logits: np.ndarray = _logits(result)[0]
         return logits
@@ -50,7 +50,7 @@ class Probe:
         self, tokens: Sequence[int], tree: Tree = ROOT_ONLY, wanted: Wanted = NO_OUTPUTS, *, commit: bool = False
     ) -> SlotResult:
         """One step of ``tree`` with ``tokens`` in its rows."""
-        result = self._run(SlotRows(self._slot, np.asarray(tokens, np.int64), tree, wanted=wanted))
+        result = self._run(SlotRows(self.slot, np.asarray(tokens, np.int64), tree, wanted=wanted))
         self.length += int(commit)
         return result
 
@@ -82,7 +82,7 @@ class Probe:
     def _run(self, rows: SlotRows) -> SlotResult:
         """Run ``rows`` in the probe's slot; the others rest."""
         lengths = self._session.slots.lengths.tolist()
-        lengths[self._slot] = self.length
+        lengths[self.slot] = self.length
         return run_one(self._session.executor, rows, lengths)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -93,7 +94,7 @@ def test_caches_stay_where_they_are(bundle: Bundle, fake: FakeOrt) -> None:
     executor = OrtDeviceExecutor(model_of(bundle, 2), threads=1)
     session = Session(bundle, executor)
     addresses = [cache.data_ptr() for cache in executor.caches]
-    session.slots.acquire()  # the second slot: a prefill that writes at the cache's beginning shows
+    session.slots.acquire(SimpleNamespace(slot=-1))  # the second slot: a prefill that writes at the cache's beginning shows
     session.generate(token_ids=[3, 4, 5, 6], max_new_tokens=6, ignore_eos=True, tree=ROOT_ONLY)
     assert [cache.data_ptr() for cache in executor.caches] == addresses
     for cache in executor.caches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -293,7 +294,7 @@ def test_padding_of_slots_that_rest_lies_behind_what_they_keep() -> None:
     session.generate(token_ids=[9, 9, 9, 8], max_new_tokens=6, tree=WIDE)
     kept = int(session.slots.lengths[0])
     assert kept > 4
-    stays = session.slots.acquire()  # nobody steps on the released slot
+    stays = session.slots.acquire(SimpleNamespace(slot=-1))  # nobody steps on the released slot
     session.slots.lengths[stays] = kept
     before = session.executor._tokens[stays, : HEADS + kept].copy()
     one, long = _submit(session, [1, 2, 3]), _submit(session, [4] * 20, max_new_tokens=3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import settings, strategies as st
@@ -20,13 +22,18 @@ class SlotMachine(RuleBasedStateMachine):
         super().__init__()
         self.pool = SlotPool(SLOTS, CAPACITY)
         self.held: dict[int, int] = {}
+        self.holders: dict[int, SimpleNamespace] = {}
         self.kept = [0] * SLOTS
         self.moves: list[tuple[int, ...]] = [()] * SLOTS
 
     @precondition(lambda self: len(self.held) < SLOTS)
     @rule()
     def acquire(self) -> None:
-        slot = self.pool.acquire()
+        holder = SimpleNamespace(slot=-1)
+        assert not self.pool.holds(holder)
+        slot = self.pool.acquire(holder)
+        assert holder.slot == slot and self.pool.holds(holder)
+        self.holders[slot] = holder
         assert slot == min(set(range(SLOTS)) - set(self.held)), "held slots stay close together"
         assert self.pool.lengths[slot] == 0
         self.held[slot] = 0
@@ -35,7 +42,7 @@ class SlotMachine(RuleBasedStateMachine):
     @rule()
     def acquire_from_a_full_pool(self) -> None:
         with pytest.raises(SlotError, match=f"all {SLOTS} slots"):
-            self.pool.acquire()
+            self.pool.acquire(SimpleNamespace(slot=-1))
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -63,11 +70,12 @@ class SlotMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         slot = data.draw(st.sampled_from(sorted(self.held)))
-        self.pool.release(slot)
+        holder = self.holders.pop(slot)
+        self.pool.release(holder)
         self.kept[slot] = self.held.pop(slot) - len(self.moves[slot])
         self.moves[slot] = ()
         with pytest.raises(AssertionError):
-            self.pool.release(slot)
+            self.pool.release(holder)
 
     @invariant()
     def slots_are_free_or_held(self) -> None:

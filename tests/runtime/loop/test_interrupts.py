@@ -1,0 +1,138 @@
+"""Interrupts and errors between any two lines of the loop: what was under way ends, and the session goes on."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+
+from medusa_deploy.runtime import Request
+from medusa_deploy.runtime.errors import StepError
+from medusa_deploy.runtime.loop.handle import Handle
+from support.fake_executor import FakeSession, fake_session
+
+_OURS = ("medusa_deploy/runtime/loop/", "medusa_deploy/runtime/session.py", "threading.py")
+PROMPTS = ([1, 2, 3], [4] * 6, [5, 6])
+TOKENS = 3
+
+
+class Interrupt(BaseException):
+    """Stands for KeyboardInterrupt, which pytest would take for its own."""
+
+
+@contextmanager
+def interrupt_at(place: int = 0) -> Iterator[list[str]]:
+    """Raises at the ``place``-th line of the session's own code that this thread runs. Yields the lines that it has run."""
+    lines: list[str] = []
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:  # noqa: ARG001
+        file = frame.f_code.co_filename
+        if not any(part in file for part in _OURS):
+            return None
+        if linecache.getline(file, frame.f_lineno).lstrip().startswith("with "):
+            return trace  # the end of a block counts as its first line, and no interrupt comes before the lock is free again
+        lines.append(f"{file}:{frame.f_lineno}")
+        if len(lines) == place:
+            raise Interrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield lines
+    finally:
+        sys.settrace(before)
+
+
+def in_time(work: Callable[[], Any], where: str) -> Any:
+    """What ``work`` returns, done by another thread, which must not hang."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
+    thread.start()
+    thread.join(5)
+    assert found, f"another thread hangs or fails after an interrupt at {where}"
+    return found[0]
+
+
+def ask(session: FakeSession) -> list[Handle]:
+    """Two requests that others wait for, one of which finds no slot at first, and one of this thread."""
+    waiting = [session.submit(Request(token_ids=prompt, max_new_tokens=TOKENS, rows=3)) for prompt in PROMPTS[:2]]
+    session.generate(token_ids=PROMPTS[2], max_new_tokens=TOKENS, rows=3)
+    return waiting
+
+
+def outcome(session: FakeSession, handle: Handle, prompt: list[int]) -> bool:
+    """Whether the request ended well. It ends well and whole, or with its own error."""
+    found = handle.wait()
+    chunks = [*handle._chunks, handle._last]
+    expected = session.language.greedy(prompt, TOKENS)
+    assert found.token_ids == expected[: len(found.token_ids)]
+    tokens = [token for chunk in chunks for token in chunk.token_ids]
+    assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + [found.finish_reason]
+    if found.finish_reason == "error":
+        assert isinstance(found.error, StepError) and tokens == found.token_ids[: len(tokens)]
+        return False
+    assert tokens == found.token_ids
+    assert (found.finish_reason, found.token_ids, found.error) == ("length", expected, None)
+    return True
+
+
+def check(session: FakeSession, handles: list[Handle]) -> int:
+    """Everything that was under way ends, and nothing is held afterwards. Returns how many ended well."""
+    well = sum(outcome(session, handle, prompt) for handle, prompt in zip(handles, PROMPTS, strict=False))
+    assert session.generate(token_ids=[7], max_new_tokens=4).token_ids == session.language.greedy([7], 4)
+    assert session.slots.free == session.slots.slots
+    assert not session.loop._handles
+    return well
+
+
+def test_an_interrupt_between_any_two_lines_hangs_nobody_and_loses_nothing() -> None:
+    """With one slot, the second request waits while the first one runs."""
+    with interrupt_at() as lines:
+        ask(fake_session(1, prefill_chunk=4))
+    places = {lines.index(line) + 1 for line in set(lines)} | {len(lines) - lines[::-1].index(line) for line in set(lines)}
+    assert len(places) > 200
+    ended_well = 0
+    for place in sorted(places):
+        session, handles = fake_session(1, prefill_chunk=4), []
+        submit = session.loop.submit
+        session.loop.submit = lambda handle: handles.append(handle) or submit(handle)  # type: ignore[method-assign, func-returns-value]
+        with interrupt_at(place) as lines, suppress(Interrupt):
+            ask(session)
+        if len(handles) == 3:
+            ended_well += in_time(lambda: check(session, handles[:2]), lines[-1])
+        assert in_time(lambda: session.generate(token_ids=[1], max_new_tokens=2), lines[-1]).error is None
+        assert session.slots.free == 1 and not session.loop._handles
+    assert ended_well > len(places) / 2, "most interrupts end the request that was running, and not the one that waited"
+
+
+def test_an_interrupt_of_one_thread_leaves_the_others_their_steps() -> None:
+    """The main thread is interrupted; others stream meanwhile, and go on."""
+    for place in range(1, 400, 11):
+        session = fake_session(2, prefill_chunk=4)
+        found: list[tuple[list[int], Exception | None]] = []
+
+        def stream(session: FakeSession = session, found: list[Any] = found) -> None:
+            for _ in range(4):
+                handle = session.submit(Request(token_ids=[8, 9], max_new_tokens=6, rows=3))
+                generation = handle.wait()
+                found.append((generation.token_ids, generation.error))
+
+        threads = [threading.Thread(target=stream, daemon=True) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        with interrupt_at(place) as lines, suppress(Interrupt):
+            session.generate(token_ids=[1, 2, 3], max_new_tokens=TOKENS, rows=3)
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive(), f"a thread hangs after an interrupt at {lines[-1]}"
+        expected = session.language.greedy([8, 9], 6)
+        assert len(found) == 8
+        assert all(tokens == expected or isinstance(error, StepError) for tokens, error in found)
+        assert in_time(lambda session=session: session.generate(token_ids=[1], max_new_tokens=2), lines[-1]).error is None
+        assert session.slots.free == 2
