@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from ..errors import MissingDependencyError, PromptError, TemplateError
+from .unicode import check_text
 
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_OUTPUT_CHARS = 4 << 20
@@ -115,8 +116,8 @@ def check_messages(messages: object) -> None:
             if name not in message:
                 raise PromptError(f"message {index} has no {name}", hint=hint)
         for name, value in message.items():
-            if not isinstance(name, str) or not isinstance(value, str):
-                raise PromptError(f"{name!r} of message {index} is of type {type(value).__name__}, not a string", hint=hint)
+            check_text(name, f"a name in message {index}")
+            check_text(value, f"{name!r} of message {index}")
         if not message["role"]:
             raise PromptError(f"the role of message {index} is empty", hint=hint)
 

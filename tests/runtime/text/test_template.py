@@ -155,8 +155,10 @@ def test_a_template_over_the_size_limit_is_refused() -> None:
 @pytest.mark.parametrize(
     "messages",
     ["Hello", {"role": "user"}, [], ["Hello"], [{"role": "user"}], [{"content": "a"}], [{"role": "user", "content": None}],
-     [{"role": "", "content": "a"}], [{"role": 1, "content": "a"}], [{"role": "user", "content": "a", "name": ["b"]}], None],
-    ids=repr,
+     [{"role": "", "content": "a"}], [{"role": 1, "content": "a"}], [{"role": "user", "content": "a", "name": ["b"]}], None,
+     [{"role": "user", "content": b"a"}], [{"role": "user", "content": "half a pair \ud83d"}],
+     [{"role": "\ud83d", "content": "a"}]],
+    ids=ascii,
 )  # fmt: skip
 def test_messages_of_a_wrong_form_are_refused(messages: object) -> None:
     with pytest.raises(PromptError):
