@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from ..errors import MissingDependencyError, PromptError, TemplateError
@@ -30,7 +31,8 @@ class ChatTemplate:
         MissingDependencyError: ``minijinja`` isn't installed.
     """
 
-    def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str] = MappingProxyType({})) -> None:
+        """``special_tokens``: literals by the names under which the template reads them, such as ``bos_token``."""
         try:
             import minijinja
         except ImportError:
@@ -42,7 +44,7 @@ class ChatTemplate:
                 f"the chat template has {len(source)} characters, over the limit of {MAX_TEMPLATE_CHARS}",
                 hint="don't use this bundle",
             )
-        self._special = {"bos_token": bos_token, "eos_token": eos_token}
+        self._special = dict(special_tokens)
         self._errors = minijinja.TemplateError
         self._environment = minijinja.Environment(
             fuel=FUEL, debug=False, pycompat=True, trim_blocks=True, lstrip_blocks=True, auto_escape_callback=lambda _name: False

@@ -58,7 +58,7 @@ def test_chatml() -> None:
 
 
 def test_llama3() -> None:
-    text = ChatTemplate(LLAMA3, **MARKS).render([{"role": "system", "content": " Be brief. "}, *HELLO])
+    text = ChatTemplate(LLAMA3, MARKS).render([{"role": "system", "content": " Be brief. "}, *HELLO])
     year = datetime.now().astimezone().year
     assert text == (
         f"<s><|start_header_id|>system<|end_header_id|>\n\n{year}\n\nBe brief.<|eot_id|>"
@@ -67,7 +67,7 @@ def test_llama3() -> None:
 
 
 def test_mistral() -> None:
-    template = ChatTemplate(MISTRAL, **MARKS)
+    template = ChatTemplate(MISTRAL, MARKS)
     assert template.render(TALK) == "<s>[INST] Hi [/INST]Yes?</s>[INST] Why? [/INST]"
     with pytest.raises(TemplateError, match="refuses the messages: roles must alternate"):
         template.render(TALK[1:])
