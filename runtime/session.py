@@ -150,8 +150,7 @@ class Session:
         if request.stop and self.codec is None:
             raise PromptError("stop strings need a tokenizer, and the bundle has no tokenizer", hint="drop stop=…")
         eos = frozenset(() if request.ignore_eos else manifest.text.eos_token_ids)
-        decoder = self.codec.decoder() if self.codec is not None else None
-        output = TextOutput(decoder, StopChecker(request.stop, include_stop=request.include_stop), eos)
+        output = TextOutput(self.codec, StopChecker(request.stop, include_stop=request.include_stop), eos)
         sequence = Sequence(
             tokens=ids,
             prompt_length=len(ids),

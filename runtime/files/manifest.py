@@ -12,7 +12,7 @@ from ..tree import Tree
 from .backbone import BackboneShape
 from .heads import PlattScaling, parse_platt_scaling
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 << 20
 
@@ -49,13 +49,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class TextFacts:
-    """Paths of the tokenizer and the chat template, and special tokens. Without a tokenizer the bundle takes token ids only."""
+    """Paths of the tokenizer and the chat template, and special tokens. Without a tokenizer the bundle takes token ids only.
+
+    ``special_tokens``: what chat templates read, literals by their names (``bos_token``, ``pad_token``, ``image_token``, …).
+    """
 
     tokenizer: str | None = None
     chat_template: str | None = None
     eos_token_ids: tuple[int, ...] = ()
-    bos_token: str | None = None
-    eos_token: str | None = None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,9 @@ def parse_manifest(text: str | bytes) -> Manifest:
         )
     try:
         if version == 1:  # heads that nobody measured, and no engines
-            raw = {"engines": {}, **raw, "schema_version": SCHEMA_VERSION, "heads": {"platt_scaling": [], **raw["heads"]}}
+            raw = {"engines": {}, **raw, "heads": {"platt_scaling": [], **raw["heads"]}}
+        if version < 3:  # two special tokens, each with a field of its own
+            raw = {**raw, "schema_version": SCHEMA_VERSION, "text": _with_special_tokens(raw["text"])}
         heads = raw["heads"]
         scaling = parse_platt_scaling(heads["platt_scaling"], heads["num_heads"])
         manifest: Manifest = _record(
@@ -154,6 +158,13 @@ def parse_manifest(text: str | bytes) -> Manifest:
     except (KeyError, TypeError, AttributeError, ValueError, TreeError) as error:
         raise BundleSchemaError(f"{MANIFEST_NAME} breaks the schema: {error}", hint="export the bundle again") from None
     return manifest
+
+
+def _with_special_tokens(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Moves the special tokens of an old record into one field. Keeps what is malformed, which is refused later."""
+    names = ("bos_token", "eos_token")
+    special = {name: text[name] for name in names if text[name] is not None}
+    return {**{name: value for name, value in text.items() if name not in names}, "special_tokens": special}
 
 
 def _is_int(value: object) -> TypeGuard[int]:

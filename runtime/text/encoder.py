@@ -46,8 +46,7 @@ class PromptEncoder:
             from .template import ChatTemplate
 
             source = self._path(self.text.chat_template).read_text("utf-8")
-            special = {"bos_token": self.text.bos_token or "", "eos_token": self.text.eos_token or ""}
-            self._template = ChatTemplate(source, **special)
+            self._template = ChatTemplate(source, self.text.special_tokens)
         return str(self._template.render(messages))
 
     def encode(self, request: Request) -> list[int]:

@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING
 from .stops import StopChecker
 
 if TYPE_CHECKING:
-    from .tokenizer import StreamDecoder
+    from .tokenizer import TextCodec
 
 
 class TextOutput:
-    """Turns emitted tokens into text, stop strings applied."""
+    """Turns emitted tokens into text, stop strings applied. Special tokens are no text, but a stop string may hold them."""
 
-    def __init__(self, decoder: StreamDecoder | None, stops: StopChecker, eos_token_ids: frozenset[int]) -> None:
-        """``decoder``: None leaves all text empty. ``eos_token_ids``: tokens that are no text."""
-        self._decoder, self._stops, self._eos = decoder, stops, eos_token_ids
+    def __init__(self, codec: TextCodec | None, stops: StopChecker, eos_token_ids: frozenset[int]) -> None:
+        """``codec``: None leaves all text empty. ``eos_token_ids``: tokens that are no text."""
+        self._decoder = None if codec is None else codec.decoder()
+        self._stops, self._eos = stops, eos_token_ids
+        literals = {} if codec is None else {**codec.special_tokens, **{token: codec.literal(token) for token in eos_token_ids}}
+        self._literals = {token: text for token, text in literals.items() if text and stops.meets(text)}
 
     @property
     def stopped(self) -> bool:
@@ -24,8 +27,17 @@ class TextOutput:
 
     def push(self, tokens: list[int]) -> str:
         """Return the text of newly emitted tokens, as far as it is certain."""
-        text = "" if self._decoder is None else self._decoder.push([token for token in tokens if token not in self._eos])
-        return self._stops.push(text)
+        if self._decoder is None:
+            return ""
+        if self._literals.keys().isdisjoint(tokens):
+            return self._stops.push(self._decoder.push([token for token in tokens if token not in self._eos]))
+        text = ""
+        for token in tokens:
+            if (literal := self._literals.get(token)) is not None:
+                text += self._stops.push(self._decoder.flush()) + self._stops.push(literal, hidden=True)
+            elif token not in self._eos:
+                text += self._stops.push(self._decoder.push([token]))
+        return text
 
     def flush(self) -> str:
         """Return the text that was held back, at the end."""

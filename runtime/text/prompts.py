@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import PromptError, PromptFileError
 from ..request import Message, Request
 from .template import check_messages
+from .unicode import check_text
 
 MAX_FILE_BYTES = 256 << 20
 MAX_LINE_BYTES = 8 << 20
@@ -90,8 +91,8 @@ def _check(kind: str, value: Any) -> None:
     if kind == "messages":
         check_messages(value)
     elif kind == "prompt":
-        if not isinstance(value, str) or not value:
-            raise PromptError(f"prompt is {value!r}", hint="prompt is a string that is not empty")
+        if check_text(value, "prompt") and not value:
+            raise PromptError("prompt is empty", hint="prompt is a string that is not empty")
     elif not isinstance(value, list) or not value:
         raise PromptError(f"token_ids is {type(value).__name__} and not a list of ids", hint=_HINT)
     elif wrong := [token for token in value if not isinstance(token, int) or isinstance(token, bool) or token < 0]:

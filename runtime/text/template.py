@@ -6,9 +6,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from ..errors import MissingDependencyError, PromptError, TemplateError
+from .unicode import check_text
 
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_OUTPUT_CHARS = 4 << 20
@@ -29,7 +31,8 @@ class ChatTemplate:
         MissingDependencyError: ``minijinja`` isn't installed.
     """
 
-    def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str] = MappingProxyType({})) -> None:
+        """``special_tokens``: literals by the names under which the template reads them, such as ``bos_token``."""
         try:
             import minijinja
         except ImportError:
@@ -41,7 +44,7 @@ class ChatTemplate:
                 f"the chat template has {len(source)} characters, over the limit of {MAX_TEMPLATE_CHARS}",
                 hint="don't use this bundle",
             )
-        self._special = {"bos_token": bos_token, "eos_token": eos_token}
+        self._special = dict(special_tokens)
         self._errors = minijinja.TemplateError
         self._environment = minijinja.Environment(
             fuel=FUEL, debug=False, pycompat=True, trim_blocks=True, lstrip_blocks=True, auto_escape_callback=lambda _name: False
@@ -115,8 +118,8 @@ def check_messages(messages: object) -> None:
             if name not in message:
                 raise PromptError(f"message {index} has no {name}", hint=hint)
         for name, value in message.items():
-            if not isinstance(name, str) or not isinstance(value, str):
-                raise PromptError(f"{name!r} of message {index} is of type {type(value).__name__}, not a string", hint=hint)
+            check_text(name, f"a name in message {index}")
+            check_text(value, f"{name!r} of message {index}")
         if not message["role"]:
             raise PromptError(f"the role of message {index} is empty", hint=hint)
 

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import BundleError, MissingDependencyError, PromptError
+from ..errors import BundleError, MissingDependencyError
+from .unicode import check_text
 
 MAX_TOKENIZER_BYTES = 256 << 20
 _UNKNOWN = "\ufffd"
 """Stands in decoded text for bytes that are not UTF-8, or not yet."""
+_CONTEXT = 8
+"""Ids kept as context. A character has at most 4 bytes, and an id that is text at least one."""
 
 
 class TextCodec:
@@ -45,6 +48,31 @@ class TextCodec:
         # The file may hold training settings that would cut or pad a prompt without a word.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_tokens: dict[int, str] = {token: each.content for token, each in added.items() if each.special}
+        """Literals of the special tokens by their ids. Decoded text doesn't hold them."""
+        self._added: dict[int, str] = {token: each.content for token, each in added.items()}
+        self._bytes = self._byte_tokens()
+
+    def _byte_tokens(self) -> frozenset[int]:
+        """Returns the ids that the decoder reads as one byte each, in runs; none if it has no such ids."""
+        decoder = self._tokenizer.decoder
+        if decoder is None or b'"ByteFallback"' not in decoder.__getstate__():
+            return frozenset()
+        names = {f"<0x{byte:02{digits}}>" for byte in range(256) for digits in "xX"}
+        return frozenset(token for name in names if (token := self._tokenizer.token_to_id(name)) is not None)
+
+    def literal(self, token: int) -> str | None:
+        """Returns the text of an added token, special or not; None for any other id."""
+        return self._added.get(token)
+
+    def is_byte(self, token: int) -> bool:
+        """Says whether the decoder reads this id as a byte. What a run of bytes becomes is certain only at its end."""
+        return token in self._bytes
+
+    def is_text(self, token: int) -> bool:
+        """Says whether decoded text shows the id: special tokens and unknown ids are left out."""
+        return token not in self.special_tokens and self._tokenizer.id_to_token(token) is not None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Encodes ``text`` as token ids.
@@ -55,14 +83,7 @@ class TextCodec:
         Raises:
             PromptError: ``text`` isn't a string, or isn't valid Unicode.
         """
-        if not isinstance(text, str):
-            raise PromptError(f"the prompt is of type {type(text).__name__}", hint="give a string")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise PromptError(
-                f"character {error.start} of the prompt is half of a surrogate pair", hint="decode the text before it is sent"
-            ) from None
+        check_text(text, "the prompt")
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -77,36 +98,42 @@ class TextCodec:
 
 
 class StreamDecoder:
-    """Decodes ids as they come. The pieces add up to ``codec.decode`` of all ids.
+    """Decodes ids as they come. The pieces add up to ``codec.decode`` of all ids, at a cost that is linear in their number.
 
     A token's text depends on its neighbours: a leading space, a character spread over several tokens. Each call therefore decodes
-    a window of ids: those after the last place where the text was complete, with the ids before that place as context.
+    a window of ids: those whose text isn't certain yet, behind some whose text was returned, as context.
+
+    Two things keep text from being certain. The last U+FFFD may be the beginning of a character. A run of byte tokens
+    (:meth:`TextCodec.is_byte`) becomes U+FFFD as a whole if it isn't UTF-8 at its end.
     """
 
     def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
         self._window: list[int] = []
-        self._context = 0  # ids at the start of the window whose text was returned
+        self._new = 0  # ids at the end of the window that no call has decoded
         self._out = 0  # characters of the window's text that were returned
 
     def push(self, ids: Sequence[int]) -> str:
         """Adds ids. Returns the text that can't change any more: whole characters only."""
-        if not ids:
+        new = [token for token in ids if self._codec.is_text(token)]
+        self._window.extend(new)
+        self._new += len(new)
+        if not self._new or self._codec.is_byte(self._window[-1]):
             return ""
-        self._window.extend(ids)
         text = self._codec.decode(self._window)
-        complete = text.rstrip(_UNKNOWN)
-        added = complete[self._out :]
-        self._out = max(self._out, len(complete))
-        if added and len(complete) == len(text):
-            self._window = self._window[self._context :]
-            self._context = len(self._window)
-            self._out = len(self._codec.decode(self._window))
+        held = 1 if text.endswith(_UNKNOWN) else 0
+        added = text[self._out : len(text) - held]
+        self._out = max(self._out, len(text) - held)
+        if len(self._window) > 2 * _CONTEXT:
+            # UTF-8 is in step again within 4 bytes, wherever the context begins: only the held character is missing.
+            self._window = self._window[-_CONTEXT:]
+            self._out = len(self._codec.decode(self._window)) - held
+        self._new = 0
         return added
 
     def flush(self) -> str:
         """Ends the stream. Returns the text held back; bytes that never became a character are U+FFFD."""
         text = self._codec.decode(self._window)
         added = text[self._out :]
-        self._out = max(self._out, len(text))
+        self._out, self._new = max(self._out, len(text)), 0
         return added

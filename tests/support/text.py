@@ -11,6 +11,7 @@ from medusa_deploy.runtime.files.manifest import MANIFEST_NAME, TextFacts
 from support.tiny import VOCAB
 
 SPECIAL = ("<pad>", "<s>", "</s>")
+NAMES = ("pad_token", "bos_token", "eos_token")
 LETTERS = [chr(32 + index) for index in range(95)] + [chr(0xC0 + index) for index in range(VOCAB - 95 - len(SPECIAL))]
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}:{{ message['content'] }};{% endfor %}>"
 
@@ -25,7 +26,7 @@ def write_text_files(folder: Path, *, eos_token_ids: tuple[int, ...] = ()) -> Te
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(TEMPLATE, "utf-8")
-    return TextFacts("tokenizer.json", "chat_template.jinja", eos_token_ids, SPECIAL[1], SPECIAL[2])
+    return TextFacts("tokenizer.json", "chat_template.jinja", eos_token_ids, dict(zip(NAMES, SPECIAL, strict=True)))
 
 
 def text_bundle(source: Path, folder: Path) -> Path:

@@ -46,13 +46,28 @@ def test_a_newer_schema_says_to_upgrade() -> None:
 
 def test_the_first_schema_is_read_as_heads_that_nobody_measured() -> None:
     raw = copy.deepcopy(GOOD)
-    del raw["heads"]["platt_scaling"], raw["engines"]
+    del raw["heads"]["platt_scaling"], raw["engines"], raw["text"]["special_tokens"]
     raw["schema_version"] = 1
+    raw["text"] |= {"bos_token": None, "eos_token": None}
     read = parse_manifest(json.dumps(raw))
     assert read.heads.platt_scaling == ()
     assert read.schema_version == SCHEMA_VERSION
     with pytest.raises(BundleSchemaError):
         parse_manifest(json.dumps({**raw, "schema_version": 2}))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_older_schemas_know_two_special_tokens(version: int) -> None:
+    raw = copy.deepcopy(GOOD)
+    del raw["text"]["special_tokens"]
+    raw |= {"schema_version": version, "text": raw["text"] | {"bos_token": "<s>", "eos_token": None}}
+    read = parse_manifest(json.dumps(raw))
+    assert read.text.special_tokens == {"bos_token": "<s>"} and read.schema_version == SCHEMA_VERSION
+    for wrong in ({"bos_token": 1}, {"surprise": 1}):
+        with pytest.raises(BundleSchemaError):
+            parse_manifest(json.dumps(raw | {"text": raw["text"] | wrong}))
+    with pytest.raises(BundleSchemaError):
+        parse_manifest(json.dumps({**raw, "schema_version": SCHEMA_VERSION}))
 
 
 @pytest.mark.parametrize("pairs", [[[0.7, -1.0]], [[0.7]] * 3, [[-0.7, 0.0]] * 3, [[0.7, "x"]] * 3, [0.7, -1.0], None])
@@ -104,7 +119,8 @@ def test_an_unknown_field_is_refused(record: tuple[str, ...]) -> None:
         (("text", "eos_token_ids"), "2"),
         (("text", "eos_token_ids"), [2.5]),
         (("text", "eos_token_ids"), None),
-        (("text", "bos_token"), 1),
+        (("text", "special_tokens"), {"bos_token": 1}),
+        (("text", "special_tokens"), ["<s>"]),
         (("trees", "default"), [[0, 0]]),
         (("trees", "default"), [[0], [0]]),
         (("trees", "default"), [[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]),

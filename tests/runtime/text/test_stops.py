@@ -68,7 +68,15 @@ def test_the_first_stop_to_be_complete_wins_and_of_two_at_once_the_longer() -> N
     assert StopChecker(["c", "bc"], include_stop=True).push("abcd") == "abc"
 
 
-@pytest.mark.parametrize("stops", ["END", [""], ["a", ""], [1]], ids=str)
+def test_a_hidden_literal_is_found_and_not_shown() -> None:
+    checker = StopChecker(["\n<end>", "xyz"])
+    assert checker.push("a") + checker.push("<end>", hidden=True) + checker.push("b\n") == "ab"
+    assert checker.push("<end>", hidden=True) + checker.push("more") + checker.flush() == "" and checker.stopped
+    kept = StopChecker(["<end>"], include_stop=True)
+    assert kept.push("a") + kept.push("<end>", hidden=True) == "a<end>"
+
+
+@pytest.mark.parametrize("stops", ["END", [""], ["a", ""], [1], ["\ud83d"]], ids=ascii)
 def test_a_stop_that_is_no_string_or_empty_is_refused(stops: object) -> None:
     with pytest.raises(UsageError):
         StopChecker(stops)  # type: ignore[arg-type]

@@ -58,7 +58,7 @@ def test_chatml() -> None:
 
 
 def test_llama3() -> None:
-    text = ChatTemplate(LLAMA3, **MARKS).render([{"role": "system", "content": " Be brief. "}, *HELLO])
+    text = ChatTemplate(LLAMA3, MARKS).render([{"role": "system", "content": " Be brief. "}, *HELLO])
     year = datetime.now().astimezone().year
     assert text == (
         f"<s><|start_header_id|>system<|end_header_id|>\n\n{year}\n\nBe brief.<|eot_id|>"
@@ -67,7 +67,7 @@ def test_llama3() -> None:
 
 
 def test_mistral() -> None:
-    template = ChatTemplate(MISTRAL, **MARKS)
+    template = ChatTemplate(MISTRAL, MARKS)
     assert template.render(TALK) == "<s>[INST] Hi [/INST]Yes?</s>[INST] Why? [/INST]"
     with pytest.raises(TemplateError, match="refuses the messages: roles must alternate"):
         template.render(TALK[1:])
@@ -155,8 +155,10 @@ def test_a_template_over_the_size_limit_is_refused() -> None:
 @pytest.mark.parametrize(
     "messages",
     ["Hello", {"role": "user"}, [], ["Hello"], [{"role": "user"}], [{"content": "a"}], [{"role": "user", "content": None}],
-     [{"role": "", "content": "a"}], [{"role": 1, "content": "a"}], [{"role": "user", "content": "a", "name": ["b"]}], None],
-    ids=repr,
+     [{"role": "", "content": "a"}], [{"role": 1, "content": "a"}], [{"role": "user", "content": "a", "name": ["b"]}], None,
+     [{"role": "user", "content": b"a"}], [{"role": "user", "content": "half a pair \ud83d"}],
+     [{"role": "\ud83d", "content": "a"}]],
+    ids=ascii,
 )  # fmt: skip
 def test_messages_of_a_wrong_form_are_refused(messages: object) -> None:
     with pytest.raises(PromptError):

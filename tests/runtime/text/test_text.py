@@ -75,9 +75,8 @@ def streamed(codec: TextCodec, ids: list[int], borders: list[int]) -> str:
     decoder, out = codec.decoder(), ""
     edges = [0, *sorted(border % (len(ids) + 1) for border in borders), len(ids)]
     for start, end in itertools.pairwise(edges):
-        piece = decoder.push(ids[start:end])
-        assert not piece.endswith("\ufffd")
-        out += piece
+        out += decoder.push(ids[start:end])
+        assert codec.decode(ids).startswith(out), "a piece was taken back"
     return out + decoder.flush() + decoder.flush()
 
 
@@ -122,6 +121,38 @@ def test_a_stream_keeps_leading_spaces_and_characters_made_of_bytes(
     ids = sentencepiece.encode(text)
     assert streamed(sentencepiece, ids, borders) == text
     assert streamed(sentencepiece, ids, list(range(len(ids)))) == text
+
+
+@given(st.lists(st.integers(0, 289), max_size=40), st.lists(st.integers(0, 200), max_size=60))
+def test_any_ids_of_a_byte_fallback_tokenizer_stream_to_what_they_decode_to(
+    sentencepiece: TextCodec, ids: list[int], borders: list[int]
+) -> None:
+    assert streamed(sentencepiece, ids, borders) == sentencepiece.decode(ids)
+    assert streamed(sentencepiece, ids, list(range(len(ids)))) == sentencepiece.decode(ids)
+
+
+def test_a_run_of_bytes_is_text_at_its_end_and_special_tokens_do_not_end_it(sentencepiece: TextCodec) -> None:
+    first, second = 3 + 0xC3, 3 + 0xA9  # é
+    decoder = sentencepiece.decoder()
+    assert [decoder.push([token]) for token in (first, second, 2, first)] == [""] * 4
+    (letter,) = sentencepiece.encode("a")
+    assert decoder.push([letter]) == sentencepiece.decode([first, second, first, letter])
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_bytes_that_are_no_characters_cost_the_same_each(kind: str, request: pytest.FixtureRequest) -> None:
+    codec: TextCodec = request.getfixturevalue(kind)
+    byte = codec.encode("🦊", add_special_tokens=False)[-1]
+    decoded: list[int] = []
+    decode = codec.decode
+    codec.decode = lambda ids: (decoded.append(len(ids)), decode(ids))[1]  # type: ignore[method-assign]
+    try:
+        decoder = codec.decoder()
+        text = "".join(decoder.push([byte]) for _ in range(1000)) + decoder.flush()
+    finally:
+        del codec.decode
+    assert text == "\ufffd" * 1000
+    assert sum(decoded) < 40_000, "each id is decoded a bounded number of times"
 
 
 def test_a_character_waits_for_its_last_byte(byte_level: TextCodec) -> None:
