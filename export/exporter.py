@@ -102,7 +102,7 @@ def export_bundle(
         stack = HeadStack(head_set, backbone.module.get_output_embeddings(), top_k, backbone.dtype)
         rows = step_io.cache_rows(capacity, head_set.config.num_heads, max_rows)
         report("tracing")
-        graphs = write_graphs(backbone, stack, rows, folder, report)
+        graphs = write_graphs(backbone, stack, rows, capacity, folder, report)
         text = write_text_files(Path(model), backbone.module.config, staging)
         scaling = () if read is None else read.platt_scaling
         manifest = _manifest(backbone, head_set, scaling, top_k, text, graphs, _NUMPY_DTYPES[dtype])
@@ -111,7 +111,7 @@ def export_bundle(
         places: dict[str, Any] = {}
         layout = CacheLayout(shape.layers, 1, shape.kv_heads, rows, shape.head_dim, _NUMPY_DTYPES[dtype])
         if weights == "linked":
-            checks, places = check_linked(folder, graphs, layout, backbone, stack, report)
+            checks, places = check_linked(folder, graphs, layout, capacity, backbone, stack, report)
         else:
             checks = _check(folder, graphs, layout, backbone, stack, report)
         report("hashing")

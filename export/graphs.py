@@ -18,13 +18,20 @@ HEADS_GRAPH = "heads.onnx"
 
 
 def write_graphs(
-    backbone: Backbone, stack: HeadStack, rows: int, folder: Path, report: Callable[[str], None], prefix: str = ""
+    backbone: Backbone,
+    stack: HeadStack,
+    rows: int,
+    capacity: int,
+    folder: Path,
+    report: Callable[[str], None],
+    prefix: str = "",
 ) -> dict[str, str]:
     """Write every variant of the step, the heads, and the weights that no other file holds into ``folder``.
 
-    ``prefix``: the start of their names. Returns the file name of each variant.
+    ``rows``: of a cache. ``capacity``: tokens of a slot. ``prefix``: the start of their names. Returns the file name of each
+    variant.
     """
-    for_device = trace_step(backbone, stack, rows)
+    for_device = trace_step(backbone, stack, rows, capacity)
     standard = for_device.clone()
     drop_closing(standard)
     for_cpu = standard.clone()

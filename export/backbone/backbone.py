@@ -33,7 +33,7 @@ def load_backbone(source: Path, dtype: str, capacity: int, adapter: Adapter | No
     Raises:
         CheckpointError: no such model, or non-finite weights.
         HeadsError, HeadsMismatchError: the adapter is damaged, or belongs to another model.
-        UnsupportedArchitectureError: sliding windows shorter than ``capacity``, length-dependent positions within it, …
+        UnsupportedArchitectureError: positions that depend on the length within ``capacity``, …
     """
     load_config(source, capacity)
     module = load_module(source, dtype if adapter is None else "fp32")
@@ -130,12 +130,6 @@ def check_architecture(config: Any, capacity: int) -> None:
     Raises:
         UnsupportedArchitectureError: names the setting, its value and the capacity.
     """
-    windows = _sliding_windows(config)
-    if windows and min(windows) < capacity:
-        raise UnsupportedArchitectureError(
-            f"{config.model_type} attends to a sliding window of {min(windows)} tokens, fewer than the capacity {capacity}",
-            hint=f"export with --capacity {min(windows)} or less",
-        )
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise UnsupportedArchitectureError(
             f"{config.model_type} caps its attention logits at {config.attn_logit_softcapping}",
@@ -173,15 +167,6 @@ def check_architecture(config: Any, capacity: int) -> None:
 def _nested_rope(config: Any, rope: dict[str, Any]) -> str:
     kinds = {value.get("rope_type", "default") for value in rope.values() if isinstance(value, dict)}
     return kinds.pop() if len(kinds) == 1 else "/".join(sorted(kinds)) or "default"
-
-
-def _sliding_windows(config: Any) -> list[int]:
-    """Return the sliding windows that some layer uses."""
-    window = getattr(config, "sliding_window", None)
-    if window is None or not getattr(config, "use_sliding_window", True):
-        return []
-    kinds = getattr(config, "layer_types", None)
-    return [int(window)] if kinds is None or "sliding_attention" in kinds else []
 
 
 def backbone_shape(module: Any) -> BackboneShape:

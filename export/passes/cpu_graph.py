@@ -12,17 +12,21 @@ from onnx_ir.passes import common as passes
 
 from ...runtime.executors import step_io
 from ...runtime.tree import MAX_ROWS
+from ..trace.attention import DOMAIN, OP
 from .patterns import Nodes, producer_if, replace_uses
 
 _REPLACED = (step_io.ANCESTORS, step_io.FORCED, step_io.WRITE_INDEX, step_io.COLUMNS, step_io.COMMIT)
 
 
 def take_from_host(graph: ir.Graph) -> dict[str, ir.Value]:
-    """Add ``step_io.CPU_INPUTS``, accept by them, and return them by name. :func:`drop_replaced` removes what they replace."""
+    """Add ``step_io.CPU_INPUTS`` and masks, accept by them, and return all by name.
+
+    :func:`drop_replaced` removes what they replace.
+    """
     cache = next(value for value in graph.inputs if value.name == step_io.past_names(1)[0])
     assert cache.dtype is not None
     kinds: dict[str, tuple[ir.DataType, list[str | int]]] = {
-        step_io.MASK: (cache.dtype, ["B", 1, "N", "T"]),
+        **{step_io.mask_name(window): (cache.dtype, ["B", 1, "N", "T"]) for window in _windows(graph)},
         step_io.LAST_ROWS: (ir.DataType.INT32, ["B"]),
         step_io.VISIBLE: (ir.DataType.INT32, []),
         step_io.PARENTS: (ir.DataType.INT64, ["B", "N"]),
@@ -31,9 +35,20 @@ def take_from_host(graph: ir.Graph) -> dict[str, ir.Value]:
     given = {
         name: ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape)) for name, (dtype, shape) in kinds.items()
     }
-    graph.inputs.extend(given[name] for name in step_io.CPU_INPUTS)
+    graph.inputs.extend(given.values())
     _accept(graph, given[step_io.PARENTS], given[step_io.PATHS])
     return given
+
+
+def window(attention: ir.Node) -> int | None:
+    """Return the window of an abstract attention node; None if it sees all earlier tokens."""
+    return attention.attributes["window"].as_int() or None
+
+
+def _windows(graph: ir.Graph) -> list[int | None]:
+    """List the windows of a graph's abstract attention nodes, each once; None first."""
+    found = {window(node) for node in graph if node.domain == DOMAIN and node.op_type == OP}
+    return sorted(found, key=lambda each: each or 0)
 
 
 def _accept(graph: ir.Graph, parents: ir.Value, paths: ir.Value) -> None:

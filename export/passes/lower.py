@@ -16,7 +16,7 @@ from onnx_ir.passes import common as passes
 
 from ...runtime.executors import step_io
 from ..trace.attention import DOMAIN, OP
-from .cpu_graph import drop_replaced, heads_if_wanted, take_from_host
+from .cpu_graph import drop_replaced, heads_if_wanted, take_from_host, window
 from .fuse import fuse
 from .merge import ATTENTION, merge
 from .patterns import MICROSOFT, Nodes
@@ -191,7 +191,8 @@ def _cpu_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value]) 
     packed = [rows_first(query, heads, "query_shape"), *(rows_first(t, kv_heads, "kv_shape") for t in (key, value))]
     shape = ir.Shape([query.shape[0], query.shape[2], heads * head_dim])
     attended = ir.Value(name=f"{node.name}/attended", shape=shape, type=query.type)
-    last_rows, visible, mask = (shared[name] for name in (step_io.LAST_ROWS, step_io.VISIBLE, step_io.MASK))
+    mask = shared[step_io.mask_name(window(node))]  # by position; the operator's own window counts cache rows
+    last_rows, visible = shared[step_io.LAST_ROWS], shared[step_io.VISIBLE]
     build.add(
         ATTENTION,
         [*packed, past_key, past_value, last_rows, visible, None, None, None, mask],

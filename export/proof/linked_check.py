@@ -44,13 +44,19 @@ class PlacesReport:
 
 
 def check_linked(
-    folder: Path, variants: dict[str, str], layout: CacheLayout, backbone: Backbone, stack: HeadStack, report: Report
+    folder: Path,
+    variants: dict[str, str],
+    layout: CacheLayout,
+    capacity: int,
+    backbone: Backbone,
+    stack: HeadStack,
+    report: Report,
 ) -> tuple[dict[str, CheckReport], dict[str, Any]]:
     """Compare every variant of the first layers with the torch module, and look up every place in the whole graphs.
 
     ``folder`` holds the graphs and the linked files, and for a while those of the first layers. ``variants``: file names in it.
-    ``layout``: of the whole backbone. ``stack`` is used up: it reads the real weights from now on. Returns reports by variant,
-    and the facts about weights for the bundle's provenance.
+    ``layout``: of the whole backbone. ``capacity``: tokens of a slot. ``stack`` is used up: it reads the real weights from now
+    on. Returns reports by variant, and the facts about weights for the bundle's provenance.
 
     Raises:
         NumericsError, ExportMismatchError: the first layers don't reproduce the torch module, or a place is wrong.
@@ -60,7 +66,7 @@ def check_linked(
     cut, real = first_layers(backbone)
     stack.project_through(cut.module.get_output_embeddings())
     report(f"tracing {cut.shape.layers} layers for the check")
-    graphs = write_graphs(cut, stack, layout.rows, folder, lambda _phase: None, _PREFIX)
+    graphs = write_graphs(cut, stack, layout.rows, capacity, folder, lambda _phase: None, _PREFIX)
     sizes = (stack.config.num_heads, stack.top_k, cut.shape.hidden_size, cut.shape.vocab_size)
     few = replace(layout, layers=cut.shape.layers)
     observed = {}

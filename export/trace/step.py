@@ -12,13 +12,24 @@ from ..heads.module import HeadStack
 from .attention import TraceCache, install, tracing
 
 
-def visibility_mask(ancestors: Tensor, write_index: Tensor, columns: Tensor, margin: int, dtype: torch.dtype) -> Tensor:
+def visibility_mask(
+    ancestors: Tensor,
+    write_index: Tensor,
+    columns: Tensor,
+    margin: int,
+    dtype: torch.dtype,
+    positions: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
     """Make the additive mask [B, 1, N, T]: 0 where a row may look, ``HIDDEN_BIAS`` elsewhere.
 
     A row sees the committed rows, and its ancestors among this step's rows (it is an ancestor of itself)::
 
         cache row   0 … margin-1   margin … write_index-1   write_index … write_index+N-1   …
         visible     no             yes                      if an ancestor                  no
+        position    -              0 … committed-1          its own                         -
+
+    With a ``window``, only those at a position > its own − window.
     """
     rows = ancestors.shape[1]
     committed = (columns[None, :] >= margin) & (columns[None, :] < write_index[:, None])  # [B, T]
@@ -27,6 +38,10 @@ def visibility_mask(ancestors: Tensor, write_index: Tensor, columns: Tensor, mar
     index = offset.clamp(min=0).minimum(torch.full_like(offset, rows - 1))
     tree = torch.gather(ancestors, 2, index[:, None, :].expand(-1, rows, -1)) & inside[:, None, :]  # [B, N, T]
     visible = committed[:, None, :] | tree
+    if window is not None:
+        assert positions is not None, "a window counts positions"
+        stands = torch.where(inside, torch.gather(positions, 1, index), columns[None, :] - margin)  # [B, T]
+        visible = visible & (stands[:, None, :] > positions[:, :, None] - window)
     zero, hidden = torch.zeros((), dtype=dtype), torch.full((), HIDDEN_BIAS, dtype=dtype)
     return torch.where(visible, zero, hidden)[:, None]
 
@@ -98,10 +113,10 @@ def close(
 class StepModule(nn.Module):
     """Backbone and heads with the inputs and outputs of :mod:`...runtime.executors.step_io`, those of the device graph included.
 
-    Installs the tracing attention in the backbone.
+    Installs the tracing attention in the backbone. ``capacity``: tokens of a slot.
     """
 
-    def __init__(self, backbone: Any, heads: HeadStack, margin: int) -> None:
+    def __init__(self, backbone: Any, heads: HeadStack, margin: int, capacity: int) -> None:
         super().__init__()
         install(backbone)
         self.decoder = backbone.get_decoder()
@@ -109,6 +124,7 @@ class StepModule(nn.Module):
         self.projection = backbone.get_output_embeddings()
         self.heads = heads
         self.margin = margin
+        self.capacity = capacity
 
     def forward(
         self,
@@ -124,10 +140,13 @@ class StepModule(nn.Module):
         past: list[Tensor],
     ) -> tuple[Tensor, ...]:
         dtype = self.embedding.weight.dtype
-        mask = visibility_mask(ancestors, write_index, columns, self.margin, dtype)
-        with tracing(TraceCache(past, write_index, commit)) as cache:
+
+        def mask_of(window: int | None) -> Tensor:
+            return visibility_mask(ancestors, write_index, columns, self.margin, dtype, positions, window)
+
+        with tracing(TraceCache(past, write_index, commit, mask_of, self.capacity)) as cache:
             hidden = self.decoder(
-                input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+                input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True
             ).last_hidden_state
         width = hidden.shape[-1]
         hidden = torch.gather(hidden, 1, logit_rows[:, :, None].expand(-1, -1, width))  # [B, R, H]
@@ -138,9 +157,7 @@ class StepModule(nn.Module):
         next_token = torch.gather(greedy, 1, last_logit)  # [B, 1]
         state = torch.gather(hidden, 1, last_logit[:, :, None].expand(-1, -1, width))  # [B, 1, H]
         candidates, log_probs = self.heads(state, self.embedding(next_token))
-        closing = close(
-            tokens, positions, ancestors, forced, write_index, draft_slots, last_row, next_token, candidates
-        )
+        closing = close(tokens, positions, ancestors, forced, write_index, draft_slots, last_row, next_token, candidates)
         return (last_row, next_token[:, 0], candidates, log_probs, logits, hidden, *closing, *cache.present_in_order())
 
 

@@ -24,14 +24,16 @@ OPSET = 24
 _B, _N, _R, _T = 2, 5, 3, 24
 
 
-def trace_step(backbone: Backbone, heads: HeadStack, rows: int) -> ir.Model:
+def trace_step(backbone: Backbone, heads: HeadStack, rows: int, capacity: int) -> ir.Model:
     """Trace the step graph over caches of ``rows`` rows: abstract attention, dynamic B, N, R and T, constant S.
+
+    Layers whose window is shorter than ``capacity`` tokens get a mask of their own.
 
     Raises:
         UnsupportedArchitectureError: the backbone's attention has terms that the step graph can't express.
     """
     with backbone.weights.tracing():
-        model = _trace_step(backbone, heads, rows)
+        model = _trace_step(backbone, heads, rows, capacity)
     link_weights(model, backbone)
     return model
 
@@ -44,7 +46,7 @@ def trace_heads(backbone: Backbone, heads: HeadStack) -> ir.Model:
     return model
 
 
-def _trace_step(backbone: Backbone, heads: HeadStack, rows: int) -> ir.Model:
+def _trace_step(backbone: Backbone, heads: HeadStack, rows: int, capacity: int) -> ir.Model:
     shape = backbone.shape
     margin = heads.config.num_heads
     dtype = backbone.dtype
@@ -68,7 +70,7 @@ def _trace_step(backbone: Backbone, heads: HeadStack, rows: int) -> ir.Model:
     inputs += [step_io.COLUMNS, step_io.LOGIT_ROWS, step_io.COMMIT, step_io.DRAFT_SLOTS, *step_io.past_names(shape.layers)]
     outputs = [step_io.LAST_ROW, step_io.NEXT_TOKEN, step_io.CANDIDATES, step_io.LOG_PROBS, step_io.LOGITS, step_io.HIDDEN]
     outputs += [*step_io.CLOSING, *step_io.present_names(shape.layers)]
-    return _export(StepModule(backbone.module, heads, margin), arguments, dynamic, inputs, outputs)
+    return _export(StepModule(backbone.module, heads, margin, capacity), arguments, dynamic, inputs, outputs)
 
 
 def _trace_heads(backbone: Backbone, heads: HeadStack) -> ir.Model:

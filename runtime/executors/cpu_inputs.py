@@ -6,6 +6,8 @@ those that depend on the shape of the tree alone are skipped while it stays.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from ..tree import Shape
@@ -14,19 +16,21 @@ from .step_plan import SlotRows
 
 
 class CpuInputs:
-    """Arrays of one slot's calls with N rows; all but the mask stay where they are.
+    """Arrays of one slot's calls with N rows; all but the masks stay where they are.
 
     R is N, or 1 in prefill: of a prompt every row is accepted, and the last one's logits are all there are.
+    ``windows``: names of the graph's masks, each with its window. ``masks``: by name.
     """
 
-    def __init__(self, rows: int, logit_rows: int, margin: int, dtype: str) -> None:
+    def __init__(self, rows: int, logit_rows: int, margin: int, dtype: str, windows: Mapping[str, int | None]) -> None:
         self._margin, self._dtype = margin, dtype
         self._all_rows = logit_rows == rows
+        self._windows = windows
         self._shape: Shape | None = None
         self.tokens = np.zeros((1, rows), np.int64)
         self.positions = np.zeros((1, rows), np.int64)
         self.logit_rows = np.arange(rows - logit_rows, rows, dtype=np.int64)[None]
-        self.mask = np.zeros((1, 1, rows, 0), dtype)
+        self.masks = {name: np.zeros((1, 1, rows, 0), dtype) for name in windows}
         self.visible = np.zeros((), np.int32)
         self.last_rows = np.zeros(1, np.int32)
         self.parents = np.zeros((1, rows), np.int64)
@@ -35,12 +39,13 @@ class CpuInputs:
     @property
     def nbytes(self) -> int:
         """Bytes of the larger arrays."""
-        return int(self.mask.nbytes + self.paths.nbytes)
+        return int(self.paths.nbytes) + sum(mask.nbytes for mask in self.masks.values())
 
     def show(self, visible: int) -> None:
-        """Make room for a mask over ``visible`` cache rows: a new array."""
-        self.mask = np.zeros((1, 1, self.tokens.shape[1], visible), self._dtype)
-        self.mask[..., : self._margin] = step_io.HIDDEN_BIAS
+        """Make room for masks over ``visible`` cache rows: new arrays."""
+        for name in self.masks:
+            self.masks[name] = mask = np.zeros((1, 1, self.tokens.shape[1], visible), self._dtype)
+            mask[..., : self._margin] = step_io.HIDDEN_BIAS
         self.visible[()] = visible
 
     def fill(self, rows: SlotRows, length: int, moves: tuple[int, ...] = ()) -> None:  # noqa: ARG002 - rows were moved before
@@ -57,7 +62,13 @@ class CpuInputs:
             self._shape = shape
             np.maximum(shape.parents, 0, out=self.parents[0])
             self.paths[0] = shape.on_path
-        mask = self.mask[0, 0]
-        mask[:, margin:start] = 0
-        np.multiply(shape.unrelated, step_io.HIDDEN_BIAS, out=mask[:, start:end], casting="unsafe")
+        for name, window in self._windows.items():
+            mask, hidden = self.masks[name][0, 0], shape.unrelated
+            mask[:, margin:start] = 0
+            if window is not None:
+                if rows.count > window:  # a chain of a prompt, longer than the window
+                    hidden = np.maximum(hidden, shape.depths[:, None] - shape.depths >= window)
+                for row, depth in enumerate(shape.depths.tolist()):
+                    mask[row, margin : max(margin, min(start, start + depth + 1 - window))] = step_io.HIDDEN_BIAS
+            np.multiply(hidden, step_io.HIDDEN_BIAS, out=mask[:, start:end], casting="unsafe")
         self.last_rows[0] = end - 1

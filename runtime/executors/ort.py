@@ -60,6 +60,7 @@ class OrtExecutor(OrtBase):
         self.caches = np.zeros(shape, layout.dtype)
         self._cache_values = [[self._value(cache[slot : slot + 1]) for cache in self.caches] for slot in range(layout.slots)]
         self._graph_moves = step_io.COMMIT in self._inputs
+        self._windows = step_io.mask_windows(sorted(self._inputs))  # only CPU graphs read masks
         self.abilities = Abilities(layout.slots, model.num_heads if self._graph_moves else max(DEEPEST, model.num_heads))
         self._margin = model.num_heads
         self._bound: Recent[Bound] = Recent()
@@ -101,7 +102,8 @@ class OrtExecutor(OrtBase):
         bound.visible = visible
         if isinstance(bound.inputs, CpuInputs):
             bound.inputs.show(visible)
-            bound.io.bind_ortvalue_input(step_io.MASK, self._value(bound.inputs.mask))
+            for name, mask in bound.inputs.masks.items():
+                bound.io.bind_ortvalue_input(name, self._value(mask))
         else:
             bound.io.bind_ortvalue_input(step_io.COLUMNS, self._value(self._columns[:visible]))
 
@@ -114,13 +116,13 @@ class OrtExecutor(OrtBase):
         count, wanted = rows.count, rows.wanted
         logit_rows = 1 if rows.prefills else count
         inputs: CpuInputs | StepInputs
-        if step_io.MASK in self._inputs:
-            inputs = CpuInputs(count, logit_rows, self._margin, self.layout.dtype)
+        if self._windows:
+            inputs = CpuInputs(count, logit_rows, self._margin, self.layout.dtype, self._windows)
         else:
             inputs = StepInputs.allocate(1, count, logit_rows, self._margin)
         outputs, binding = self._outputs(1, logit_rows, wanted), self._session.io_binding()
         for name in (*step_io.STEP_INPUTS, *step_io.CPU_INPUTS):
-            if name in self._inputs and name not in (step_io.MASK, step_io.COLUMNS):
+            if name in self._inputs and name != step_io.COLUMNS:
                 binding.bind_ortvalue_input(name, self._value(getattr(inputs, name)))
         for name, answer in ((step_io.HEADS_WANTED, wanted.heads), (step_io.LOGITS_WANTED, wanted.logits)):
             if name in self._inputs:

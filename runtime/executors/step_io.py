@@ -62,6 +62,7 @@ rows has R = N and one forced row, or R = 1 and all rows forced.
 input, CPU graphs       shape              meaning
 ======================= ================== ===================================================================
 mask                    [B, 1, N, T]       added to attention scores: 0, or ``HIDDEN_BIAS`` if the row mustn't see the cache row
+mask.{w}                [B, 1, N, T]       the same for layers with a window of w tokens, which hides positions <= the row's − w
 last_rows               int32 [B]          cache row of the step's last row
 visible                 int32 []           T
 parents                 int64 [B, N]       row whose argmax a row should carry; 0 for a row that needs no match
@@ -69,6 +70,8 @@ paths                   float32 [B, N, R]  1 if row n isn't forced and lies on t
 heads_wanted            bool []            true if the heads run
 logits_wanted           bool []            true if more than the greedy choice needs logits; that choice seldom takes all of them
 ======================= ================== ===================================================================
+
+A graph has the masks that its layers read: no ``mask`` where all of them have a window.
 
 The *device* graph is the same step, closed over itself: it outputs the inputs of the next step, so that an engine can start that
 step before the host has read this one. It has no ``commit``. Accepted rows are carried from step to step outside the caches, and
@@ -100,6 +103,8 @@ step's own: no row sees them, and :func:`cache_rows` has room for them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 TOKENS = "tokens"
 POSITIONS = "positions"
@@ -140,13 +145,24 @@ CLOSING = (EMITTED, NEXT_TOKENS, NEXT_POSITIONS, NEXT_WRITE_INDEX, NEXT_KEPT, NE
 STEP_INPUTS = (TOKENS, POSITIONS, ANCESTORS, FORCED, WRITE_INDEX, COLUMNS, LOGIT_ROWS, COMMIT)
 """Small inputs of the standard graph."""
 
-CPU_INPUTS = (MASK, LAST_ROWS, VISIBLE, PARENTS, PATHS)
-"""Inputs of the CPU graphs that the host computes."""
+CPU_INPUTS = (LAST_ROWS, VISIBLE, PARENTS, PATHS)
+"""Inputs of the CPU graphs that the host computes, besides masks."""
 
 # The most negative finite fp16 number. Masks are additive and finite: a row that sees nothing can't become NaN.
 HIDDEN_BIAS = -65504.0
 
 CACHE_ALIGNMENT = 8
+
+
+def mask_name(window: int | None) -> str:
+    """Name the mask of layers with a window of so many tokens; None: without one."""
+    return MASK if window is None else f"{MASK}.{window}"
+
+
+def mask_windows(inputs: Iterable[str]) -> dict[str, int | None]:
+    """Find the masks among the names of a graph's inputs, each with its window."""
+    named = {name: name.removeprefix(f"{MASK}.") for name in inputs if name == MASK or name.startswith(f"{MASK}.")}
+    return {name: None if name == MASK else int(window) for name, window in named.items()}
 
 
 def past_names(layers: int) -> list[str]:

@@ -17,6 +17,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+WINDOW = 7  # tokens: odd, shorter than a prefill chunk, and prompts and answers are several windows long
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,18 @@ FAMILIES = {
     "llama: MQA, yarn rope": Family(
         "LlamaConfig", {"num_key_value_heads": 1, **rope("yarn", factor=4.0, original_max_position_embeddings=16)}
     ),
+    "mistral: windows": Family("MistralConfig", {"num_key_value_heads": 2, "sliding_window": WINDOW}),
     "mistral: GQA, wide heads, window of the capacity": Family(
         "MistralConfig", {"num_key_value_heads": 2, "head_dim": 32, "sliding_window": 64}
     ),
     "qwen2: tied, QKV bias": Family("Qwen2Config", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen2: a window in the second layer": Family(
+        "Qwen2Config",
+        {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
     "qwen3: norms of queries and keys": Family("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 32}),
     "phi3: fused QKV, partial rotary": Family("Phi3Config", {"num_key_value_heads": 2, "partial_rotary_factor": 0.5}),
+    "phi3: windows": Family("Phi3Config", {"num_key_value_heads": 2, "sliding_window": WINDOW}),
     "phi3: longrope within its limit": Family(
         "Phi3Config",
         {

@@ -39,7 +39,8 @@ def test_the_host_says_what_the_traced_graph_works_out(seed: int):
     rng = np.random.default_rng(seed)
     visible = 32
     rows = int(rng.integers(1, ROWS + 1))
-    cpu = CpuInputs(rows, rows, HEADS, "float32")
+    windows = {"mask": None, "mask.2": 2, "mask.9": 9}
+    cpu = CpuInputs(rows, rows, HEADS, "float32", windows)
     cpu.show(visible)
     for _ in range(4):  # over the same arrays: nothing of the step before may be left
         shape, length = random_shape(rng, rows), int(rng.integers(0, 20))
@@ -48,9 +49,11 @@ def test_the_host_says_what_the_traced_graph_works_out(seed: int):
         assert np.array_equal(cpu.tokens[0], drafted)
         assert np.array_equal(cpu.positions[0], length + shape.depths)
         ancestors, start = torch.from_numpy(shape.ancestors[None]), torch.tensor([HEADS + length])
-        mask = step.visibility_mask(ancestors, start, torch.arange(visible), HEADS, torch.float32).numpy()
+        positions, columns = torch.from_numpy(length + shape.depths[None]), torch.arange(visible)
         end = HEADS + length + rows
-        assert np.array_equal(cpu.mask[..., :end], mask[..., :end])
+        for name, window in windows.items():
+            mask = step.visibility_mask(ancestors, start, columns, HEADS, torch.float32, positions, window).numpy()
+            assert np.array_equal(cpu.masks[name][..., :end], mask[..., :end]), name
         assert cpu.last_rows.tolist() == [end - 1] and cpu.visible == visible
         greedy = rng.integers(0, 2, (1, rows))
         tokens, forced = torch.from_numpy(drafted[None]), torch.ones(1, dtype=torch.int64)
@@ -61,13 +64,17 @@ def test_the_host_says_what_the_traced_graph_works_out(seed: int):
 
 
 def test_of_a_prompt_only_the_mask_is_worked_out():
-    cpu = CpuInputs(5, 1, HEADS, "float32")
+    cpu = CpuInputs(5, 1, HEADS, "float32", {"mask": None, "mask.3": 3})
     cpu.show(24)
     cpu.fill(prefill_rows(0, np.arange(5)), 9)
     assert not cpu.paths.any() and cpu.paths.shape == (1, 5, 1)
-    seen = cpu.mask[0, 0] == 0
+    seen = cpu.masks["mask"][0, 0] == 0
     assert not seen[:, :HEADS].any() and seen[:, HEADS : HEADS + 9].all()
     assert np.array_equal(seen[:, HEADS + 9 : HEADS + 14], np.tri(5, dtype=bool))
+    seen = cpu.masks["mask.3"][0, 0] == 0
+    assert [np.flatnonzero(row).tolist() for row in seen[:, : HEADS + 14]] == [
+        [HEADS + 9 + row + back for back in (-2, -1, 0)] for row in range(5)
+    ]
 
 
 def test_both_graphs_accept_the_same_rows(tiny_bundle: Path):

@@ -50,7 +50,7 @@ def test_inputs_and_outputs_are_the_documented_ones(graphs: dict[str, Any]) -> N
     inputs = [step_io.TOKENS, step_io.POSITIONS, step_io.ANCESTORS, step_io.FORCED, step_io.WRITE_INDEX, step_io.COLUMNS]
     inputs += [step_io.LOGIT_ROWS, step_io.COMMIT, *step_io.past_names(LAYERS)]
     cpu = [step_io.TOKENS, step_io.POSITIONS, step_io.LOGIT_ROWS, *step_io.past_names(LAYERS)]
-    cpu += [*step_io.CPU_INPUTS, step_io.HEADS_WANTED]
+    cpu += [step_io.MASK, *step_io.CPU_INPUTS, step_io.HEADS_WANTED]
     for variant, expected in (("standard", inputs), ("cpu", cpu)):
         graph = graphs[variant].graph
         assert [value.name for value in graph.input] == expected

@@ -150,6 +150,21 @@ def test_a_mask_as_a_picture() -> None:
     ]
 
 
+def test_a_window_as_a_picture() -> None:
+    """The same with a window of 2 tokens. The children stand at one position, and a grandchild of the second one behind them."""
+    tree = Tree.from_choices([(0,), (1,), (1, 0)])
+    positions = 2 + torch.from_numpy(tree.depths)[None]
+    arrays = (torch.from_numpy(tree.ancestors)[None], torch.tensor([3]), torch.arange(8))
+    mask = step.visibility_mask(*arrays, 1, torch.float32, positions, 2)
+    F, T = False, True
+    assert (mask[0, 0] == 0).tolist() == [
+        [F, F, T, T, F, F, F, F],
+        [F, F, F, T, T, F, F, F],
+        [F, F, F, T, F, T, F, F],
+        [F, F, F, F, F, T, T, F],
+    ]
+
+
 # -- what the device graph adds ------------------------------------------------------------------------------------
 
 _HEADS, _TOP_K = 5, 4
