@@ -96,7 +96,7 @@ def export_bundle(
         head_set = identity_heads(backbone) if read is None else read.heads
         check_fit(head_set, hidden_size=backbone.shape.hidden_size, vocab_size=backbone.shape.vocab_size, top_k=top_k)
         head_set = prune_projection(backbone, head_set)
-        warnings = [] if read is None else list(read.warnings)
+        warnings = [*backbone.warnings, *(() if read is None else read.warnings)]
         trees = bundle_trees(tree, read, head_set.config.num_heads, top_k)
         max_rows = tree_rows(max_rows, trees, head_set.config.num_heads)
         stack = HeadStack(head_set, backbone.module.get_output_embeddings(), top_k, backbone.dtype)

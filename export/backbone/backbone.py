@@ -13,6 +13,7 @@ import torch
 from ...runtime.errors import CheckpointError, DeployError, UnsupportedArchitectureError
 from ...runtime.files.backbone import BackboneShape
 from .adapter import merge_adapter
+from .model_folder import NO_CODE, check_unused, find_model, folder_notes, stop_ids, token_ids
 from .record import DTYPES, Backbone
 
 if TYPE_CHECKING:
@@ -36,27 +37,34 @@ def load_backbone(source: Path, dtype: str, capacity: int, adapter: Adapter | No
         UnsupportedArchitectureError: positions that depend on the length within ``capacity``, …
     """
     load_config(source, capacity)
-    module = load_module(source, dtype if adapter is None else "fp32")
+    module, notes = read_module(source, dtype if adapter is None else "fp32")
     if adapter is not None:
         module = merge_adapter(module, adapter)
         for parameter in module.parameters():  # buffers such as position frequencies stay float32
             parameter.data = parameter.data.to(DTYPES[dtype])
     _check_finite(module)
     freeze_rope(module)
-    return Backbone(module, backbone_shape(module), DTYPES[dtype])
+    return Backbone(module, backbone_shape(module), DTYPES[dtype], warnings=tuple(notes))
 
 
 def load_module(source: Path, dtype: str) -> Any:
     """Load the module of a model as transformers runs it, in evaluation mode.
 
     Raises:
-        CheckpointError: no such model, or tensors are missing.
+        CheckpointError: no such model, tensors are missing, or the config has no place for some.
     """
+    return read_module(source, dtype)[0]
+
+
+def read_module(source: Path, dtype: str) -> tuple[Any, list[str]]:
+    """Load a module as :func:`load_module` does, with what its folder holds and doesn't run."""
     from transformers import AutoModelForCausalLM
 
     folder, options = locate(source)
     with transformers_errors(source):
-        module, info = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], output_loading_info=True, **options)
+        module, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES[dtype], output_loading_info=True, **NO_CODE, **options
+        )
     module.eval()
     missing = sorted(info["missing_keys"])
     if missing:
@@ -64,7 +72,7 @@ def load_module(source: Path, dtype: str) -> Any:
             f"{source} lacks {len(missing)} tensors of {type(module).__name__}, such as {missing[0]}",
             hint="check that config.json belongs to these weights and that the download is complete",
         )
-    return module
+    return module, [*folder_notes(folder, module.config), *check_unused(module, info["unexpected_keys"], source)]
 
 
 def load_config(source: Path, capacity: int) -> Any:
@@ -78,7 +86,9 @@ def load_config(source: Path, capacity: int) -> Any:
 
     folder, options = locate(source)
     with transformers_errors(source):
-        config = AutoConfig.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder, **NO_CODE, **options)
+        token_ids(getattr(config, "eos_token_id", None), "config.json")
+        stop_ids(folder)
         check_architecture(config, capacity)
     return config
 
@@ -98,6 +108,11 @@ def transformers_errors(source: Path) -> Iterator[None]:
     except DeployError:
         raise
     except Exception as error:  # transformers raises whatever its readers raise
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{source} can't be read without running Python code that it names (auto_map), and export never runs such code",
+                hint="take a checkpoint of a model that transformers knows; a tokenizer needs a tokenizer.json",
+            ) from error
         raise CheckpointError(
             f"transformers can't load {source}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             hint="check that the folder has config.json and *.safetensors (or a .gguf file) and that the download is complete",
@@ -110,18 +125,8 @@ def transformers_errors(source: Path) -> Iterator[None]:
 
 def locate(source: Path) -> tuple[Path, dict[str, Any]]:
     """Return a model's folder, and the options that select a GGUF file in it."""
-    if not source.exists():
-        raise CheckpointError(
-            f"no such model: {source}", hint="give a folder with config.json and *.safetensors, or a .gguf file"
-        )
-    if source.is_file():
-        if source.suffix != ".gguf":
-            raise CheckpointError(f"{source} is a file of unknown kind", hint="give the folder that holds it, or a .gguf file")
-        return source.parent, {"gguf_file": source.name}
-    ggufs = sorted(source.glob("*.gguf"))
-    if not (source / "config.json").exists() and len(ggufs) == 1:
-        return source, {"gguf_file": ggufs[0].name}
-    return source, {}
+    folder, gguf = find_model(source)
+    return folder, {} if gguf is None else {"gguf_file": gguf}
 
 
 def check_architecture(config: Any, capacity: int) -> None:

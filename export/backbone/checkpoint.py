@@ -38,14 +38,16 @@ class Placed:
 
 
 def find_stored(folder: Path) -> dict[str, StoredTensor]:
-    """Find all tensors of a model folder by ``model.safetensors.index.json`` or ``model.safetensors``. Reads headers alone.
+    """Find all tensors of a model folder by ``model.safetensors`` or ``model.safetensors.index.json``. Reads headers alone.
+
+    Where both are there the single file counts, as in transformers: an index of older shards may be left beside it.
 
     Raises:
         CheckpointError: no safetensors, an index that leads out of the folder, a shard that is missing or damaged, or one
             that doesn't hold what the index says.
     """
     index = folder / _INDEX
-    if not index.is_file():
+    if (folder / _SINGLE).is_file() or not index.is_file():
         if not os.path.lexists(folder / _SINGLE):
             raise CheckpointError(
                 f"{folder} has neither {_INDEX} nor {_SINGLE}", hint="linked weights need a folder of safetensors"

@@ -21,6 +21,7 @@ from ...runtime.errors import CheckpointError, UnsupportedArchitectureError
 from ...runtime.files.heads import HeadSet
 from .backbone import backbone_shape, freeze_rope, load_config, locate, transformers_errors
 from .checkpoint import Report, find_stored, place
+from .model_folder import check_unused, folder_notes
 from .record import DTYPES, Backbone
 from .safetensors_header import StoredTensor
 
@@ -55,17 +56,17 @@ def load_linked_backbone(source: Path, dtype: str, capacity: int, folder: Path, 
         UnsupportedArchitectureError: see :func:`.backbone.check_architecture`.
         OSError: ``folder`` can't be written.
     """
-    config, needed = stored_parameters(source, dtype, capacity)
+    config, needed, notes = stored_parameters(source, dtype, capacity)
     placed = place(needed, DTYPES[dtype], folder, report)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     module = empty_module(config, DTYPES[dtype], mode)
     stored = {name: placed.tensors[tensor.name] for name, tensor in needed.items()}
     weights = LinkedWeights(mode, stored, placed.files)
-    return Backbone(module, backbone_shape(module), DTYPES[dtype], weights)
+    return Backbone(module, backbone_shape(module), DTYPES[dtype], weights, tuple(notes))
 
 
-def stored_parameters(source: Path, dtype: str, capacity: int) -> tuple[Any, dict[str, StoredTensor]]:
-    """Read the config of a model folder, and the place of each parameter of its causal LM. Reads no weights.
+def stored_parameters(source: Path, dtype: str, capacity: int) -> tuple[Any, dict[str, StoredTensor], list[str]]:
+    """Read the config of a model folder, the place of each parameter of its causal LM, and what else it holds. Reads no weights.
 
     Raises:
         CheckpointError, UnsupportedArchitectureError: as :func:`load_linked_backbone`.
@@ -74,6 +75,11 @@ def stored_parameters(source: Path, dtype: str, capacity: int) -> tuple[Any, dic
     if options:
         raise CheckpointError(f"{source} is a GGUF file", hint="its weights can't be linked: export with --weights copied")
     config = load_config(source, capacity)
+    if getattr(config, "transformers_weights", None):
+        raise CheckpointError(
+            f"config.json of {source} names its weights itself: {config.transformers_weights!r}",
+            hint="such weights can't be linked: export with --weights copied",
+        )
     available = find_stored(folder)
     module = empty_module(config, DTYPES[dtype], None)
     kept = sorted(set(module.state_dict()) - {name for name, _ in module.named_parameters(remove_duplicate=False)})
@@ -96,7 +102,9 @@ def stored_parameters(source: Path, dtype: str, capacity: int) -> tuple[Any, dic
                 hint="check that config.json belongs to these weights",
             )
     _check_tied(module, available)
-    return config, {name: available[name] for name in parameters}
+    named = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    notes = [*folder_notes(folder, config), *check_unused(module, set(available) - named, source)]
+    return config, {name: available[name] for name in parameters}, notes
 
 
 def _check_tied(module: nn.Module, available: Mapping[str, StoredTensor]) -> None:

@@ -40,9 +40,13 @@ class LoadedWeights:
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
-    """A transformers causal LM, its sizes, its dtype, and the source of its weights."""
+    """A transformers causal LM, its sizes, its dtype, and the source of its weights.
+
+    ``warnings``: what the checkpoint holds and the bundle doesn't.
+    """
 
     module: Any
     shape: BackboneShape
     dtype: torch.dtype
     weights: WeightSource = field(default_factory=LoadedWeights)
+    warnings: tuple[str, ...] = ()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ...runtime.files.manifest import TextFacts
 from .backbone import locate, transformers_errors
+from .model_folder import NO_CODE, stop_ids, token_ids
 
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -29,7 +29,7 @@ def write_text_files(source: Path, config: Any, output: Path) -> TextFacts:
     from transformers import AutoTokenizer
 
     with transformers_errors(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE, **options)
     (output / TOKENIZER).write_text(tokenizer.backend_tokenizer.to_str(), "utf-8")
     template = tokenizer.chat_template
     if isinstance(template, dict):
@@ -48,13 +48,9 @@ def write_text_files(source: Path, config: Any, output: Path) -> TextFacts:
 
 
 def eos_token_ids(folder: Path, config: Any) -> tuple[int, ...]:
-    """Collect the end-of-sequence ids of the model's config and generation config."""
-    found: set[int] = set()
-    settings = [config.to_dict()]
-    path = folder / "generation_config.json"
-    if path.exists():
-        settings.append(json.loads(path.read_text("utf-8")))
-    for entry in settings:
-        value = entry.get("eos_token_id")
-        found.update([value] if isinstance(value, int) else value or [])
-    return tuple(sorted(found))
+    """Collect the end-of-sequence ids of the model's config and generation config.
+
+    Raises:
+        CheckpointError: a generation config that can't be read, or an id that is none.
+    """
+    return tuple(sorted({*token_ids(config.to_dict().get("eos_token_id"), "config.json"), *stop_ids(folder)}))

@@ -19,6 +19,8 @@ _TRTLLM_BLOCK = re.compile(r"medusa_heads\.(?P<head>\d+)\.medusa_layers\.(?P<lay
 _TRTLLM_PROJECTION = re.compile(r"medusa_heads\.(?P<head>\d+)\.lm_head\.weight")
 # A weight is read together with its scale. Scales of activations have no use once weights are floating point again.
 _SCALE = re.compile(r".*\.(?:input_scale|weight_scale|weights_scaling_factor|activation_scaling_factor)")
+# What torch's wrappers put into the names of a state_dict: data parallel, compiled, sharded and checkpointed modules.
+_WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _HEAD_LIKE = re.compile(r"medusa_heads?\.|\d+\.\d+\.|blocks\.\d+\.layers\.|lm_heads\.")
 
 
@@ -73,6 +75,11 @@ class HeadNames:
         if number > stored:
             warnings.append(f"one block a head is stored for {number} layers: all of them use it")
         return number
+
+
+def unwrapped(name: str) -> str:
+    """Take the names of torch's wrappers out of a tensor's name: ``module.``, ``_orig_mod.`` and so on."""
+    return _WRAPPERS.sub("", name)
 
 
 def find_names(names: Mapping[str, object], source: Path) -> HeadNames:

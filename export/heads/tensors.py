@@ -16,8 +16,11 @@ import torch
 
 from ...runtime.errors import HeadsError
 from ...runtime.files.heads_file import read_json
+from .names import unwrapped
 
 _PICKLES = (".pt", ".bin", ".pth")
+# Files that trainers of transformers and accelerate leave beside the weights.
+_TRAINER_FILE = re.compile(r"(?:optimizer|scheduler|scaler|training_args|rng_state|random_states|sampler|dataloader).*")
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32)
@@ -30,12 +33,21 @@ _Reader = Callable[[str], torch.Tensor]
 class TensorFiles:
     """Files of a heads checkpoint. A context manager: files stay open inside it.
 
-    ``parts``: tensor name to its files. Several files hold the slices of tensor parallel ranks, along the first axis and in this
-    order.
+    ``parts``: tensor name, without the names of torch's wrappers, to its files. Several files hold the slices of tensor parallel
+    ranks, along the first axis and in this order.
+
+    Raises:
+        HeadsError: two tensors have one name without their wrappers.
     """
 
     def __init__(self, parts: Mapping[str, list[Path]]) -> None:
-        self.parts = parts
+        self.parts: dict[str, list[Path]] = {}
+        self._stored: dict[str, str] = {}
+        for stored, files in parts.items():
+            name = unwrapped(stored)
+            if name in self.parts:
+                raise HeadsError(f"the checkpoint holds {self._stored[name]} and {stored}", hint="save one of the two")
+            self.parts[name], self._stored[name] = files, stored
         self._readers: dict[Path, _Reader] = {}
         self._open = ExitStack()
 
@@ -87,7 +99,7 @@ class TensorFiles:
         if path not in self._readers:
             self._readers[path] = _pickle_reader(path) if path.suffix in _PICKLES else self._safetensors_reader(path)
         try:
-            return self._readers[path](name)
+            return self._readers[path](self._stored[name])
         except (safetensors.SafetensorError, KeyError, RuntimeError) as error:
             raise HeadsError(f"{path} doesn't give {name}: {error}", hint=_DAMAGED) from error
 
@@ -116,10 +128,12 @@ def find_tensors(source: Path) -> TensorFiles:
     ranks = {int(match[1]): path for path in source.iterdir() if (match := re.fullmatch(r"rank(\d+)\.safetensors", path.name))}
     if ranks:
         return _rank_files(source, ranks)
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (source / index).is_file():
-            return _indexed_files(source / index)
-    files = sorted(source.glob("*.safetensors")) or sorted(path for path in source.iterdir() if path.suffix in _PICKLES)
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = source / f"{single}.index.json"
+        if index.is_file():  # older shards may be left beside a single file, which counts
+            return find_tensors(source / single) if (source / single).is_file() else _indexed_files(index)
+    own = sorted(path for path in source.iterdir() if not _TRAINER_FILE.fullmatch(path.name))
+    files = [path for path in own if path.suffix == ".safetensors"] or [path for path in own if path.suffix in _PICKLES]
     if not files:
         raise HeadsError(f"{source} holds no tensors", hint="expected medusa_lm_head.safetensors, .pt, or a model's shards")
     parts: dict[str, list[Path]] = {}

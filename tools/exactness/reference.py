@@ -1,4 +1,4 @@
-"""transformers' own greedy decoding of a checkpoint. It shares no code with a bundle, so it shows a bundle's errors."""
+"""transformers' own greedy decoding of a checkpoint. Shares the reading of weights with a bundle, and shows its other errors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..extras import quiet_libraries, require
+
+# A bundle's names of types, and export's.
+_DTYPES = {"float32": "fp32", "float16": "fp16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +49,16 @@ def load_reference(source: Path, dtype: str) -> Reference:
 
     Raises:
         MissingDependencyError: transformers or torch isn't installed.
-        CheckpointError: no such model, or transformers can't load it.
+        CheckpointError: no such model, one that can't be read, or one that its folder contradicts.
     """
     require("export")
     quiet_libraries()
     import torch
     import transformers
 
-    from ...runtime.errors import CheckpointError
+    from ...export.backbone.backbone import load_module
 
-    folder, options = (source.parent, {"gguf_file": source.name}) if source.is_file() else (source, {})
-    try:
-        module = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True, **options
-        )
-    except Exception as error:  # transformers raises whatever its readers raise
-        raise CheckpointError(
-            f"transformers can't load {source}: {type(error).__name__}",
-            hint="give the checkpoint that the bundle was exported from",
-        ) from error
-    module.eval()
+    module = load_module(source, _DTYPES[dtype])
     # A checkpoint's own settings may penalise repetition or stop early; greedy means the argmax, to the length asked for.
     module.generation_config = transformers.GenerationConfig(pad_token_id=0)
     facts = {"model": source.name, "transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}

@@ -113,7 +113,7 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any] | None:
     from ...runtime.errors import UsageError
 
     given = {name: getattr(args, name) for name in ("heads", "capacity", "batch", "output") if getattr(args, name) is not None}
-    is_model = args.bundle.suffix == ".gguf" or (args.bundle / "config.json").is_file()
+    is_model = args.bundle.suffix.lower() == ".gguf" or (args.bundle / "config.json").is_file()
     if (args.bundle / "manifest.json").is_file() or not is_model:
         if given:
             names = ", ".join(f"--{name}" for name in given)

@@ -11,7 +11,7 @@ import torch
 from medusa_deploy.export.estimate import bundle_trees
 from medusa_deploy.export.heads.layouts import ReadHeads, check_fit, read_heads
 from medusa_deploy.export.heads.module import HeadStack
-from medusa_deploy.runtime.errors import TreeError
+from medusa_deploy.runtime.errors import HeadsError, TreeError
 from medusa_deploy.runtime.files.heads import HeadConfig, HeadSet
 from medusa_deploy.runtime.files.heads_file import write_heads
 from medusa_deploy.runtime.tree import chain
@@ -73,6 +73,48 @@ def test_a_reference_heads(tmp_path: Path, kind: str, named: str) -> None:
     assert read.warnings == ("the heads' config says medusa_num_heads 2; their tensors have 5 heads",)
     assert (read.heads.config.projection, read.heads.config.draft_vocab_size) == ("own", VOCAB)
     check_same(read, source)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    ["module.{}", "_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "_fsdp_wrapped_module.{}"],
+)
+@pytest.mark.parametrize("prefix", ["", "medusa_head."])
+def test_names_of_torchs_wrappers_are_taken_off(tmp_path: Path, wrapped: str, prefix: str) -> None:
+    source = random_source()
+    torch.save({wrapped.format(name): tensor for name, tensor in reference_names(source, prefix).items()}, tmp_path / "heads.pt")
+    read = read_heads(tmp_path)
+    assert read.layout == ("c" if prefix else "a")
+    check_same(read, source)
+
+
+def test_wrappers_inside_a_name_are_taken_off_and_two_names_for_one_tensor_refused(tmp_path: Path) -> None:
+    source = random_source()
+    tensors = {f"medusa_head._orig_mod.{name}": tensor for name, tensor in reference_names(source).items()}
+    check_same(read_heads(save(tmp_path, "heads.safetensors", tensors)), source)
+    twice = {**tensors, "medusa_head.0.0.linear.weight": torch.ones(HIDDEN, HIDDEN)}
+    with pytest.raises(HeadsError, match="holds .* and .*"):
+        read_heads(save(tmp_path, "heads.safetensors", twice))
+
+
+@pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])
+def test_files_of_a_trainer_beside_the_heads_are_passed_over(tmp_path: Path, weights: str) -> None:
+    source = random_source()
+    if weights.endswith(".bin"):
+        torch.save(reference_names(source), tmp_path / weights)
+    else:
+        save(tmp_path, weights, reference_names(source))
+    for name in ("optimizer.pt", "scheduler.pt", "scaler.pt", "optimizer.bin", "training_args.bin", "rng_state.pth"):
+        torch.save({"state": {}, "last_epoch": 1}, tmp_path / name)
+    check_same(read_heads(tmp_path), source)
+
+
+def test_a_single_file_counts_before_an_older_index(tmp_path: Path) -> None:
+    source = random_source()
+    older = {name: tensor + 1 for name, tensor in reference_names(source, "medusa_head.").items()}
+    save_shards(tmp_path, {**backbone_names(), **older}, lambda name: int(name.startswith("medusa_head")))
+    save(tmp_path, "model.safetensors", {**backbone_names(), **reference_names(source, "medusa_head.")})
+    check_same(read_heads(tmp_path), source)
 
 
 @pytest.mark.parametrize("stored_once", [False, True])
