@@ -129,6 +129,10 @@ class StepError(DeployError):
     """An engine call failed while it decoded a request; the request has ended."""
 
 
+class DraftError(DeployError):
+    """A drafter that the application brought drafts rows that no step can take; its request has ended."""
+
+
 class PromptError(DeployError):
     """A prompt is empty, isn't valid for this bundle, or holds token ids outside the vocabulary."""
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from .drafting.adaptive import AdaptiveDrafter
+from .drafting.checked import CheckedDrafter
 from .drafting.draft import BestRows, Drafter, FixedTree
 from .drafting.lookup import PromptLookup
 from .drafting.row_budget import SIZES, RowBudget
@@ -113,17 +115,15 @@ class Session:
 
         try:
             # One request more than slots: the next one starts in the very step after another has ended.
-            while len(running) <= self.slots.slots and start_next():
-                pass
-            while running or refused:
-                while refused:
-                    yield refused.popleft()
-                if running:
-                    self._driver.until(lambda: any(handle.done for handle in running.values()))
+            while True:
+                while len(running) <= self.slots.slots and start_next():
+                    while refused:
+                        yield refused.popleft()
+                if not running:
+                    return
+                self._driver.until(lambda: any(handle.done for handle in running.values()))
                 for index in [index for index, handle in running.items() if handle.done]:
                     yield index, running.pop(index).wait()
-                while len(running) <= self.slots.slots and start_next():
-                    pass
         finally:
             for handle in running.values():
                 handle.cancel()
@@ -144,8 +144,10 @@ class Session:
                 f"{len(ids)} prompt tokens + {request.max_new_tokens} new tokens exceed the capacity of {capacity}",
                 hint="shorten the prompt, ask for fewer tokens, or export with a larger --capacity",
             )
-        if request.deadline is not None and not request.deadline > 0:
-            raise UsageError(f"deadline is {request.deadline}", hint="a deadline is in seconds from now, and positive")
+        if request.deadline is not None and not (isinstance(request.deadline, (int, float)) and request.deadline > 0):
+            raise UsageError(f"deadline is {request.deadline!r}", hint="a deadline is in seconds from now, and positive")
+        if not isinstance(request.priority, int):
+            raise UsageError(f"priority is {request.priority!r}", hint="a priority is an integer: smaller ones go first")
         request.params.validate(manifest.backbone.vocab_size)
         if request.stop and self.codec is None:
             raise PromptError("stop strings need a tokenizer, and the bundle has no tokenizer", hint="drop stop=…")
@@ -187,13 +189,17 @@ class Session:
             drafter = BestRows(rows or self.tree.rows, heads.platt_scaling, lookup)
         else:
             drafter = self._drafter_of(asked) if isinstance(asked, Tree) else asked
+            if not all(hasattr(drafter, name) for name in ("rows", "heads", "draft")):
+                raise UsageError(f"drafting is a {type(asked).__name__}", hint="give Rows(…), a Tree or a drafter")
         if drafter.rows > self.max_rows:
             limit = "bundle allows" if self.max_rows == self.manifest.limits.max_rows else "engine takes"
             raise CapacityError(
                 f"a step of {drafter.rows} rows, the {limit} {self.max_rows}",
                 hint="use fewer rows or a smaller tree; or export with a larger --max-rows, and build engines with more --rows",
             )
-        return drafter
+        if isinstance(drafter, (FixedTree, BestRows, AdaptiveDrafter)):
+            return drafter
+        return CheckedDrafter(drafter, self.max_rows, self.executor.abilities.deepest, self.manifest.backbone.vocab_size)
 
     def _drafter_of(self, tree: Tree) -> FixedTree:
         tree.check_fits(self.manifest.heads.num_heads, self.manifest.heads.top_k)

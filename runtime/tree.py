@@ -30,9 +30,11 @@ RankPath = tuple[int, ...]
 MAX_ROWS = 512
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shape:
     """The relations of the N rows of a step. Rows are in breadth order: row 0 is the root, a parent stands before its children.
+
+    A shape equals itself alone; a tree equals those of the same paths.
 
     ``parents`` int64 [N]: row to parent row, -1 for the root. ``depths`` int64 [N]: 0 for the root.
     ``ancestors`` bool [N, N]: ``[i, j]`` is true if row j is row i or an ancestor of it.

@@ -13,15 +13,15 @@ class Driver:
     """Lets threads run one loop. A step advances all requests, so threads that wait at once share their steps.
 
     One thread leads at a time. An interrupt (Ctrl-C) may come between any two calls, and the garbage collector may close a
-    stream, which cancels it, in the middle of anything. So the lock is re-entrant, and a leader gives the lead up in ``finally``.
+    stream, which cancels it, in the middle of anything. So the lock is re-entrant, a leader gives the lead up in ``finally``, and
+    there is no threading.Condition: an interrupt inside one leaves its lock taken for good.
     """
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        # Taken by itself: an interrupt in the Python code of Condition.__exit__ would leave it locked for good.
         self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
         self._leader: int | None = None  # a thread's identifier
+        self._waiting: list[threading.Lock] = []  # a thread waits for each until the lead is given up
         self._asked = False  # whether something was cancelled since the loop looked last
 
     def until(self, ready: Callable[[], bool]) -> None:
@@ -39,13 +39,17 @@ class Driver:
             )
         try:
             while not ready():
+                given_up = threading.Lock()
+                given_up.acquire()
                 with self._lock:
-                    while self._leader is not None and not ready():
-                        self._changed.wait()
-                    if ready():
-                        return
-                    self._leader = me
-                if not self._loop.tick() and not ready():
+                    if self._leader is None:
+                        self._leader = me
+                    else:
+                        self._waiting.append(given_up)
+                if self._leader != me:
+                    given_up.acquire()
+                    continue
+                if not ready() and not self._loop.tick() and not ready():
                     self._loop.slots.check_free()
                 self._hand_over()
         finally:
@@ -72,7 +76,10 @@ class Driver:
         """Give the lead up, once what was cancelled meanwhile has ended."""
         while True:
             with self._lock:
-                self._changed.notify_all()
+                while self._waiting:
+                    if self._waiting[-1].locked():
+                        self._waiting[-1].release()
+                    self._waiting.pop()
                 if not self._asked:
                     self._leader = None
                     return

@@ -75,7 +75,7 @@ class Sequence:
 
     @property
     def state(self) -> State:
-        """waiting → prefill → decode → done. A slot is held in prefill and decode."""
+        """Waiting → prefill → decode → done. A slot is held in prefill and decode."""
         if self.done:
             return "done"
         if self.slot < 0:

@@ -18,12 +18,21 @@ class Probe:
     """Holds one slot of a session and runs prefills and steps on it. Use as a context manager.
 
     Rows [0, ``length``) of the slot are committed. A step of a tree commits its root row only, and only when it is asked to.
+    The session may generate between two calls, and not during one: the engine takes one call at a time.
     """
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self.slot = -1
-        self.length = 0
+
+    @property
+    def length(self) -> int:
+        """Committed rows. The slot pool knows them, so that padding of other requests' steps comes behind them."""
+        return int(self._session.slots.lengths[self.slot])
+
+    @length.setter
+    def length(self, rows: int) -> None:
+        self._session.slots.lengths[self.slot] = rows
 
     def __enter__(self) -> Self:
         self._session.slots.acquire(self)
@@ -81,9 +90,7 @@ class Probe:
 
     def _run(self, rows: SlotRows) -> SlotResult:
         """Run ``rows`` in the probe's slot; the others rest."""
-        lengths = self._session.slots.lengths.tolist()
-        lengths[self.slot] = self.length
-        return run_one(self._session.executor, rows, lengths)
+        return run_one(self._session.executor, rows, self._session.slots.lengths.tolist())
 
 
 def _logits(result: SlotResult) -> np.ndarray:
