@@ -99,7 +99,7 @@ def export_bundle(
         warnings = [*backbone.warnings, *(() if read is None else read.warnings)]
         trees = bundle_trees(tree, read, head_set.config.num_heads, top_k)
         max_rows = tree_rows(max_rows, trees, head_set.config.num_heads)
-        stack = HeadStack(head_set, backbone.module.get_output_embeddings(), top_k, backbone.dtype)
+        stack = HeadStack(head_set, backbone.module.get_output_embeddings(), top_k, backbone.dtype, backbone.logits)
         rows = step_io.cache_rows(capacity, head_set.config.num_heads, max_rows)
         report("tracing")
         graphs = write_graphs(backbone, stack, rows, capacity, folder, report)

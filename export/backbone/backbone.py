@@ -13,6 +13,7 @@ import torch
 from ...runtime.errors import CheckpointError, DeployError, UnsupportedArchitectureError
 from ...runtime.files.backbone import BackboneShape
 from .adapter import merge_adapter
+from .logits import find_logit_change
 from .model_folder import NO_CODE, check_unused, find_model, folder_notes, stop_ids, token_ids
 from .record import DTYPES, Backbone
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 # Position encodings by what their frequencies depend on: nothing, or the length of a long sequence.
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-# Settings that change logits after the vocabulary projection, and the value that changes nothing.
-_LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
 
 
 def load_backbone(source: Path, dtype: str, capacity: int, adapter: Adapter | None = None) -> Backbone:
@@ -44,7 +43,9 @@ def load_backbone(source: Path, dtype: str, capacity: int, adapter: Adapter | No
             parameter.data = parameter.data.to(DTYPES[dtype])
     _check_finite(module)
     freeze_rope(module)
-    return Backbone(module, backbone_shape(module), DTYPES[dtype], warnings=tuple(notes))
+    return Backbone(
+        module, backbone_shape(module), DTYPES[dtype], warnings=tuple(notes), logits=find_logit_change(module)
+    )
 
 
 def load_module(source: Path, dtype: str) -> Any:
@@ -135,43 +136,34 @@ def check_architecture(config: Any, capacity: int) -> None:
     Raises:
         UnsupportedArchitectureError: names the setting, its value and the capacity.
     """
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise UnsupportedArchitectureError(
-            f"{config.model_type} caps its attention logits at {config.attn_logit_softcapping}",
-            hint="the step graph has no soft cap; choose another backbone",
-        )
-    for name, neutral in _LOGIT_CHANGES.items():
-        value = getattr(config, name, None)
-        if value not in (None, neutral):
-            raise UnsupportedArchitectureError(
-                f"{config.model_type} changes its logits after the projection: {name} is {value}",
-                hint="the step graph ends with the projection; choose another backbone",
-            )
     foreign = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if foreign or getattr(config, "is_encoder_decoder", False):
         raise UnsupportedArchitectureError(
             f"{config.model_type} has {', '.join(sorted(foreign)) or 'an encoder'}",
             hint="the step graph expresses decoders with full attention",
         )
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default") if "rope_type" in rope or not rope else _nested_rope(config, rope)
-    if kind in _LENGTH_DEPENDENT_ROPE:
-        limit = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-        limit = int(limit or config.max_position_embeddings)
-        if capacity > limit:
+    for rope in _ropes(config):
+        kind = rope.get("rope_type", "default")
+        if kind in _LENGTH_DEPENDENT_ROPE:
+            limit = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+            limit = int(limit or config.max_position_embeddings)
+            if capacity > limit:
+                raise UnsupportedArchitectureError(
+                    f"{config.model_type} changes its {kind} position frequencies beyond {limit} tokens, the capacity is "
+                    f"{capacity}",
+                    hint=f"export with --capacity {limit} or less",
+                )
+        elif kind not in _STATIC_ROPE:
             raise UnsupportedArchitectureError(
-                f"{config.model_type} changes its {kind} position frequencies beyond {limit} tokens, the capacity is {capacity}",
-                hint=f"export with --capacity {limit} or less",
+                f"{config.model_type} uses the position encoding {kind!r}", hint=f"supported: {', '.join(_STATIC_ROPE)}"
             )
-    elif kind not in _STATIC_ROPE:
-        raise UnsupportedArchitectureError(
-            f"{config.model_type} uses the position encoding {kind!r}", hint=f"supported: {', '.join(_STATIC_ROPE)}"
-        )
 
 
-def _nested_rope(config: Any, rope: dict[str, Any]) -> str:
-    kinds = {value.get("rope_type", "default") for value in rope.values() if isinstance(value, dict)}
-    return kinds.pop() if len(kinds) == 1 else "/".join(sorted(kinds)) or "default"
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """List the parameters of a config's rotations: one for all layers, or one for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [each for each in rope.values() if isinstance(each, dict)]
+    return nested if nested and "rope_type" not in rope else [rope]
 
 
 def backbone_shape(module: Any) -> BackboneShape:
@@ -200,5 +192,8 @@ def _check_finite(module: torch.nn.Module) -> None:
 def freeze_rope(module: torch.nn.Module) -> None:
     """Keep the update of length-dependent frequencies out of the trace: within the checked capacity they never change."""
     for child in module.modules():
-        if getattr(child, "rope_type", None) in _LENGTH_DEPENDENT_ROPE:
+        kind = getattr(child, "rope_type", None)
+        if isinstance(kind, dict):  # by kind of layer
+            child.rope_type = {name: "static" if each in _LENGTH_DEPENDENT_ROPE else each for name, each in kind.items()}  # type: ignore[assignment]
+        elif kind in _LENGTH_DEPENDENT_ROPE:
             child.rope_type = "static"  # type: ignore[assignment]

@@ -21,6 +21,7 @@ from ...runtime.errors import CheckpointError, UnsupportedArchitectureError
 from ...runtime.files.heads import HeadSet
 from .backbone import backbone_shape, freeze_rope, load_config, locate, transformers_errors
 from .checkpoint import Report, find_stored, place
+from .logits import find_logit_change
 from .model_folder import check_unused, folder_notes
 from .record import DTYPES, Backbone
 from .safetensors_header import StoredTensor
@@ -62,7 +63,7 @@ def load_linked_backbone(source: Path, dtype: str, capacity: int, folder: Path, 
     module = empty_module(config, DTYPES[dtype], mode)
     stored = {name: placed.tensors[tensor.name] for name, tensor in needed.items()}
     weights = LinkedWeights(mode, stored, placed.files)
-    return Backbone(module, backbone_shape(module), DTYPES[dtype], weights, tuple(notes))
+    return Backbone(module, backbone_shape(module), DTYPES[dtype], weights, tuple(notes), find_logit_change(module))
 
 
 def stored_parameters(source: Path, dtype: str, capacity: int) -> tuple[Any, dict[str, StoredTensor], list[str]]:

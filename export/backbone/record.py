@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from ...runtime.files.backbone import BackboneShape
+from .logits import NO_CHANGE, LogitChange
 from .safetensors_header import StoredTensor
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -40,7 +41,7 @@ class LoadedWeights:
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
-    """A transformers causal LM, its sizes, its dtype, and the source of its weights.
+    """A transformers causal LM, its sizes, its dtype, the source of its weights, and what follows its projection.
 
     ``warnings``: what the checkpoint holds and the bundle doesn't.
     """
@@ -50,3 +51,4 @@ class Backbone:
     dtype: torch.dtype
     weights: WeightSource = field(default_factory=LoadedWeights)
     warnings: tuple[str, ...] = ()
+    logits: LogitChange = NO_CHANGE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...runtime.files.heads import HeadSet
+
+Change = Callable[[Tensor], Tensor]
 
 
 class HeadStack(nn.Module):
@@ -22,8 +25,12 @@ class HeadStack(nn.Module):
     token_map: Tensor | None
     shared: nn.Module | None
 
-    def __init__(self, heads: HeadSet, output_embedding: nn.Module, top_k: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, heads: HeadSet, output_embedding: nn.Module, top_k: int, dtype: torch.dtype, change: Change | None = None
+    ) -> None:
+        """``output_embedding``: the backbone's projection. ``change``: what the backbone does to logits behind it."""
         super().__init__()
+        self.change: Change = change or nn.Identity()
         config = heads.config
         self.config = config
         self.top_k = top_k
@@ -73,5 +80,6 @@ class HeadStack(nn.Module):
         else:
             stacked = torch.cat(outputs, dim=1)  # [B, K, H]: one product with the shared projection
             logits = self.shared(stacked) if self.shared is not None else functional.linear(stacked, self.projections[0])
-        log_probs, indices = torch.topk(functional.log_softmax(logits.float(), dim=-1), self.top_k, dim=-1)
+        logits = self.change(logits.float())
+        log_probs, indices = torch.topk(functional.log_softmax(logits, dim=-1), self.top_k, dim=-1)
         return (self.token_map[indices] if self.token_map is not None else indices), log_probs

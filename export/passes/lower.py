@@ -160,9 +160,14 @@ def _attention_over_caches(
         scattered = build.add("TensorScatter", [past, update, shared["write_index"]], {"axis": -2}, outputs=[_output(present)])
         zero, axis = build.constant("zero", [0]), build.constant("axis", [2])
         sliced.append(build.add("Slice", [scattered, zero, shared["length"], axis]))
-    scale = node.attributes["scale"].as_float()
-    build.add("Attention", [query, *sliced, mask], {"scale": scale}, outputs=[_output(node.outputs[0])])
+    build.add("Attention", [query, *sliced, mask], _scores(node), outputs=[_output(node.outputs[0])])
     return build.nodes
+
+
+def _scores(node: ir.Node) -> dict[str, float]:
+    """Return how scores are scaled and capped: the attributes of the fused operators, whose caps come before masks."""
+    scale, softcap = (node.attributes[name].as_float() for name in ("scale", "softcap"))
+    return {"scale": scale, "softcap": softcap} if softcap else {"scale": scale}
 
 
 def lower_cpu(model: ir.Model) -> None:
@@ -196,7 +201,7 @@ def _cpu_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value]) 
     build.add(
         ATTENTION,
         [*packed, past_key, past_value, last_rows, visible, None, None, None, mask],
-        {"num_heads": heads, "kv_num_heads": kv_heads, "scale": node.attributes["scale"].as_float(), "do_rotary": 0},
+        {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 0, **_scores(node)},
         outputs=[attended, _output(node.outputs[1]), _output(node.outputs[2])],
         domain=MICROSOFT,
     )

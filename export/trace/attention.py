@@ -5,7 +5,8 @@ Each layer becomes one node of our own domain::
     medusa_deploy::TreeAttention(query, key, value, past_key, past_value, mask, write_index, commit)
         -> (output, present_key, present_value)
 
-Its attribute ``window`` is the number of tokens that a row looks back, itself included; 0 if it sees all of them.
+Its attribute ``window`` is the number of tokens that a row looks back, itself included; 0 if it sees all of them. ``softcap``
+bounds scores before the mask is added: ``softcap · tanh(score / softcap)``; 0 if it doesn't.
 
 :mod:`..passes.lower` turns the node into standard operators or into the CPU's fused one, so that all graphs come from one trace.
 """
@@ -29,7 +30,7 @@ OP = "TreeAttention"
 IMPLEMENTATION = "medusa_deploy_tree"
 
 # Keyword arguments of an attention call whose arithmetic the step graph doesn't express.
-_UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "head_mask")
+_UNSUPPORTED = ("s_aux", "sinks", "position_bias", "head_mask")
 
 
 class TraceCache(Cache):
@@ -93,7 +94,14 @@ class TraceCache(Cache):
         )
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor,
+        scale: float,
+        softcap: float,
     ) -> torch.Tensor:
         """Emit the node of one layer; query [B, H, N, D_h], key and value [B, H_kv, N, D_h], mask [B, 1, N, T]."""
         window = self.window(mask) or 0
@@ -101,7 +109,7 @@ class TraceCache(Cache):
         output, present_key, present_value = ops.symbolic_multi_out(
             f"{DOMAIN}::{OP}",
             (query, key, value, past_key, past_value, mask, self.write_index, self.commit),
-            attrs={"scale": float(scale), "window": window},
+            attrs={"scale": float(scale), "window": window, "softcap": float(softcap)},
             dtypes=(query.dtype, past_key.dtype, past_value.dtype),
             shapes=(query.shape, past_key.shape, past_value.shape),
             version=1,
@@ -135,6 +143,7 @@ def _tree_attention(
     attention_mask: torch.Tensor,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     refused = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
@@ -145,7 +154,7 @@ def _tree_attention(
         )
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = _active[-1].attend(layer, query, key, value, attention_mask, scale)
+    output = _active[-1].attend(layer, query, key, value, attention_mask, scale, softcap or 0.0)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -122,6 +122,7 @@ class StepModule(nn.Module):
         self.decoder = backbone.get_decoder()
         self.embedding = backbone.get_input_embeddings()
         self.projection = backbone.get_output_embeddings()
+        self.change = heads.change
         self.heads = heads
         self.margin = margin
         self.capacity = capacity
@@ -150,8 +151,9 @@ class StepModule(nn.Module):
             ).last_hidden_state
         width = hidden.shape[-1]
         hidden = torch.gather(hidden, 1, logit_rows[:, :, None].expand(-1, -1, width))  # [B, R, H]
-        logits = self.projection(hidden)
-        greedy = logits.argmax(-1)
+        projected = self.projection(hidden)
+        greedy = projected.argmax(-1)  # a scale or a cap changes no order
+        logits = self.change(projected)
         last_row = accept(tokens, greedy, ancestors, forced, dtype)
         last_logit = last_row.minimum(torch.full_like(last_row, logit_rows.shape[1] - 1))[:, None]  # [B, 1]
         next_token = torch.gather(greedy, 1, last_logit)  # [B, 1]

@@ -17,6 +17,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
 WINDOW = 7  # tokens: odd, shorter than a prefill chunk, and prompts and answers are several windows long
 
 
@@ -67,6 +68,55 @@ FAMILIES = {
     "qwen3: norms of queries and keys": Family("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 32}),
     "phi3: fused QKV, partial rotary": Family("Phi3Config", {"num_key_value_heads": 2, "partial_rotary_factor": 0.5}),
     "phi3: windows": Family("Phi3Config", {"num_key_value_heads": 2, "sliding_window": WINDOW}),
+    "gemma2: windows, soft caps of scores and of logits": Family(
+        "Gemma2Config",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 4.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3: local and global layers, each with its rotation": Family(
+        "Gemma3TextConfig",
+        {
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "sliding_window": WINDOW,
+            "layer_types": [LOCAL, GLOBAL, LOCAL],
+            "rope_parameters": {
+                GLOBAL: {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 4.0},
+                LOCAL: {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "cohere: a scale of logits, norms of queries and keys": Family(
+        "CohereConfig", {"num_key_value_heads": 2, "logit_scale": 0.25, "use_qk_norm": True}
+    ),
+    "cohere2: windows, no rotation in global layers, a scale of logits": Family(
+        "Cohere2Config",
+        {"num_key_value_heads": 2, "head_dim": 16, "logit_scale": 0.25, "sliding_window": WINDOW, "layer_types": [LOCAL, GLOBAL]},
+    ),
+    "granite: multipliers": Family(
+        "GraniteConfig",
+        {
+            "num_key_value_heads": 2,
+            "logits_scaling": 8.0,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+        },
+    ),
+    "olmo3: windows": Family("Olmo3Config", {"num_key_value_heads": 2, "sliding_window": WINDOW, "layer_types": [LOCAL, GLOBAL]}),
+    "exaone4: windows, no rotation in global layers": Family(
+        "Exaone4Config", {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": WINDOW, "layer_types": [LOCAL, GLOBAL]}
+    ),
+    "ministral: windows": Family(
+        "MinistralConfig", {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": WINDOW, "layer_types": [LOCAL, GLOBAL]}
+    ),
     "phi3: longrope within its limit": Family(
         "Phi3Config",
         {

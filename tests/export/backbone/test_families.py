@@ -84,14 +84,15 @@ def test_a_family_generates_what_transformers_does(name: str, tiny_heads: Path, 
 
 
 LONGROPE = FAMILIES["phi3: longrope within its limit"]
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LONGROPE_OF_32 = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 128,
+    "long_factor": [2.0] * 128,
+    "original_max_position_embeddings": 32,
+}
 REFUSED: dict[str, tuple[Family, str, str]] = {
-    "gemma2's soft cap": (Family("Gemma2Config", {"num_key_value_heads": 2}), "caps its attention logits at 50", "soft cap"),
-    "gemma2's soft cap on logits": (
-        Family("Gemma2Config", {"num_key_value_heads": 2, "attn_logit_softcapping": None}),
-        "final_logit_softcapping is 30",
-        "another backbone",
-    ),
-    "cohere's scale of logits": (Family("CohereConfig"), "logit_scale is 0.0625", "another backbone"),
     "longrope beyond its limit": (
         replace(LONGROPE, fields={**LONGROPE.fields, "original_max_position_embeddings": 63}),
         "longrope position frequencies beyond 63 tokens, the capacity is 64",
@@ -101,6 +102,11 @@ REFUSED: dict[str, tuple[Family, str, str]] = {
         Family("LlamaConfig", {"max_position_embeddings": 48, **rope("dynamic", factor=2.0)}),
         "dynamic position frequencies beyond 48",
         "--capacity 48",
+    ),
+    "longrope beyond its limit in some layers": (
+        Family("Gemma3TextConfig", {"rope_parameters": {"full_attention": LONGROPE_OF_32, "sliding_attention": DEFAULT_ROPE}}),
+        "longrope position frequencies beyond 32 tokens",
+        "--capacity 32",
     ),
     "linear attention": (
         Family("LlamaConfig", {"layer_types": ["full_attention", "linear_attention"]}),
