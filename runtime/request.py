@@ -43,7 +43,8 @@ class Request:
     ``drafting``: how steps are drafted, by :class:`Rows`, by a tree that is the same in every step (``ROOT_ONLY`` decodes
     plainly), or by a drafter of one's own. ``tree``, ``rows``, ``lookup`` and ``drafter`` are older names for parts of it.
     ``priority``: smaller numbers are served first. ``deadline``: seconds from submission after which the request is cancelled.
-    ``cancel`` is asked before every step. ``keep_hidden`` collects the backbone's hidden state behind every emitted token.
+    ``cancel`` is asked before each of its steps but the first. ``keep_hidden`` collects the backbone's hidden state behind every
+    emitted token.
 
     Raises:
         UsageError: two of the ways to draft are given.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -102,23 +101,15 @@ class Session:
         """
         coming = enumerate(requests)
         running: dict[int, Handle] = {}
-        refused: deque[tuple[int, Generation]] = deque()
-
-        def start_next() -> bool:
-            for index, request in coming:
-                try:
-                    running[index] = self.submit(request)
-                except DeployError as error:
-                    refused.append((index, Generation("", [], "error", [], Stats(), error=error)))
-                return True
-            return False
-
         try:
-            # One request more than slots: the next one starts in the very step after another has ended.
             while True:
-                while len(running) <= self.slots.slots and start_next():
-                    while refused:
-                        yield refused.popleft()
+                # One request more than slots: the next one starts in the very step after another has ended.
+                while len(running) <= self.slots.slots and (each := next(coming, None)) is not None:
+                    index, request = each
+                    try:
+                        running[index] = self.submit(request)
+                    except DeployError as error:
+                        yield index, Generation("", [], "error", [], Stats(), error=error)
                 if not running:
                     return
                 self._driver.until(lambda: any(handle.done for handle in running.values()))

@@ -28,6 +28,8 @@ from .errors import TreeError
 
 RankPath = tuple[int, ...]
 MAX_ROWS = 512
+_KEPT_ROWS = 64
+"""Shapes of more rows are made anew each time: a thousand of the largest would take gigabytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,15 +54,9 @@ class Shape:
         return Shape(order - 1, order, np.tri(rows, dtype=bool))
 
     @staticmethod
-    @lru_cache(maxsize=4096)
     def of(parents: tuple[int, ...]) -> Shape:
-        """Makes the shape in which row i hangs below ``parents[i]``. Equal parents give the same object."""
-        depths = np.zeros(len(parents), np.int64)
-        ancestors = np.eye(len(parents), dtype=bool)
-        for row, parent in enumerate(parents[1:], start=1):
-            depths[row] = depths[parent] + 1
-            ancestors[row] |= ancestors[parent]
-        return Shape(np.array(parents, np.int64), depths, ancestors)
+        """Makes the shape in which row i hangs below ``parents[i]``. Those of few rows are kept, the most recent ones."""
+        return _kept(parents) if len(parents) <= _KEPT_ROWS else _made(parents)
 
     @property
     def rows(self) -> int:
@@ -91,6 +87,18 @@ class Shape:
         for row, parent in enumerate(self.parents[1:].tolist(), start=1):
             paths.append((*paths[parent], row))
         return tuple(paths)
+
+
+def _made(parents: tuple[int, ...]) -> Shape:
+    depths = np.zeros(len(parents), np.int64)
+    ancestors = np.eye(len(parents), dtype=bool)
+    for row, parent in enumerate(parents[1:], start=1):
+        depths[row] = depths[parent] + 1
+        ancestors[row] |= ancestors[parent]
+    return Shape(np.array(parents, np.int64), depths, ancestors)
+
+
+_kept = lru_cache(maxsize=1024)(_made)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Driver:
                     else:
                         self._waiting.append(given_up)
                 if self._leader != me:
-                    given_up.acquire()
+                    given_up.acquire()  # until the leader releases it
                     continue
                 if not ready() and not self._loop.tick() and not ready():
                     self._loop.slots.check_free()
@@ -76,7 +76,7 @@ class Driver:
         """Give the lead up, once what was cancelled meanwhile has ended."""
         while True:
             with self._lock:
-                while self._waiting:
+                while self._waiting:  # safe to begin anew after an interrupt
                     if self._waiting[-1].locked():
                         self._waiting[-1].release()
                     self._waiting.pop()

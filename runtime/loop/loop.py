@@ -34,7 +34,7 @@ class Loop:
         self.scheduler = Scheduler(prefill_chunk)
         self.clock: Callable[[], float] = time.perf_counter
         self._submitted: deque[Handle] = deque()  # the mailbox
-        self._handles: dict[Sequence, Handle] = {}  # of all that is waiting or running, in order of arrival
+        self._handles: dict[Sequence, Handle] = {}  # of all sequences that wait or run, in order of arrival
 
     def submit(self, handle: Handle) -> None:
         """Queue a request."""
@@ -48,8 +48,8 @@ class Loop:
         began = self.clock()
         self.retire()
         self.admit()
-        turns = taking_part = self.scheduler.turns(self._handles)
-        if not turns:
+        taking_part = self.scheduler.turns(self._handles)
+        if not taking_part:
             return False
         try:
             turns = self._draft(taking_part)
@@ -75,7 +75,7 @@ class Loop:
     def retire(self) -> None:
         """Take in submitted requests; end those that are cancelled or late."""
         while self._submitted:
-            handle = self._submitted[0]  # an interrupt may come between any two calls: it goes from here once it is there
+            handle = self._submitted[0]  # it leaves the mailbox last: an interrupt may come between any two calls
             self._handles[handle.sequence] = handle
             self._submitted.popleft()
         for sequence in list(self._handles):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
 from medusa_deploy.runtime.errors import TreeError
-from medusa_deploy.runtime.tree import MAX_ROWS, ROOT_ONLY, RankPath, Tree, chain, tree_of_paths
+from medusa_deploy.runtime.tree import MAX_ROWS, ROOT_ONLY, RankPath, Shape, Tree, chain, tree_of_paths
 from support.trees import prefix_closed
 
 T, F = True, False
@@ -153,3 +155,11 @@ def test_the_tree_of_counted_paths_is_as_good_as_any(found: list[tuple[int, ...]
 def test_heads_that_hit_together_make_a_deeper_tree() -> None:
     assert tree_of_paths({(0,): 0.4, (0, 0): 0.3, (1,): 0.2}, 3) == chain(2)
     assert tree_of_paths({(0,): 0.4, (0, 0): 0.1, (1,): 0.2}, 3) == Tree.from_choices([(0,), (1,)])
+
+
+def test_shapes_that_are_kept_take_little_memory() -> None:
+    small, large = (-1, *[0] * 7), (-1, *range(399))
+    assert Shape.of(small) is Shape.of(small)
+    gone = weakref.ref(Shape.of(large))
+    gc.collect()
+    assert gone() is None, "a shape of 400 rows takes a megabyte and a half"
