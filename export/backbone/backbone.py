@@ -13,6 +13,9 @@ import torch
 from ...runtime.errors import CheckpointError, DeployError, UnsupportedArchitectureError
 from ...runtime.files.backbone import BackboneShape
 from .adapter import merge_adapter
+from .gguf_file.config import gguf_config
+from .gguf_file.metadata import GgufFile
+from .gguf_file.weights import load_gguf_module
 from .logits import find_logit_change
 from .model_folder import NO_CODE, check_unused, find_model, folder_notes, stop_ids, token_ids
 from .record import DTYPES, Backbone
@@ -61,10 +64,14 @@ def read_module(source: Path, dtype: str) -> tuple[Any, list[str]]:
     """Load a module as :func:`load_module` does, with what its folder holds and doesn't run."""
     from transformers import AutoModelForCausalLM
 
-    folder, options = locate(source)
+    folder, gguf = find_model(source)
+    if gguf is not None:
+        file = GgufFile(folder / gguf)
+        with transformers_errors(source):
+            return load_gguf_module(file, gguf_config(file), DTYPES[dtype]), []
     with transformers_errors(source):
         module, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], output_loading_info=True, **NO_CODE, **options
+            folder, dtype=DTYPES[dtype], output_loading_info=True, **NO_CODE
         )
     module.eval()
     missing = sorted(info["missing_keys"])
@@ -85,11 +92,14 @@ def load_config(source: Path, capacity: int) -> Any:
     """
     from transformers import AutoConfig
 
-    folder, options = locate(source)
+    folder, gguf = find_model(source)
     with transformers_errors(source):
-        config = AutoConfig.from_pretrained(folder, **NO_CODE, **options)
-        token_ids(getattr(config, "eos_token_id", None), "config.json")
-        stop_ids(folder)
+        if gguf is None:
+            config = AutoConfig.from_pretrained(folder, **NO_CODE)
+            token_ids(getattr(config, "eos_token_id", None), "config.json")
+            stop_ids(folder)
+        else:
+            config = gguf_config(GgufFile(folder / gguf))
         check_architecture(config, capacity)
     return config
 
@@ -122,12 +132,6 @@ def transformers_errors(source: Path) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def locate(source: Path) -> tuple[Path, dict[str, Any]]:
-    """Return a model's folder, and the options that select a GGUF file in it."""
-    folder, gguf = find_model(source)
-    return folder, {} if gguf is None else {"gguf_file": gguf}
 
 
 def check_architecture(config: Any, capacity: int) -> None:

@@ -19,10 +19,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ...runtime.errors import CheckpointError, UnsupportedArchitectureError
 from ...runtime.files.heads import HeadSet
-from .backbone import backbone_shape, freeze_rope, load_config, locate, transformers_errors
+from .backbone import backbone_shape, freeze_rope, load_config, transformers_errors
 from .checkpoint import Report, find_stored, place
 from .logits import find_logit_change
-from .model_folder import check_unused, folder_notes
+from .model_folder import check_unused, find_model, folder_notes
 from .record import DTYPES, Backbone
 from .safetensors_header import StoredTensor
 
@@ -72,8 +72,8 @@ def stored_parameters(source: Path, dtype: str, capacity: int) -> tuple[Any, dic
     Raises:
         CheckpointError, UnsupportedArchitectureError: as :func:`load_linked_backbone`.
     """
-    folder, options = locate(source)
-    if options:
+    folder, gguf = find_model(source)
+    if gguf is not None:
         raise CheckpointError(f"{source} is a GGUF file", hint="its weights can't be linked: export with --weights copied")
     config = load_config(source, capacity)
     if getattr(config, "transformers_weights", None):

@@ -1,0 +1,112 @@
+"""Opens a GGUF file: its metadata as checked values, and its tensors as float32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ....runtime.errors import CheckpointError
+
+OTHER_FORM = "give the model as a folder of safetensors with config.json instead"
+_AGAIN = "download or copy the file again, or convert the model again"
+
+
+class GgufFile:
+    """A GGUF file. ``architecture``: llama.cpp's name of the model's family. Tensors stay on disk until they are asked for.
+
+    Raises:
+        CheckpointError: the file is damaged, or one part of several.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from gguf import GGUFReader
+
+        self.path = path
+        try:
+            reader = GGUFReader(path)
+            self._fields: dict[str, Any] = dict(reader.fields)
+            self.tensors: Mapping[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
+        except Exception as error:  # the reader raises whatever damaged numbers lead to
+            raise CheckpointError(f"{path} can't be read: {type(error).__name__}: {error}", hint=_AGAIN) from error
+        parts = self.get("split.count", 0)
+        if isinstance(parts, int) and parts > 1:
+            raise CheckpointError(
+                f"{path} is one of {parts} parts of a model", hint="join them first: llama-gguf-split --merge FIRST-PART OUTPUT"
+            )
+        self.architecture = self.text("general.architecture")
+
+    def names(self) -> list[str]:
+        """Names of all fields of the metadata."""
+        return list(self._fields)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a field's value as Python has it, unchecked."""
+        if key not in self._fields:
+            return default
+        try:
+            return self._fields[key].contents()
+        except Exception as error:
+            raise CheckpointError(f"{key} in {self.path} can't be read: {type(error).__name__}", hint=_AGAIN) from error
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """Return a string. Raises CheckpointError if it is missing or something else."""
+        value = self.get(key, default)
+        if not isinstance(value, str):
+            raise CheckpointError(f"{key} in {self.path} is {value!r:.60}, not a text", hint=_AGAIN)
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """Return the finite number ``architecture.name``. Raises CheckpointError if it is missing or something else."""
+        value = self.get(f"{self.architecture}.{name}", default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise CheckpointError(f"{self.architecture}.{name} in {self.path} is {value!r:.60}, not a number", hint=_AGAIN)
+        return value
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """Return the whole number ``architecture.name``, at least 1; a list counts if all its numbers, one a layer, are equal."""
+        key = f"{self.architecture}.{name}"
+        value = self.get(key, default)
+        if isinstance(value, list) and value and len(set(value)) == 1:
+            value = value[0]
+        if isinstance(value, list):
+            raise CheckpointError(f"{key} differs between layers: {value!s:.80}", hint=OTHER_FORM)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"{key} in {self.path} is {value!r:.60}, not a size", hint=_AGAIN)
+        return value
+
+    def token(self, name: str) -> int | None:
+        """Return a token id of ``tokenizer.ggml``, or None if the file doesn't have it."""
+        value = self.get(f"tokenizer.ggml.{name}_token_id")
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise CheckpointError(f"tokenizer.ggml.{name}_token_id is {value!r:.60}, not a token id", hint=_AGAIN)
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Return a boolean of the metadata."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{key} in {self.path} is {value!r:.60}, not true or false", hint=_AGAIN)
+        return value
+
+    def array(self, name: str) -> np.ndarray:
+        """Dequantise a tensor to float32, its rows first.
+
+        Raises:
+            CheckpointError: a format of weights that can't be read.
+        """
+        from gguf.quants import dequantize
+
+        tensor = self.tensors[name]
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        try:
+            values = dequantize(tensor.data, tensor.tensor_type)
+        except Exception as error:
+            raise CheckpointError(
+                f"{name} in {self.path} is {tensor.tensor_type.name}, which can't be read: {type(error).__name__}",
+                hint="give a file in a usual format: F16, BF16, Q8_0, Q4_K_M …",
+            ) from error
+        return np.asarray(values, np.float32).reshape(shape)

@@ -1,0 +1,79 @@
+"""Loads the weights of a GGUF file into transformers' module, in transformers' order of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ....runtime.errors import CheckpointError
+from .config import family_of
+from .metadata import OTHER_FORM, GgufFile
+from .rotation import ROTATION_TENSORS
+
+_QUERIES, _KEYS = (".attn_q.weight", ".attn_q.bias"), (".attn_k.weight", ".attn_k.bias")
+
+
+def load_gguf_module(file: GgufFile, config: Any, dtype: torch.dtype) -> Any:
+    """Load the causal LM of ``config`` with the file's weights, dequantised to ``dtype``, in evaluation mode.
+
+    Raises:
+        CheckpointError: a tensor is missing, has no place in the model, or has another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    family = family_of(file)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    places = _places(file, empty)
+    tensors = {}
+    for name, stored in places.items():
+        values = file.array(stored)
+        if family.permuted and stored.endswith(_QUERIES):
+            values = _unpaired(values, config.num_attention_heads)
+        elif family.permuted and stored.endswith(_KEYS):
+            values = _unpaired(values, config.num_key_value_heads)
+        elif family.shifted_norms and stored.endswith("norm.weight"):
+            values = values - 1
+        tensors[name] = torch.from_numpy(np.ascontiguousarray(values)).to(dtype)
+    module = type(empty).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    return module.eval()
+
+
+def _places(file: GgufFile, empty: Any) -> dict[str, str]:
+    """Map each parameter to its tensor in the file, and check that all tensors and shapes fit."""
+    import gguf
+
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == file.architecture)
+    names = gguf.get_tensor_name_map(architecture, empty.config.num_hidden_layers)
+    places = {}
+    for name, parameter in empty.state_dict().items():
+        if empty.config.tie_word_embeddings and name == "lm_head.weight":
+            continue
+        base, kind = name.rsplit(".", 1)
+        stored = f"{names.get_name(base)}.{kind}"
+        if stored not in file.tensors:
+            raise CheckpointError(
+                f"{file.path.name} lacks {stored} ({name} of {type(empty).__name__})", hint="download or convert it again"
+            )
+        shape = tuple(int(size) for size in reversed(file.tensors[stored].shape))
+        if shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{stored} in {file.path.name} has the shape {list(shape)}, its metadata says {list(parameter.shape)}",
+                hint="download or convert it again",
+            )
+        places[name] = stored
+    unused = sorted(set(file.tensors) - set(places.values()) - ROTATION_TENSORS)
+    if unused:
+        raise CheckpointError(
+            f"{file.path.name} holds {len(unused)} tensors that {type(empty).__name__} has no place for, such as {unused[0]}",
+            hint=OTHER_FORM,
+        )
+    return places
+
+
+def _unpaired(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Put the rows of each head from pairs (0, n/2, 1, n/2 + 1, …), as GGUF's llama stores them, into halves."""
+    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -1,0 +1,236 @@
+"""GGUF files: each family computes what the model that was written to the file computes, and what isn't read is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from medusa_deploy.export.backbone.backbone import load_config, load_module
+from medusa_deploy.export.backbone.gguf_file.config import FAMILIES, gguf_config
+from medusa_deploy.export.backbone.gguf_file.metadata import GgufFile
+from medusa_deploy.runtime.errors import CheckpointError, DeployError, UnsupportedArchitectureError
+from support.gguf_files import SIZES, random_model, sizes_of, tensors_of, write_file, write_model
+
+pytest.importorskip("gguf")
+TOKENS = torch.tensor([np.random.default_rng(0).integers(0, 128, 48).tolist()])
+WIDE = {"attention__key_length": 32, "attention__value_length": 32}
+CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
+ROPE = {"rope_type": "default", "rope_theta": 5e5}
+
+
+def logits(module: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        result: torch.Tensor = module(TOKENS, use_cache=False).logits[0]
+    return result
+
+
+def check_same(path: Path, model: Any) -> None:
+    torch.testing.assert_close(logits(load_module(path, "fp32")), logits(model), atol=2e-5, rtol=1e-5)
+
+
+def llama3_factors(model: Any) -> np.ndarray:
+    """What llama.cpp divides the frequencies of this model by."""
+    plain = model.config.rope_parameters["rope_theta"] ** -(np.arange(0, 16, 2) / 16)
+    factors: np.ndarray = (plain / model.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
+    return factors
+
+
+# -- families --------------------------------------------------------------------------------------------------------
+
+# name: architecture, config class, fields of the config, fields of the file
+CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "llama 2": ("llama", "LlamaConfig", {}, {"rope__dimension_count": 16}),
+    "llama 3": ("llama", "LlamaConfig", {"rope_parameters": ROPE}, {"rope__freq_base": 5e5}),
+    "smollm2: tied": ("llama", "LlamaConfig", {"tie_word_embeddings": True}, {}),
+    "mistral nemo: wide heads": ("llama", "LlamaConfig", {"head_dim": 32}, WIDE),
+    "llama with biases": ("llama", "LlamaConfig", {"attention_bias": True, "mlp_bias": True}, {}),
+    "linear scaling": (
+        "llama",
+        "LlamaConfig",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+        {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0},
+    ),
+    "linear scaling of old files": (
+        "llama",
+        "LlamaConfig",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+        {"rope__scale_linear": 4.0},
+    ),
+    "no scaling, said so": ("llama", "LlamaConfig", {}, {"rope__scaling__type": "none", "rope__scaling__factor": 4.0}),
+    "qwen2": ("qwen2", "Qwen2Config", {}, {}),
+    "qwen2.5 with yarn": (
+        "qwen2",
+        "Qwen2Config",
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}},
+        {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__scaling__original_context_length": 16},
+    ),
+    "qwen3 with key_length": ("qwen3", "Qwen3Config", {"head_dim": 32}, WIDE),
+    "qwen3 without key_length": ("qwen3", "Qwen3Config", {"head_dim": 16}, {}),
+    "phi 3: part of a head rotates": ("phi3", "Phi3Config", {"partial_rotary_factor": 0.5}, {"rope__dimension_count": 8}),
+    "gemma": ("gemma", "GemmaConfig", {"head_dim": 32}, WIDE),
+    "gemma 2": (
+        "gemma2",
+        "Gemma2Config",
+        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, **CAPS},
+        {**WIDE, "attention__sliding_window": 16, **CAPS},
+    ),
+    "gemma 3": (
+        "gemma3",
+        "Gemma3TextConfig",
+        {
+            "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "num_hidden_layers": 7,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+        {**WIDE, "attention__sliding_window": 16, "rope__freq_base": 1e6,
+         "rope__scaling__type": "linear", "rope__scaling__factor": 8.0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_family_computes_what_was_written(name: str, tmp_path: Path) -> None:
+    architecture, config, fields, stored = CASES[name]
+    model = random_model(config, **fields)
+    check_same(write_model(tmp_path / "model.gguf", model, architecture, **stored), model)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_frequencies_are_divided_by_the_file_s_tensor(factor: float, tmp_path: Path) -> None:
+    scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model = random_model("LlamaConfig", rope_parameters={**scaled, "rope_theta": 1e4, "original_max_position_embeddings": 64})
+    factors = llama3_factors(model)
+    assert factors.min() == pytest.approx(1)
+    assert factors.max() == pytest.approx(8)
+    path = write_model(
+        tmp_path / "a.gguf", model, "llama", more={"rope_freqs.weight": factors / factor}, rope__scaling__factor=factor
+    )
+    check_same(path, model)
+
+
+def test_long_and_short_factors_of_phi_3(tmp_path: Path) -> None:
+    short, long = np.linspace(1, 1.7, 8, dtype=np.float32), np.linspace(2, 9, 8, dtype=np.float32)
+    attention = math.sqrt(1 + math.log(256 / 64) / math.log(64))
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": short.tolist(), "long_factor": long.tolist()}
+    model = random_model("Phi3Config", original_max_position_embeddings=64, rope_parameters=rope)
+    tensors = {"rope_factors_short.weight": short, "rope_factors_long.weight": long}
+    fields = {"rope__scaling__original_context_length": 64, "rope__scaling__attn_factor": attention}
+    path = write_model(tmp_path / "a.gguf", model, "phi3", more=tensors, **fields)
+    check_same(path, model)
+    with pytest.raises(UnsupportedArchitectureError, match="beyond 64 tokens"):
+        load_config(path, 65)
+
+
+def test_windows_and_caps_reach_the_config(tmp_path: Path) -> None:
+    model = random_model("Phi3Config")
+    path = write_model(tmp_path / "phi.gguf", model, "phi3", attention__sliding_window=32)
+    assert gguf_config(GgufFile(path)).sliding_window == 32
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "F16", "BF16"])
+def test_quantised_weights_are_those_of_the_gguf_package(kind: str, tmp_path: Path) -> None:
+    import gguf
+
+    model = random_model("Qwen2Config", hidden_size=64)
+    packed = gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen2")
+    for name, value in sizes_of(model).items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"qwen2.{name}", value)
+    expected = {}
+    for name, values in tensors_of(model, "qwen2").items():
+        if values.ndim == 1:
+            writer.add_tensor(name, values.copy())
+            continue
+        data = gguf.quants.quantize(values, packed)
+        writer.add_tensor(name, data, raw_dtype=packed)
+        expected[name] = gguf.quants.dequantize(data, packed)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    state = load_module(tmp_path / "model.gguf", "fp32").state_dict()
+    for layer in range(2):
+        for theirs, ours in {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "ffn_down": "mlp.down_proj"}.items():
+            values = state[f"model.layers.{layer}.{ours}.weight"].numpy()
+            np.testing.assert_array_equal(values, expected[f"blk.{layer}.{theirs}.weight"])
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def check_refused(path: Path, message: str, error: type[DeployError] = UnsupportedArchitectureError) -> None:
+    with pytest.raises(error, match=message) as caught:
+        load_module(path, "fp32")
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"expert_count": 8}, "mixture of experts: llama.expert_count is 8"),
+        ({"attention__scale": 0.5}, r"isn't read: llama\.attention\.scale is 0\.5"),
+        ({"attention__causal": False}, r"llama\.attention\.causal is False"),
+        ({"rope__dimension_count": 8}, r"rope\.dimension_count is 8, a head has 16"),
+        ({"attention__value_length": 8}, "keys of a.gguf have 16 numbers a head, values 8"),
+        ({"rope__scaling__type": "longrope"}, "longrope scaling without its tensors"),
+        ({"rope__scaling__type": "ntk"}, "ntk scaling"),
+        ({"rope__scaling__attn_factor": 1.5}, "attention factor of 1.5"),
+    ],
+)
+def test_fields_that_cannot_be_mapped_are_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    check_refused(write_model(tmp_path / "a.gguf", random_model("LlamaConfig"), "llama", **fields), message)
+
+
+def test_sizes_that_differ_between_layers_are_refused(tmp_path: Path) -> None:
+    model = random_model("LlamaConfig")
+    same = write_model(tmp_path / "a.gguf", model, "llama", attention__head_count_kv=[2, 2])
+    check_same(same, model)
+    check_refused(
+        write_model(tmp_path / "b.gguf", model, "llama", feed_forward_length=[96, 64]), "differs between layers", CheckpointError
+    )
+
+
+def test_an_unknown_architecture_is_refused_with_those_that_are_read(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "a.gguf", "clip", {}, {"v.weight": np.ones((2, 2), np.float32)})
+    check_refused(path, f"architecture 'clip'.*{', '.join(FAMILIES)}")
+
+
+def test_tensors_that_are_missing_too_many_or_of_another_shape_are_refused(tmp_path: Path) -> None:
+    model = random_model("LlamaConfig")
+    sizes, tensors = sizes_of(model), tensors_of(model, "llama")
+    for name, changed, message in (
+        ("a", {**tensors, "blk.0.attn_q.bias": np.ones(64)}, "lacks blk.0.attn_k.bias"),
+        ("b", {**tensors, "blk.2.attn_q.weight": np.ones((64, 64))}, "no place for, such as blk.2.attn_q.weight"),
+        ("c", {**tensors, "blk.0.attn_q.weight": np.ones((32, 64))}, "has the shape .32, 64., its metadata says .64, 64."),
+        ("d", {**tensors, "rope_freqs.weight": np.ones(4)}, "rope_freqs.weight of d.gguf holds 4 numbers"),
+        ("e", {**tensors, "rope_freqs.weight": np.zeros(8)}, "expected 8 above 0"),
+    ):
+        check_refused(write_file(tmp_path / f"{name}.gguf", "llama", sizes, changed), message, CheckpointError)
+
+
+def test_damaged_files_and_parts_are_refused(tmp_path: Path) -> None:
+    model = random_model("LlamaConfig")
+    whole = write_model(tmp_path / "a.gguf", model, "llama").read_bytes()
+    (tmp_path / "b.gguf").write_bytes(whole[:2000])
+    check_refused(tmp_path / "b.gguf", "can't be read", CheckpointError)
+    part = write_file(
+        tmp_path / "c.gguf", "llama", sizes_of(model), {}, lambda writer: writer.add_uint16("split.count", 3)
+    )
+    check_refused(part, "one of 3 parts", CheckpointError)
+    check_refused(write_file(tmp_path / "d.gguf", "llama", {}, {}), r"attention\.head_count .* is None", CheckpointError)
+
+
+def test_what_lies_beside_the_file_changes_nothing(tmp_path: Path) -> None:
+    model = random_model("LlamaConfig")
+    write_model(tmp_path / "MODEL.GGUF", model, "llama")
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{")
+    check_same(tmp_path, model)
+    assert load_config(tmp_path, 64).hidden_size == SIZES["hidden_size"]
