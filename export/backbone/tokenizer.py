@@ -8,43 +8,44 @@ from typing import Any
 
 from ...runtime.files.manifest import TextFacts
 from .backbone import locate, transformers_errors
+from .chat_template import differences
+from .tokenizer_files import has_tokenizer, read_tokenizer
 
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-_SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
-def write_text_files(source: Path, config: Any, output: Path) -> TextFacts:
-    """Write ``tokenizer.json`` and ``chat_template.jinja`` of a model into ``output`` if it has them.
+def write_text_files(source: Path, config: Any, output: Path) -> tuple[TextFacts, list[str]]:
+    """Write ``tokenizer.json`` and ``chat_template.jinja`` of a model into ``output`` if it has them. Return them, and warnings.
 
     ``config``: the model's config, as transformers read it.
 
     Raises:
-        CheckpointError: transformers can't load the model's tokenizer.
+        CheckpointError: the tokenizer can't be read, or not be written as a ``tokenizer.json`` that does the same.
+        MissingDependencyError: a package that reads the tokenizer's format isn't installed.
     """
     folder, options = locate(source)
     eos = eos_token_ids(folder, config)
-    if not options and not any((folder / name).exists() for name in _SOURCES):
-        return TextFacts(eos_token_ids=eos)
-    from transformers import AutoTokenizer
-
+    if not options and not has_tokenizer(folder):
+        return TextFacts(eos_token_ids=eos), [f"{folder} has no tokenizer: the bundle takes token ids only"]
     with transformers_errors(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    (output / TOKENIZER).write_text(tokenizer.backend_tokenizer.to_str(), "utf-8")
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if template:
-        (output / CHAT_TEMPLATE).write_text(template, "utf-8")
+        read = read_tokenizer(folder, config, options)
+    (output / TOKENIZER).write_bytes(read.content)
+    tokenizer, warnings = read.tokenizer, list(read.warnings)
     if tokenizer.eos_token_id is not None:
         eos = tuple(sorted({*eos, int(tokenizer.eos_token_id)}))
-    return TextFacts(
-        tokenizer=TOKENIZER,
-        chat_template=CHAT_TEMPLATE if template else None,
-        eos_token_ids=eos,
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-    )
+    special = {str(name): str(token) for name, token in tokenizer.special_tokens_map.items()}
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        others = sorted(set(template) - {"default"})
+        template = template.get("default")
+        warnings.append(f"of several chat templates the bundle has the one named default, not {', '.join(others)}")
+    if template and (found := differences(template, special)):
+        warnings.append(f"the bundle has no chat template, because this program renders it otherwise than transformers: {found}")
+        template = None
+    if template:
+        (output / CHAT_TEMPLATE).write_text(template, "utf-8", newline="")
+    return TextFacts(TOKENIZER, CHAT_TEMPLATE if template else None, eos, special), warnings
 
 
 def eos_token_ids(folder: Path, config: Any) -> tuple[int, ...]:
