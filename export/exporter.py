@@ -93,17 +93,17 @@ def export_bundle(
             hashes = {path: beside.submit(sha256, path) for path in folder.glob("*.safetensors")}
         else:
             backbone = load_backbone(Path(model), dtype, capacity, adapter)
+        text, warnings = write_text_files(Path(model), backbone.module.config, staging)
         head_set = identity_heads(backbone) if read is None else read.heads
         check_fit(head_set, hidden_size=backbone.shape.hidden_size, vocab_size=backbone.shape.vocab_size, top_k=top_k)
         head_set = prune_projection(backbone, head_set)
-        warnings = [*backbone.warnings, *(() if read is None else read.warnings)]
+        warnings += [*backbone.warnings, *(() if read is None else read.warnings)]
         trees = bundle_trees(tree, read, head_set.config.num_heads, top_k)
         max_rows = tree_rows(max_rows, trees, head_set.config.num_heads)
         stack = HeadStack(head_set, backbone.module.get_output_embeddings(), top_k, backbone.dtype, backbone.logits)
         rows = step_io.cache_rows(capacity, head_set.config.num_heads, max_rows)
         report("tracing")
         graphs = write_graphs(backbone, stack, rows, capacity, folder, report)
-        text = write_text_files(Path(model), backbone.module.config, staging)
         scaling = () if read is None else read.platt_scaling
         manifest = _manifest(backbone, head_set, scaling, top_k, text, graphs, _NUMPY_DTYPES[dtype])
         limits = Limits(capacity, rows, max_rows, batch, min(prefill_chunk, capacity))

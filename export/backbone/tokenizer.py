@@ -7,66 +7,66 @@ from typing import Any
 
 from ...runtime.files.manifest import TextFacts
 from .backbone import transformers_errors
+from .chat_template import differences
 from .gguf_file.metadata import GgufFile
 from .gguf_file.tokenizer import gguf_special_text, gguf_tokenizer
 from .gguf_file.tokens import stop_tokens
-from .model_folder import NO_CODE, find_model, stop_ids, token_ids
+from .model_folder import find_model, stop_ids, token_ids
+from .tokenizer_files import has_tokenizer, read_tokenizer
 
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-_SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
-def write_text_files(source: Path, config: Any, output: Path) -> TextFacts:
-    """Write ``tokenizer.json`` and ``chat_template.jinja`` of a model into ``output`` if it has them.
+def write_text_files(source: Path, config: Any, output: Path) -> tuple[TextFacts, list[str]]:
+    """Write ``tokenizer.json`` and ``chat_template.jinja`` of a model into ``output`` if it has them. Return them, and warnings.
 
     ``config``: the model's config, as transformers read it.
 
     Raises:
-        CheckpointError: transformers can't load the model's tokenizer.
+        CheckpointError: the tokenizer can't be read, or not be written as a ``tokenizer.json`` that does the same.
+        MissingDependencyError: a package that reads the tokenizer's format isn't installed.
     """
     folder, gguf = find_model(source)
     if gguf is not None:
         return _write_gguf_text(GgufFile(folder / gguf), output)
     eos = eos_token_ids(folder, config)
-    if not any((folder / name).exists() for name in _SOURCES):
-        return TextFacts(eos_token_ids=eos)
-    from transformers import AutoTokenizer
-
+    if not has_tokenizer(folder):
+        return TextFacts(eos_token_ids=eos), [f"{folder} has no tokenizer: the bundle takes token ids only"]
     with transformers_errors(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
-    (output / TOKENIZER).write_text(tokenizer.backend_tokenizer.to_str(), "utf-8")
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if template:
-        (output / CHAT_TEMPLATE).write_text(template, "utf-8")
+        read = read_tokenizer(folder, config)
+    (output / TOKENIZER).write_bytes(read.content)
+    tokenizer, warnings = read.tokenizer, list(read.warnings)
     if tokenizer.eos_token_id is not None:
         eos = tuple(sorted({*eos, int(tokenizer.eos_token_id)}))
-    return TextFacts(
-        tokenizer=TOKENIZER,
-        chat_template=CHAT_TEMPLATE if template else None,
-        eos_token_ids=eos,
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-    )
+    special = {str(name): str(token) for name, token in tokenizer.special_tokens_map.items()}
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        others = sorted(set(template) - {"default"})
+        template = template.get("default")
+        warnings.append(f"of several chat templates the bundle has the one named default, not {', '.join(others)}")
+    return TextFacts(TOKENIZER, _write_template(template, special, output, warnings), eos, special), warnings
 
 
-def _write_gguf_text(file: GgufFile, output: Path) -> TextFacts:
+def _write_template(template: str | None, special: dict[str, str], output: Path, warnings: list[str]) -> str | None:
+    """Write the chat template if it renders here as transformers renders it. Returns the file's name; None adds a warning."""
+    if not template:
+        return None
+    if found := differences(template, special):
+        warnings.append(f"the bundle has no chat template, because this program renders it otherwise than transformers: {found}")
+        return None
+    (output / CHAT_TEMPLATE).write_text(template, "utf-8", newline="")
+    return CHAT_TEMPLATE
+
+
+def _write_gguf_text(file: GgufFile, output: Path) -> tuple[TextFacts, list[str]]:
     """Write the text files of a GGUF file. What lies beside it isn't read."""
-    text = gguf_tokenizer(file)
-    special = gguf_special_text(file)
+    text, found, warnings = gguf_tokenizer(file), gguf_special_text(file), list[str]()
     if text is not None:
         (output / TOKENIZER).write_text(text, "utf-8")
-    if special["chat_template"]:
-        (output / CHAT_TEMPLATE).write_text(special["chat_template"], "utf-8")
-    return TextFacts(
-        tokenizer=TOKENIZER if text else None,
-        chat_template=CHAT_TEMPLATE if special["chat_template"] else None,
-        eos_token_ids=stop_tokens(file),
-        bos_token=special["bos_token"],
-        eos_token=special["eos_token"],
-    )
+    special = {name: token for name, token in found.items() if token is not None and name != "chat_template"}
+    template = _write_template(found["chat_template"], special, output, warnings)
+    return TextFacts(TOKENIZER if text else None, template, stop_tokens(file), special), warnings
 
 
 def eos_token_ids(folder: Path, config: Any) -> tuple[int, ...]:

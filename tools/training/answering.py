@@ -166,7 +166,7 @@ def _in_torch(plan: AnswerPlan, heads: Path | None) -> Backbone:
     module = load_module(plan.model, "fp32")
     text_folder = plan.work / "text"
     text_folder.mkdir(exist_ok=True)
-    text = write_text_files(plan.model, module.config, text_folder)
+    text, _ = write_text_files(plan.model, module.config, text_folder)
     vocab_size = int(module.get_output_embeddings().weight.shape[0])
     adapter = None if heads is None else read_heads(heads).adapter
     weights = backbone_digest(module)

@@ -143,13 +143,14 @@ def test_the_bundle_s_text_is_the_file_s_alone(tmp_path: Path) -> None:
     def vocabulary(writer: Any) -> None:
         bytes_vocabulary(writer, "qwen2", {"<s>": CONTROL, "<|im_end|>": CONTROL})
         add_fields(writer, {"bos_token_id": 0, "eos_token_id": 1})
-        writer.add_chat_template("{{ messages }}")
+        writer.add_chat_template("{{ messages[0].content }}")
 
     write_file(tmp_path / "a.gguf", "llama", {}, TENSORS, vocabulary)
     (tmp_path / "output").mkdir()
-    facts = write_text_files(tmp_path, SimpleNamespace(), tmp_path / "output")
-    assert (facts.eos_token_ids, facts.bos_token, facts.eos_token) == ((1,), "<s>", "<|im_end|>")
-    assert (tmp_path / "output" / "chat_template.jinja").read_text() == "{{ messages }}"
+    facts, warnings = write_text_files(tmp_path, SimpleNamespace(), tmp_path / "output")
+    assert (facts.eos_token_ids, facts.special_tokens) == ((1,), {"bos_token": "<s>", "eos_token": "<|im_end|>"})
+    assert warnings == []
+    assert (tmp_path / "output" / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
     assert json.loads((tmp_path / "output" / "tokenizer.json").read_text())["model"]["type"] == "BPE"
 
 
