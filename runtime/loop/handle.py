@@ -53,8 +53,11 @@ class Handle:
         """
         while not self.done or self._chunks:
             self._driver.until(lambda: bool(self._chunks) or self.done)
-            if self._chunks:
-                yield self._chunks.popleft()
+            try:
+                chunk = self._chunks.popleft()
+            except IndexError:  # the request has ended, or another thread has read it
+                continue
+            yield chunk
         assert self._last is not None
         yield self._last
         if self._sequence.error is not None:

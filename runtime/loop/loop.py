@@ -66,7 +66,7 @@ class Loop:
         except Exception as error:  # noqa: BLE001 - it is raised by the handles of those that it ends
             self._abandon(taking_part, error)
         except BaseException:
-            self._abandon(taking_part, StepError("the step was interrupted", hint="send the request again"))
+            self._abandon(taking_part)
             raise
         return True
 
@@ -179,11 +179,11 @@ class Loop:
             if sequence.done:
                 self._end(sequence)
 
-    def _abandon(self, turns: list[Turn], error: Exception) -> None:
-        """End all sequences of a step that broke off: nobody knows how far it came."""
+    def _abandon(self, turns: list[Turn], error: Exception | None = None) -> None:
+        """End all sequences of a step that broke off, by an interrupt where there is no error: nobody knows how far it came."""
         for sequence in [turn.sequence for turn in turns if turn.sequence in self._handles]:
             if sequence.error is None and not self._handles[sequence].done:
-                sequence.fail(error)
+                sequence.fail(error or StepError("the step was interrupted", hint="send the request again"))
             self._end(sequence)
 
     def _end(self, sequence: Sequence) -> None:

@@ -101,9 +101,11 @@ class SessionMachine(RuleBasedStateMachine):
                 asked.read.append(next(asked.reader))
             except StopIteration:
                 assert asked.handle.done and asked.handle.error is None
+                asked.reader = None
                 break
             except (StepError, NumericsError):
                 assert asked.failing
+                asked.reader = None
                 break
 
     @precondition(lambda self: self.asked)
@@ -116,6 +118,7 @@ class SessionMachine(RuleBasedStateMachine):
             return
         if how == "close" and asked.reader is not None:
             asked.reader.close()  # type: ignore[attr-defined]
+            asked.reader = None
         asked.handle.cancel()
         assert asked.handle.done
         asked.handle.cancel()
