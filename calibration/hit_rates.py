@@ -12,6 +12,7 @@ from torch.nn import functional
 from ..runtime.drafting.hits import MISS, NO_LABEL
 from ..runtime.files.heads import HeadSet
 from .training.examples import Examples
+from .training.trainable import Change
 
 _PRIOR = 1.0
 
@@ -54,10 +55,11 @@ def find_hits(
     ranks: int = 10,
     batch: int = 2048,
     device: str = "cpu",
+    change: Change | None = None,
 ) -> Hits:
     """Look for each position's labels among the ``ranks`` best candidates of each head, computed on a torch ``device``.
 
-    A label outside the draft vocabulary is a miss.
+    A label outside the draft vocabulary is a miss. ``change``: what the backbone does to logits behind its projection.
     """
     tokens = np.arange(len(output_weight)) if heads.token_map is None else heads.token_map
     token_map, embedding, output_weight = torch.from_numpy(tokens).to(device), embedding.to(device), output_weight.to(device)
@@ -71,7 +73,7 @@ def find_hits(
             labels = examples.labels[part].to(device)
             for head in range(count):
                 logits = head_logits(heads, head, hidden, roots, projections[head])
-                best = logits.log_softmax(-1).topk(ranks, -1)
+                best = (logits if change is None else change(logits)).log_softmax(-1).topk(ranks, -1)
                 hits = (token_map[best.indices] == labels[:, head : head + 1]).cpu().numpy()
                 rank = np.where(hits.any(1), hits.argmax(1), MISS)
                 found.ranks[part, head] = np.where(labels[:, head].cpu().numpy() >= 0, rank, NO_LABEL)

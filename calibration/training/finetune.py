@@ -28,7 +28,7 @@ from .adapter import adapter_files, adapter_parameters, add_adapter
 from .checkpoint import resume_checkpoint, save_checkpoint
 from .examples import draft_indices, draft_labels
 from .kl_loss import kl_loss
-from .trainable import TrainableHeads, check_trainable, loss_weights
+from .trainable import Change, TrainableHeads, check_trainable, loss_weights
 
 _REPORTED = 20  # steps that a point of the curve averages
 
@@ -98,17 +98,18 @@ def finetune(
     checkpoint: Path | None = None,
     device: str = "cpu",
     progress: Callable[[StepReport], None] = lambda report: None,
+    change: Change | None = None,
 ) -> Tuned:
     """Train an adapter on ``module`` (a transformers causal LM, changed in place) and heads that begin as ``start``.
 
     ``backbone``: digest of ``module`` as it is. ``checkpoint``: a file that is written every ``checkpoint_steps``. A run with the
-    same settings and data goes on from it.
+    same settings and data goes on from it. ``change``: what ``module`` does to logits behind its projection.
 
     Raises:
         TrainingError: a loss diverged, the heads don't fit, or the checkpoint belongs to another run.
     """
     _check(config)
-    run = _Run(module, start, sequences, config, device)
+    run = _Run(module, start, sequences, config, device, change)
     lengths = [len(sequence) for sequence in sequences]
     epochs = (plan_batches(lengths, config.batch_tokens, config.seed * 1000 + epoch) for epoch in range(config.epochs))
     plan = [batch for epoch in epochs for batch in epoch]
@@ -157,21 +158,27 @@ class _Run:
     """Owns what a step changes: the adapter, the heads, and the optimiser of both."""
 
     def __init__(
-        self, module: Any, start: HeadSet, sequences: Sequence[AnsweredPrompt], config: FinetuneConfig, device: str
+        self,
+        module: Any,
+        start: HeadSet,
+        sequences: Sequence[AnsweredPrompt],
+        config: FinetuneConfig,
+        device: str,
+        change: Change | None,
     ) -> None:
         output = module.get_output_embeddings()
         embedding = module.get_input_embeddings().weight.detach()
         check_trainable(start, output.weight.shape[1], output.weight.shape[0])
         assert start.token_map is not None
         torch.manual_seed(config.seed)
-        self.config, self.device = config, torch.device(device)
+        self.config, self.device, self.change = config, torch.device(device), change
         self.token_map = torch.from_numpy(start.token_map)
         self.lora = add_adapter(module, config.rank, config.alpha)
         self.module = module.eval().to(device)
         self.to_draft = draft_indices(self.token_map, len(output.weight))
         roots = torch.cat([torch.from_numpy(sequence.tokens) for sequence in sequences])
         self.heads = TrainableHeads.on_backbone(
-            start.config, embedding, output.weight.detach(), self.token_map, _sample(sequences), roots, config.dropout
+            start.config, embedding, output.weight.detach(), self.token_map, _sample(sequences), roots, config.dropout, change
         )
         self.heads.load(start)
         self.heads.to(device).train()
@@ -195,7 +202,7 @@ class _Run:
             hidden = states.flatten(0, 1)[batch.rows.to(self.device)].float()
             heads = self.heads.loss(hidden, batch.roots.to(self.device), labels)
         teacher = batch.hidden[chosen].to(self.device)
-        divergence = kl_loss(hidden[chosen.to(self.device)], teacher, output.weight, output.bias)
+        divergence = kl_loss(hidden[chosen.to(self.device)], teacher, output.weight, output.bias, self.change)
         loss = divergence + config.heads_weight * (self.weights * heads).sum()
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ from ...runtime.errors import TrainingError
 from ...runtime.files.heads import HeadConfig, HeadKind, HeadSet
 from .checkpoint import resume_checkpoint, save_checkpoint
 from .examples import Examples, draft_indices, draft_labels, draft_vocabulary
-from .trainable import TrainableHeads, check_trainable, loss_weights
+from .trainable import Change, TrainableHeads, check_trainable, loss_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,9 @@ def train_heads(
     checkpoint: Path | None = None,
     device: str = "cpu",
     progress: Progress = lambda step, total, loss: None,
+    change: Change | None = None,
 ) -> HeadSet:
-    """Train and return heads. ``embedding`` and ``output_weight``: the backbone's, [V, H].
+    """Train and return heads. ``embedding`` and ``output_weight``: the backbone's, [V, H]. ``change``: of its logits.
 
     ``start``: heads to go on from; None starts from zero. ``checkpoint``: a file that every epoch writes. A run with the same
     config goes on from it.
@@ -65,7 +66,7 @@ def train_heads(
     labels = draft_labels(examples.labels, draft_indices(token_map, len(output_weight)))
     form = HeadConfig(config.kind, config.num_heads, config.num_layers, output_weight.shape[1], len(token_map), "pruned")
     heads = TrainableHeads.on_backbone(
-        form, embedding, output_weight, token_map, examples.hidden, examples.roots, config.dropout
+        form, embedding, output_weight, token_map, examples.hidden, examples.roots, config.dropout, change
     )
     if start is not None:
         heads.load(start)

@@ -6,6 +6,8 @@ The loss is the cross-entropy of head k against the token k + 2 places ahead, we
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from ...runtime.files.heads import HeadConfig, HeadSet
 from .examples import IGNORE, root_mean_square
 
 LOSS_DECAY = 0.8
+Change = Callable[[Tensor], Tensor]
+"""What a backbone does to its logits behind the projection: a scale, a soft cap. Heads' logits get the same."""
 
 
 class TrainableHeads(nn.Module):
@@ -39,9 +43,11 @@ class TrainableHeads(nn.Module):
         hidden_rms: Tensor,
         embedding_rms: Tensor,
         dropout: float = 0.0,
+        change: Change | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self.change: Change = change or nn.Identity()
         self.register_buffer("hidden_rms", hidden_rms, persistent=False)
         self.register_buffer("embedding_rms", embedding_rms, persistent=False)
         self.register_buffer("embedding", embedding, persistent=False)
@@ -64,13 +70,15 @@ class TrainableHeads(nn.Module):
         hidden: Tensor,
         roots: Tensor,
         dropout: float,
+        change: Change | None = None,
     ) -> TrainableHeads:
         """Make heads over the rows of a backbone's output weight that ``token_map`` int64 [V'] names.
 
-        ``embedding`` and ``output_weight`` [V, H] are the backbone's. ``hidden`` [n, H] and ``roots`` int64 are training data.
+        ``embedding`` and ``output_weight`` [V, H] are the backbone's, and so is what it does to logits behind its projection:
+        ``change``. ``hidden`` [n, H] and ``roots`` int64 are training data.
         """
         sizes = root_mean_square(hidden), root_mean_square(embedding[torch.unique(roots)])
-        return cls(config, embedding.float(), output_weight[token_map].float(), *sizes, dropout)
+        return cls(config, embedding.float(), output_weight[token_map].float(), *sizes, dropout, change)
 
     def forward(self, hidden: Tensor, roots: Tensor) -> list[Tensor]:
         """Compute the draft logits [n, V'] of each head. ``hidden`` [n, H], ``roots`` int64 [n]."""
@@ -83,7 +91,7 @@ class TrainableHeads(nn.Module):
                 if grounding is not None and index == 0:
                     source = torch.cat([source, grounding], -1)
                 x = x + functional.silu(linear(self.dropout(source)))
-            outputs.append(functional.linear(x, self.projection))
+            outputs.append(self.change(functional.linear(x, self.projection)))
         return outputs
 
     def loss(self, hidden: Tensor, roots: Tensor, labels: Tensor) -> Tensor:

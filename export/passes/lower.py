@@ -2,7 +2,7 @@
 
 ``lower_standard`` uses operators of opset 24 only (TensorScatter, Attention).
 ``lower_device`` uses the same operators for the graph that TensorRT parses. Its outputs are the next step's inputs, and accepted
-rows are carried outside the caches.
+rows are carried outside the caches. Attention with a soft cap is taken apart there.
 ``lower_cpu`` uses ONNX Runtime's GroupQueryAttention, whose cost on a CPU follows the valid length instead of the capacity. The
 operator writes the new rows itself, so the executor moves the rows that the previous step accepted, and ``commit`` disappears.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
@@ -21,6 +22,7 @@ from .fuse import fuse
 from .merge import ATTENTION, merge
 from .patterns import MICROSOFT, Nodes
 
+_Attend = Callable[[Nodes, ir.Node, ir.Value, ir.Value, ir.Value, ir.Value], None]
 _Lowering = Callable[[ir.Graph, ir.Node, "dict[str, ir.Value]"], "list[ir.Node]"]
 
 
@@ -133,7 +135,7 @@ def _standard_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Val
         moved = build.add("GatherElements", [past, shared["index"]], {"axis": 2})
         return build.add("Concat", [moved, new], {"axis": 2})
 
-    return _attention_over_caches(graph, node, shared, update)
+    return _attention_over_caches(graph, node, shared, update, _fused_attention)
 
 
 def _device_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value]) -> list[ir.Node]:
@@ -141,7 +143,8 @@ def _device_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value
         both = build.add("Concat", [shared[f"carried of {past.name}"], new], {"axis": 2})
         return build.add("GatherElements", [both, shared["index"]], {"axis": 2})
 
-    return _attention_over_caches(graph, node, shared, update)
+    attend = _capped_attention if node.attributes["softcap"].as_float() else _fused_attention  # TensorRT's has no cap
+    return _attention_over_caches(graph, node, shared, update, attend)
 
 
 def _attention_over_caches(
@@ -149,8 +152,9 @@ def _attention_over_caches(
     node: ir.Node,
     shared: dict[str, ir.Value],
     update_of: Callable[[Nodes, ir.Value, ir.Value], ir.Value],
+    attend: _Attend,
 ) -> list[ir.Node]:
-    """Make a TensorScatter a cache, of the rows that ``update_of`` (past, new) makes, then slices to T and an Attention."""
+    """Make a TensorScatter a cache, of the rows that ``update_of`` (past, new) makes, then slices to T and the attention."""
     query, key, value, past_key, past_value, mask = node.inputs[:6]
     build = Nodes(graph, str(node.name))
     sliced = []
@@ -160,8 +164,35 @@ def _attention_over_caches(
         scattered = build.add("TensorScatter", [past, update, shared["write_index"]], {"axis": -2}, outputs=[_output(present)])
         zero, axis = build.constant("zero", [0]), build.constant("axis", [2])
         sliced.append(build.add("Slice", [scattered, zero, shared["length"], axis]))
-    build.add("Attention", [query, *sliced, mask], _scores(node), outputs=[_output(node.outputs[0])])
+    assert query is not None and mask is not None
+    attend(build, node, query, sliced[0], sliced[1], mask)
     return build.nodes
+
+
+def _fused_attention(build: Nodes, node: ir.Node, query: ir.Value, keys: ir.Value, values: ir.Value, mask: ir.Value) -> None:
+    build.add("Attention", [query, keys, values, mask], _scores(node), outputs=[_output(node.outputs[0])])
+
+
+def _capped_attention(build: Nodes, node: ir.Node, query: ir.Value, keys: ir.Value, values: ir.Value, mask: ir.Value) -> None:
+    """Compute ``softmax(cap · tanh(scale · q·kᵀ / cap) + mask) · v`` step by step, in float32 between the products.
+
+    Queries of the heads that share keys are rows of one product: [B, H, N, D_h] is [B, H_kv, (H / H_kv)·N, D_h].
+    """
+    past = node.inputs[3]
+    assert query.shape is not None and query.dtype is not None and past is not None and past.shape is not None
+    heads, kv_heads, head_dim = query.shape[1], past.shape[1], past.shape[3]
+    scale, cap = (node.attributes[name].as_float() for name in ("scale", "softcap"))
+    type_of, to_float = query.dtype, {"to": int(ir.DataType.FLOAT)}
+    factor = build.constant("factor", scale, type_of.numpy().type)
+    rows = build.add("Reshape", [build.add("Mul", [query, factor]), build.constant("shared", [0, kv_heads, -1, head_dim])])
+    scores = build.add("MatMul", [rows, build.add("Transpose", [keys], {"perm": [0, 1, 3, 2]})])
+    scores = build.add("Cast", [build.add("Reshape", [scores, build.constant("apart", [0, heads, -1, 0])])], to_float)
+    limit = build.constant("cap", cap, np.float32)
+    capped = build.add("Mul", [build.add("Tanh", [build.add("Div", [scores, limit])]), limit])
+    weights = build.add("Softmax", [build.add("Add", [capped, build.add("Cast", [mask], to_float)])], {"axis": -1})
+    together = build.add("Reshape", [weights, build.constant("together", [0, kv_heads, -1, 0])])
+    attended = build.add("MatMul", [build.add("Cast", [together], {"to": int(type_of)}), values])
+    build.add("Reshape", [attended, build.constant("heads", [0, heads, -1, head_dim])], outputs=[_output(node.outputs[0])])
 
 
 def _scores(node: ir.Node) -> dict[str, float]:

@@ -113,14 +113,25 @@ def find_matmuls(model: ir.Model) -> list[CpuMatmul]:
     """List all MatMuls of the graph and of its branches with constant matrices of at least two rows and columns."""
     found: list[CpuMatmul] = []
     last: int | None = None  # layer of the last attention so far
+    projection = _projection(model.graph)
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         last = last if (layer := _attention_layer(node)) is None else layer
         matrix = constant_matrix(node) if node.op_type == "MatMul" else None
         if matrix is not None and all(map(_is_large, matrix.parts)):
-            is_projection = node.outputs[0].name == step_io.LOGITS
+            is_projection = node is projection
             layer = _layer_of(node, last) if node.graph is model.graph and not is_projection else None
             found.append(CpuMatmul(node, matrix.parts, matrix.transposed, layer, is_projection))
     return found
+
+
+def _projection(graph: ir.Graph) -> ir.Node | None:
+    """Return the node that makes the logits, before they are scaled and capped."""
+    value: ir.Value | None = next((value for value in graph.outputs if value.name == step_io.LOGITS), None)
+    node = None if value is None else value.producer()
+    while node is not None and node.op_type in ("Mul", "Div", "Tanh", "Cast"):
+        value = next((value for value in node.inputs if value is not None and value.const_value is None), None)
+        node = None if value is None else value.producer()
+    return node
 
 
 def plain_step_bytes(model: ir.Model) -> int:

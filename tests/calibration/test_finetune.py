@@ -110,6 +110,21 @@ def test_divergence_equals_torch_and_so_does_its_gradient() -> None:
     assert torch.allclose(gradient, torch.autograd.grad(wanted, hidden)[0], atol=1e-6)
 
 
+def test_divergence_of_capped_logits_equals_torch_and_so_does_its_gradient() -> None:
+    torch.manual_seed(0)
+    hidden, teacher, weight = torch.randn(300, 8, requires_grad=True), torch.randn(300, 8), torch.randn(30, 8)
+
+    def change(logits: Any) -> Any:
+        return torch.tanh(logits * 2 / 3) * 3
+
+    found = kl_loss(hidden, teacher, weight, change=change)
+    (gradient,) = torch.autograd.grad(found, hidden)
+    logits, expected = change(hidden @ weight.T), change(teacher @ weight.T).log_softmax(-1)
+    wanted = torch.nn.functional.kl_div(logits.log_softmax(-1), expected, reduction="batchmean", log_target=True)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert torch.allclose(gradient, torch.autograd.grad(wanted, hidden)[0], atol=1e-6)
+
+
 def test_the_backbone_is_itself_at_the_start(model: Path, data: list[AnsweredPrompt]) -> None:
     _, result = tune(model, data, replace(CONFIG, learning_rate=1e-12, epochs=1))
     assert abs(result.curve[0]["divergence"]) < 1e-4  # hidden states are kept in half precision

@@ -29,6 +29,7 @@ from medusa_deploy.calibration.hit_rates import (  # noqa: E402
 )
 from medusa_deploy.calibration.training.examples import IGNORE, Examples, following_tokens  # noqa: E402
 from medusa_deploy.calibration.training.trainable import TrainableHeads  # noqa: E402
+from medusa_deploy.export.backbone.logits import LogitChange  # noqa: E402
 from medusa_deploy.export.heads.module import HeadStack  # noqa: E402
 from support.learnable import hit_rates  # noqa: E402
 
@@ -91,13 +92,15 @@ def test_hit_rates_are_what_a_loop_counts(kind: str, projection: str) -> None:
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("kind", ["medusa", "grounded"])
-def test_trained_exported_and_counted_heads_compute_the_same(kind: Any, layers: int) -> None:
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_trained_exported_and_counted_heads_compute_the_same(cap: float | None, kind: Any, layers: int) -> None:
     torch.manual_seed(0)
+    change = LogitChange(0.5, cap)
     embedding, output_weight = torch.randn(_V, _H), torch.randn(_V, _H)
     token_map = torch.tensor([1, 2, 3, 5, 8, 13])
     config = HeadConfig(kind, _K, layers, _H, len(token_map), "pruned")
     sizes = [2.0 ** torch.randint(-3, 4, (_H,)) for _ in range(2)]  # powers of two: half precision keeps the quotients
-    trained = TrainableHeads(config, embedding, output_weight[token_map], *sizes).eval()
+    trained = TrainableHeads(config, embedding, output_weight[token_map], *sizes, change=change).eval()
     for parameter in trained.parameters():
         torch.nn.init.normal_(parameter)
         parameter.data = parameter.data.half().float()  # what the record keeps of it
@@ -109,12 +112,16 @@ def test_trained_exported_and_counted_heads_compute_the_same(kind: Any, layers: 
         counted = torch.stack([head_logits(heads, head, hidden, embedding[roots], projections[head]) for head in range(_K)], 1)
         output = torch.nn.Linear(_H, _V, bias=False)
         output.weight = torch.nn.Parameter(output_weight)
-        exported = HeadStack(heads, output, top_k=4, dtype=torch.float32)
+        exported = HeadStack(heads, output, top_k=4, dtype=torch.float32, change=change)
         candidates, log_probs = exported(hidden[:, None], embedding[roots][:, None])
-    torch.testing.assert_close(counted, from_training)
+    torch.testing.assert_close(change(counted), from_training)
     best = from_training.log_softmax(-1).topk(4, -1)
     torch.testing.assert_close(log_probs, best.values)
     assert torch.equal(candidates, token_map[best.indices])
+    labels = token_map[best.indices[:, :, 0]]  # of every position, so each head is right at rank 0
+    hits = find_hits(heads, Examples(hidden, roots, labels), embedding, output_weight, ranks=4, change=change)
+    assert not hits.ranks.any()
+    np.testing.assert_allclose(hits.log_probs, best.values.numpy(), rtol=1e-4, atol=1e-5)
 
 
 # -- what decoding accepts -----------------------------------------------------------------------------------------

@@ -200,3 +200,17 @@ def test_where_the_tree_is_its_root_alone_heads_are_not_watched(tiny_bundle: Pat
     found = plain.measure(PROMPTS[:2], ())
     assert len(found.weights) == 7 * LAYERS + 1
     assert all(observer.rows for observer in found.seen.observers.values())
+
+
+@pytest.mark.slow
+def test_layers_with_windows_and_caps_see_what_the_whole_graph_sees(tiny_heads: Path, tmp_path: Path):
+    from medusa_deploy.export.exporter import export_bundle
+    from support.families import FAMILIES, make_family
+
+    model = make_family(FAMILIES["gemma2: windows, soft caps of scores and of logits"], tmp_path / "model")
+    export_bundle(model, tiny_heads, tmp_path / "bundle", capacity=64, top_k=4)
+    bundle = open_bundle(tmp_path / "bundle")
+    whole, layers = Calibrator(bundle, threads=1), LayerCalibrator(bundle, threads=1)
+    texts = random_prompts(VOCAB, 48, 3, seed=2)
+    names = [matmul.activation for stage in layers.stages[:-1] for matmul in stage.matmuls]
+    assert_same(layers.measure(texts, ()).seen, whole.collect(texts, 1), list(dict.fromkeys(names)))

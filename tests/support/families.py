@@ -86,6 +86,7 @@ FAMILIES = {
             "num_key_value_heads": 1,
             "head_dim": 32,
             "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 16,
             "layer_types": [LOCAL, GLOBAL, LOCAL],
             "rope_parameters": {
                 GLOBAL: {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 4.0},
@@ -106,7 +107,7 @@ FAMILIES = {
             "num_key_value_heads": 2,
             "logits_scaling": 8.0,
             "embedding_multiplier": 12.0,
-            "residual_multiplier": 0.22,
+            "residual_multiplier": 0.6,
             "attention_multiplier": 0.1,
         },
     ),

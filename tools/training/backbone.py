@@ -48,6 +48,7 @@ def train_backbone(
     from ...calibration.training.finetune import finetune
     from ...export.backbone.adapter import backbone_digest
     from ...export.backbone.backbone import load_module
+    from ...export.backbone.logits import find_logit_change
     from ...export.heads.layouts import read_heads
     from ...runtime.errors import TrainingError
     from ...runtime.files.bundle import refuse_existing
@@ -87,6 +88,7 @@ def train_backbone(
         tuned = finetune(
             module, digest, start.heads, sequences, config,
             checkpoint=plan.work / "checkpoint-stage-2.pt", device=plan.device, progress=show,
+            change=find_logit_change(module),
         )  # fmt: skip
     tuned, share = _within_budget(module, start.heads, tuned, judged, quality_budget, plan.device)
     perplexities["tuned"] = _perplexities(module, texts, plan.device)

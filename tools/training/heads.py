@@ -41,6 +41,7 @@ def train(
     from ...calibration.training.examples import load_examples
     from ...calibration.training.train import train_heads
     from ...export.backbone.backbone import load_module
+    from ...export.backbone.logits import find_logit_change
     from ...runtime.files.bundle import refuse_existing
     from ...runtime.files.heads_file import write_heads
     from ..console import Progress
@@ -61,6 +62,7 @@ def train(
             checkpoint=plan.work / f"checkpoint-{config.kind}-{config.num_layers}.pt",
             device=plan.device,
             progress=lambda step, total, loss: progress.update(step, note=f"loss {loss:.3f}", total=total),
+            change=find_logit_change(backbone),
         )
     answers = {part: plan.work / part for part in ("train", "heldout")}
     report = {

@@ -24,13 +24,16 @@ def measure_heads(
     """
     from ...calibration.hit_rates import find_hits, platt_scaling
     from ...calibration.training.examples import load_examples
+    from ...export.backbone.logits import find_logit_change
     from ...runtime.drafting.hits import path_rates, rank_rates, replayed_acceptance_length
     from ...runtime.tree import tree_of_paths
 
     embedding, output_weight = backbone.get_input_embeddings().weight.detach(), backbone.get_output_embeddings().weight.detach()
-    ranks = min(_RANKS, heads.config.draft_vocab_size)
+    ranks, change = min(_RANKS, heads.config.draft_vocab_size), find_logit_change(backbone)
     found = {
-        part: find_hits(heads, load_examples(folder, heads.config.num_heads), embedding, output_weight, ranks, device=device)
+        part: find_hits(
+            heads, load_examples(folder, heads.config.num_heads), embedding, output_weight, ranks, device=device, change=change
+        )
         for part, folder in answers.items()
     }
     rates = path_rates(found["heldout"].ranks)

@@ -69,9 +69,9 @@ def test_a_family_generates_what_transformers_does(name: str, tiny_heads: Path, 
         assert check["max_logit_error"] < 1e-4 * max(1, check["logit_scale"]), variant
     for variant, file in open_bundle(tmp_path / "bundle").manifest.variants.items():
         graph = onnx.load(tmp_path / "bundle" / file, load_external_data=False).graph
-        assert None not in layer_outputs(graph.node, SIZES["num_hidden_layers"]), variant
+        assert None not in layer_outputs(graph.node, make_config(FAMILIES[name]).num_hidden_layers), variant
     expected = transformers_greedy(model)
-    assert all(len(set(answer)) > 4 for answer in expected), "answers that repeat themselves tell little"
+    assert sum(len(set(answer)) for answer in expected) > 8, "answers that repeat themselves tell little"
     requests = [Request(token_ids=prompt, max_new_tokens=NEW_TOKENS, ignore_eos=True) for prompt in PROMPTS]
     for variant in ("cpu", "standard"):
         session = load(tmp_path / "bundle", variant=variant, threads=1, slots=2)

@@ -106,6 +106,17 @@ def test_an_engine_is_built_for_an_rtx_4090_class_gpu(bundle: Bundle) -> None:
     assert kept["kept"]
 
 
+@pytest.mark.parametrize(("config", "fused"), [("MistralConfig", LAYERS), ("Gemma2Config", 0)])
+def test_windows_and_soft_caps_build(config: str, fused: int, tmp_path: Path) -> None:
+    """TensorRT's attention takes a mask of any form and no soft cap: Gemma 2's is taken apart."""
+    model = make_family(Family(config, {**SIZES, "sliding_window": 16}), tmp_path / "model")
+    export_bundle(model, None, tmp_path / "bundle", dtype="fp16", capacity=128, top_k=4, max_rows=16, prefill_chunk=CHUNK)
+    build_engines(tmp_path / "bundle", ["sm_89"], EngineOptions(rows=[8]))
+    opened = open_bundle(tmp_path / "bundle")
+    record = parse_engine_record(opened.path(opened.manifest.engines["sm_89"]).read_bytes())
+    assert record.logs[record.plan].attention_calls == fused * len(record.profiles)
+
+
 def test_a_stopped_build_leaves_the_bundle_as_it_was(bundle: Bundle) -> None:
     before = (bundle.folder / "manifest.json").read_bytes()
     with pytest.raises(EngineError, match="was stopped"):
