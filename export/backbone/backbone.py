@@ -17,7 +17,7 @@ from .gguf_file.config import gguf_config
 from .gguf_file.metadata import GgufFile
 from .gguf_file.weights import load_gguf_module
 from .logits import find_logit_change
-from .model_folder import NO_CODE, check_unused, find_model, folder_notes, stop_ids, token_ids
+from .model_folder import NO_CODE, check_types, check_unused, find_model, folder_notes, stop_ids, token_ids
 from .record import DTYPES, Backbone
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def read_module(source: Path, dtype: str) -> tuple[Any, list[str]]:
         with transformers_errors(source):
             return load_gguf_module(file, gguf_config(file), DTYPES[dtype]), []
     with transformers_errors(source):
+        check_types(folder)
         module, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=DTYPES[dtype], output_loading_info=True, **NO_CODE
         )

@@ -21,6 +21,7 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "
 _SILENT = re.compile(
     r"(?:(?:module|_orig_mod)\.)*medusa_heads?\.|.*(?:rotary_emb\.|rotary_pos_emb\.)|.*(?:attn|attention)\.(?:masked_)?bias$"
 )
+_CODES = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 _SCALE = re.compile(r".*(?:scale|scale_inv|scales|scaling_factor|zero_point|absmax|quant_state.*)$")
 
 
@@ -97,6 +98,29 @@ def folder_notes(folder: Path, config: Any) -> list[str]:
     if (folder / "model.safetensors").is_file() and (folder / index).is_file():
         notes.append(f"weights are those of model.safetensors; {index} and its shards beside it aren't read")
     return notes
+
+
+def check_types(folder: Path) -> None:
+    """Refuse weights that are stored as integers: transformers would take their codes for values.
+
+    Raises:
+        CheckpointError: such a weight, or a damaged file.
+    """
+    import safetensors
+
+    single = folder / "model.safetensors"
+    for path in [single] if single.is_file() else sorted(folder.glob("*.safetensors")):
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                kinds = {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+        except (safetensors.SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} can't be read: {error}", hint="download or copy it again") from error
+        codes = [name for name, kind in kinds.items() if name.endswith(".weight") and kind in _CODES]
+        if codes:
+            raise CheckpointError(
+                f"{codes[0]} in {path.name} is {kinds[codes[0]]}, and config.json doesn't say how its codes become numbers",
+                hint="convert the checkpoint to float16, bfloat16 or float32 weights",
+            )
 
 
 def check_unused(module: Any, names: Iterable[str], source: Path) -> list[str]:

@@ -103,7 +103,7 @@ def test_a_folder_that_lacks_a_file(own_model: Path, tmp_path: Path, missing: st
 def test_a_truncated_file(own_model: Path, tmp_path: Path, name: str) -> None:
     content = (own_model / name).read_bytes()
     (own_model / name).write_bytes(content[: len(content) // 2])
-    check_refused(CheckpointError, "can't load", own_model, None, tmp_path / "bundle")
+    check_refused(CheckpointError, "can't (?:load|be read)", own_model, None, tmp_path / "bundle")
 
 
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:

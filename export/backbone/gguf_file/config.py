@@ -139,7 +139,7 @@ def gguf_config(file: GgufFile) -> Any:
             f"keys of {file.path.name} have {head} numbers a head, values {values}", hint="the step graph caches both in one size"
         )
     fields = {
-        "vocab_size": int(file.tensors["token_embd.weight"].shape[1]) if "token_embd.weight" in file.tensors else None,
+        "vocab_size": file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else None,
         "hidden_size": hidden,
         "intermediate_size": file.size("feed_forward_length"),
         "num_hidden_layers": file.size("block_count"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ....runtime.errors import CheckpointError
+from .header import read_header
 
 OTHER_FORM = "give the model as a folder of safetensors with config.json instead"
 _AGAIN = "download or copy the file again, or convert the model again"
@@ -23,15 +23,8 @@ class GgufFile:
     """
 
     def __init__(self, path: Path) -> None:
-        from gguf import GGUFReader
-
         self.path = path
-        try:
-            reader = GGUFReader(path)
-            self._fields: dict[str, Any] = dict(reader.fields)
-            self.tensors: Mapping[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
-        except Exception as error:  # the reader raises whatever damaged numbers lead to
-            raise CheckpointError(f"{path} can't be read: {type(error).__name__}: {error}", hint=_AGAIN) from error
+        self._fields, self.tensors, self._data = read_header(path)
         parts = self.get("split.count", 0)
         if isinstance(parts, int) and parts > 1:
             raise CheckpointError(
@@ -45,12 +38,7 @@ class GgufFile:
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a field's value as Python has it, unchecked."""
-        if key not in self._fields:
-            return default
-        try:
-            return self._fields[key].contents()
-        except Exception as error:
-            raise CheckpointError(f"{key} in {self.path} can't be read: {type(error).__name__}", hint=_AGAIN) from error
+        return self._fields.get(key, default)
 
     def text(self, key: str, default: str | None = None) -> str:
         """Return a string. Raises CheckpointError if it is missing or something else."""
@@ -98,15 +86,22 @@ class GgufFile:
         Raises:
             CheckpointError: a format of weights that can't be read.
         """
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
 
         tensor = self.tensors[name]
-        shape = tuple(int(size) for size in reversed(tensor.shape))
+        kinds = {int(kind): kind for kind in GGMLQuantizationType}
+        kind = kinds.get(tensor.kind)
         try:
-            values = dequantize(tensor.data, tensor.tensor_type)
-        except Exception as error:
+            if kind is None:
+                raise NotImplementedError
+            block, size = GGML_QUANT_SIZES[kind]
+            rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+            stored = np.frombuffer(self._data, np.uint8, rows * columns // block * size, tensor.offset)
+            values = dequantize(stored.reshape(rows, -1), kind)
+        except (NotImplementedError, ValueError, IndexError) as error:
             raise CheckpointError(
-                f"{name} in {self.path} is {tensor.tensor_type.name}, which can't be read: {type(error).__name__}",
+                f"{name} in {self.path} has the type {kind.name if kind else tensor.kind}, which can't be read: {error}",
                 hint="give a file in a usual format: F16, BF16, Q8_0, Q4_K_M …",
             ) from error
-        return np.asarray(values, np.float32).reshape(shape)
+        return np.asarray(values, np.float32).reshape(tensor.shape)

@@ -57,7 +57,7 @@ def _places(file: GgufFile, empty: Any) -> dict[str, str]:
             raise CheckpointError(
                 f"{file.path.name} lacks {stored} ({name} of {type(empty).__name__})", hint="download or convert it again"
             )
-        shape = tuple(int(size) for size in reversed(file.tensors[stored].shape))
+        shape = file.tensors[stored].shape
         if shape != tuple(parameter.shape):
             raise CheckpointError(
                 f"{stored} in {file.path.name} has the shape {list(shape)}, its metadata says {list(parameter.shape)}",

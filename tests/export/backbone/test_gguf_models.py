@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,28 @@ def test_damaged_files_and_parts_are_refused(tmp_path: Path) -> None:
     )
     check_refused(part, "one of 3 parts", CheckpointError)
     check_refused(write_file(tmp_path / "d.gguf", "llama", {}, {}), r"attention\.head_count .* is None", CheckpointError)
+
+
+def test_a_damaged_header_is_a_named_error(tmp_path: Path) -> None:
+    """Cuts and changed bytes: whatever they make of counts, types and texts, no other error comes out."""
+    path = tmp_path / "a.gguf"
+    sizes = {"block_count": 1, "name": "text", "list": [1, 2, 3]}
+    whole = write_file(path, "llama", sizes, {"token_embd.weight": np.ones((4, 32), np.float32)}).read_bytes()
+    assert GgufFile(path).get("llama.list") == [1, 2, 3]
+    np.testing.assert_array_equal(GgufFile(path).array("token_embd.weight"), np.ones((4, 32)))
+    for cut in range(0, len(whole) - 1, 7):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(CheckpointError, match="can't be read|isn't|is None"):
+            GgufFile(path).array("token_embd.weight")
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole) - 512)] = rng.integers(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(CheckpointError):
+            file = GgufFile(path)
+            for name in file.tensors:
+                file.array(name)
 
 
 def test_what_lies_beside_the_file_changes_nothing(tmp_path: Path) -> None:

@@ -142,6 +142,13 @@ def test_other_tensors_are_named_and_heads_and_frequencies_are_not(folder: Path)
         assert "v_head.summary.weight" in notes[0]
 
 
+def test_weights_of_integers_are_refused(folder: Path) -> None:
+    name = f"{PROJECTION}.weight"
+    change_tensors(folder, lambda tensors: tensors.update({name: (tensors[name] * 50).to(torch.int8)}))
+    with pytest.raises(CheckpointError, match=f"{name} .*is I8"):
+        read_module(folder, "fp32")
+
+
 def test_an_adapter_is_no_model(folder: Path) -> None:
     change_config(folder, "adapter_config.json", base_model_name_or_path="elsewhere")
     check_both_refuse(folder, "PEFT adapter")
