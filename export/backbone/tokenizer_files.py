@@ -131,9 +131,7 @@ def _from_sentencepiece(folder: Path, model: Path, settings: dict[str, Any]) -> 
         return _own(beside)
 
 
-def _converted(
-    folder: Path, config: Any, options: dict[str, Any], settings: dict[str, Any], model: Path | None
-) -> ReadTokenizer:
+def _converted(folder: Path, config: Any, options: dict[str, Any], settings: dict[str, Any], model: Path | None) -> ReadTokenizer:
     """Let transformers convert other formats. A SentencePiece model is then asked itself whether the result does the same."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
