@@ -45,7 +45,7 @@ def raise_exception(message: object) -> NoReturn:
 
 def strftime_now(pattern: str) -> str:
     """Format the time of day, here and now."""
-    return datetime.now().astimezone().strftime(pattern)
+    return datetime.now().astimezone().replace(tzinfo=None).strftime(pattern)  # of no zone, as transformers' time is
 
 
 class Cycler:
