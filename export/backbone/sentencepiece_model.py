@@ -111,9 +111,7 @@ def _model(model: Any, pieces: list[str], kinds: list[int]) -> Any:
     ]
     merges.sort(key=lambda merge: merge[:2])
     joined = [(left, right) for _, _, left, right in merges]
-    return Tokenizer(
-        models.BPE(vocab, joined, unk_token=pieces[spec.unk_id], fuse_unk=True, byte_fallback=spec.byte_fallback)
-    )
+    return Tokenizer(models.BPE(vocab, joined, unk_token=pieces[spec.unk_id], fuse_unk=True, byte_fallback=spec.byte_fallback))
 
 
 def _set_normalizer(tokenizer: Any, spec: Any, *, legacy: bool) -> None:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from types import MappingProxyType
-from typing import Any, NoReturn
 
 from ..errors import MissingDependencyError, PromptError, TemplateError
+from .jinja_functions import FILTERS, FUNCTIONS, TESTS, RefusedError, begin_rendering
+from .jinja_source import rewrite
 from .unicode import check_text
 
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_OUTPUT_CHARS = 4 << 20
 FUEL = 2_000_000
 """Budget in minijinja's unit: about one for an instruction and one for 64 bytes of a new string. It lasts about a second."""
-
-_GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of a message's thoughts. Templates read the first two, whichever the message has."""
 
 
 class ChatTemplate:
-    """A compiled chat template, with the functions and the whitespace rules that ``transformers`` gives to templates.
+    """A compiled chat template. It renders as transformers renders it with jinja2: names, functions, whitespace, thoughts.
 
     A template reads the messages and nothing else: no files, no Python objects. ``FUEL`` bounds its running time, except for
     lists nested in themselves many times over: look at a template from an unknown source before you use it.
@@ -49,11 +47,14 @@ class ChatTemplate:
         self._environment = minijinja.Environment(
             fuel=FUEL, debug=False, pycompat=True, trim_blocks=True, lstrip_blocks=True, auto_escape_callback=lambda _name: False
         )
-        self._environment.add_global("raise_exception", _raise_exception)
-        self._environment.add_global("strftime_now", _strftime_now)
-        self._environment.add_filter("tojson", _tojson)
+        for name, function in FUNCTIONS.items():
+            self._environment.add_global(name, function)
+        for name, function in FILTERS.items():
+            self._environment.add_filter(name, function)
+        for name, function in TESTS.items():
+            self._environment.add_test(name, function)
         try:
-            self._environment.add_template("chat", _GENERATION.sub(_without_generation, source))
+            self._environment.add_template("chat", rewrite(source))
         except self._errors as error:
             raise TemplateError(
                 f"line {error.line} of the chat template: {error.detail or error.kind}",
@@ -68,12 +69,11 @@ class ChatTemplate:
             TemplateError: the template refuses the messages, fails, or exceeds its budget.
         """
         check_messages(messages)
-        plain = [dict(message) for message in messages]
+        begin_rendering()
+        read = {"messages": [_with_thoughts(message) for message in messages], "tools": None, "documents": None}
         try:
-            text: str = self._environment.render_template(
-                "chat", messages=plain, tools=None, documents=None, add_generation_prompt=True, **self._special
-            )
-        except _RefusedError as error:
+            text: str = self._environment.render_template("chat", **{**self._special, **read, "add_generation_prompt": True})
+        except RefusedError as error:
             raise TemplateError(
                 f"the chat template refuses the messages: {error}", hint="change the messages accordingly"
             ) from None
@@ -87,7 +87,7 @@ class ChatTemplate:
                 f"line {error.line} of the chat template: {error.detail or error.kind}",
                 hint="correct the template, or give a prompt instead of messages",
             ) from None
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        except (TypeError, ValueError, LookupError, OverflowError, RecursionError) as error:
             raise TemplateError(
                 f"the chat template calls a function wrongly: {error}",
                 hint="correct the template, or give a prompt instead of messages",
@@ -124,31 +124,9 @@ def check_messages(messages: object) -> None:
             raise PromptError(f"the role of message {index} is empty", hint=hint)
 
 
-class _RefusedError(Exception):
-    """Carries a template's own message through minijinja."""
-
-
-def _raise_exception(message: object) -> NoReturn:
-    raise _RefusedError(str(message))
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().astimezone().strftime(pattern)
-
-
-def _tojson(
-    value: Any,
-    *,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # The built-in filter escapes <, > and & for HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _without_generation(match: re.Match[str]) -> str:
-    """Turns a ``generation`` tag into an ``if true`` block. Such tags mark the assistant's text for training."""
-    start, end, stop = match.groups()
-    return f"{start}{'endif' if end else 'if true'}{stop}"
+def _with_thoughts(message: Mapping[str, str]) -> dict[str, str]:
+    """Return a message with its thoughts under the names that templates read."""
+    thoughts = next((message[name] for name in _REASONING if name in message), None)
+    if thoughts is None:
+        return dict(message)
+    return {"thinking": thoughts, **message, "reasoning_content": thoughts}

@@ -101,6 +101,12 @@ def test_tojson_writes_json_and_not_html() -> None:
         "{% set ns = namespace(x='aaaaaaaa') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
         "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
         "{% set x = 'a' * 90000 %}{% for a in range(100000) %}{{ x }}{% endfor %}",
+        "{% set x = 'a' * 90000 %}{% for a in range(100000) %}{{ x.title() | length }}{% endfor %}",
+        "{% for a in range(100000) %}{{ 'a'.ljust(9999) | length }}{% endfor %}",
+        "{{ 'a'.zfill(1000000000) }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ {'a': 1} | tojson(indent=1000000000) }}",
+        "{% set x = ['a' * 900] * 9000 %}{% for a in range(100000) %}{{ x | sort | length }}{% endfor %}",
     ],
 )
 def test_a_template_without_end_is_stopped(source: str) -> None:

@@ -1,0 +1,240 @@
+"""Functions, filters and tests that jinja2 gives to chat templates and minijinja doesn't, or gives otherwise.
+
+minijinja hands undefined values over as None, and floats without a fraction as integers.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+MAX_CHARS = 16 << 20
+"""Characters that these functions read and make while a thread renders once: minijinja's budget doesn't count them."""
+
+
+class _Spent(threading.local):
+    chars = 0
+
+
+_spent = _Spent()
+
+
+def begin_rendering() -> None:
+    """Give the functions of this thread their whole budget."""
+    _spent.chars = 0
+
+
+def _spend(chars: int) -> None:
+    _spent.chars += max(chars, 16)
+    if _spent.chars > MAX_CHARS:
+        raise ValueError(f"its functions read more than {MAX_CHARS} characters")
+
+
+class RefusedError(Exception):
+    """Carries a template's own message through minijinja."""
+
+
+def raise_exception(message: object) -> NoReturn:
+    """Refuse the messages, in the template's words."""
+    raise RefusedError(str(message))
+
+
+def strftime_now(pattern: str) -> str:
+    """Format the time of day, here and now."""
+    return datetime.now().astimezone().replace(tzinfo=None).strftime(pattern)  # of no zone, as transformers' time is
+
+
+class Cycler:
+    """Jinja's ``cycler``: its ``next()`` returns the values in turn."""
+
+    def __init__(self, *values: Any) -> None:
+        if not values:
+            raise TypeError("cycler needs at least one value")
+        self._values, self._position = values, 0
+
+    @property
+    def current(self) -> Any:
+        """The value that the next call of ``next`` returns."""
+        return self._values[self._position]
+
+    def next(self) -> Any:
+        """Return a value and go on to the one behind it."""
+        value = self.current
+        self._position = (self._position + 1) % len(self._values)
+        return value
+
+    def reset(self) -> None:
+        """Go back to the first value."""
+        self._position = 0
+
+
+def joiner(separator: str = ", ") -> Callable[[], str]:
+    """Return a function that returns nothing at first, then the separator."""
+    seen: list[bool] = []
+
+    def join() -> str:
+        seen.append(True)
+        return separator if len(seen) > 1 else ""
+
+    return join
+
+
+# -- filters -----------------------------------------------------------------------------------------------------------
+
+
+def tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Write JSON as transformers does: the built-in filter escapes <, > and & for HTML."""
+    _spend(_width(indent or 0))
+    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    _spend(len(text))
+    return text
+
+
+def to_int(value: Any, default: Any = 0, base: int = 10) -> Any:
+    """Return a whole number, or ``default`` for what is none."""
+    _bounded(value)
+    try:
+        return int(value, base) if isinstance(value, str) else int(value)
+    except (TypeError, ValueError):
+        try:
+            return int(float(value))
+        except (TypeError, ValueError, OverflowError):
+            return default
+
+
+def sort(value: Any, reverse: bool = False, case_sensitive: bool = False, attribute: Any = None) -> list[Any]:
+    """Sort items, or by an attribute of theirs such as ``function.name``."""
+
+    def key(item: Any) -> Any:
+        parts = str(attribute).split(".") if attribute is not None else []
+        for part in parts:
+            item = item[int(part) if part.isdigit() else part]
+        return item.lower() if isinstance(item, str) and not case_sensitive else item
+
+    return sorted(_items(value), key=key, reverse=reverse)
+
+
+def wordcount(value: Any) -> int:
+    """Count the words of a text."""
+    return len([word for word in _words(str(_bounded(value))) if word])
+
+
+def _words(text: str) -> list[str]:
+    return "".join(letter if letter.isalnum() or letter == "_" else " " for letter in text).split()
+
+
+def center(value: Any, width: int = 80) -> str:
+    """Put spaces around a text."""
+    return str(_bounded(value)).center(_width(width))
+
+
+def wordwrap(
+    value: str, width: int = 79, break_long_words: bool = True, wrapstring: str = "\n", break_on_hyphens: bool = True
+) -> str:
+    """Break lines that are longer than ``width``."""
+    lines = [
+        textwrap.wrap(
+            line,
+            width=width,
+            expand_tabs=False,
+            replace_whitespace=False,
+            break_long_words=break_long_words,
+            break_on_hyphens=break_on_hyphens,
+        )
+        for line in _bounded(value).splitlines()
+    ]
+    _spend(_width(len(wrapstring)) * sum(map(len, lines)))
+    return wrapstring.join(wrapstring.join(wrapped) for wrapped in lines)
+
+
+def percent(pattern: str, values: Any) -> str:
+    """Format with Python's ``%``. Widths and precisions that would make a long string are refused."""
+    digits = "".join(letter if letter.isdigit() else " " for letter in pattern).split()
+    if "*" in pattern or any(len(number) > 4 for number in digits):
+        raise ValueError("a format with such a width")
+    text = str(pattern % values)
+    _spend(len(text))
+    return text
+
+
+_MAX_WIDTH = 10_000
+REWRITTEN_METHODS = frozenset(
+    ("casefold", "center", "index", "isdecimal", "isidentifier", "isprintable", "istitle", "ljust", "partition", "removeprefix",
+     "removesuffix", "rindex", "rjust", "rpartition", "rsplit", "split", "swapcase", "title", "zfill")
+)  # fmt: skip
+"""Methods of strings that minijinja lacks or has otherwise."""
+
+
+def method(value: Any, name: str, *arguments: Any, **named: Any) -> Any:
+    """Call a method of a string, or ``index`` of a list, as Python does."""
+    if isinstance(value, (list, tuple)) and name == "index":
+        return value.index(*arguments)
+    if not isinstance(value, str) or name not in REWRITTEN_METHODS:
+        raise TypeError(f"{'an undefined value' if value is None else type(value).__name__} has no method {name}")
+    if name in ("ljust", "rjust", "center", "zfill"):
+        _width(arguments[0] if arguments else 0)
+    return getattr(_bounded(value), name)(*arguments, **named)
+
+
+def _bounded(value: Any) -> Any:
+    if isinstance(value, str):
+        _spend(len(value))
+    return value
+
+
+def _width(width: int) -> int:
+    if width > _MAX_WIDTH:
+        raise ValueError(f"a width of more than {_MAX_WIDTH} characters")
+    _spend(width)
+    return width
+
+
+def _items(value: Any) -> list[Any]:
+    if value is None or not is_iterable(value):
+        raise TypeError(f"{type(value).__name__} is not iterable")
+    items: list[Any] = list(value)
+    _spend(sum(len(item) if isinstance(item, str) else 16 for item in items))
+    return items
+
+
+# -- tests -------------------------------------------------------------------------------------------------------------
+
+
+def is_iterable(value: Any) -> bool:
+    """Say whether Python iterates over a value. None isn't iterable, though minijinja finds it is."""
+    return isinstance(value, Iterable)
+
+
+def is_sequence(value: Any) -> bool:
+    """Say whether a value has a length and items: strings and mappings have."""
+    return isinstance(value, (Sequence, Mapping))
+
+
+FUNCTIONS: dict[str, Any] = {
+    "raise_exception": raise_exception,
+    "strftime_now": strftime_now,
+    "cycler": Cycler,
+    "joiner": joiner,
+    "dict": dict,
+}
+FILTERS: dict[str, Callable[..., Any]] = {
+    "tojson": tojson,
+    "int": to_int,
+    "sort": sort,
+    "wordcount": wordcount,
+    "center": center,
+    "wordwrap": wordwrap,
+    "_percent": percent,
+    "_method": method,
+}
+TESTS: dict[str, Callable[..., bool]] = {"iterable": is_iterable, "sequence": is_sequence}

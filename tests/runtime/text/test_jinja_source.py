@@ -1,0 +1,46 @@
+"""A template's source is rewritten where minijinja reads it otherwise than jinja2, and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, strategies as st
+
+from medusa_deploy.runtime.text.jinja_source import rewrite
+
+
+@pytest.mark.parametrize(
+    ("source", "written"),
+    [
+        ("{{ a.b.title() }}", '{{ (a.b|_method("title")) }}'),
+        ("{{ 'a b'.split(sep=' ')[0].zfill(3) }}", """{{ (('a b'|_method("split", sep=' '))[0]|_method("zfill", 3)) }}"""),
+        ("{{ f(x.title(), y.z['k'].split()) }}", '{{ f((x|_method("title")), (y.z[\'k\']|_method("split"))) }}'),
+        ("{{ '%s, %s' % (a, b.c) ~ d }}", "{{ ('%s, %s' |_percent( (a, b.c) ))~ d }}"),
+        ("{% if x % 2 and 'a' %}", "{% if x % 2 and 'a' %}"),
+        ("{{ x | default('a', boolean=true) }}", "{{ x | default('a', true) }}"),
+        ("{{ f(boolean=true) }}", "{{ f(boolean=true) }}"),
+        ("{{ +1 - +2 }}", "{{ 1 - 2 }}"),
+        ("{%- generation -%}a{% endgeneration %}", "{%- with -%}a{% endwith %}"),
+        ("{{ '{% generation %}' }}{# {% generation %} #}", "{{ '{% generation %}' }}{# {% generation %} #}"),
+        ("{% raw %}\n{{ a.title() }}{% endraw %}", "{% raw +%}\n{{ a.title() }}{% endraw %}"),
+        ("a\r\nb\rc", "a\nb\nc"),
+        (r"{{ '\/' }}{{ '\U0001F600\n' }}", r'{{ "\\/" }}{{ "😀\n" }}'),
+        ("{{ {'a': {'b': 1}} }}x{{ y }}", "{{ {'a': {'b': 1}} }}x{{ y }}"),
+        ("{{ 'a", "{{ 'a"),
+        ("{# a", "{# a"),
+        ("{% if a is not none and b is defined %}", "{% if a is not none and b is defined %}"),
+    ],
+)
+def test_what_is_rewritten(source: str, written: str) -> None:
+    assert rewrite(source) == written
+
+
+PARTS = st.sampled_from(
+    ["{{", "}}", "{%", "%}", "{#", "#}", "-", "+", " ", "\n", "'", '"', "\\", "(", ")", "[", "]", ".", "a", ".title(",
+     "%", "|", "is", "raw", "endraw", "1"]
+)  # fmt: skip
+
+
+@given(st.lists(PARTS, max_size=24))
+def test_any_source_is_rewritten_line_by_line(parts: list[str]) -> None:
+    source = "".join(parts)
+    assert rewrite(source).count("\n") == source.count("\n") or "\\\n" in source
