@@ -13,7 +13,10 @@ import torch
 from ...runtime.errors import CheckpointError, DeployError, UnsupportedArchitectureError
 from ...runtime.files.backbone import BackboneShape
 from .adapter import merge_adapter
+from .causes import first_line
 from .record import DTYPES, Backbone
+from .refusals import refuse, skeleton
+from .rehearsal import rehearse
 
 if TYPE_CHECKING:
     from ...runtime.files.adapter_file import Adapter
@@ -50,14 +53,24 @@ def load_module(source: Path, dtype: str) -> Any:
     """Load the module of a model as transformers runs it, in evaluation mode.
 
     Raises:
-        CheckpointError: no such model, or tensors are missing.
+        CheckpointError: no such model, or tensors are missing or have other shapes than the config says.
     """
     from transformers import AutoModelForCausalLM
 
     folder, options = locate(source)
     with transformers_errors(source):
-        module, info = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], output_loading_info=True, **options)
+        module, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES[dtype], output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     module.eval()
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        name, stored, expected = mismatched[0]
+        raise CheckpointError(
+            f"{source} holds {len(mismatched)} tensors in other shapes than {type(module).__name__} has, such as {name}: "
+            f"{list(stored)}, and config.json says {list(expected)}",
+            hint="check that config.json belongs to these weights",
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -72,13 +85,14 @@ def load_config(source: Path, capacity: int) -> Any:
 
     Raises:
         CheckpointError: no such model.
-        UnsupportedArchitectureError: see :func:`check_architecture`.
+        UnsupportedArchitectureError: see :func:`.refusals.refuse` and :func:`check_architecture`.
     """
     from transformers import AutoConfig
 
     folder, options = locate(source)
     with transformers_errors(source):
         config = AutoConfig.from_pretrained(folder, **options)
+        refuse(config, folder)
         check_architecture(config, capacity)
     return config
 
@@ -99,7 +113,7 @@ def transformers_errors(source: Path) -> Iterator[None]:
         raise
     except Exception as error:  # transformers raises whatever its readers raise
         raise CheckpointError(
-            f"transformers can't load {source}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            f"transformers can't load {source}: {first_line(error)}",
             hint="check that the folder has config.json and *.safetensors (or a .gguf file) and that the download is complete",
         ) from error
     finally:
@@ -185,16 +199,19 @@ def _sliding_windows(config: Any) -> list[int]:
 
 
 def backbone_shape(module: Any) -> BackboneShape:
-    """Read the sizes from the config; the vocabulary's from the projection, which may have more rows than the config says."""
+    """Read the sizes of attention from what the modules do, and the vocabulary's from the projection's rows.
+
+    Configs have fields that their models don't read.
+    """
     config = module.config
-    attention_heads = config.num_attention_heads
+    asked = rehearse(skeleton(config))
     return BackboneShape(
         architecture=type(module).__name__,
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        attention_heads=attention_heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or attention_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // attention_heads,
+        attention_heads=asked.query[1],
+        kv_heads=asked.key[1],
+        head_dim=asked.key[3],
         vocab_size=int(module.get_output_embeddings().weight.shape[0]),
     )
 
