@@ -34,6 +34,7 @@ from .passes.matmuls import plain_step_bytes
 from .proof.check import CheckReport, check_executor
 from .proof.device_executor import DeviceGraphExecutor
 from .proof.linked_check import check_linked
+from .trace.failures import named_failures
 
 Report = Callable[[str], None]
 ONNX = "onnx"
@@ -69,6 +70,7 @@ def export_bundle(
     Raises:
         CheckpointError, UnsupportedArchitectureError: the backbone can't be loaded or expressed.
         HeadsError, HeadsMismatchError, TreeError: heads or tree don't fit.
+        TraceError: a library failed on the backbone's modules.
         ExportMismatchError: the graph doesn't reproduce the torch module; no bundle is written.
         BundleExistsError, OutputError: the output can't be written.
     """
@@ -166,6 +168,7 @@ def _manifest(
     }
 
 
+@named_failures("run")
 def _check(
     folder: Path, graphs: dict[str, str], layout: CacheLayout, backbone: Backbone, stack: HeadStack, report: Report
 ) -> dict[str, CheckReport]:

@@ -11,12 +11,14 @@ from .heads.module import HeadStack
 from .passes.lower import drop_closing, lower_cpu, lower_device, lower_standard
 from .quantise.cpu_heads import narrow_heads
 from .quantise.screen import screen
+from .trace.failures import named_failures
 from .trace.trace import trace_heads, trace_step
 from .weights import WeightsFile
 
 HEADS_GRAPH = "heads.onnx"
 
 
+@named_failures("lowered")
 def write_graphs(
     backbone: Backbone,
     stack: HeadStack,

@@ -36,6 +36,10 @@ class UnsupportedArchitectureError(DeployError):
     """The step graph can't express this backbone's attention or position encoding."""
 
 
+class TraceError(DeployError):
+    """A library failed while it traced a backbone, converted the trace, or ran the graph; a file has the full log."""
+
+
 class HeadsError(DeployError):
     """Medusa heads can't be read, or hold non-finite or all-zero weights."""
 

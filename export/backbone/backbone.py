@@ -13,12 +13,15 @@ import torch
 from ...runtime.errors import CheckpointError, DeployError, UnsupportedArchitectureError
 from ...runtime.files.backbone import BackboneShape
 from .adapter import merge_adapter
+from .causes import first_line
 from .gguf_file.config import gguf_config
 from .gguf_file.metadata import GgufFile
 from .gguf_file.weights import load_gguf_module
 from .logits import find_logit_change
 from .model_folder import NO_CODE, check_types, check_unused, find_model, folder_notes, stop_ids, token_ids
 from .record import DTYPES, Backbone
+from .refusals import refuse, skeleton
+from .rehearsal import rehearse
 
 if TYPE_CHECKING:
     from ...runtime.files.adapter_file import Adapter
@@ -55,7 +58,8 @@ def load_module(source: Path, dtype: str) -> Any:
     """Load the module of a model as transformers runs it, in evaluation mode.
 
     Raises:
-        CheckpointError: no such model, tensors are missing, or the config has no place for some.
+        CheckpointError: no such model, tensors are missing or have other shapes than the config says, or the config has no place
+            for some.
     """
     return read_module(source, dtype)[0]
 
@@ -72,9 +76,17 @@ def read_module(source: Path, dtype: str) -> tuple[Any, list[str]]:
     with transformers_errors(source):
         check_types(folder)
         module, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], output_loading_info=True, **NO_CODE
+            folder, dtype=DTYPES[dtype], output_loading_info=True, ignore_mismatched_sizes=True, **NO_CODE
         )
     module.eval()
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        name, stored, expected = mismatched[0]
+        raise CheckpointError(
+            f"{source} holds {len(mismatched)} tensors in other shapes than {type(module).__name__} has, such as {name}: "
+            f"{list(stored)}, and config.json says {list(expected)}",
+            hint="check that config.json belongs to these weights",
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -89,7 +101,7 @@ def load_config(source: Path, capacity: int) -> Any:
 
     Raises:
         CheckpointError: no such model.
-        UnsupportedArchitectureError: see :func:`check_architecture`.
+        UnsupportedArchitectureError: see :func:`.refusals.refuse` and :func:`check_architecture`.
     """
     from transformers import AutoConfig
 
@@ -99,6 +111,7 @@ def load_config(source: Path, capacity: int) -> Any:
             config = AutoConfig.from_pretrained(folder, **NO_CODE)
             token_ids(getattr(config, "eos_token_id", None), "config.json")
             stop_ids(folder)
+            refuse(config, folder)
         else:
             config = gguf_config(GgufFile(folder / gguf))
         check_architecture(config, capacity)
@@ -126,7 +139,7 @@ def transformers_errors(source: Path) -> Iterator[None]:
                 hint="take a checkpoint of a model that transformers knows; a tokenizer needs a tokenizer.json",
             ) from error
         raise CheckpointError(
-            f"transformers can't load {source}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            f"transformers can't load {source}: {first_line(error)}",
             hint="check that the folder has config.json and *.safetensors (or a .gguf file) and that the download is complete",
         ) from error
     finally:
@@ -172,16 +185,19 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
 
 
 def backbone_shape(module: Any) -> BackboneShape:
-    """Read the sizes from the config; the vocabulary's from the projection, which may have more rows than the config says."""
+    """Read the sizes of attention from what the modules do, and the vocabulary's from the projection's rows.
+
+    Configs have fields that their models don't read.
+    """
     config = module.config
-    attention_heads = config.num_attention_heads
+    asked = rehearse(skeleton(config))
     return BackboneShape(
         architecture=type(module).__name__,
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        attention_heads=attention_heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or attention_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // attention_heads,
+        attention_heads=asked.query[1],
+        kv_heads=asked.key[1],
+        head_dim=asked.key[3],
         vocab_size=int(module.get_output_embeddings().weight.shape[0]),
     )
 

@@ -15,6 +15,7 @@ from ...runtime.errors import CheckpointError
 # The format's own limit.
 MAX_HEADER_BYTES = 100_000_000
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+ITEM_BYTES |= {"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 # NumPy has no bfloat16: its bits are read as uint16. Other types aren't read as numbers here.
 _NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _DAMAGED = "the file is damaged or truncated: download or copy it again"

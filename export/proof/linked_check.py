@@ -23,6 +23,7 @@ from ..backbone.record import Backbone
 from ..backbone.safetensors_header import StoredTensor, read_header
 from ..graphs import HEADS_GRAPH, write_graphs
 from ..heads.module import HeadStack
+from ..trace.failures import named_failures
 from .check import CheckReport, Observed, Reference, compare, eager_reference, observe
 from .device_executor import DeviceGraphExecutor
 from .run_order import run_matmuls_in_turn
@@ -43,6 +44,7 @@ class PlacesReport:
     layers: int
 
 
+@named_failures("run")
 def check_linked(
     folder: Path,
     variants: dict[str, str],

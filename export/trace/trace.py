@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ...runtime.executors import step_io
 from ..backbone.record import Backbone
 from ..heads.module import HeadStack
+from .failures import named_failures
 from .link import link_weights
 from .names import keep_names
 from .quiet import quiet
@@ -24,6 +25,7 @@ OPSET = 24
 _B, _N, _R, _T = 2, 5, 3, 24
 
 
+@named_failures("traced")
 def trace_step(backbone: Backbone, heads: HeadStack, rows: int, capacity: int) -> ir.Model:
     """Trace the step graph over caches of ``rows`` rows: abstract attention, dynamic B, N, R and T, constant S.
 
@@ -31,6 +33,7 @@ def trace_step(backbone: Backbone, heads: HeadStack, rows: int, capacity: int) -
 
     Raises:
         UnsupportedArchitectureError: the backbone's attention has terms that the step graph can't express.
+        TraceError: the exporter failed.
     """
     with backbone.weights.tracing():
         model = _trace_step(backbone, heads, rows, capacity)
@@ -38,6 +41,7 @@ def trace_step(backbone: Backbone, heads: HeadStack, rows: int, capacity: int) -
     return model
 
 
+@named_failures("traced")
 def trace_heads(backbone: Backbone, heads: HeadStack) -> ir.Model:
     """Trace the heads alone: ``hidden`` [B, H] and ``root`` int64 [B] to ``candidates`` and ``log_probs``."""
     with backbone.weights.tracing():
