@@ -32,7 +32,7 @@ def write_text_files(source: Path, config: Any, output: Path) -> tuple[TextFacts
         return _write_gguf_text(GgufFile(folder / gguf), output)
     eos = eos_token_ids(folder, config)
     if not has_tokenizer(folder):
-        return TextFacts(eos_token_ids=eos), [f"{folder} has no tokenizer: the bundle takes token ids only"]
+        return TextFacts(eos_token_ids=eos), ["the model has no tokenizer: the bundle takes token ids only"]
     with transformers_errors(folder):
         read = read_tokenizer(folder, config)
     (output / TOKENIZER).write_bytes(read.content)
