@@ -5,6 +5,7 @@
 rows are carried outside the caches.
 ``lower_cpu`` uses ONNX Runtime's GroupQueryAttention, whose cost on a CPU follows the valid length instead of the capacity. The
 operator writes the new rows itself, so the executor moves the rows that the previous step accepted, and ``commit`` disappears.
+The operator takes heads of 8, 16, 24 … elements. Other heads get the standard operators, which write the new rows alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from .cpu_graph import drop_replaced, heads_if_wanted, take_from_host
 from .fuse import fuse
 from .merge import ATTENTION, merge
 from .patterns import MICROSOFT, Nodes
+
+_FUSED_HEADS = 8
+"""GroupQueryAttention takes heads whose size is a multiple of this."""
 
 _Lowering = Callable[[ir.Graph, ir.Node, "dict[str, ir.Value]"], "list[ir.Node]"]
 
@@ -170,12 +174,48 @@ def lower_cpu(model: ir.Model) -> None:
 
     The host computes some inputs, and heads run only where they are wanted (:mod:`.cpu_graph`).
     """
-    _each_attention(model, _cpu_attention, take_from_host(model.graph))
+    graph = model.graph
+    shared = take_from_host(graph)
+    cache = next(value for value in graph.inputs if value.name == step_io.past_names(1)[0])
+    if int(cache.shape[3]) % _FUSED_HEADS:  # type: ignore[index, arg-type]
+        _each_attention(model, _unfused_attention, _places(graph, shared))
+    else:
+        _each_attention(model, _cpu_attention, shared)
     model.opset_imports[MICROSOFT] = 1
     fuse(model)
     merge(model)
     heads_if_wanted(model)
     drop_replaced(model)
+
+
+def _places(graph: ir.Graph, given: dict[str, ir.Value]) -> dict[str, ir.Value]:
+    """Compute from the host's inputs what :func:`_attention_over_caches` reads: the step's first cache row, T and a whole mask.
+
+    The host leaves the mask's columns behind the step's last row as they were: the fused operator doesn't read them.
+    """
+    tokens = next(value for value in graph.inputs if value.name == step_io.TOKENS)
+    mask = given[step_io.MASK]
+    assert mask.dtype is not None
+    head = Nodes(graph, "places")
+    zero, one = head.constant("zero", 0), head.constant("one", 1)
+    rows = head.add("Shape", [tokens], {"start": 1, "end": 2})
+    last = head.add("Cast", [given[step_io.LAST_ROWS]], {"to": ir.DataType.INT64})  # [B]
+    visible = head.add("Cast", [given[step_io.VISIBLE]], {"to": ir.DataType.INT64})
+    columns = head.add("Range", [zero, visible, one])  # [T]
+    ends = head.add("Unsqueeze", [last, head.constant("axes", [1, 2, 3])])  # [B, 1, 1, 1]
+    hidden = head.constant("hidden", step_io.HIDDEN_BIAS, mask.dtype.numpy().type)
+    shared = {
+        "write_index": head.add("Add", [head.add("Sub", [last, rows]), one]),
+        "length": head.add("Shape", [columns]),
+        step_io.MASK: head.add("Where", [head.add("Greater", [columns, ends]), hidden, mask]),
+    }
+    graph.insert_before(graph[0], head.nodes)
+    return shared
+
+
+def _unfused_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value]) -> list[ir.Node]:
+    node.replace_input_with(5, shared[step_io.MASK])
+    return _attention_over_caches(graph, node, shared, lambda build, past, new: new)
 
 
 def _cpu_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value]) -> list[ir.Node]:
