@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.executors.step_io import HIDDEN_BIAS
+from ..backbone.positions import position_rows
 from ..heads.module import HeadStack
 from .attention import TraceCache, install, tracing
 
@@ -109,6 +110,7 @@ class StepModule(nn.Module):
         self.projection = backbone.get_output_embeddings()
         self.heads = heads
         self.margin = margin
+        self.position_rows = position_rows(backbone)
 
     def forward(
         self,
@@ -124,10 +126,13 @@ class StepModule(nn.Module):
         past: list[Tensor],
     ) -> tuple[Tensor, ...]:
         dtype = self.embedding.weight.dtype
+        rows = self.position_rows
+        # Drafts may reach beyond the capacity, which a table of positions needn't. Such rows are never accepted.
+        reached = positions if rows is None else positions.clamp(max=rows - 1)
         mask = visibility_mask(ancestors, write_index, columns, self.margin, dtype)
         with tracing(TraceCache(past, write_index, commit)) as cache:
             hidden = self.decoder(
-                input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+                input_ids=tokens, position_ids=reached, attention_mask=mask, past_key_values=cache, use_cache=True
             ).last_hidden_state
         width = hidden.shape[-1]
         hidden = torch.gather(hidden, 1, logit_rows[:, :, None].expand(-1, -1, width))  # [B, R, H]
@@ -138,9 +143,7 @@ class StepModule(nn.Module):
         next_token = torch.gather(greedy, 1, last_logit)  # [B, 1]
         state = torch.gather(hidden, 1, last_logit[:, :, None].expand(-1, -1, width))  # [B, 1, H]
         candidates, log_probs = self.heads(state, self.embedding(next_token))
-        closing = close(
-            tokens, positions, ancestors, forced, write_index, draft_slots, last_row, next_token, candidates
-        )
+        closing = close(tokens, positions, ancestors, forced, write_index, draft_slots, last_row, next_token, candidates)
         return (last_row, next_token[:, 0], candidates, log_probs, logits, hidden, *closing, *cache.present_in_order())
 
 
