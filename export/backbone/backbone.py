@@ -13,6 +13,7 @@ import torch
 from ...runtime.errors import CheckpointError, DeployError, UnsupportedArchitectureError
 from ...runtime.files.backbone import BackboneShape
 from .adapter import merge_adapter
+from .library_errors import LoadReports, cause, kept_reports
 from .record import DTYPES, Backbone
 
 if TYPE_CHECKING:
@@ -90,16 +91,16 @@ def transformers_errors(source: Path) -> Iterator[None]:
 
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity(logging.CRITICAL)
+    reports = LoadReports()
     try:
-        with warnings.catch_warnings():
+        with kept_reports(reports), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except DeployError:
         raise
     except Exception as error:  # transformers raises whatever its readers raise
         raise CheckpointError(
-            f"transformers can't load {source}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            f"transformers can't load {source}: {cause(error, reports)}",
             hint="check that the folder has config.json and *.safetensors (or a .gguf file) and that the download is complete",
         ) from error
     finally:
