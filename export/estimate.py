@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from ..runtime.arguments import integer, shown
 from ..runtime.errors import UsageError
 from ..runtime.executors import step_io
 from ..runtime.files.adapter_file import Adapter
 from ..runtime.files.heads import HeadConfig, HeadSet
-from ..runtime.tree import ROOT_ONLY, Tree, chain
+from ..runtime.tree import MAX_ROWS, ROOT_ONLY, Tree, chain
 from .backbone.backbone import backbone_shape, load_config
 from .backbone.linked import stored_parameters
+from .backbone.positions import check_positions
 from .backbone.record import DTYPES
 from .heads.layouts import ReadHeads, check_fit, read_heads
 from .quantise.cpu_heads import narrow_size
@@ -22,6 +24,8 @@ from .quantise.screen import screen_size
 from .weights import ALIGNMENT
 
 DEFAULT_TREE = "default"
+WEIGHTS = ("copied", "linked")
+_LARGEST = {"capacity": 1 << 24, "batch": 4096, "top_k": 1024, "max_rows": MAX_ROWS, "prefill_chunk": 1 << 16}
 _TEXT_FILES = ("tokenizer.json", "chat_template.jinja")
 # Measured on Llama graphs, over all variants of the step graph.
 _GRAPH_BYTES_PER_LAYER = 27_000
@@ -70,6 +74,10 @@ def plan_export(
         CheckpointError, UnsupportedArchitectureError: the backbone's config can't be read or expressed.
         HeadsError, HeadsMismatchError, TreeError: heads or tree don't fit.
     """
+    dtype, weights = dtype or "fp32", weights or "copied"
+    check_choices(dtype, weights, tree)
+    capacity, batch = checked_limit("capacity", capacity, 2048), checked_limit("batch", batch, 1)
+    top_k, max_rows = checked_limit("top_k", top_k, 10), checked_limit("max_rows", max_rows, 64)
     config = load_config(Path(model), capacity)
     module = empty_module(config)
     shape = backbone_shape(module)
@@ -79,6 +87,7 @@ def plan_export(
         check_fit(read.heads, hidden_size=shape.hidden_size, vocab_size=shape.vocab_size, top_k=top_k)
     identity = HeadConfig("medusa", 1, 1, shape.hidden_size, shape.vocab_size, "shared")
     head_config = identity if read is None else read.heads.config
+    check_positions(module, capacity, head_config.num_heads)
     trees = bundle_trees(tree, read, head_config.num_heads, top_k)
     default = trees[DEFAULT_TREE]
     rows = step_io.cache_rows(capacity, head_config.num_heads, tree_rows(max_rows, trees, head_config.num_heads))
@@ -135,6 +144,31 @@ def refuse_linked_adapter(weights: str, adapter: Adapter | None) -> None:
             "these heads need an adapter merged into the backbone, and linked weights stay as the checkpoint has them",
             hint="export with --weights copied, or take heads that were trained on the frozen backbone",
         )
+
+
+def check_choices(dtype: str, weights: str, tree: Tree | None) -> None:
+    """Check the arguments of an export that aren't numbers.
+
+    Raises:
+        UsageError: names the argument, its value and what it may be.
+    """
+    for name, value, known in (("dtype", dtype, tuple(DTYPES)), ("weights", weights, WEIGHTS)):
+        if value not in known:
+            raise UsageError(f"unknown {name} {shown(value)}", hint=f"one of {', '.join(known)}")
+    if not isinstance(tree, (Tree, type(None))):
+        raise UsageError(f"tree is {shown(tree)}", hint="tree is a Tree: Tree.from_choices makes one")
+
+
+def checked_limit(name: str, value: int | None, default: int) -> int:
+    """Return a limit of an export, or ``default`` for None.
+
+    Raises:
+        UsageError: it is no integer, below 1, or beyond what a step graph can have.
+    """
+    found = integer(name, value, default)
+    if found > _LARGEST[name]:
+        raise UsageError(f"{name} is {found}", hint=f"{name} is at most {_LARGEST[name]}")
+    return found
 
 
 def empty_module(config: Any) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .. import __version__
-from ..runtime.errors import UsageError
+from ..runtime.arguments import flag
 from ..runtime.executors import step_io
 from ..runtime.executors.executor import CacheLayout
 from ..runtime.executors.ort import OrtExecutor, OrtModel
@@ -24,9 +24,10 @@ from ..runtime.files.manifest import MANIFEST_NAME, HeadFacts, Limits, Manifest,
 from ..runtime.tree import Tree
 from .backbone.backbone import load_backbone
 from .backbone.linked import load_linked_backbone, prune_projection
-from .backbone.record import DTYPES, Backbone
+from .backbone.positions import check_positions
+from .backbone.record import Backbone
 from .backbone.tokenizer import write_text_files
-from .estimate import DEFAULT_TREE, bundle_trees, refuse_linked_adapter, tree_rows
+from .estimate import DEFAULT_TREE, bundle_trees, check_choices, checked_limit, refuse_linked_adapter, tree_rows
 from .graphs import HEADS_GRAPH, write_graphs
 from .heads.layouts import check_fit, read_heads
 from .heads.module import HeadStack
@@ -38,7 +39,6 @@ from .trace.failures import named_failures
 
 Report = Callable[[str], None]
 ONNX = "onnx"
-WEIGHTS = ("copied", "linked")
 _NUMPY_DTYPES = {"fp32": "float32", "fp16": "float16"}
 
 
@@ -74,12 +74,14 @@ def export_bundle(
         ExportMismatchError: the graph doesn't reproduce the torch module; no bundle is written.
         BundleExistsError, OutputError: the output can't be written.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
-    if weights not in WEIGHTS:
-        raise UsageError(f"unknown weights {weights!r}", hint=f"one of {', '.join(WEIGHTS)}")
-    if min(capacity, batch, top_k, max_rows, prefill_chunk) < 1:
-        raise UsageError("capacity, batch, top-k, max-rows and prefill-chunk must be at least 1")
+    dtype, weights = dtype or "fp32", weights or "copied"
+    check_choices(dtype, weights, tree)
+    limits_given = {"capacity": (capacity, 2048), "batch": (batch, 1), "top_k": (top_k, 10)}
+    limits_given |= {"max_rows": (max_rows, 64), "prefill_chunk": (prefill_chunk, 256)}
+    capacity, batch, top_k, max_rows, prefill_chunk = (
+        checked_limit(name, value, default) for name, (value, default) in limits_given.items()
+    )
+    force = flag("force", force)
     started = time.perf_counter()
     with staged_folder(Path(output), force=force) as staging, ThreadPoolExecutor(1) as beside:
         folder = staging / ONNX
@@ -97,6 +99,7 @@ def export_bundle(
             backbone = load_backbone(Path(model), dtype, capacity, adapter)
         text, warnings = write_text_files(Path(model), backbone.module.config, staging)
         head_set = identity_heads(backbone) if read is None else read.heads
+        check_positions(backbone.module, capacity, head_set.config.num_heads)
         check_fit(head_set, hidden_size=backbone.shape.hidden_size, vocab_size=backbone.shape.vocab_size, top_k=top_k)
         head_set = prune_projection(backbone, head_set)
         warnings += [*backbone.warnings, *(() if read is None else read.warnings)]

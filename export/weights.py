@@ -9,9 +9,35 @@ from typing import Self
 import numpy as np
 import onnx_ir as ir
 
+from ..runtime.errors import BundleIntegrityError
+
 # External data is memory-mapped at load, so offsets lie on page boundaries (the largest common page, on ARM, has 64 KiB).
 ALIGNMENT = 65536
 _SMALLEST_EXTERNAL = 1024
+
+
+class _BundleTensor(ir.ExternalTensor):
+    """A tensor in a file of the bundle, whose files may have several hard links.
+
+    A copy made with ``cp -al`` has such files, and so has a bundle of linked weights. onnx_ir refuses them.
+    """
+
+    def _check_path_containment(self) -> None:
+        folder = Path(self.base_dir).resolve()
+        if not Path(self.path).resolve().is_relative_to(folder):
+            raise BundleIntegrityError(f"a graph reads weights from {self.location!r}", hint="don't use this bundle")
+
+
+def read_graph(path: Path) -> ir.Model:
+    """Read a graph of a bundle. Its weights stay in their files until they are asked for; then the file must lie beside it."""
+    model = ir.load(path)
+    for value in [value for graph in model.graphs() for value in graph.initializers.values()]:
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            shape = ir.Shape(tensor.shape.numpy())
+            place = (tensor.location, tensor.offset, tensor.length, tensor.dtype)
+            value.const_value = _BundleTensor(*place, shape=shape, name=tensor.name or "", base_dir=tensor.base_dir)
+    return model
 
 
 class WeightsFile:

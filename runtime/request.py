@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from .arguments import flag, is_integer, is_number, shown
 from .errors import UsageError
 from .sampling import SamplingParams
 from .tree import Tree
@@ -32,6 +33,12 @@ class Rows:
     count: int | None = None
     lookup: bool | None = None
 
+    def __post_init__(self) -> None:
+        if self.count is not None and not (is_integer(self.count) and self.count >= 1):
+            raise UsageError(f"rows is {shown(self.count)}", hint="rows is an integer from 1: the root counts")
+        object.__setattr__(self, "count", None if self.count is None else int(self.count))
+        object.__setattr__(self, "lookup", None if self.lookup is None else flag("lookup", self.lookup))
+
 
 AUTOMATIC = Rows()
 
@@ -46,8 +53,10 @@ class Request:
     ``cancel`` is asked before each of its steps but the first. ``keep_hidden`` collects the backbone's hidden state behind every
     emitted token.
 
+    None is the default of every field. Numbers may be numpy's.
+
     Raises:
-        UsageError: two of the ways to draft are given.
+        UsageError: two of the ways to draft are given, or a value has a wrong type.
     """
 
     prompt: str | None = None
@@ -69,8 +78,13 @@ class Request:
     drafter: InitVar[Drafter | None] = None
 
     def __post_init__(self, tree: Tree | None, rows: int | None, lookup: bool | None, drafter: Drafter | None) -> None:
+        self._normalise()
         given = {"tree": tree, "rows": rows, "lookup": lookup, "drafter": drafter}
         names = [name for name, value in given.items() if value is not None]
+        if drafter is not None and not callable(getattr(drafter, "draft", None)):
+            raise UsageError(f"drafter is {shown(drafter)}", hint="a drafter has rows and the method draft")
+        if not isinstance(tree, (Tree, type(None))):
+            raise UsageError(f"tree is {shown(tree)}", hint="tree is a Tree: Tree.from_choices makes one")
         if not names:
             return
         if self.drafting is not AUTOMATIC:
@@ -83,6 +97,32 @@ class Request:
         if tree is not None and lookup:
             raise UsageError("got a tree and lookup=True", hint="a tree's rows come from the heads alone: leave one of them out")
         object.__setattr__(self, "drafting", tree or drafter or Rows(rows, lookup))
+
+    def _normalise(self) -> None:
+        """Replace None by defaults and numpy's numbers by Python's; refuse other types."""
+        kept: dict[str, object] = {
+            name: flag(name, getattr(self, name)) for name in ("include_stop", "ignore_eos", "keep_hidden")
+        }
+        kept["params"] = SamplingParams() if self.params is None else self.params
+        kept["drafting"] = AUTOMATIC if self.drafting is None else self.drafting
+        kept["stop"] = () if self.stop is None else self.stop
+        for name, default in (("max_new_tokens", 128), ("priority", 0)):
+            value = getattr(self, name)
+            kept[name] = default if value is None else value if not is_integer(value) else int(value)
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)
+        drafts = isinstance(self.drafting, (Rows, Tree)) or callable(getattr(self.drafting, "draft", None))
+        for name, right, hint in (
+            ("params", isinstance(self.params, SamplingParams), "params is a SamplingParams"),
+            ("drafting", drafts, "drafting is a Rows, a Tree or a drafter"),
+            ("stop", isinstance(self.stop, (str, list, tuple)), 'stop is a list of non-empty strings such as ["\\n\\n"]'),
+            ("max_new_tokens", is_integer(self.max_new_tokens), "max_new_tokens is an integer from 1"),
+            ("priority", is_integer(self.priority), "priority is an integer; smaller ones are served first"),
+            ("deadline", self.deadline is None or is_number(self.deadline), "a deadline is in seconds from now, and positive"),
+            ("cancel", self.cancel is None or callable(self.cancel), "cancel is a function without arguments"),
+        ):
+            if not right:
+                raise UsageError(f"{name} is {shown(getattr(self, name))}", hint=hint)
 
 
 @dataclass(slots=True)

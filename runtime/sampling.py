@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import numpy as np
 
+from .arguments import is_integer, is_number, shown
 from .errors import NumericsError, SamplingError
 
 Mode = Literal["greedy", "sample", "typical"]
@@ -50,7 +51,7 @@ class SamplingParams:
 
     ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``repetition_penalty`` (arXiv 1909.05858) covers prompt and emitted tokens;
     ``presence_penalty`` and ``frequency_penalty`` cover emitted tokens. ``logit_bias``: token id to the bias of its logit.
-    Equal ``seed`` values give equal text with every tree. None takes a new seed for each request.
+    Equal ``seed`` values give equal text with every tree. None takes a new seed for each request. None elsewhere is the default.
     """
 
     mode: Mode = "greedy"
@@ -65,6 +66,16 @@ class SamplingParams:
     seed: int | None = None
     typical_epsilon: float = 0.09
     typical_delta: float = 0.3
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            name, value = each.name, getattr(self, each.name)
+            if value is None:
+                object.__setattr__(self, name, {} if name == "logit_bias" else each.default)
+            elif is_integer(value):  # numpy's numbers become Python's
+                object.__setattr__(self, name, int(value))
+            elif is_number(value):
+                object.__setattr__(self, name, float(value))
 
     @property
     def plain_argmax(self) -> bool:
@@ -109,29 +120,26 @@ class SamplingParams:
                 )
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if not _is_number(value) or not (low <= value <= high or (name == "temperature" and value == 0)):
+            if not is_number(value) or not (low <= value <= high or (name == "temperature" and value == 0)):
                 raise SamplingError(f"{name} is {value!r}", hint=f"{name} is a number from {low:g} to {high:g}")
-        if not _is_integer(self.top_k) or self.top_k < 0:
+        if not is_integer(self.top_k) or self.top_k < 0:
             raise SamplingError(f"top_k is {self.top_k!r}", hint="top_k is a positive integer, or 0 for off")
-        if self.seed is not None and not (_is_integer(self.seed) and 0 <= self.seed < 1 << 64):
+        if self.seed is not None and not (is_integer(self.seed) and 0 <= self.seed < 1 << 64):
             raise SamplingError(f"seed is {self.seed!r}", hint="a seed is an integer from 0 to 2**64 - 1, or None")
+        self._validate_bias(vocab_size)
+
+    def _validate_bias(self, vocab_size: int) -> None:
+        if not isinstance(self.logit_bias, Mapping):
+            raise SamplingError(f"logit_bias is {shown(self.logit_bias)}", hint="logit_bias maps token ids to numbers")
         for token, bias in self.logit_bias.items():
-            if not _is_integer(token) or not 0 <= token < vocab_size:
+            if not is_integer(token) or not 0 <= token < vocab_size:
                 raise SamplingError(
                     f"logit_bias names token {token!r}", hint=f"token ids are integers from 0 to {vocab_size - 1}"
                 )
-            if not _is_number(bias) or abs(bias) > _MAX_BIAS:
+            if not is_number(bias) or abs(bias) > _MAX_BIAS:
                 raise SamplingError(
                     f"logit_bias of token {token} is {bias!r}", hint=f"a bias is a number of at most ±{_MAX_BIAS:g}"
                 )
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def scores(params: SamplingParams, logits: np.ndarray, context: Sequence[int], prompt_length: int) -> np.ndarray:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from .arguments import flag, integer, shown
 from .drafting.adaptive import AdaptiveDrafter
 from .drafting.checked import CheckedDrafter
 from .drafting.draft import BestRows, Drafter, FixedTree
@@ -128,7 +131,7 @@ class Session:
         ids = self.encode(request)
         manifest = self.manifest
         capacity = manifest.limits.capacity
-        if not isinstance(request.max_new_tokens, int) or request.max_new_tokens < 1:
+        if request.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {request.max_new_tokens}", hint="ask for at least one token")
         if len(ids) + request.max_new_tokens > capacity:
             raise CapacityError(
@@ -170,8 +173,6 @@ class Session:
         drafter: Drafter
         if isinstance(asked, Rows):
             rows, greedy = asked.count, request.params.plain_argmax
-            if rows is not None and (not isinstance(rows, int) or rows < 1):
-                raise UsageError(f"rows is {rows}", hint="at least 1: the root")
             if rows is None and not asked.lookup and self.executor.abilities.ahead and greedy and not request.keep_hidden:
                 return self._drafter_of(self.tree)
             lookup = None if asked.lookup is False else PromptLookup(tokens, self.executor.abilities.deepest)
@@ -202,9 +203,14 @@ def _request(prompt: str | None, speculative: bool, options: dict[str, Any]) -> 
     unknown = set(options) - set(known)
     if unknown:
         raise UsageError(f"unknown option {', '.join(sorted(unknown))}", hint=f"options: {', '.join(known)}")
-    if not speculative:
+    if not flag("speculative", speculative, default=True):
         options["tree"] = ROOT_ONLY
     return Request(prompt=prompt, **options)
+
+
+def _check_path(bundle: object) -> None:
+    if not isinstance(bundle, (str, os.PathLike)) or not os.fspath(bundle):
+        raise UsageError(f"bundle is {shown(bundle)}", hint="bundle is the path of a folder")
 
 
 def load(
@@ -234,9 +240,17 @@ def load(
     from .backends import BACKENDS, LoadOptions
     from .files.bundle import open_bundle
 
-    load_backend = BACKENDS.get(backend)
+    _check_path(bundle)
+    backend = "cpu" if backend is None else backend
+    load_backend = BACKENDS.get(backend) if isinstance(backend, str) else None
     if load_backend is None:
         raise UsageError(f"unknown backend {backend!r}", hint=f"one of {', '.join(BACKENDS)}")
+    for name, text in (("target", target), ("variant", variant)):
+        if text is not None and not isinstance(text, str):
+            raise UsageError(f"{name} is {shown(text)}", hint=f"{name} is a string")
+    slots = integer("slots", slots, 1, low=-sys.maxsize)
+    threads = None if threads is None else integer("threads", threads, 1)
+    check_hashes = flag("check_hashes", check_hashes, default=True)
     opened = open_bundle(bundle, check_hashes=check_hashes)
     limits = opened.manifest.limits
     if not 1 <= slots <= limits.batch:

@@ -56,6 +56,9 @@ VERBS = tuple(verb for verbs in GROUPS.values() for verb in verbs)
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code; never raises."""
     arguments = sys.argv[1:] if argv is None else argv
+    from .streams import prepare_streams, refused_output
+
+    prepare_streams()
     try:
         try:
             code = _dispatch(arguments)
@@ -70,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:
-        return _report(error)
+        return _report(refused_output(error))
     return code
 
 
@@ -82,7 +85,7 @@ def _dispatch(arguments: list[str]) -> int:
     module = importlib.import_module(f"{__package__}.verbs.{verb.name}")
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} {verb.name}", description=module.HELP, allow_abbrev=False)
     module.add_arguments(parser)
-    return int(module.run(parser.parse_args(arguments[1:])))
+    return int(module.run(parser.parse_intermixed_args(arguments[1:])))
 
 
 def _top_level(arguments: list[str]) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -151,8 +152,9 @@ def human_seconds(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line to stderr: a warning, or a summary that isn't the result."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a line to stderr: a warning, or a summary that isn't the result. A stderr that went away doesn't stop the work."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 class Progress:

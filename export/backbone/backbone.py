@@ -13,10 +13,10 @@ import torch
 from ...runtime.errors import CheckpointError, DeployError, UnsupportedArchitectureError
 from ...runtime.files.backbone import BackboneShape
 from .adapter import merge_adapter
-from .causes import first_line
 from .gguf_file.config import gguf_config
 from .gguf_file.metadata import GgufFile
 from .gguf_file.weights import load_gguf_module
+from .library_errors import LoadReports, cause, kept_reports
 from .logits import find_logit_change
 from .model_folder import NO_CODE, check_types, check_unused, find_model, folder_notes, stop_ids, token_ids
 from .record import DTYPES, Backbone
@@ -125,9 +125,9 @@ def transformers_errors(source: Path) -> Iterator[None]:
 
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity(logging.CRITICAL)
+    reports = LoadReports()
     try:
-        with warnings.catch_warnings():
+        with kept_reports(reports), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except DeployError:
@@ -139,7 +139,7 @@ def transformers_errors(source: Path) -> Iterator[None]:
                 hint="take a checkpoint of a model that transformers knows; a tokenizer needs a tokenizer.json",
             ) from error
         raise CheckpointError(
-            f"transformers can't load {source}: {first_line(error)}",
+            f"transformers can't load {source}: {cause(error, reports)}",
             hint="check that the folder has config.json and *.safetensors (or a .gguf file) and that the download is complete",
         ) from error
     finally:

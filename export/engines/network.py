@@ -17,7 +17,7 @@ from ...runtime.files.scales_file import Scales, read_scales
 from ...runtime.files.weight_inputs import WeightInput
 from ..quantise.engine_weights import write_quantised
 from ..quantise.w8a8 import WEIGHTS_ONLY, Int8Options, quantise_network
-from ..weights import WeightsFile
+from ..weights import WeightsFile, read_graph
 from .streamed import WeightStreamer
 
 VARIANT = "device"
@@ -99,7 +99,7 @@ def source_files(bundle: Bundle) -> dict[str, str]:
     """Return the sha256, by relative path, of every file that goes into an engine: graphs, and the weights that they name."""
     names = dict.fromkeys(_graphs(bundle))
     for graph in _graphs(bundle):
-        for tensor in _external(ir.load(bundle.path(graph))):
+        for tensor in _external(read_graph(bundle.path(graph))):
             names[(PurePosixPath(graph).parent / tensor.location).as_posix()] = None
     return {name: bundle.manifest.files[name].sha256 for name in names}
 
@@ -108,7 +108,7 @@ def weights_bytes(bundle: Bundle, precision: str, int8: Int8Options = WEIGHTS_ON
     """Count the bytes of the weights that a target's two plans hold."""
     total = 0
     for graph in _graphs(bundle):
-        model = ir.load(bundle.path(graph))
+        model = read_graph(bundle.path(graph))
         total += sum(tensor.nbytes for tensor in _external(model))
         if precision == "int8":
             report = quantise_network(model, int8, None)

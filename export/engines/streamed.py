@@ -18,6 +18,7 @@ import onnx_ir as ir
 from ...runtime.errors import BundleIntegrityError
 from ...runtime.files.bundle import Bundle
 from ...runtime.files.weight_inputs import WeightInput, WeightPiece
+from ..weights import read_graph
 from .einsum import rewrite_matmuls
 
 _DTYPES = {ir.DataType.FLOAT16: "float16", ir.DataType.FLOAT: "float32"}
@@ -42,7 +43,7 @@ class WeightStreamer:
         Raises:
             BundleIntegrityError: external data that isn't inside a file of the bundle.
         """
-        model = ir.load(self._bundle.path(graph))
+        model = read_graph(self._bundle.path(graph))
         matrices: dict[ir.Value, WeightPiece] = {}
         for value in model.graph.initializers.values():
             tensor = value.const_value

@@ -5,6 +5,7 @@
 rows are carried outside the caches. Attention with a soft cap is taken apart there.
 ``lower_cpu`` uses ONNX Runtime's GroupQueryAttention, whose cost on a CPU follows the valid length instead of the capacity. The
 operator writes the new rows itself, so the executor moves the rows that the previous step accepted, and ``commit`` disappears.
+The operator takes heads of 8, 16, 24 … elements. Other heads get the standard operators, which write the new rows alone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from .merge import ATTENTION, merge
 from .patterns import MICROSOFT, Nodes
 
 _Attend = Callable[[Nodes, ir.Node, ir.Value, ir.Value, ir.Value, ir.Value], None]
+_FUSED_HEADS = 8
+"""GroupQueryAttention takes heads whose size is a multiple of this."""
+
 _Lowering = Callable[[ir.Graph, ir.Node, "dict[str, ir.Value]"], "list[ir.Node]"]
 
 
@@ -206,12 +210,50 @@ def lower_cpu(model: ir.Model) -> None:
 
     The host computes some inputs, and heads run only where they are wanted (:mod:`.cpu_graph`).
     """
-    _each_attention(model, _cpu_attention, take_from_host(model.graph))
+    graph = model.graph
+    shared = take_from_host(graph)
+    cache = next(value for value in graph.inputs if value.name == step_io.past_names(1)[0])
+    if int(cache.shape[3]) % _FUSED_HEADS:  # type: ignore[index, arg-type]
+        _each_attention(model, _unfused_attention, _places(graph, shared))
+    else:
+        _each_attention(model, _cpu_attention, shared)
     model.opset_imports[MICROSOFT] = 1
     fuse(model)
     merge(model)
     heads_if_wanted(model)
     drop_replaced(model)
+
+
+def _places(graph: ir.Graph, given: dict[str, ir.Value]) -> dict[str, ir.Value]:
+    """Compute from the host's inputs what :func:`_attention_over_caches` reads: the step's first cache row, T and whole masks.
+
+    The host leaves a mask's columns behind the step's last row as they were: the fused operator doesn't read them.
+    """
+    tokens = next(value for value in graph.inputs if value.name == step_io.TOKENS)
+    masks = {name: value for name, value in given.items() if name.startswith(step_io.MASK)}
+    head = Nodes(graph, "places")
+    zero, one = head.constant("zero", 0), head.constant("one", 1)
+    rows = head.add("Shape", [tokens], {"start": 1, "end": 2})
+    last = head.add("Cast", [given[step_io.LAST_ROWS]], {"to": ir.DataType.INT64})  # [B]
+    visible = head.add("Cast", [given[step_io.VISIBLE]], {"to": ir.DataType.INT64})
+    columns = head.add("Range", [zero, visible, one])  # [T]
+    ends = head.add("Unsqueeze", [last, head.constant("axes", [1, 2, 3])])  # [B, 1, 1, 1]
+    behind = head.add("Greater", [columns, ends])
+    shared = {
+        "write_index": head.add("Add", [head.add("Sub", [last, rows]), one]),
+        "length": head.add("Shape", [columns]),
+    }
+    for name, mask in masks.items():
+        assert mask.dtype is not None
+        hidden = head.constant(f"hidden_{name}", step_io.HIDDEN_BIAS, mask.dtype.numpy().type)
+        shared[name] = head.add("Where", [behind, hidden, mask])
+    graph.insert_before(graph[0], head.nodes)
+    return shared
+
+
+def _unfused_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value]) -> list[ir.Node]:
+    node.replace_input_with(5, shared[step_io.mask_name(window(node))])
+    return _attention_over_caches(graph, node, shared, lambda build, past, new: new, _fused_attention)
 
 
 def _cpu_attention(graph: ir.Graph, node: ir.Node, shared: dict[str, ir.Value]) -> list[ir.Node]:

@@ -163,7 +163,12 @@ def _layer_of(matmul: ir.Node, last: int | None) -> int | None:
 
 
 def _attention_layer(node: ir.Node) -> int | None:
-    for value in node.inputs if node.op_type == "GroupQueryAttention" else ():
+    """Find the layer of an attention, fused or not, and of a write into a cache."""
+    if node.op_type == "Attention":  # reads slices of the caches that were written
+        slices = [producer_if(value, "Slice") for value in node.inputs]
+        writes = [producer_if(each.inputs[0], "TensorScatter") for each in slices if each is not None]
+        return next((layer for each in writes if each is not None and (layer := _attention_layer(each)) is not None), None)
+    for value in node.inputs if node.op_type in ("GroupQueryAttention", "TensorScatter") else ():
         named = _CACHE.fullmatch(str(value.name)) if value is not None else None
         if named:
             return int(named[1])

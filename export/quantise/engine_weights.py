@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from ...runtime.errors import QuantisationError
 from ..passes.matmuls import constant_matrix
-from ..weights import WeightsFile
+from ..weights import WeightsFile, read_graph
 
 LARGEST = 127
 _SMALLEST_WEIGHT = 1 << 14  # elements; in a smaller weight scales and one more operator cost more than the bytes saved
@@ -125,7 +125,7 @@ def write_quantised(
         QuantisationError: a weight holds NaN or infinity.
         OSError: the file system refused.
     """
-    model = ir.load(source)
+    model = read_graph(source)
     report = quantise(model)
     for value in model.graph.initializers.values():
         tensor = value.const_value

@@ -23,6 +23,7 @@ from ...runtime.executors import step_io
 from ..passes.matmuls import CpuMatmul, find_matmuls
 from ..passes.patterns import MICROSOFT, Nodes, new_constant, replace_uses
 from ..passes.rescore import exact_logits, greedy_choices, largest, likeliest
+from ..weights import read_graph
 from .blocks import Grid, values
 from .cpu import few_bits, few_bits_size, rounded
 
@@ -76,7 +77,7 @@ def screen_size(shape: tuple[int, int]) -> int:
 
 def load_whole(path: Path) -> ir.Model:
     """Read a CPU graph and take :func:`screen` back, for callers that rewrite its projection."""
-    model = ir.load(path)
+    model = read_graph(path)
     unscreen(model)
     return model
 

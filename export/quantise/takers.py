@@ -14,6 +14,7 @@ import onnx_ir as ir
 from ...runtime.files.bundle import Bundle
 from ...runtime.files.scales_file import Scales, Smoothing, Taker
 from ..passes.patterns import producer_if
+from ..weights import read_graph
 from .engine_weights import weight_of
 
 _FROM_VALUES = {"Slice": 0, "TensorScatter": 1, "GatherElements": 0, "Transpose": 0}
@@ -24,7 +25,7 @@ def with_takers(scales: Scales, bundle: Bundle) -> Scales:
     """Add what takes factors, found in the bundle's standard graph, to scales of an older version."""
     if scales.takers or not scales.smoothing:
         return scales
-    graph = ir.load(bundle.path(bundle.manifest.variants["standard"])).graph
+    graph = read_graph(bundle.path(bundle.manifest.variants["standard"])).graph
     return replace(scales, takers=find_takers(graph, scales.smoothing))
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import onnx_ir as ir
-
 from ...runtime.errors import BundleExistsError, UsageError
 from ...runtime.files.bundle import Bundle
 from ...runtime.files.scales_file import Scales
 from ..variant import add_variant
+from ..weights import read_graph
 from .engine_weights import quantise_weights
 from .w8a8 import parts, quantise_activations
 
@@ -34,7 +33,7 @@ def write_w8a8_variant(bundle: Bundle, scales: Scales, keep: Iterable[str] | Non
         raise BundleExistsError(f"the bundle has a variant {NAME}", hint="replace it with force")
     if "cpu" not in manifest.variants:
         raise UsageError("the bundle has no graph for the CPU", hint="it was written by an older version: export it again")
-    model = ir.load(bundle.path(manifest.variants["standard"]))
+    model = read_graph(bundle.path(manifest.variants["standard"]))
     done = quantise_activations(model, scales, keep)
     names = parts(model.graph)
     report = quantise_weights(model, set(names) - set(done))

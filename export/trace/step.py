@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.executors.step_io import HIDDEN_BIAS
+from ..backbone.positions import position_rows
 from ..heads.module import HeadStack
 from .attention import TraceCache, install, tracing
 
@@ -126,6 +127,7 @@ class StepModule(nn.Module):
         self.heads = heads
         self.margin = margin
         self.capacity = capacity
+        self.position_rows = position_rows(backbone)
 
     def forward(
         self,
@@ -141,13 +143,16 @@ class StepModule(nn.Module):
         past: list[Tensor],
     ) -> tuple[Tensor, ...]:
         dtype = self.embedding.weight.dtype
+        rows = self.position_rows
+        # Drafts may reach beyond the capacity, which a table of positions needn't. Such rows are never accepted.
+        reached = positions if rows is None else positions.clamp(max=rows - 1)
 
         def mask_of(window: int | None) -> Tensor:
             return visibility_mask(ancestors, write_index, columns, self.margin, dtype, positions, window)
 
         with tracing(TraceCache(past, write_index, commit, mask_of, self.capacity)) as cache:
             hidden = self.decoder(
-                input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True
+                input_ids=tokens, position_ids=reached, past_key_values=cache, use_cache=True
             ).last_hidden_state
         width = hidden.shape[-1]
         hidden = torch.gather(hidden, 1, logit_rows[:, :, None].expand(-1, -1, width))  # [B, R, H]

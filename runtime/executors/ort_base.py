@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,27 @@ from .step_arrays import StepOutputs
 from .step_plan import Wanted
 
 CPU_PROVIDER = "CPUExecutionProvider"
+
+_open_sessions: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _let_child_end() -> None:
+    """Let a forked child end although ONNX Runtime's threads exist in its parent only.
+
+    The destructors of sessions and of the library join those threads and would wait for ever. So the child keeps its parent's
+    sessions, and leaves by ``_exit`` with its own status as soon as Python has finished.
+    """
+    if not _open_sessions:
+        return
+    for session in _open_sessions:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session._sess))  # noqa: SLF001 - the object that owns the threads
+    library = ctypes.CDLL(None)
+    if hasattr(library, "on_exit"):  # glibc; it calls _exit(status, None)
+        library.on_exit(library._exit, None)  # noqa: SLF001 - the name of a C function
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_child_end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +87,7 @@ class OrtBase:
         # Without the fallback of its Python layer, which prints and goes on with the CPU.
         graph = self._graph(path, options)
         session = self._ort.InferenceSession(graph, options, providers=[self._provider], enable_fallback=0)
+        _open_sessions.add(session)
         answered = session.get_providers()
         if not answered or answered[0] != self._provider[0]:
             raise ProviderError(f"asked for {self._provider[0]}, got {answered}", hint=self._fallback_hint())
@@ -70,7 +95,8 @@ class OrtBase:
 
     def _graph(self, path: Path, options: Any) -> str | bytes:  # noqa: ARG002 - a graph in memory must say where its data lies
         """What is opened for the file ``path``: its name, or the bytes of another graph in its place."""
-        return str(path)
+        # ONNX Runtime takes UTF-8. In another locale Python holds the bytes of a name in surrogates.
+        return os.fsencode(path).decode("utf-8", "surrogateescape")
 
     def _fallback_hint(self) -> str:
         """What to do when ONNX Runtime took another provider."""

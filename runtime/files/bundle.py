@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
-from ..errors import BundleBusyError, BundleError, BundleExistsError, BundleIntegrityError, OutputError
+from ..errors import BundleBusyError, BundleError, BundleIntegrityError, OutputError
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileRecord, Manifest, parse_manifest
+from .staging import refuse_existing as refuse_existing, remove_unlocked, replace_folder  # noqa: PLC0414 - part of this module
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -149,16 +150,6 @@ def record_files(folder: Path, known: Mapping[Path, str] | None = None) -> dict[
     }
 
 
-def refuse_existing(output: Path, *, force: bool) -> None:
-    """Refuses an output that exists. :func:`staged_folder` does so first; long work does so before it starts.
-
-    Raises:
-        BundleExistsError: ``output`` exists and ``force`` is false.
-    """
-    if output.exists() and not force:
-        raise BundleExistsError(f"{output} exists", hint="give another output, or --force to replace it")
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds the bundle's lock: no other process adds to the bundle meanwhile. A process that dies releases it.
@@ -194,6 +185,7 @@ def staged_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
         BundleExistsError: ``output`` exists and ``force`` is false.
         OutputError: the file system refused (full, read-only, no permission).
     """
+    import fcntl
     import glob
     import shutil
     import tempfile
@@ -204,17 +196,21 @@ def staged_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         for leftover in output.parent.glob(f"{glob.escape(prefix)}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            remove_unlocked(leftover)
         staging = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
+        lock = os.open(staging, os.O_RDONLY)
     except OSError as error:
         raise output_error(output, error) from error
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process with the same output sees that this one is at work
         yield staging
         _flush(staging)
-        _replace(staging, output)
+        refuse_existing(output, force=force)
+        replace_folder(staging, output, force=force)
     except OSError as error:
         raise output_error(output, error) from error
     finally:
+        os.close(lock)
         shutil.rmtree(staging, ignore_errors=True)
 
 
@@ -261,22 +257,3 @@ def _flush(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-
-
-def _replace(staging: Path, output: Path) -> None:
-    import shutil
-
-    staging.chmod(0o755)
-    if output.exists():
-        # A folder can't be renamed over a full one: move the old one aside, and back if the second rename fails.
-        old = output.with_name(f".{output.name}.replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
-        try:
-            staging.rename(output)
-        except OSError:
-            old.rename(output)
-            raise
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-    else:
-        staging.rename(output)

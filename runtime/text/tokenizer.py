@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class TextCodec:
         if size > MAX_TOKENIZER_BYTES:
             raise BundleError(f"{path} has {size} bytes, over the limit of {MAX_TOKENIZER_BYTES}", hint="don't use this bundle")
         try:
-            self._tokenizer: Any = Tokenizer.from_file(str(path))
+            self._tokenizer: Any = Tokenizer.from_file(os.fsencode(path).decode("utf-8", "surrogateescape"))
         except Exception as error:  # noqa: BLE001 tokenizers raises nothing more specific
             raise BundleError(f"{path} is not a tokenizer: {error}", hint=hint) from None
         # The file may hold training settings that would cut or pad a prompt without a word.
