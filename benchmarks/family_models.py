@@ -40,10 +40,14 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("vocab_size_per_layer_input",), VOCABULARY),
     "mlp_ratio": 2,
 }  # fmt: skip
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 # What one family needs beside: relations between its sizes, or the switch that makes it a decoder.
 FAMILIES: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
@@ -53,8 +57,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16},
     "moshi": {"audio_vocab_size": 128},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    "qwen4_exp_text": {"indexer_n_heads": None},
     "reformer": {"axial_pos_embds_dim": (32, 32), "axial_pos_shape": (16, 32)},
-    "zamba": {"layer_types": ["mamba", "hybrid"]},
+    "zamba": {"layer_types": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3},
     "zamba2": {"layer_types": ["mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }

@@ -11,8 +11,9 @@ import results_page
 from results_sections import markdown, speed
 
 REPORTS = sorted(path.stem for path in markdown.RESULTS.glob("*.json"))
-# The reports of the GPU are tables of docs/gpu.md; path_heads.py reads the costs of the merged graph.
-ELSEWHERE = {"gpu-h200", "gpu-h200-tensorrt-rtx", "smollm2-grounded-merged"}
+# The table of families is docs/families.md, and the reports of the GPU are tables of docs/gpu.md; path_heads.py reads the costs
+# of the merged graph.
+ELSEWHERE = {"families", "gpu-h200", "gpu-h200-tensorrt-rtx", "smollm2-grounded-merged"}
 
 
 def test_the_page_and_the_readme_are_what_the_reports_say() -> None:
