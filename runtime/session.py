@@ -138,10 +138,8 @@ class Session:
                 f"{len(ids)} prompt tokens + {request.max_new_tokens} new tokens exceed the capacity of {capacity}",
                 hint="shorten the prompt, ask for fewer tokens, or export with a larger --capacity",
             )
-        if request.deadline is not None and not (isinstance(request.deadline, (int, float)) and request.deadline > 0):
+        if request.deadline is not None and not request.deadline > 0:
             raise UsageError(f"deadline is {request.deadline!r}", hint="a deadline is in seconds from now, and positive")
-        if not isinstance(request.priority, int):
-            raise UsageError(f"priority is {request.priority!r}", hint="a priority is an integer: smaller ones go first")
         request.params.validate(manifest.backbone.vocab_size)
         if request.stop and self.codec is None:
             raise PromptError("stop strings need a tokenizer, and the bundle has no tokenizer", hint="drop stop=…")

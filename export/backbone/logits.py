@@ -60,11 +60,18 @@ def _around(module: Any, points: Tensor) -> tuple[float, Tensor]:
     """Return by what hidden states are multiplied before the projection, and what becomes of logits ``points`` behind it."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
+    class Decoded(BaseModelOutputWithPast):  # type: ignore[misc]
+        """Has nothing but hidden states: some models read attentions or routers, too."""
+
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("_"):
+                raise AttributeError(name)
+
     projection, received = module.get_output_embeddings(), list[Tensor]()
     hidden = torch.ones(1, 1, module.get_input_embeddings().weight.shape[1], dtype=torch.float64)
 
     def decode(*_args: Any, **_options: Any) -> Any:
-        return BaseModelOutputWithPast(last_hidden_state=hidden)
+        return Decoded(last_hidden_state=hidden)
 
     def project(state: Tensor) -> Tensor:
         received.append(state)

@@ -17,7 +17,7 @@ from medusa_deploy.export.backbone.checkpoint import find_stored
 from medusa_deploy.export.backbone.linked import stored_parameters
 from medusa_deploy.export.backbone.model_folder import find_model
 from medusa_deploy.export.backbone.tokenizer import eos_token_ids, write_text_files
-from medusa_deploy.runtime.errors import CheckpointError
+from medusa_deploy.runtime.errors import CheckpointError, DeployError
 
 Tensors = dict[str, torch.Tensor]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -118,7 +118,6 @@ def test_weights_that_the_config_names_itself_are_not_linked(folder: Path) -> No
         ("lm_head.bias", (8,)),
         ("model.layers.7.input_layernorm.weight", (64,)),
         (f"{PROJECTION}.weight_scale", ()),
-        (f"{PROJECTION}.weight_scale_inv", (1, 1)),
         ("model.layers.0.self_attn.q_norm.weight", (16,)),
         ("model.norm.bias", (64,)),
     ],
@@ -126,6 +125,13 @@ def test_weights_that_the_config_names_itself_are_not_linked(folder: Path) -> No
 def test_tensors_that_would_change_the_result_are_refused(folder: Path, name: str, shape: tuple[int, ...]) -> None:
     change_tensors(folder, lambda tensors: tensors.update({name: torch.ones(shape)}))
     check_both_refuse(folder, f"1 tensors that its config.json has no place for, such as {name}")
+
+
+def test_scales_of_8_bit_floats_are_a_quantised_format(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({f"{PROJECTION}.weight_scale_inv": torch.ones(1, 1)}))
+    for read in (lambda: load_backbone(folder, "fp32", 64), lambda: stored_parameters(folder, "fp32", 64)):
+        with pytest.raises(DeployError, match=r"weight_scale_inv.* is of the format FP8"):
+            read()
 
 
 def test_other_tensors_are_named_and_heads_and_frequencies_are_not(folder: Path) -> None:
