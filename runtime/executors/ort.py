@@ -64,12 +64,16 @@ class OrtExecutor(OrtBase):
         self.abilities = Abilities(layout.slots, model.num_heads if self._graph_moves else max(DEEPEST, model.num_heads))
         self._margin = model.num_heads
         self._bound: Recent[Bound] = Recent()
+        self._with_nan: set[int] = set()  # slots whose cache may hold NaN
         self._columns = np.arange(layout.rows, dtype=np.int64)
         self._truth = np.array([False, True])
         self._answers = [self._value(self._truth[answer : answer + 1].reshape(())) for answer in range(2)]
 
     def run(self, plan: StepPlan) -> StepResult:
         """Run the plan, one call for each active slot; see :class:`.executor.Executor`."""
+        for slot in [rows.slot for rows in plan.active if rows.slot in self._with_nan and not plan.lengths[rows.slot]]:
+            self.caches[:, slot] = 0  # masks hide stale rows by weights of 0, and 0 · NaN is NaN
+            self._with_nan.remove(slot)
         in_graph = {rows.slot for rows in plan.active} if self._graph_moves else ()
         for slot, moves in enumerate(plan.moves):
             if moves and slot not in in_graph:
@@ -87,7 +91,10 @@ class OrtExecutor(OrtBase):
             self._call(bound, rows, length)
             seconds = time.perf_counter() - started
             self.engine_seconds += seconds
-            return bound.outputs.result(0, rows, seconds)
+            result = bound.outputs.result(0, rows, seconds)
+            if not result.finite:
+                self._with_nan.add(rows.slot)
+            return result
         except AssertionError:
             raise
         except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no base of their own; the loop names them

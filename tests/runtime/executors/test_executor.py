@@ -265,6 +265,16 @@ def test_nan_is_noticed_in_every_kind_of_step_and_in_its_own_slot_only(tiny_bund
         assert (good.finite, bad.finite) == (True, False), wanted
 
 
+@pytest.mark.parametrize("variant", ["cpu", "standard"])
+def test_a_slot_that_held_nan_serves_its_next_prompt(tiny_bundle: Path, variant: str) -> None:
+    executor = OrtExecutor(ort_model(open_bundle(tiny_bundle), 1, variant), threads=1)
+    expected = prefill(executor, 0, [5, 6, 7]).next_token
+    poison(executor, 0)
+    assert not run(executor, plain_plan(1, 0, 8, 3))[0].finite
+    again = prefill(executor, 0, [5, 6, 7])
+    assert again.finite and again.next_token == expected
+
+
 def test_a_call_that_fails_fails_its_own_slot_alone(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     executor = OrtExecutor(ort_model(open_bundle(tiny_bundle), 3, "cpu"), threads=1)
     for slot in range(3):
