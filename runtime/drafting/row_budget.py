@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from .acceptance_stats import AcceptanceStats
 from .adaptive import AdaptiveDrafter
-from .draft import Candidates, Drafter
+from .draft import Candidates, Draft, Drafter
 from .lookup import PromptLookup
 from .step_cost import StepCost, Track
 
@@ -46,6 +46,8 @@ class Drafting(Protocol):
 
     drafter: Drafter
     candidates: Candidates | None
+    draft: Draft
+    """The rows that its newest step verified."""
 
     @property
     def remaining(self) -> int:
@@ -119,7 +121,9 @@ class RowBudget:
         fixed = [s.drafter for s in sequences if not isinstance(s.drafter, AdaptiveDrafter)]
         each = [drafter.stats.throughput() for drafter in drafters]
         throughput = sum(each)
-        least = _LEAST_CHANCE if len(sequences) > 1 else max(throughput * cost.least_slope, _LEAST_CHANCE)
+        least = max(throughput * cost.least_slope, _LEAST_CHANCE) if len(sequences) == 1 else _LEAST_CHANCE
+        if cost.to_measure(self._track_of(drafters)) is not None:
+            least = 0.0  # rows that don't pay show what rows cost
         goes_on = False
         for (sequence, drafter), own in zip(open_ones, each, strict=True):
             by_lookup = drafter.rank(sequence.candidates, sequence.remaining - 1, cost.sizes[-1] - 1, least)
@@ -138,13 +142,12 @@ class RowBudget:
         self, drafters: list[AdaptiveDrafter], throughput: float, cost: StepCost, *, goes_on: bool, alone: bool
     ) -> tuple[int, bool, bool]:
         """Return the rows, whether heads run, and whether they run only to see what they would propose."""
-        measured = cost.to_measure(self._track_of(drafters))
+        longest = max(len(drafter.expected) for drafter in drafters)
+        drafted = any(drafter.has_candidates for drafter in drafters)
+        measured = cost.to_measure(self._track_of(drafters), longest) if drafted else cost.to_measure(self._track_of(drafters))
         if measured is not None and goes_on and alone:
             rows, heads = measured
-            if rows > 1 and not any(drafter.has_candidates for drafter in drafters):
-                rows = 1
-            return rows, heads, False
-        longest = max(len(drafter.expected) for drafter in drafters)
+            return rows if drafted else 1, heads, False
         expected = drafters[0].expected if len(drafters) == 1 else [
             sum(drafter.expected[min(rows, len(drafter.expected) - 1)] for drafter in drafters) for rows in range(longest)
         ]
@@ -162,7 +165,11 @@ class RowBudget:
         if not open_ones:
             return
         cost = self._cost(sequences)
-        rows, heads = open_ones[0][1].rows, open_ones[0][1].heads
+        heads = open_ones[0][1].heads
+        # Fewer rows ran than were chosen where there were no candidates for more.
+        rows = max(sequence.draft.shape.rows for sequence in sequences)
+        if self._padded:
+            rows = next(size for size in cost.sizes if size >= rows)
         taken = cost.of(rows, heads)
         cost.observe(rows, heads, seconds, self._track_of([drafter for _, drafter, _ in open_ones]))
         for sequence, drafter, tokens in open_ones:

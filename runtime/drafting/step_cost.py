@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
@@ -64,16 +65,17 @@ class StepCost:
         """The cost of one step, in plain steps."""
         return self._between(rows) + heads * self.heads
 
-    def to_measure(self, track: Track) -> StepKind | None:
-        """The kind of step that teaches most where costs are guesses yet; None when enough is known to choose.
+    def to_measure(self, track: Track, most: int = sys.maxsize) -> StepKind | None:
+        """The kind of step of at most ``most`` rows that teaches most where costs are guesses yet.
 
-        A size that is taken again and again is compared with one row now and then: alone, it would never be found out.
+        None when enough is known to choose. A size that is taken again and again is compared with one row now and then: alone, it
+        would never be found out.
         """
         if track.newest is not None:
             (rows, heads), _ = track.newest
             if rows > 1 and track.in_a_row >= min(_ALONE + 2 * self._compared[rows, heads], _LONGEST):
                 return 1, heads
-        wanting = [kind for kind, times in self._first.items() if self._seen[kind] < times]
+        wanting = [kind for kind, times in self._first.items() if kind[0] <= most and self._seen[kind] < times]
         return min(wanting, key=lambda kind: self._seen[kind], default=None)
 
     def observe(self, rows: int, heads: bool, seconds: float, track: Track) -> None:

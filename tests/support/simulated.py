@@ -51,7 +51,7 @@ class Simulation:
         taken = 0.0
         while (done := len(sequence.tokens) - 1) < tokens:
             self.row_budget.choose([sequence])
-            draft = drafter.draft(sequence.candidates)
+            draft = sequence.draft = drafter.draft(sequence.candidates)
             assert draft.shape.rows <= drafter.rows
             path: list[int] = []
             for row, rows in enumerate(draft.shape.row_paths):
@@ -59,7 +59,7 @@ class Simulation:
                 if row and guess == text[done : done + len(rows)] and len(rows) > len(path):
                     path = list(rows)
             emitted = text[done : done + len(path) + 1]
-            seconds = self._cost(drafter.rows) + self._of_heads * drafter.heads
+            seconds = self._cost(draft.shape.rows) + self._of_heads * drafter.heads
             taken += seconds
             seconds *= 0.03 * np.exp(self._noise * self.rng.normal())
             after = text[done + len(emitted) :]

@@ -114,6 +114,17 @@ def test_good_heads_are_used_nearly_as_well_as_costs_known_beforehand_allow(seed
     assert simulation.sequence.stats.trust[0] == pytest.approx(1.0, abs=0.25)
 
 
+@pytest.mark.parametrize("sure", [0.6, 0.999])
+def test_costs_are_those_of_the_rows_that_ran(sure: float) -> None:
+    """Where few candidates are likely, a step that was to measure 8 rows ran fewer, and 8 looked cheap."""
+    simulation = Simulation(staircase, noise=0.0)
+    for _ in range(2):
+        simulation.run(heads(sure, right=0.5))
+    costs = simulation.sequence.stats.costs
+    assert costs is not None
+    assert [costs[str(rows)] for rows in (4, 8)] == pytest.approx([staircase(rows) for rows in (4, 8)], rel=0.1)
+
+
 def test_it_comes_back_when_heads_become_good() -> None:
     simulation = Simulation(staircase)
     for _ in range(4):
