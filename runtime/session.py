@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,7 @@ class Session:
         sizes = tuple(sorted({rows for rows in (1, *(step_rows or SIZES)) if rows <= self.max_rows}))
         self.row_budget = RowBudget(sizes, heads.num_heads, heads.platt_scaling, padded=abilities.padded)
         self.loop = Loop(executor, self.slots, self.row_budget, limits.prefill_chunk)
-        self._driver = Driver(self.loop)
+        self.driver = Driver(self.loop)
 
     # -- text ------------------------------------------------------------------------------------------------------
 
@@ -76,7 +76,7 @@ class Session:
         Raises:
             DeployError: the request is refused, or its generation failed.
         """
-        handle = self.submit(_request(prompt, speculative, options))
+        handle = self.submit(request_of(prompt, speculative, options))
         try:
             return handle.result()
         finally:
@@ -88,7 +88,7 @@ class Session:
         Raises:
             DeployError: when the first chunk is asked for: the request is refused; later: its generation failed.
         """
-        return self._stream(_request(prompt, speculative, options))
+        return self._stream(request_of(prompt, speculative, options))
 
     def _stream(self, request: Request) -> Iterator[Chunk]:
         handle = self.submit(request)
@@ -115,7 +115,7 @@ class Session:
                         yield index, Generation("", [], "error", [], Stats(), error=error)
                 if not running:
                     return
-                self._driver.until(lambda: any(handle.done for handle in running.values()))
+                self.driver.until(lambda: any(handle.done for handle in running.values()))
                 for index in [index for index, handle in running.items() if handle.done]:
                     yield index, running.pop(index).wait()
         finally:
@@ -128,6 +128,19 @@ class Session:
         Raises:
             DeployError: the request is refused; it holds nothing then.
         """
+        handle = self.prepare(request)
+        self.loop.submit(handle)
+        return handle
+
+    def prepare(self, request: Request, *, notify: Callable[[], object] | None = None, since: float | None = None) -> Handle:
+        """Encode and check a request. Returns its handle, which ``loop.submit`` queues; until then it holds nothing.
+
+        ``notify``: see :class:`Handle`. ``since``: the monotonic time from which its deadline counts; None: from now.
+
+        Raises:
+            DeployError: the request is refused.
+        """
+        since = time.monotonic() if since is None else since
         ids = self.encode(request)
         manifest = self.manifest
         capacity = manifest.limits.capacity
@@ -154,12 +167,10 @@ class Session:
             drafter=self._drafter(request, ids),
             keep_hidden=request.keep_hidden,
             priority=request.priority,
-            deadline=None if request.deadline is None else time.monotonic() + request.deadline,
+            deadline=None if request.deadline is None else since + request.deadline,
             cancel=request.cancel,
         )
-        handle = Handle(sequence, output, self._driver)
-        self.loop.submit(handle)
-        return handle
+        return Handle(sequence, output, self.driver, notify)
 
     def _drafter(self, request: Request, tokens: list[int]) -> Drafter:
         """The drafter that the request asks for.
@@ -196,7 +207,8 @@ class Session:
         return FixedTree(tree)
 
 
-def _request(prompt: str | None, speculative: bool, options: dict[str, Any]) -> Request:
+def request_of(prompt: str | None, speculative: bool, options: dict[str, Any]) -> Request:
+    """The request that keyword arguments ask for."""
     known = [*(field.name for field in fields(Request)), "tree", "rows", "lookup", "drafter"]
     unknown = set(options) - set(known)
     if unknown:

@@ -22,8 +22,11 @@ class Handle:
     Reading a handle drives the loop where nobody else does. A handle that isn't read goes on as long as others are.
     """
 
-    def __init__(self, sequence: Sequence, output: TextOutput, driver: Driver) -> None:
-        self._sequence, self._output, self._driver = sequence, output, driver
+    def __init__(
+        self, sequence: Sequence, output: TextOutput, driver: Driver, notify: Callable[[], object] | None = None
+    ) -> None:
+        """``notify``: called by the thread that runs the loop, after each new chunk and at the end. It must not raise or wait."""
+        self._sequence, self._output, self._driver, self._notify = sequence, output, driver, notify
         self._chunks: deque[Chunk] = deque()
         self._text: list[str] = []
         self._given = sequence.prompt_length  # tokens up to here were handed over
@@ -39,11 +42,29 @@ class Handle:
         """The error that ended it, if one did."""
         return self._sequence.error if self.done else None
 
+    @property
+    def last(self) -> Chunk | None:
+        """The chunk with the finish reason; None while the request is under way."""
+        return self._last
+
     def cancel(self) -> None:
         """End the request before its next step; what was emitted stays."""
         if not self.done:
             self._sequence.cancelled = True
             self._driver.settle()
+
+    def abort(self, error: Exception) -> None:
+        """End the request with ``error`` before its next step; what was emitted stays."""
+        if not self.done:
+            self._sequence.fail(error)
+            self._driver.settle()
+
+    def take(self) -> Chunk | None:
+        """Return the next chunk if one lies ready, without waiting. The last chunk isn't among them: see :attr:`last`."""
+        try:
+            return self._chunks.popleft()
+        except IndexError:  # nothing yet, or another thread has read it
+            return None
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the chunks as they are emitted, each to one reader, and the one with the finish reason last, to every reader.
@@ -53,11 +74,8 @@ class Handle:
         """
         while not self.done or self._chunks:
             self._driver.until(lambda: bool(self._chunks) or self.done)
-            try:
-                chunk = self._chunks.popleft()
-            except IndexError:  # the request has ended, or another thread has read it
-                continue
-            yield chunk
+            if (chunk := self.take()) is not None:
+                yield chunk
         assert self._last is not None
         yield self._last
         if self._sequence.error is not None:
@@ -99,14 +117,19 @@ class Handle:
             text = self._checked(lambda: self._output.push(tokens))
             self._text.append(text)
             self._chunks.append(Chunk(text, tokens))
+            self._tell()
 
     def end(self) -> None:
         """Hand the rest over, with the finish reason and the statistics. Does it once."""
-        if self.done:
-            return
-        self.put()
-        text = self._checked(self._output.flush)
-        self._last = Chunk(text, [], self._sequence.finish_reason, self._sequence.stats)
+        if not self.done:
+            self.put()
+            text = self._checked(self._output.flush)
+            self._last = Chunk(text, [], self._sequence.finish_reason, self._sequence.stats)
+        self._tell()  # again where an interrupt came between: whoever waits must hear of the end
+
+    def _tell(self) -> None:
+        if self._notify is not None:
+            self._notify()
 
     def _checked(self, decode: Callable[[], str]) -> str:
         """Return the text of ``decode``. A stop string in it, or an error, ends the sequence."""

@@ -33,6 +33,7 @@ class Loop:
         self.executor, self.slots, self.row_budget = executor, slots, row_budget
         self.scheduler = Scheduler(prefill_chunk)
         self.clock: Callable[[], float] = time.perf_counter
+        self.stepped: float | None = None  # when the newest step ended, by the monotonic clock
         self._submitted: deque[Handle] = deque()  # the mailbox
         self._handles: dict[Sequence, Handle] = {}  # of all sequences that wait or run, in order of arrival
 
@@ -68,6 +69,7 @@ class Loop:
         except BaseException:
             self._abandon(taking_part)
             raise
+        self.stepped = time.monotonic()
         return True
 
     # -- who takes part --------------------------------------------------------------------------------------------
