@@ -46,9 +46,7 @@ def merge_adapter(module: Any, adapter: Adapter) -> Any:
             hint=_OTHER,
         )
     config = peft.LoraConfig(
-        r=adapter.shape.rank,
-        lora_alpha=adapter.shape.alpha,
-        target_modules=list(adapter.shape.targets),  # type: ignore[arg-type]
+        r=adapter.shape.rank, lora_alpha=adapter.shape.alpha, target_modules=list(adapter.shape.targets)  # type: ignore[arg-type]
     )
     model = peft.PeftModel(module, config)
     peft.set_peft_model_state_dict(model, tensors)
