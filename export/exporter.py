@@ -32,7 +32,7 @@ from .graphs import HEADS_GRAPH, write_graphs
 from .heads.layouts import check_fit, read_heads
 from .heads.module import HeadStack
 from .passes.matmuls import plain_step_bytes
-from .proof.check import CheckReport, check_executor
+from .proof.check import CheckReport, check_executor, graph_windows
 from .proof.device_executor import DeviceGraphExecutor
 from .proof.linked_check import check_linked
 from .trace.failures import named_failures
@@ -118,7 +118,8 @@ def export_bundle(
         if weights == "linked":
             checks, places = check_linked(folder, graphs, layout, capacity, backbone, stack, report)
         else:
-            checks = _check(folder, graphs, layout, backbone, stack, report)
+            checks = _check(folder, graphs, layout, capacity, backbone, stack, report)
+        warnings += _missed(checks)
         report("hashing")
         known = {path: future.result() for path, future in hashes.items()}
         provenance = {
@@ -173,14 +174,31 @@ def _manifest(
 
 @named_failures("run")
 def _check(
-    folder: Path, graphs: dict[str, str], layout: CacheLayout, backbone: Backbone, stack: HeadStack, report: Report
+    folder: Path,
+    graphs: dict[str, str],
+    layout: CacheLayout,
+    capacity: int,
+    backbone: Backbone,
+    stack: HeadStack,
+    report: Report,
 ) -> dict[str, CheckReport]:
     """Run every variant against the torch module."""
+    windows = graph_windows(folder / graphs["cpu"])
     sizes = (stack.config.num_heads, stack.top_k, backbone.shape.hidden_size, backbone.shape.vocab_size)
     reports = {}
     for name, file in graphs.items():
         report(f"checking the {name} graph")
         model = OrtModel(folder / file, folder / HEADS_GRAPH, layout, *sizes)
         executor = DeviceGraphExecutor(model) if name == "device" else OrtExecutor(model)
-        reports[name] = check_executor(executor, backbone, stack)
+        reports[name] = check_executor(executor, backbone, stack, capacity, windows)
     return reports
+
+
+def _missed(checks: dict[str, CheckReport]) -> list[str]:
+    """Warn of windows that the check was too short for."""
+    missed = sorted({window for check in checks.values() for window in check.missed})
+    return [
+        f"the check was shorter than the window of {window} tokens, because it would have taken too long: what lies beyond the "
+        "window wasn't compared"
+        for window in missed
+    ]

@@ -49,9 +49,7 @@ def load_backbone(source: Path, dtype: str, capacity: int, adapter: Adapter | No
             parameter.data = parameter.data.to(DTYPES[dtype])
     _check_finite(module)
     freeze_rope(module)
-    return Backbone(
-        module, backbone_shape(module), DTYPES[dtype], warnings=tuple(notes), logits=find_logit_change(module)
-    )
+    return Backbone(module, backbone_shape(module), DTYPES[dtype], warnings=tuple(notes), logits=find_logit_change(module))
 
 
 def load_module(source: Path, dtype: str) -> Any:
@@ -162,6 +160,8 @@ def check_architecture(config: Any, capacity: int) -> None:
         )
     for rope in _ropes(config):
         kind = rope.get("rope_type", "default")
+        if kind == "longrope" and "short_factor" in rope and rope["short_factor"] == rope.get("long_factor"):
+            continue
         if kind in _LENGTH_DEPENDENT_ROPE:
             limit = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
             limit = int(limit or config.max_position_embeddings)

@@ -94,6 +94,9 @@ def report_text(report: dict[str, Any], output: Path) -> str:
             f"\nchecked: the first {weights['checked_layers']} of {weights['layers']} layers ran; the places of all {tensors} "
             f"weights hold the right tensors\nweights: {len(weights['files'])} files ({files})"
         )
+    windows = next(iter(report["check"].values()))["windows"]
+    if windows:
+        checked += f"\nchecked: past windows of {', '.join(map(str, windows))} tokens"
     if report["adapter"] is not None:
         adapter = report["adapter"]
         checked += f"\nbackbone: the heads' adapter (rank {adapter['rank']}) is merged into it"
