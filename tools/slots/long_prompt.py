@@ -95,7 +95,7 @@ def _arrival(session: Session, prompts: Sequence[list[int]], way: Way, request: 
             ready.release()
 
     def stream(index: int) -> Answer:
-        longest = {"max_new_tokens": capacity - len(prompts[index]), "ignore_eos": True, "cancel": stop.is_set}
+        longest: dict[str, Any] = {"max_new_tokens": capacity - len(prompts[index]), "ignore_eos": True, "cancel": stop.is_set}
         return read(session, index, Request(token_ids=prompts[index], **longest, **way.options), seen)
 
     with ThreadPoolExecutor(len(prompts)) as users:
