@@ -250,7 +250,4 @@ def load(
     threads = None if threads is None else integer("threads", threads, 1)
     check_hashes = flag("check_hashes", check_hashes, default=True)
     opened = open_bundle(bundle, check_hashes=check_hashes)
-    limits = opened.manifest.limits
-    if not 1 <= slots <= limits.batch:
-        raise UsageError(f"{slots} slots, the bundle allows 1 to {limits.batch}", hint=f"export with --batch {max(slots, 1)}")
     return Session(opened, load_backend(opened, LoadOptions(backend, target, slots, threads, variant)))
