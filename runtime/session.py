@@ -53,7 +53,8 @@ class Session:
         step_rows = abilities.step_rows
         self.max_rows = limits.max_rows if step_rows is None else min(step_rows[-1], limits.max_rows)
         sizes = tuple(sorted({rows for rows in (1, *(step_rows or SIZES)) if rows <= self.max_rows}))
-        self.row_budget = RowBudget(sizes, heads.num_heads, heads.platt_scaling, padded=abilities.padded)
+        shared = {"padded": abilities.padded, "packed": abilities.packed}
+        self.row_budget = RowBudget(sizes, heads.num_heads, heads.platt_scaling, **shared)
         self.loop = Loop(executor, self.slots, self.row_budget, limits.prefill_chunk)
         self._driver = Driver(self.loop)
 

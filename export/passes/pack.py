@@ -78,11 +78,10 @@ def _attend_by_slot(
     for slot in range(slots):
         given: list[ir.Value | None] = [None if part is None else part[slot] for part in parts]
         for index, value in enumerate(attention.inputs[3:], start=3):
-            if value is not None and value.is_graph_input() and index != _POSITIONS:
-                value = _of_slot(graph, value, slot)
-            elif value is not None and index == _POSITIONS:
-                value = positions[slot]
-            given.append(value)
+            if value is None or not value.is_graph_input():
+                given.append(value)
+            else:
+                given.append(positions[slot] if index == _POSITIONS else _of_slot(graph, value, slot))
         outputs = [ir.Value(name=f"{attention.outputs[0].name}@{slot}")]
         outputs += [ir.Value(name=step_io.of_slot(str(value.name), slot)) for value in attention.outputs[1:]]
         for made, old in zip(outputs, attention.outputs, strict=True):

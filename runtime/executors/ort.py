@@ -72,7 +72,8 @@ class OrtExecutor(OrtBase):
         self._cache_values = [[self._value(cache[slot : slot + 1]) for cache in self.caches] for slot in range(layout.slots)]
         self._graph_moves = step_io.COMMIT in self._inputs
         self._windows = step_io.mask_windows(sorted(self._inputs))  # only CPU graphs read masks
-        self.abilities = Abilities(layout.slots, model.num_heads if self._graph_moves else max(DEEPEST, model.num_heads))
+        deepest = model.num_heads if self._graph_moves else max(DEEPEST, model.num_heads)
+        self.abilities = Abilities(layout.slots, deepest, packed=bool(self._packed_sessions))
         self._margin = model.num_heads
         self._bound: Recent[Bound] = Recent()
         self._packed: Recent[PackedStep] = Recent()

@@ -147,7 +147,8 @@ class PackedStep:
         mask = self._array(named, shape, self._model.layout.dtype)
         if mask is not known:
             mask[..., : self._margin] = step_io.HIDDEN_BIAS
-        return mask[0, 0]
+        rows: np.ndarray = mask[0, 0]
+        return rows
 
     def _array(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """The array that is bound to the input ``name``, of this shape."""

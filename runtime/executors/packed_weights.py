@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 CACHE_VARIABLE = "MEDUSA_DEPLOY_CACHE"
 """Environment variable that names the cache's folder."""
@@ -151,8 +150,7 @@ def _contents(entries: list[bytes]) -> set[tuple[bytes, ...]]:
     """What entries say of the data itself: lengths, and names of packed forms, which hold a hash of the data."""
     pairs = [(_all(entry, 1)[0], _all(entry, 2)[0]) for entry in entries]
     lengths = {(key, value) for key, value in pairs if key == b"length"}
-    packed = {tuple(part.split(b"|")[0] for part in value.split(b";")[:1]) for key, value in pairs if key.startswith(b"prepacked")}
-    return lengths | packed
+    return lengths | {(b"packed", value.split(b"|")[0]) for key, value in pairs if key.startswith(b"prepacked")}
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int, bytes | int]]:

@@ -73,11 +73,11 @@ logits_wanted           bool []            true if more than the greedy choice n
 
 A graph has the masks that its layers read: no ``mask`` where all of them have a window.
 
-The *packed* CPU graphs step n slots at once. Their rows follow each other in one sequence: B is 1, N counts the rows of all slots,
-and R those of them that get logits. Row numbers in ``logit_rows``, ``parents``, ``paths`` and ``last_row`` count in that sequence.
-Inputs that a slot's attention reads exist once a slot, as ``NAME@i`` for the i-th slot of the step: masks, last_rows, visible, and
-the caches, which may have other sizes from slot to slot. ``last_row``, ``next_token``, ``candidates`` and ``log_probs`` have n
-entries.
+The *packed* CPU graphs step n slots at once. Their rows follow each other in one sequence: B is 1, N counts the rows of all
+slots, and R those of them that get logits. Numbers in ``logit_rows`` and ``last_row`` count all rows; ``parents`` and the last
+axis of ``paths`` count those with logits. Inputs that a slot's attention reads exist once a slot, as ``NAME@i`` for the i-th slot
+of the step: masks, last_rows, visible, and the caches, which may have other sizes from slot to slot. ``last_row``,
+``next_token``, ``candidates`` and ``log_probs`` have n entries.
 
 ======================= ================== ===================================================================
 input, packed graphs    shape              meaning

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,7 @@ def alone(tiny_bundle: Path) -> Session:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of places of each call of a graph; 1 for the graph of one slot."""
     seen: list[int] = []
     run = onnxruntime.InferenceSession.run_with_iobinding
@@ -49,10 +48,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         run(self, *arguments)
 
     monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", noted)
-    yield seen
+    return seen
 
 
-shapes = st.lists(st.integers(0, 30), max_size=6).map(lambda picks: Shape.of((-1, *sorted(p % (i + 1) for i, p in enumerate(picks)))))
+shapes = st.lists(st.integers(0, 30), max_size=6).map(
+    lambda picks: Shape.of((-1, *sorted(pick % (row + 1) for row, pick in enumerate(picks))))
+)
 
 
 @st.composite
@@ -102,7 +103,11 @@ def run_alone(session: Session, prompt: np.ndarray, rows: SlotRows) -> SlotResul
 
 
 sampled = st.builds(
-    SamplingParams, mode=st.just("sample"), temperature=st.floats(0.2, 1.5), top_p=st.sampled_from([0.8, 1.0]), seed=st.integers(0, 9)
+    SamplingParams,
+    mode=st.just("sample"),
+    temperature=st.floats(0.2, 1.5),
+    top_p=st.sampled_from([0.8, 1.0]),
+    seed=st.integers(0, 9),
 )
 requests = st.builds(
     Request,
