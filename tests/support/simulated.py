@@ -106,7 +106,8 @@ class PackedSimulation:
                 emitted.append(texts[index][done : done + len(path) + 1][: tokens + 1 - len(sequence.tokens)])
                 after = texts[index][done + len(emitted[-1]) :]
                 sequence.candidates = proposals[index](self.rng, after) if sequence.drafter.heads else None
-                sequence.stats.add_step(draft.shape.rows, len(path), len(emitted[-1]), heads=sequence.drafter.heads, looked_up=False)
+                counts = (draft.shape.rows, len(path), len(emitted[-1]))
+                sequence.stats.add_step(*counts, heads=sequence.drafter.heads, looked_up=False)
             self.rows.append([sequence.draft.shape.rows for sequence in active])
             seconds = self._cost(sum(self.rows[-1])) + self._of_heads * any(sequence.drafter.heads for sequence in active)
             taken += seconds

@@ -14,8 +14,8 @@ from medusa_deploy.runtime import Request, SamplingParams
 from medusa_deploy.runtime.drafting.row_budget import _best
 from medusa_deploy.runtime.drafting.step_cost import StepCost, Track
 from medusa_deploy.runtime.executors.step_plan import SlotResult, StepPlan, StepResult
-from support.fake_executor import FakeSession, fake_session
 from medusa_deploy.runtime.loop.sequence import Sequence
+from support.fake_executor import FakeSession, fake_session
 from support.simulated import PackedSimulation, Simulation, heads
 from support.tiny import VOCAB
 
