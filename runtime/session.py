@@ -53,7 +53,8 @@ class Session:
         step_rows = abilities.step_rows
         self.max_rows = limits.max_rows if step_rows is None else min(step_rows[-1], limits.max_rows)
         sizes = tuple(sorted({rows for rows in (1, *(step_rows or SIZES)) if rows <= self.max_rows}))
-        self.row_budget = RowBudget(sizes, heads.num_heads, heads.platt_scaling, padded=abilities.padded)
+        shared = {"padded": abilities.padded, "packed": abilities.packed}
+        self.row_budget = RowBudget(sizes, heads.num_heads, heads.platt_scaling, **shared)
         self.loop = Loop(executor, self.slots, self.row_budget, limits.prefill_chunk)
         self.driver = Driver(self.loop)
 
@@ -262,7 +263,4 @@ def load(
     threads = None if threads is None else integer("threads", threads, 1)
     check_hashes = flag("check_hashes", check_hashes, default=True)
     opened = open_bundle(bundle, check_hashes=check_hashes)
-    limits = opened.manifest.limits
-    if not 1 <= slots <= limits.batch:
-        raise UsageError(f"{slots} slots, the bundle allows 1 to {limits.batch}", hint=f"export with --batch {max(slots, 1)}")
     return Session(opened, load_backend(opened, LoadOptions(backend, target, slots, threads, variant)))

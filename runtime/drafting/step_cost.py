@@ -8,9 +8,6 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
-PLAIN = (1, False)
-"""One row without heads: its cost is the unit."""
-
 _SLOPE, _HEADS = 0.05, 0.05
 """Assumed costs of a row and of the heads before any step has been seen."""
 
@@ -19,7 +16,7 @@ _STEADY = 0.05
 """Least uncertainty of a cost, as a share of the uncertainty of one observation: costs drift."""
 
 _ALONE, _LONGEST = 3, 32
-"""Steps of one size in a row after which it is compared with one row: at first, and when it was compared often."""
+"""Steps of one size in a row after which it is compared with a plain step: at first, and when it was compared often."""
 
 StepKind = tuple[int, bool]
 """Rows of a step, and whether the heads ran in it."""
@@ -36,6 +33,8 @@ class Track:
 class StepCost:
     """Costs of steps, in plain steps: ``of(n, heads)`` = time of a step of n rows ÷ time of a plain one.
 
+    A plain step has no heads and the fewest rows: one for each sequence.
+
     Only two steps of the same sequences that followed each other are compared. They ran under the same load and behind the same
     context, so the ratio of their times is the ratio of their costs, however busy the machine is. Prefill chunks in between don't
     count in these times. Each observation moves both costs by as much as they are uncertain. A surprise is cut off, so that an
@@ -44,15 +43,19 @@ class StepCost:
     """
 
     def __init__(self, sizes: tuple[int, ...]) -> None:
-        """``sizes``: the numbers of rows that a step may have, ascending from 1."""
-        assert sizes[0] == 1 and all(a < b for a, b in pairwise(sizes))
+        """``sizes``: the numbers of rows that a step may have, ascending from those of a plain one."""
+        assert all(a < b for a, b in pairwise(sizes))
         self.sizes = sizes
         self.heads = _HEADS
-        self._known = {1: 1.0}
+        self.plain_seconds = 0.0
+        """Time of a plain step lately; 0 before one was seen."""
+        self._plain = plain = sizes[0]
+        self._known = {plain: 1.0}
         self._seen: Counter[StepKind] = Counter()
         self._compared: Counter[StepKind] = Counter()
-        small, large = (next((size for size in sizes if size >= wish), sizes[-1]) for wish in (4, 8))
-        self._first = {PLAIN: 4, (1, True): 4, **{(size, True): 2 for size in (small, large)}}
+        wishes = (plain + max(3, plain // 2), plain + max(7, plain))
+        small, large = (next((size for size in sizes if size >= wish), sizes[-1]) for wish in wishes)
+        self._first = {(plain, False): 4, (plain, True): 4, **{(size, True): 2 for size in (small, large)}}
         self._draw()
 
     def _draw(self) -> None:
@@ -68,13 +71,13 @@ class StepCost:
     def to_measure(self, track: Track, most: int = sys.maxsize) -> StepKind | None:
         """The kind of step of at most ``most`` rows that teaches most where costs are guesses yet.
 
-        None when enough is known to choose. A size that is taken again and again is compared with one row now and then: alone, it
-        would never be found out.
+        None when enough is known to choose. A size that is taken again and again is compared with a plain one now and then:
+        alone, it would never be found out.
         """
         if track.newest is not None:
             (rows, heads), _ = track.newest
-            if rows > 1 and track.in_a_row >= min(_ALONE + 2 * self._compared[rows, heads], _LONGEST):
-                return 1, heads
+            if rows > self._plain and track.in_a_row >= min(_ALONE + 2 * self._compared[rows, heads], _LONGEST):
+                return self._plain, heads
         wanting = [kind for kind, times in self._first.items() if kind[0] <= most and self._seen[kind] < times]
         return min(wanting, key=lambda kind: self._seen[kind], default=None)
 
@@ -82,6 +85,9 @@ class StepCost:
         """Learn from a step and the one before it in ``track``. The first one of a kind only warms up: engines allocate then."""
         kind, previous = (rows, heads), track.newest
         self._seen[kind] += 1
+        if self._seen[kind] > 1:
+            plain = seconds / self.of(rows, heads)
+            self.plain_seconds += (plain - self.plain_seconds) * (0.1 if self.plain_seconds else 1.0)
         track.in_a_row = track.in_a_row + 1 if previous is not None and previous[0] == kind else 1
         track.newest = (kind, seconds) if seconds > 0 and self._seen[kind] > 1 else None
         if track.newest is None or previous is None or previous[0] == kind:
@@ -108,18 +114,19 @@ class StepCost:
         start = self._known[below]
         if above:
             return start + (self._known[above] - start) * (rows - below) / (above - below)
-        return start + max((start - 1) / (below - 1) if below > 1 else _SLOPE, 0.0) * (rows - below)
+        beyond = below - self._plain
+        return start + max((start - 1) / beyond if beyond else _SLOPE / self._plain, 0.0) * (rows - below)
 
     def _uncertainty(self, kind: StepKind) -> float:
         """Variance of the logarithm of a cost, in those of one observation."""
-        return 0.0 if kind == PLAIN else max(1 / (self._compared[kind] + 0.5), _STEADY)
+        return 0.0 if kind == (self._plain, False) else max(1 / (self._compared[kind] + 0.5), _STEADY)
 
     def _move(self, kind: StepKind, change: float) -> None:
-        if kind == PLAIN:
-            return
         rows, heads = kind
+        if kind == (self._plain, False):
+            return
         cost = self.of(rows, heads) * math.exp(change)
-        if rows == 1:
+        if rows == self._plain:
             self.heads = max(cost - 1, _LEAST)
         else:
             self._known[rows] = max(cost - heads * self.heads, _LEAST)
