@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ...runtime.arguments import MAX_INTEGER, numbers, settle
+
 if TYPE_CHECKING:
     from ...calibration.answers.answers import Answerer
     from ...runtime.text.encoder import PromptEncoder
@@ -34,6 +36,11 @@ class AnswerPlan:
     slots: int = 48
     device: str = "cpu"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        settle(self, dict.fromkeys(("max_new_tokens", "slots"), (1, MAX_INTEGER)))
+        temperatures = (0.0,) if self.temperatures is None else numbers("temperatures", self.temperatures)
+        object.__setattr__(self, "temperatures", temperatures)
 
 
 class Backbone(NamedTuple):
