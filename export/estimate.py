@@ -16,8 +16,8 @@ from ..runtime.files.heads import HeadConfig, HeadSet
 from ..runtime.tree import MAX_ROWS, ROOT_ONLY, Tree, chain
 from .backbone.backbone import backbone_shape, load_config
 from .backbone.linked import stored_parameters
-from .backbone.positions import check_positions
 from .backbone.record import DTYPES
+from .backbone.refusal.positions import check_positions
 from .heads.layouts import ReadHeads, check_fit, read_heads
 from .quantise.cpu_heads import narrow_size
 from .quantise.screen import screen_size

@@ -24,8 +24,8 @@ from ..runtime.files.manifest import MANIFEST_NAME, HeadFacts, Limits, Manifest,
 from ..runtime.tree import Tree
 from .backbone.backbone import load_backbone
 from .backbone.linked import load_linked_backbone, prune_projection
-from .backbone.positions import check_positions
 from .backbone.record import Backbone
+from .backbone.refusal.positions import check_positions
 from .backbone.tokenizer import write_text_files
 from .estimate import DEFAULT_TREE, check_before_weights, checked_choices, checked_limit, tree_rows
 from .graphs import HEADS_GRAPH, write_graphs

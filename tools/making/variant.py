@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ...runtime.files.bundle import Bundle
     from ...runtime.files.scales_file import Scales
     from ..console import Progress
-    from ..measure.divergence import Divergence
+    from ..measure.kl import Divergence
 
 BITS = (4, 8, 32)
 ROUNDINGS = ("gptq", "nearest")
@@ -138,7 +138,7 @@ def _divergence(bundle: Bundle, data: Path | None, threads: int | None, bar: Pro
     from ...calibration.int8.samples import categories_in_turn
     from ...runtime.session import load
     from ...runtime.text.prompts import read_prompts
-    from ..measure.divergence import Divergence
+    from ..measure.kl import Divergence
     from ..prompt_source import packaged_prompts
 
     bar.phase("answers for the budget")

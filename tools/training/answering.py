@@ -152,13 +152,14 @@ def _in_runtime(plan: AnswerPlan, heads: Path | None) -> Backbone:
     from ...calibration.answers.distill import RuntimeAnswerer
     from ...export.exporter import export_bundle
     from ...runtime.session import load
-    from ..console import Progress
+    from ..console import Progress, warn
 
     bundle = plan.work / ("backbone" if heads is None else "tuned-bundle")
     if heads is not None or not bundle.exists():
         with Progress("exporting") as progress:
             export_bundle(plan.model, heads, bundle, batch=plan.slots, capacity=_CAPACITY, force=True, report=progress.phase)
     session = load(bundle, slots=plan.slots, variant="cpu")
+    warn(session.manifest.provenance.get("warnings", ()))
     return Backbone(RuntimeAnswerer(session), session.encoder)
 
 
@@ -169,11 +170,13 @@ def _in_torch(plan: AnswerPlan, heads: Path | None) -> Backbone:
     from ...export.backbone.tokenizer import write_text_files
     from ...export.heads.layouts import read_heads
     from ...runtime.text.encoder import PromptEncoder
+    from ..console import warn
 
     module = load_module(plan.model, "fp32")
     text_folder = plan.work / "text"
     text_folder.mkdir(exist_ok=True)
-    text, _ = write_text_files(plan.model, module.config, text_folder)
+    text, warnings = write_text_files(plan.model, module.config, text_folder)
+    warn(warnings)
     vocab_size = int(module.get_output_embeddings().weight.shape[0])
     adapter = None if heads is None else read_heads(heads).adapter
     weights = backbone_digest(module)
