@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from .arguments import flag, integer, shown
+from .arguments import flag, integer, path, shown
 from .drafting.adaptive import AdaptiveDrafter
 from .drafting.checked import CheckedDrafter
 from .drafting.draft import BestRows, Drafter, FixedTree
@@ -219,11 +218,6 @@ def request_of(prompt: str | None, speculative: bool, options: dict[str, Any]) -
     return Request(prompt=prompt, **options)
 
 
-def _check_path(bundle: object) -> None:
-    if not isinstance(bundle, (str, os.PathLike)) or not os.fspath(bundle):
-        raise UsageError(f"bundle is {shown(bundle)}", hint="bundle is the path of a folder")
-
-
 def load(
     bundle: Path | str,
     *,
@@ -251,7 +245,7 @@ def load(
     from .backends import BACKENDS, LoadOptions
     from .files.bundle import open_bundle
 
-    _check_path(bundle)
+    bundle = path("bundle", bundle)
     backend = "cpu" if backend is None else backend
     load_backend = BACKENDS.get(backend) if isinstance(backend, str) else None
     if load_backend is None:

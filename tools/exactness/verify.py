@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...runtime.arguments import flag, integer, number
 from ...runtime.request import Request
 from ...runtime.sampling import SamplingParams
 from ...runtime.session import Session
@@ -61,6 +62,8 @@ def verify(
         CapacityError: a prompt and its answer don't fit.
         TreeError: a tree doesn't fit the bundle.
     """
+    best_rows, max_new_tokens = flag("best_rows", best_rows), integer("max_new_tokens", max_new_tokens, 64)
+    tolerance = number("tolerance", tolerance, None)
     check_room(session, list(prompts), max_new_tokens)
     finder = DivergenceFinder(session, tolerance_of(session) if tolerance is None else tolerance)
     ways = {name: Way(tree) for name, tree in trees.items()}

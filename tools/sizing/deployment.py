@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ...runtime.arguments import MAX_INTEGER, integer, integers, number
 from ...runtime.errors import UsageError
 from ...runtime.files.heads import HeadConfig, HeadKind, Projection
 from .advice import commands_for, notes_for, suggestions_for
@@ -95,6 +96,11 @@ def plan_deployment(
         UsageError: an unknown size, GPU, precision or form of heads, or a number out of range.
         CheckpointError, UnsupportedArchitectureError, BundleError, MissingDependencyError: the model or bundle can't be read.
     """
+    any_integer = -MAX_INTEGER
+    capacity, batch = integer("capacity", capacity, None, any_integer), integer("batch", batch, None, any_integer)
+    num_heads, context = integer("num_heads", num_heads, 4, any_integer), integer("context", context, None, any_integer)
+    rows, reserve = None if rows is None else integers("rows", rows, any_integer), integer("reserve", reserve, GIB, low=0)
+    acceptance, precision = number("acceptance", acceptance, None), "fp16" if precision is None else precision
     found = None if gpu is None else find_gpu(gpu)
     source = _source(size, model, bundle)
     if precision not in PRECISIONS:
