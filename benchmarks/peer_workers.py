@@ -207,7 +207,7 @@ class OursPlain(Peer):
         """Load the bundle, hashes checked."""
         from medusa_deploy.runtime import load
 
-        self.session = load(settings.path, threads=settings.threads, variant=self.variant)
+        self.session = load(settings.path, threads=settings.threads, variant=self.variant, prefix_cache=False)
         if self.speculative and self.session.tree.rows == 1:
             raise ValueError("the bundle has no heads: there is nothing to speculate with")
 
@@ -224,7 +224,7 @@ class OursPlain(Peer):
         from medusa_deploy.runtime.files.manifest import MANIFEST_NAME
         from medusa_deploy.tools.prompt_source import prompts_for
 
-        session = load(path, check_hashes=False)
+        session = load(path, check_hashes=False, prefix_cache=False)
         return {
             "prompts": prompts_for(session, None if prompts is None else Path(prompts), count),
             "eos_token_ids": sorted(session.manifest.text.eos_token_ids),

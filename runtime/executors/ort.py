@@ -61,7 +61,8 @@ class OrtExecutor(OrtBase):
         self._cache_values = [[self._value(cache[slot : slot + 1]) for cache in self.caches] for slot in range(layout.slots)]
         self._graph_moves = step_io.COMMIT in self._inputs
         self._windows = step_io.mask_windows(sorted(self._inputs))  # only CPU graphs read masks
-        self.abilities = Abilities(layout.slots, model.num_heads if self._graph_moves else max(DEEPEST, model.num_heads))
+        deepest = model.num_heads if self._graph_moves else max(DEEPEST, model.num_heads)
+        self.abilities = Abilities(layout.slots, deepest, copies=True)
         self._margin = model.num_heads
         self._bound: Recent[Bound] = Recent()
         self._with_nan: set[int] = set()  # slots whose cache may hold NaN
@@ -79,6 +80,14 @@ class OrtExecutor(OrtBase):
             if moves and slot not in in_graph:
                 self._move(slot, plan.lengths[slot], moves)
         return StepResult(tuple([self._slot(rows, plan.lengths[rows.slot], plan.moves[rows.slot]) for rows in plan.active]))
+
+    def copy(self, source: int, target: int, rows: int) -> None:
+        """Copy the first rows of a slot to another; see :class:`.executor.CopyingExecutor`."""
+        if target in self._with_nan:
+            self.caches[:, target] = 0
+            self._with_nan.remove(target)
+        end = self._margin + rows
+        self.caches[:, target, :, self._margin : end] = self.caches[:, source, :, self._margin : end]
 
     def _slot(self, rows: SlotRows, length: int, moves: tuple[int, ...]) -> SlotResult | Exception:
         try:
