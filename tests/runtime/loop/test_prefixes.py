@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +15,14 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from medusa_deploy.runtime import Request, SamplingParams, load
+from medusa_deploy.runtime.drafting.draft import Draft
 from medusa_deploy.runtime.errors import NumericsError, StepError, UsageError
 from medusa_deploy.runtime.loop import slots as slots_module
 from medusa_deploy.runtime.loop.handle import Handle
 from medusa_deploy.runtime.loop.slots import LEAST, SlotPool
+from medusa_deploy.runtime.tree import Shape
 from support.fake_executor import FakeSession, fake_session
+from support.interrupts import Interrupt, interrupt_at
 from support.tiny import VOCAB
 
 SYSTEM = [(7 * place + place // 5) % 120 for place in range(60)]
@@ -140,23 +145,67 @@ def test_a_probe_leaves_nothing_to_others() -> None:
     assert cached(session, SYSTEM) == 0
 
 
-def test_a_copy_that_fails_ends_its_own_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_fails_ends_its_own_request_and_spoils_no_other_text(monkeypatch: pytest.MonkeyPatch) -> None:
     session = fake_session(2)
-    cached(session, [*SYSTEM, *range(40)])
-    monkeypatch.setattr(session.executor, "copy", lambda *_: 1 / 0)
+    copy = session.executor.copy
+    monkeypatch.setattr(session.executor, "copy", lambda *arguments: copy(*arguments) or 1 / 0)
+    long, short = [*SYSTEM, *(place % 120 for place in range(140))], [99] * 40
+    assert [cached(session, text) for text in (long, short)] == [0, 0]
     with pytest.raises(StepError, match="division"):
         session.generate(token_ids=[*SYSTEM, 99, 98], max_new_tokens=4)
     assert session.slots.free == 2
-    assert cached(session, [*SYSTEM, *range(40)]) == len(SYSTEM) + 39
+    assert [cached(session, text) for text in (short, long)] == [0, len(long) - 1]
+
+
+class _Deep:
+    """Drafts the right tokens behind a wrong one: what is accepted never lies in place."""
+
+    rows, heads = 9, False
+    handle: Handle
+
+    def __init__(self, session: FakeSession) -> None:
+        self.language = session.language
+
+    def draft(self, candidates: object) -> Draft:
+        right = self.language.greedy(self.handle.sequence.tokens, self.rows - 2)
+        return Draft(Shape.of((-1, 0, 0, *range(2, self.rows - 1))), np.array([(right[0] + 1) % VOCAB, *right]))
 
 
 def test_a_text_that_filled_its_slot_is_held_as_far_as_its_rows_are_in_place() -> None:
-    for new in range(1, 12):
+    for new in range(1, 20):
         session = fake_session(capacity=64)
-        prompt = SYSTEM[: 64 - new]
-        answer = session.generate(token_ids=prompt, max_new_tokens=new).token_ids
+        session.executor.abilities = replace(session.executor.abilities, deepest=8)
+        prompt, drafter = SYSTEM[: 64 - new], _Deep(session)
+        drafter.handle = session.submit(Request(token_ids=prompt, max_new_tokens=new, drafting=drafter))
+        answer = drafter.handle.result().token_ids
         assert answer == session.language.greedy(prompt, new)
-        cached(session, [*prompt, *answer][:60])
+        again = [*prompt, *answer][:63]
+        found = session.generate(token_ids=again, max_new_tokens=1)
+        assert found.token_ids == session.language.greedy(again, 1) and found.stats.cached_tokens >= LEAST
+
+
+def test_an_interrupt_between_any_two_lines_of_the_pool_spoils_no_text() -> None:
+    texts = [[*SYSTEM[:40], *(place % 120 for place in range(60))], [99] * 40]
+    after = [*SYSTEM[:40], 7, 8]
+
+    def interrupted(place: int) -> list[str]:
+        session = fake_session(2, padded=True)
+        for text in texts:
+            cached(session, text)
+        with interrupt_at(place) as lines, suppress(Interrupt):
+            session.generate(token_ids=after, max_new_tokens=1)
+        if place:
+            session.generate(token_ids=[5], max_new_tokens=6)
+            for text in (*texts, after):
+                cached(session, text)
+            assert session.slots.free == 2
+        return lines
+
+    lines = [line if "slots.py" in line or "loop/loop.py" in line else "" for line in interrupted(0)]
+    places = {lines.index(line) + 1 for line in set(lines)} | {len(lines) - lines[::-1].index(line) for line in set(lines)}
+    assert len(places) > 100
+    for place in places:
+        interrupted(place)
 
 
 # -- the pool beside a model of it ---------------------------------------------------------------------------------
