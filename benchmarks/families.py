@@ -88,7 +88,7 @@ def export_and_verify(work: Path) -> dict[str, Any]:
     prompts = [rng.integers(3, VOCABULARY, length).tolist() for length in PROMPTS]
     logits_of = eager(work / "model")
     for variant in ("cpu", "standard"):
-        session = load(work / "bundle", variant=variant, threads=1)
+        session = load(work / "bundle", variant=variant, threads=1, prefix_cache=False)
         for prompt in prompts:
             for way in ({"speculative": False}, {"tree": tree}):
                 tokens = session.generate(token_ids=prompt, max_new_tokens=NEW_TOKENS, ignore_eos=True, **way).token_ids

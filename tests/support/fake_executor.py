@@ -79,7 +79,7 @@ class FakeExecutor:
         self.layout = CacheLayout(
             backbone.layers, slots, backbone.kv_heads, facts.limits.cache_rows, backbone.head_dim, facts.dtype
         )
-        self.abilities = Abilities(slots, heads.num_heads, padded=padded)
+        self.abilities = Abilities(slots, heads.num_heads, padded=padded, copies=True)
         self.engine_seconds = 0.0
         self.language = _language(backbone.vocab_size, heads.num_heads, heads.top_k, seed)
         self.calls = 0
@@ -106,6 +106,11 @@ class FakeExecutor:
     def propose(self, hidden: np.ndarray, root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         candidates = np.stack([self.language.propose(int(h[0]), int(r)) for h, r in zip(hidden, root, strict=True)])
         return candidates, np.zeros(candidates.shape, np.float32)
+
+    def copy(self, source: int, target: int, rows: int) -> None:
+        end = self._margin + rows
+        for cache in (self._tokens, self._positions):
+            cache[target, self._margin : end] = cache[source, self._margin : end]
 
     def took(self, seconds: float) -> None:
         """The newest call took so long; tests make it up."""

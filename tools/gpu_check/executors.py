@@ -30,7 +30,7 @@ def loaded_sessions(options: Options, report: Report) -> Iterator[tuple[str, Ses
 
     for backend in BACKENDS:
         try:
-            session = load(options.bundle, backend=backend, variant="standard" if backend == "cpu" else None)
+            session = load(options.bundle, backend=backend, variant="standard" if backend == "cpu" else None, prefix_cache=False)
         except Exception as error:
             report.skip(f"executor {backend}", error)
         else:

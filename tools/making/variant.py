@@ -121,7 +121,7 @@ def _moments(bundle: Bundle, data: Path | None, samples: int, threads: int | Non
     from ..prompt_source import check_room, packaged_prompts
 
     bar.phase("answers for GPTQ", samples)
-    session = load(bundle.folder, threads=threads, check_hashes=False)
+    session = load(bundle.folder, threads=threads, check_hashes=False, prefix_cache=False)
     prompts = read_samples(session, data or packaged_prompts("train"), samples, MOMENT_TOKENS + 1)
     check_room(session, prompts, MOMENT_TOKENS + 1)
     texts = []
@@ -142,7 +142,7 @@ def _divergence(bundle: Bundle, data: Path | None, threads: int | None, bar: Pro
     from ..prompt_source import packaged_prompts
 
     bar.phase("answers for the budget")
-    session = load(bundle.folder, variant="cpu", threads=threads, check_hashes=False)
+    session = load(bundle.folder, variant="cpu", threads=threads, check_hashes=False, prefix_cache=False)
     lines = categories_in_turn(read_prompts(data or packaged_prompts("train"))[::-1])[:BUDGET_PROMPTS]
     return Divergence(session, [session.encode(line.request()) for line in lines], BUDGET_TOKENS, threads)
 

@@ -158,7 +158,7 @@ def _in_runtime(plan: AnswerPlan, heads: Path | None) -> Backbone:
     if heads is not None or not bundle.exists():
         with Progress("exporting") as progress:
             export_bundle(plan.model, heads, bundle, batch=plan.slots, capacity=_CAPACITY, force=True, report=progress.phase)
-    session = load(bundle, slots=plan.slots, variant="cpu")
+    session = load(bundle, slots=plan.slots, variant="cpu", prefix_cache=False)
     warn(session.manifest.provenance.get("warnings", ()))
     return Backbone(RuntimeAnswerer(session), session.encoder)
 

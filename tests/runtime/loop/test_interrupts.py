@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-import linecache
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from types import FrameType
 from typing import Any
 
 from medusa_deploy.runtime import Request
 from medusa_deploy.runtime.errors import StepError
 from medusa_deploy.runtime.loop.handle import Handle
 from support.fake_executor import FakeSession, fake_session
+from support.interrupts import Interrupt, interrupt_at
 
-_OURS = ("medusa_deploy/runtime/loop/", "medusa_deploy/runtime/session.py", "threading.py")
 PROMPTS = ([1, 2, 3], [4] * 6, [5, 6])
 TOKENS = 3
-
-
-class Interrupt(BaseException):
-    """Stands for KeyboardInterrupt, which pytest would take for its own."""
-
-
-@contextmanager
-def interrupt_at(place: int = 0) -> Iterator[list[str]]:
-    """Raises at the ``place``-th line of the session's own code that this thread runs. Yields the lines that it has run."""
-    lines: list[str] = []
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        file = frame.f_code.co_filename
-        if not any(part in file for part in _OURS):
-            return None
-        if linecache.getline(file, frame.f_lineno).lstrip().startswith("with "):
-            return trace  # the end of a block counts as its first line, and no interrupt comes before the lock is free again
-        lines.append(f"{file}:{frame.f_lineno}")
-        if len(lines) == place:
-            raise Interrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield lines
-    finally:
-        sys.settrace(before)
 
 
 def in_time(work: Callable[[], Any], where: str) -> Any:
