@@ -53,7 +53,7 @@ def test_every_stage_measures_what_it_can(measured: dict[str, Any]) -> None:
     stages = measured["stages"]
     assert {name: (stage["error"], stage["wrong"]) for name, stage in stages.items()} == dict.fromkeys(STAGES, (None, {}))
     assert [name for name, stage in stages.items() if stage["status"] == "ok"] == ["memory", "sizes", "overhead", "breakdown"]
-    for name in ("doctor", "exact", "curve"):
+    for name in ("doctor", "exact", "curve", "batch"):
         assert "executor cuda" in stages[name]["skipped"], "the executor for a GPU is skipped, with the reason"
     results = {name: stage["results"] for name, stage in stages.items()}
     assert "cpu" in results["doctor"]["executors"] and results["doctor"]["imports"]["torch"] == "ok"
@@ -66,6 +66,9 @@ def test_every_stage_measures_what_it_can(measured: dict[str, Any]) -> None:
     assert results["exact"]["executors"]["cpu"]["against_expected"]["tokens_compared"] == 4 * 32
     assert set(results["curve"]["tiny"]["lengths"]["128"]) == {"1", "16", "64"}
     assert set(results["curve"]["executors"]["cpu"]) == {"context", "rounds", "ms_by_rows"}
+    rows = results["batch"]["cpu"]["rows"]
+    assert {count: set(by_slots) for count, by_slots in rows.items()} == {"1": {"1", "4"}, "16": {"1", "4"}}
+    assert rows["1"]["4"]["tokens_per_s"] == pytest.approx(4e3 / rows["1"]["4"]["ms"])
     assert results["memory"]["tiny"]["weights_bytes"] == 4 * (SIZES["tiny"].step_parameters + (128 + 5) * 64)
     assert set(results["overhead"]["tiny"]["heads"]) == {"own", "shared", "pruned"}
     assert {"step", "attention", "projections", "mlp", "vocabulary", "rest", "heads own, one row"} <= set(
@@ -85,6 +88,7 @@ def test_the_table_shows_every_stage_and_why_something_is_missing(measured: dict
         "exact: executor",
         "memory: size",
         "curve: ms",
+        "batch: ms",
         "sizes: plain",
         "overhead: size",
         "breakdown: ms",
