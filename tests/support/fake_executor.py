@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from medusa_deploy.runtime import SamplingParams
 from medusa_deploy.runtime.executors.executor import Abilities, CacheLayout
 from medusa_deploy.runtime.executors.step_plan import SlotResult, SlotRows, StepPlan, StepResult
 from medusa_deploy.runtime.files.bundle import Bundle
 from medusa_deploy.runtime.files.manifest import Manifest, TextFacts
+from medusa_deploy.runtime.sampling import draw, scores, uniform, weights
 from medusa_deploy.runtime.session import Session
 from medusa_deploy.runtime.tree import Tree
 from support.records import manifest
@@ -220,3 +222,16 @@ class FakeSession(Session):
     @property
     def language(self) -> FakeLanguage:
         return self.executor.language
+
+
+def plain_reference(language: FakeLanguage, params: SamplingParams, prompt: list[int], count: int) -> list[int]:
+    """One token at a time from the language itself: no engine, no slots, no cache."""
+    tokens = list(prompt)
+    for _ in range(count):
+        row = scores(params, language.table[language.state(tokens)], tokens, len(prompt))
+        if params.mode == "sample":
+            assert params.seed is not None
+            tokens.append(draw(weights(params, row), uniform(params.seed, len(tokens))))
+        else:
+            tokens.append(int(row.argmax()))
+    return tokens[len(prompt) :]

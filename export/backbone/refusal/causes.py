@@ -27,11 +27,11 @@ def first_lines(error: BaseException, most: int = 1, report: str = "") -> str:
         message = "\n".join(rows) or report
     lines = [line.strip() for line in message.splitlines()]
     lines = [line for line in lines if any(character.isalnum() for character in line)]
-    while most < len(lines) and lines[most - 1].endswith(":"):
-        most += 1
-    said = " ".join(line if len(line) <= _LENGTH else f"{line[:_LENGTH].rstrip()} …" for line in lines[:most])
-    left = len(lines) - most
-    more = f" … ({left} more lines)" if most > 1 and left > 0 and not said.endswith("…") else ""
+    end = min(most, len(lines))
+    while 0 < end < len(lines) and lines[end - 1].endswith(":"):
+        end += 1
+    said = " ".join(line if len(line) <= _LENGTH else f"{line[:_LENGTH].rstrip()} …" for line in lines[:end])
+    more = f" … ({len(lines) - end} more lines)" if most > 1 and end < len(lines) else ""
     return f"{type(error).__name__}: {said}{more}" if said else f"{type(error).__name__}, without a message"
 
 
