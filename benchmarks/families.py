@@ -120,9 +120,9 @@ def _refusal(error: DeployError, work: Path) -> dict[str, Any]:
 
 
 def _line(error: Exception) -> str:
-    from medusa_deploy.export.backbone.causes import first_line
+    from medusa_deploy.export.backbone.refusal.causes import first_lines
 
-    return first_line(error)
+    return first_lines(error)
 
 
 def child(family: str, work: Path, seconds: int, gigabytes: int) -> None:

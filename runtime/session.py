@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from .arguments import flag, integer, shown
+from .arguments import flag, integer, path, shown
 from .drafting.adaptive import AdaptiveDrafter
 from .drafting.checked import CheckedDrafter
 from .drafting.draft import BestRows, Drafter, FixedTree
@@ -56,7 +55,8 @@ class Session:
         step_rows = abilities.step_rows
         self.max_rows = limits.max_rows if step_rows is None else min(step_rows[-1], limits.max_rows)
         sizes = tuple(sorted({rows for rows in (1, *(step_rows or SIZES)) if rows <= self.max_rows}))
-        self.row_budget = RowBudget(sizes, heads.num_heads, heads.platt_scaling, padded=abilities.padded)
+        shared = {"padded": abilities.padded, "packed": abilities.packed}
+        self.row_budget = RowBudget(sizes, heads.num_heads, heads.platt_scaling, **shared)
         self.loop = Loop(executor, self.slots, self.row_budget, limits.prefill_chunk)
         self.driver = Driver(self.loop)
 
@@ -227,11 +227,6 @@ def request_of(prompt: str | None, speculative: bool, options: dict[str, Any]) -
     return Request(prompt=prompt, **options)
 
 
-def _check_path(bundle: object) -> None:
-    if not isinstance(bundle, (str, os.PathLike)) or not os.fspath(bundle):
-        raise UsageError(f"bundle is {shown(bundle)}", hint="bundle is the path of a folder")
-
-
 def load(
     bundle: Path | str,
     *,
@@ -261,7 +256,7 @@ def load(
     from .backends import BACKENDS, LoadOptions
     from .files.bundle import open_bundle
 
-    _check_path(bundle)
+    bundle = path("bundle", bundle)
     backend = "cpu" if backend is None else backend
     load_backend = BACKENDS.get(backend) if isinstance(backend, str) else None
     if load_backend is None:
@@ -274,8 +269,5 @@ def load(
     check_hashes = flag("check_hashes", check_hashes, default=True)
     prefix_cache = flag("prefix_cache", prefix_cache, default=True)
     opened = open_bundle(bundle, check_hashes=check_hashes)
-    limits = opened.manifest.limits
-    if not 1 <= slots <= limits.batch:
-        raise UsageError(f"{slots} slots, the bundle allows 1 to {limits.batch}", hint=f"export with --batch {max(slots, 1)}")
     executor = load_backend(opened, LoadOptions(backend, target, slots, threads, variant))
     return Session(opened, executor, prefix_cache=prefix_cache)

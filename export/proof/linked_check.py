@@ -24,7 +24,18 @@ from ..backbone.safetensors_header import StoredTensor, read_header
 from ..graphs import HEADS_GRAPH, write_graphs
 from ..heads.module import HeadStack
 from ..trace.failures import named_failures
-from .check import CheckReport, Observed, Reference, compare, eager_reference, observe
+from .check import (
+    CheckReport,
+    Observed,
+    Reference,
+    checked_steps,
+    compare,
+    eager_reference,
+    graph_windows,
+    observe,
+    prompt_length,
+    with_windows,
+)
 from .device_executor import DeviceGraphExecutor
 from .run_order import run_matmuls_in_turn
 
@@ -71,24 +82,27 @@ def check_linked(
     graphs = write_graphs(cut, stack, layout.rows, capacity, folder, lambda _phase: None, _PREFIX)
     sizes = (stack.config.num_heads, stack.top_k, cut.shape.hidden_size, cut.shape.vocab_size)
     few = replace(layout, layers=cut.shape.layers)
+    windows, steps = graph_windows(folder / graphs["cpu"]), checked_steps(stack.config.num_heads)
+    prompt_rows = prompt_length(real, windows, capacity, steps, _PROMPT_ROWS)
     observed = {}
     for name, path in graphs.items():
         report(f"checking {few.layers} layers of the {name} graph")
         run_matmuls_in_turn(folder / path)
         model = OrtModel(folder / path, folder / f"{_PREFIX}{HEADS_GRAPH}", few, *sizes)
         executor = DeviceGraphExecutor(model, frugal_options()) if name == "device" else _FrugalExecutor(model)
-        observed[name] = observe(executor, stack.config.num_heads, cut.shape.vocab_size, prompt_rows=_PROMPT_ROWS)
+        observed[name] = observe(executor, stack.config.num_heads, cut.shape.vocab_size, prompt_rows=prompt_rows)
         del executor  # its weights leave memory before the next one's enter it
     report(f"checking {few.layers} layers of the torch module")
     stack.project_through(real.get_output_embeddings())
     checks = _compare_all(observed, replace(cut, module=real), stack)
+    whole = {name: with_windows(each, windows, prompt_rows + steps) for name, each in checks.items()}
     for written in folder.glob(f"{_PREFIX}*"):
         written.unlink()
     report("checking where all weights lie")
     needed = {tensor.name: tensor for tensor in weights.tensors.values()}
     places = {name: asdict(check_places(folder / path, needed, layout.layers)) for name, path in variants.items()}
     files = dict(weights.files)
-    return checks, {"files": files, "checked_layers": few.layers, "layers": layout.layers, "places": places}
+    return whole, {"files": files, "checked_layers": few.layers, "layers": layout.layers, "places": places}
 
 
 def frugal_options() -> Any:

@@ -170,8 +170,13 @@ class Loop:
     def _learn(
         self, turns: list[Turn], result: StepResult, outcomes: list[Acceptance | Exception], engine: float, seconds: float
     ) -> None:
-        """Learn from the step: statistics, and the costs of rows by each call's own time with its share of the host's."""
-        host = (seconds - engine) / len(turns)
+        """Learn from the step: statistics, and the costs of rows by each call's own time with its share of the host's.
+
+        Where a chunk of a prompt was in the same call, its time says nothing about rows.
+        """
+        packed = self.executor.abilities.packed
+        host = (seconds - engine) / (1 if packed else len(turns))
+        mixed = packed and any(turn.prompt_rows for turn in turns)
         learnt: list[tuple[Sequence, list[int], float]] = []
         for turn, found, outcome in zip(turns, result.slots, outcomes, strict=True):
             stats = turn.sequence.stats
@@ -181,7 +186,7 @@ class Loop:
             stats.decode_seconds += seconds
             stats.engine_seconds += engine
             if isinstance(found, SlotResult) and isinstance(outcome, Acceptance):
-                learnt.append((turn.sequence, outcome.tokens, found.seconds + host))
+                learnt.append((turn.sequence, outcome.tokens, 0.0 if mixed else found.seconds + host))
         if learnt:
             self.row_budget.learn(*zip(*learnt, strict=True))
 

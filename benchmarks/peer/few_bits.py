@@ -1,6 +1,6 @@
 """Quantise an F32 GGUF file with llama.cpp's own quantiser.
 
-Usage: ``python benchmarks/peer_few_bits.py IN.gguf OUT.gguf q8_0|q4_k_m``
+Usage: ``python -m peer.few_bits IN.gguf OUT.gguf q8_0|q4_k_m``, with ``benchmarks`` in PYTHONPATH
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Write a Hugging Face folder of fp32 Llama weights as an F32 GGUF file, for llama.cpp.
 
-Usage: ``python benchmarks/peer_gguf.py MODEL OUT.gguf``
+Usage: ``python -m peer.to_gguf MODEL OUT.gguf``, with ``benchmarks`` in PYTHONPATH
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from medusa_deploy.tools.compare.svg_chart import Series, bars, lines, percent
+from medusa_deploy.tools.page.svg_chart import Series, bars, lines, percent
 
 
 def drawing(chart: str) -> ET.Element:

@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+Job = TypeVar("Job")
+Done = TypeVar("Done")
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -55,7 +57,7 @@ class Worker:
     """A worker process. Its stderr goes to ``log``; ``greeting`` is what it said first."""
 
     def __init__(self, command: Sequence[str], log: Path, threads: int) -> None:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment = {**child_environment(), "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as errors:
@@ -101,6 +103,12 @@ class Worker:
         return f"{end}: {last_line(self.log)}"
 
 
+def child_environment() -> dict[str, str]:
+    """The environment of a child: it finds this package, whichever interpreter it is, and asks no hub."""
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def last_line(log: Path) -> str:
     """The last line of a log that says something."""
     lines = [line.strip() for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
@@ -126,34 +134,50 @@ def measure(
     Returns:
         The runs of each system, and why a system dropped out on the way (its runs are left out).
     """
-    runs: dict[str, list[Run]] = {name: [] for name in workers}
-    failed: dict[str, str] = {}
     rounds = [(number, prompt) for _ in range(repeats) for number, prompt in enumerate(prompts)]
-    for turn, (number, prompt) in enumerate(rounds):
+    return in_turns(workers, rounds, lambda worker, job: _one_run(worker, *job, max_new_tokens), progress)
+
+
+def in_turns(
+    workers: Mapping[str, Talker],
+    jobs: Sequence[Job],
+    run: Callable[[Talker, Job], Done],
+    progress: Callable[[int, str], None],
+) -> tuple[dict[str, list[Done]], dict[str, str]]:
+    """Let every system do a job before the next job. Returns what came of it, and why systems dropped out on the way."""
+    found: dict[str, list[Done]] = {name: [] for name in workers}
+    failed: dict[str, str] = {}
+    for turn, job in enumerate(jobs):
         for name in rotated(list(workers), turn):
             if name in failed:
                 continue
             progress(turn, name)
             try:
-                runs[name].append(_one_run(workers[name], number, prompt, max_new_tokens))
+                found[name].append(run(workers[name], job))
             except PeerError as error:
                 failed[name] = str(error)
             settle(workers[name].pid)
-    return {name: done for name, done in runs.items() if name not in failed}, failed
+    return {name: done for name, done in found.items() if name not in failed}, failed
+
+
+def watched(worker: Talker, what: str, **arguments: Any) -> tuple[dict[str, Any], float]:
+    """Send a command. Returns the answer, and how many processors the rest of the machine kept busy meanwhile."""
+    started, machine, own = time.perf_counter(), busy_seconds(), process_seconds(worker.pid)
+    answer = worker.ask(what, **arguments)
+    elapsed = time.perf_counter() - started
+    others = (busy_seconds() - machine) - (process_seconds(worker.pid) - own)
+    return answer, max(0.0, others / elapsed)
 
 
 def _one_run(worker: Talker, number: int, prompt: Sequence[int], max_new_tokens: int) -> Run:
-    started, machine, own = time.perf_counter(), busy_seconds(), process_seconds(worker.pid)
-    answer = worker.ask("run", token_ids=list(prompt), max_new_tokens=max_new_tokens)
-    elapsed = time.perf_counter() - started
-    others = (busy_seconds() - machine) - (process_seconds(worker.pid) - own)
+    answer, others = watched(worker, "run", token_ids=list(prompt), max_new_tokens=max_new_tokens)
     return Run(
         prompt=number,
         tokens=answer["token_ids"],
         seconds=answer["seconds"],
         first_token_seconds=answer["first_token_seconds"],
         steps=answer["steps"],
-        other_cpus=max(0.0, others / elapsed),
+        other_cpus=others,
     )
 
 

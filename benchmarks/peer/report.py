@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from peer_process import Run
+from .process import Run
 
 BASELINE = "llama.cpp"
 REFERENCE = "ours-plain"
@@ -54,7 +54,7 @@ def agreement(runs: Sequence[Run], reference: Sequence[Run]) -> dict[str, float]
     """How many prompts got the reference's very tokens; the share of its tokens that came before the first difference."""
     expected = {run.prompt: run.tokens for run in reference}
     compared = {run.prompt: run.tokens for run in runs if run.prompt in expected}
-    prefixes = [_common_prefix(tokens, expected[prompt]) for prompt, tokens in compared.items()]
+    prefixes = [common_prefix(tokens, expected[prompt]) for prompt, tokens in compared.items()]
     return {
         "prompts": len(compared),
         "identical": sum(tokens == expected[prompt] for prompt, tokens in compared.items()),
@@ -105,8 +105,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The comparison as a Markdown table, fastest first, with what couldn't be measured below it."""
     systems: Mapping[str, Mapping[str, Any]] = report["systems"]
     measured = sorted((e for e in systems.values() if e["status"] == "measured"), key=lambda entry: -entry["tokens_per_s"])
-    lines = [_row(_HEADER), _row(["---", "---", *["---:"] * (len(_HEADER) - 2)])]
-    lines += [_row(_cells(entry)) for entry in measured]
+    lines = [row(_HEADER), row(["---", "---", *["---:"] * (len(_HEADER) - 2)])]
+    lines += [row(_cells(entry)) for entry in measured]
     others = [entry for entry in systems.values() if entry["status"] != "measured"]
     notes = [f"- {entry['label']}: {entry['status']}: {entry['reason']}" for entry in others]
     environment, settings = report["environment"], report["settings"]
@@ -122,24 +122,26 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
     return [
         entry["label"],
         next(iter(entry["versions"].values())) or "",
-        _number(entry["tokens_per_s"], 1),
-        _number(entry["ratio_to_llama_cpp"], 2),
-        _number(entry["decode_tokens_per_s"], 1),
-        _number(None if entry["first_token_s"] is None else entry["first_token_s"] * 1000, 0),
-        _number(entry["load_s"], 1),
-        _number(entry["peak_rss_mib"], 0),
-        _number(entry["install_unshared_mib"], 0),
+        number(entry["tokens_per_s"], 1),
+        number(entry["ratio_to_llama_cpp"], 2),
+        number(entry["decode_tokens_per_s"], 1),
+        number(None if entry["first_token_s"] is None else entry["first_token_s"] * 1000, 0),
+        number(entry["load_s"], 1),
+        number(entry["peak_rss_mib"], 0),
+        number(entry["install_unshared_mib"], 0),
         "" if same is None else f"{same['identical']}/{same['prompts']}",
     ]
 
 
-def _row(cells: Iterable[str]) -> str:
+def row(cells: Iterable[str]) -> str:
+    """A line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
+    """A number with so many digits behind the point; nothing for None."""
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

@@ -1,9 +1,10 @@
-"""One system of benchmarks/peer_workers.py in a process of its own, driven by JSON lines.
+"""One system in a process of its own, driven by JSON lines.
 
-Usage: ``python benchmarks/peer_serve.py SYSTEM``. The first line out says whether the system is installed.
-Then every command line in gets one line out:
-``{"do": "load", "path", "threads", "capacity", "eos_token_ids"}`` → ``{"seconds"}``;
+Usage: ``python -m peer.serve SYSTEM``, with ``benchmarks`` in PYTHONPATH. The first line out says whether the system is
+installed. Then every command line in gets one line out:
+``{"do": "load", …}`` with the fields of :class:`.base.Settings` → ``{"seconds"}``;
 ``{"do": "run", "token_ids", "max_new_tokens"}`` → ``{"token_ids", "seconds", "first_token_seconds", "steps"}``;
+``{"do": "run_many", "prompts", "max_new_tokens"}`` → ``{"answers", "seconds"}``;
 ``{"do": "encode", "path", "prompts", "count"}`` (ours only) → ``{"prompts", "eos_token_ids", "manifest_sha256"}``;
 ``{"do": "quit"}`` → ``{"peak_rss_bytes"}``. What goes wrong is answered with ``{"error"}``.
 Whatever a library prints goes to stderr.
@@ -25,18 +26,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from peer_install import folder_bytes, footprint
-from peer_workers import PEERS, OursPlain, Peer, Settings
+from .base import Peer, Settings
+from .install import folder_bytes, footprint
+from .ours import Ours
+from .systems import SYSTEMS
 
 
-def hello(peer: type[Peer]) -> dict[str, Any]:
+def hello(peer: Peer) -> dict[str, Any]:
     """Is the system here, in which versions, and what does it weigh?"""
     spec = importlib.util.find_spec(peer.module)
     if spec is None:
         return {"installed": False}
     sizes = footprint(peer.roots)
     versions = {name: _version(name) for name in (root.partition("[")[0] for root in peer.roots)}
-    if issubclass(peer, OursPlain):
+    if isinstance(peer, Ours):
         # A development install lists no files of the package itself, and a bare clone has no metadata.
         assert spec.origin is not None
         sizes["medusa-deploy"] = folder_bytes(Path(spec.origin).parent)
@@ -76,12 +79,23 @@ def _run(peer: Peer, command: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, **asdict(answer)}
 
 
+def _run_many(peer: Peer, command: dict[str, Any]) -> dict[str, Any]:
+    started = time.perf_counter()
+    answers = peer.run_many(**command)
+    return {"seconds": time.perf_counter() - started, "answers": answers}
+
+
 def _encode(peer: Peer, command: dict[str, Any]) -> dict[str, Any]:
-    assert isinstance(peer, OursPlain)
+    assert isinstance(peer, Ours)
     return peer.encode(**command)
 
 
-_COMMANDS: dict[str, Callable[[Peer, dict[str, Any]], dict[str, Any]]] = {"load": _load, "run": _run, "encode": _encode}
+_COMMANDS: dict[str, Callable[[Peer, dict[str, Any]], dict[str, Any]]] = {
+    "load": _load,
+    "run": _run,
+    "run_many": _run_many,
+    "encode": _encode,
+}
 
 
 def peak_rss() -> int:
@@ -105,12 +119,12 @@ def main(argv: Sequence[str]) -> None:
     """Say hello, then serve on stdin and stdout."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    peer = PEERS[argv[0]]
+    peer = SYSTEMS[argv[0]].peer
     greeting = hello(peer)
     answers.write(json.dumps(greeting) + "\n")
     answers.flush()
     if greeting["installed"]:
-        serve(peer(), sys.stdin, answers)
+        serve(peer, sys.stdin, answers)
 
 
 if __name__ == "__main__":
