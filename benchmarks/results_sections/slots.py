@@ -33,7 +33,7 @@ def _load_table(name: str, precision: str) -> str:
                 rows.append((str(load["slots"]), _way(way), *_figures(side)))
     header = ("at a time", "", "tokens/s", "× plain", "of one request", "worst", "first token ms", "gap ms", "p99")
     equal = found["equal"]
-    return f"""In {precision}, {found["prompts"]} prompts of at most {found["max_new_tokens"]} tokens, {found["repeats"]} times
+    return f"""Tokens/s of all requests together, until the first user has nothing left to ask. In {precision}, {found["prompts"]} prompts of at most {found["max_new_tokens"]} tokens, {found["repeats"]} times
 ({link(name)}); {equal["prompts"]} of {equal["of"]} answers were equal in all blocks:
 
 {table(header, rows, texts=2)}"""
@@ -42,7 +42,7 @@ def _load_table(name: str, precision: str) -> str:
 def _figures(side: Mapping[str, Any]) -> list[str]:
     rate, gap = side["request_tokens_per_s"], side["chunk_gap_s"]
     times = (side["first_token_s"]["p50"], gap["p50"], gap["p99"])
-    rates = (f"{side['tokens_per_s']:.1f}", f"{side['of_plain']:.2f}", f"{rate['median']:.1f}", f"{rate['worst']:.1f}")
+    rates = (f"{side['steady_tokens_per_s']:.1f}", f"{side['of_plain']:.2f}", f"{rate['median']:.1f}", f"{rate['worst']:.1f}")
     return [*rates, *(f"{1e3 * seconds:.0f}" for seconds in times)]
 
 

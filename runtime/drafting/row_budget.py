@@ -194,6 +194,8 @@ class RowBudget:
         if not goes_on:
             return rows, False, False
         if sum(drafter.stats.heads_gain() for drafter in drafters) > throughput * cost.heads:
+            if len(drafters) > 1 and base < rows <= base + len(expected) - 2:
+                rows = cost.to_explore(rows, True) or rows
             return rows, True, False
         unknown = len(drafters) > 1 and not all(drafter.was_tried for drafter in drafters)
         probing = self._waited >= (_SOONEST if unknown else self._wait)  # heads may suit the newcomers better than others

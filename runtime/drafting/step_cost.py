@@ -21,6 +21,9 @@ _STEADY = 0.05
 _ALONE, _LONGEST = 3, 32
 """Steps of one size in a row after which it is compared with a plain step: at first, and when it was compared often."""
 
+_SELDOM, _KNOWN = 4, 8
+"""A size beside the best one is tried in place of every so manyth step, until so many steps of it were compared."""
+
 StepKind = tuple[int, bool]
 """Rows of a step, and whether the heads ran in it."""
 
@@ -81,6 +84,17 @@ class StepCost:
                 return 1, heads
         wanting = [kind for kind, times in self._first.items() if kind[0] <= most and self._seen[kind] < times]
         return min(wanting, key=lambda kind: self._seen[kind], default=None)
+
+    def to_explore(self, rows: int, heads: bool) -> int | None:
+        """A size beside ``rows``, the best one known, to take in its place once: few steps of it were compared yet.
+
+        Costs rise in stairs, so the next size may cost nothing more. None for three of four steps, and when both sides are known.
+        """
+        if rows not in self.sizes or self._seen[rows, heads] % _SELDOM:
+            return None
+        at = self.sizes.index(rows)
+        beside = [size for size in self.sizes[max(at - 1, 1) : at + 2] if self._compared[size, heads] < _KNOWN]
+        return min((size for size in beside if size != rows), key=lambda size: self._compared[size, heads], default=None)
 
     def observe(self, rows: int, heads: bool, seconds: float, track: Track) -> None:
         """Learn from a step and the one before it in ``track``. The first one of a kind only warms up: engines allocate then."""
