@@ -53,7 +53,7 @@ def integers(name: str, value: Any, low: int = 1) -> tuple[int, ...]:
     Raises:
         UsageError: it isn't a list of integers, or one is below ``low``.
     """
-    found = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)) else [None]
+    found: list[Any] = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)) else [None]
     if not all(is_integer(each) and each >= low for each in found):
         raise UsageError(f"{name} is {shown(value)}", hint=f"{name} is a list of integers from {low}")
     return tuple(map(int, found))
@@ -79,7 +79,7 @@ def numbers(name: str, value: Any, low: float = 0.0) -> tuple[float, ...]:
     Raises:
         UsageError: it isn't a list of finite numbers, or one is below ``low``.
     """
-    found = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)) else [None]
+    found: list[Any] = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)) else [None]
     if not all(is_number(each) and each >= low for each in found):
         raise UsageError(f"{name} is {shown(value)}", hint=f"{name} is a list of numbers from {low:g}")
     return tuple(map(float, found))
@@ -133,7 +133,7 @@ def strings(name: str, value: Any) -> tuple[str, ...]:
     Raises:
         UsageError: it isn't a list of strings. One string alone isn't, either.
     """
-    found = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [None]
+    found: list[Any] = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [None]
     if not all(isinstance(each, str) for each in found):
         raise UsageError(f"{name} is {shown(value)}", hint=f"{name} is a list of strings")
     return tuple(found)
