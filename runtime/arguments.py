@@ -6,12 +6,14 @@ import dataclasses
 import numbers as kinds
 import os
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from .errors import DeployError, UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MAX_INTEGER = 1 << 40
 """Largest integer that a record takes where nothing else is said. Libraries take no larger ones than 2 ** 63."""
@@ -106,6 +108,8 @@ def path(name: str, value: Any) -> Path:
     """
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str) or not os.fspath(value):
         raise UsageError(f"{name} is {shown(value)}", hint=f"{name} is the path of a file or folder")
+    from pathlib import Path
+
     return Path(value)
 
 
