@@ -6,12 +6,14 @@ import dataclasses
 import numbers as kinds
 import os
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from .errors import DeployError, UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MAX_INTEGER = 1 << 40
 """Largest integer that a record takes where nothing else is said. Libraries take no larger ones than 2 ** 63."""
@@ -53,7 +55,7 @@ def integers(name: str, value: Any, low: int = 1) -> tuple[int, ...]:
     Raises:
         UsageError: it isn't a list of integers, or one is below ``low``.
     """
-    found = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)) else [None]
+    found: list[Any] = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)) else [None]
     if not all(is_integer(each) and each >= low for each in found):
         raise UsageError(f"{name} is {shown(value)}", hint=f"{name} is a list of integers from {low}")
     return tuple(map(int, found))
@@ -79,7 +81,7 @@ def numbers(name: str, value: Any, low: float = 0.0) -> tuple[float, ...]:
     Raises:
         UsageError: it isn't a list of finite numbers, or one is below ``low``.
     """
-    found = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)) else [None]
+    found: list[Any] = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)) else [None]
     if not all(is_number(each) and each >= low for each in found):
         raise UsageError(f"{name} is {shown(value)}", hint=f"{name} is a list of numbers from {low:g}")
     return tuple(map(float, found))
@@ -106,6 +108,8 @@ def path(name: str, value: Any) -> Path:
     """
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str) or not os.fspath(value):
         raise UsageError(f"{name} is {shown(value)}", hint=f"{name} is the path of a file or folder")
+    from pathlib import Path
+
     return Path(value)
 
 
@@ -133,7 +137,7 @@ def strings(name: str, value: Any) -> tuple[str, ...]:
     Raises:
         UsageError: it isn't a list of strings. One string alone isn't, either.
     """
-    found = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [None]
+    found: list[Any] = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [None]
     if not all(isinstance(each, str) for each in found):
         raise UsageError(f"{name} is {shown(value)}", hint=f"{name} is a list of strings")
     return tuple(found)
