@@ -33,7 +33,8 @@ def _load_table(name: str, precision: str) -> str:
                 rows.append((str(load["slots"]), _way(way), *_figures(side)))
     header = ("at a time", "", "tokens/s", "× plain", "of one request", "worst", "first token ms", "gap ms", "p99")
     equal = found["equal"]
-    return f"""Tokens/s of all requests together, until the first user has nothing left to ask. In {precision}, {found["prompts"]} prompts of at most {found["max_new_tokens"]} tokens, {found["repeats"]} times
+    return f"""Tokens/s of all requests together, until the first user has nothing left to ask.
+In {precision}, {found["prompts"]} prompts of at most {found["max_new_tokens"]} tokens, {found["repeats"]} times
 ({link(name)}); {equal["prompts"]} of {equal["of"]} answers were equal in all blocks:
 
 {table(header, rows, texts=2)}"""

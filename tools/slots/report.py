@@ -105,8 +105,8 @@ def describe(report: Mapping[str, Any]) -> str:
     """Write the report for a person, headline first."""
     most, equal = report["slots"][-1], report["equal"]
     headline = (
-        f"{most['chosen']['steady_tokens_per_s']:.1f} tokens/s with rows chosen, {most['plain']['steady_tokens_per_s']:.1f} plain: "
-        f"{most['chosen']['of_plain']:.2f}× with {most['slots']} requests at a time"
+        f"{most['chosen']['steady_tokens_per_s']:.1f} tokens/s with rows chosen, "
+        f"{most['plain']['steady_tokens_per_s']:.1f} plain: {most['chosen']['of_plain']:.2f}× with {most['slots']} requests at a time"
     )
     lines = [headline, "", table(lines_of(report), HEADERS), "", f"equal output: {equal['prompts']}/{equal['of']} prompts"]
     if equal["different"]:
