@@ -11,10 +11,25 @@ from typing import Any
 import httpx
 import uvicorn
 
+from medusa_deploy.runtime import Request, Rows
+from medusa_deploy.runtime.loop.handle import Handle
 from medusa_deploy.runtime.serve.app import create_app
 from medusa_deploy.runtime.serve.server import bind
 from medusa_deploy.runtime.serve.service import Options, Service
 from medusa_deploy.runtime.session import Session
+from support.fake_executor import FakeSession
+
+
+def drafting(session: FakeSession, rows: int = 12) -> FakeSession:
+    """Let every request verify so many rows in a step: a fake engine's steps cost nothing, so none would be chosen."""
+    prepare = session.prepare
+
+    def with_rows(request: Request, **options: Any) -> Handle:
+        object.__setattr__(request, "drafting", Rows(rows))
+        return prepare(request, **options)
+
+    session.prepare = with_rows  # type: ignore[method-assign]
+    return session
 
 
 class Running:
