@@ -50,15 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from ...runtime.serve.server import serve
     from ...runtime.serve.service import Options
 
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    log = logging.getLogger("medusa_deploy.serve")
-    log.setLevel(logging.INFO)
-    for logger in (log, logging.getLogger("uvicorn.error")):
-        logger.handlers, logger.propagate = [handler], False
     keys = frozenset() if args.api_keys is None else read_keys(args.api_keys)
-    if not keys and args.host not in ("127.0.0.1", "::1", "localhost"):
-        log.warning("anybody who reaches this address may use the server: give --api-keys")
     options = Options(
         name=args.name or args.bundle.resolve().name,
         keys=keys,
@@ -73,7 +65,22 @@ def run(args: argparse.Namespace) -> int:
         acceptance_metrics=args.acceptance_metrics,
     )
     load = partial(load_session, args, slots=args.slots, check_hashes=not args.no_hashes)
-    serve(load, options, host=args.host, port=args.port)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    loggers = [logging.getLogger(name) for name in ("medusa_deploy.serve", "uvicorn.error")]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.propagate = False
+    loggers[0].setLevel(logging.INFO)
+    loggers[1].setLevel(logging.WARNING)
+    if not keys and args.host not in ("127.0.0.1", "::1", "localhost"):
+        loggers[0].warning("anybody who reaches this address may use the server: give --api-keys")
+    try:
+        serve(load, options, host=args.host, port=args.port)
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+            logger.propagate = True
     return 0
 
 

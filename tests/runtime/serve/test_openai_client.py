@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("starlette")
 openai = pytest.importorskip("openai")
 
+from support.documents import ROOT, blocks  # noqa: E402
 from support.fake_executor import FakeSession, fake_session  # noqa: E402
 from support.server import Running, serving  # noqa: E402
 from support.text import decode, encode  # noqa: E402
@@ -101,6 +102,13 @@ def test_the_async_client(server: Running, session: FakeSession) -> None:
             assert "".join([event.choices[0].delta.content or "" async for event in stream]) == wanted(session, 20)
 
     asyncio.run(asyncio.wait_for(work(), 60))
+
+
+def test_the_example_of_the_documentation(session: FakeSession, capsys: pytest.CaptureFixture[str]) -> None:
+    [example] = blocks(ROOT / "docs" / "serving.md", "python")
+    with serving(session, name="my-bundle") as running:
+        exec(example.replace("http://127.0.0.1:8000", running.url), {})  # noqa: S102
+    assert capsys.readouterr().out
 
 
 def test_models_and_errors(client: Any) -> None:
