@@ -172,7 +172,7 @@ class Service:
         """Return the number of generations that are asked for, if it is one that can be served."""
         slots, name = self.session.slots.slots, fields.model
         if name not in (None, "", self.options.name):
-            message = f"the model {name[:80]!r} isn't served here; it is {self.options.name!r}"  # type: ignore[index]
+            message = f"the model {name[:80]!r} isn't served here; it is {self.options.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
         if not 1 <= fields.choices <= slots:
             message = f"n is {fields.choices}; this server has {slots} slots, so it is 1 to {slots}"
