@@ -30,7 +30,7 @@ class Health:
 
     ``running``: its requests that hold a slot. ``waiting``: those that are encoded or queued. ``step_age``: seconds since the
     newest step ended, None before the first one; a large age with ``running`` > 0 says that the engine hangs. ``closing``:
-    whether new requests are refused.
+    whether new requests are refused. ``retry_after``: seconds until a slot is probably free, by the requests that ended lately.
     """
 
     running: int
@@ -38,6 +38,7 @@ class Health:
     slots: int
     step_age: float | None
     closing: bool
+    retry_after: float = 0.0
 
 
 class AsyncSession:
@@ -126,7 +127,8 @@ class AsyncSession:
         states = ["waiting" if handle is None else handle.sequence.state for handle in handles]
         waiting, stepped, slots = states.count("waiting"), self.session.loop.stepped, self.session.slots.slots
         running = len(states) - states.count("done") - waiting
-        return Health(running, waiting, slots, None if stepped is None else time.monotonic() - stepped, closing)
+        age = None if stepped is None else time.monotonic() - stepped
+        return Health(running, waiting, slots, age, closing, self._mean_seconds / slots)
 
     async def close(self, *, cancel: bool = False, timeout: float | None = None) -> None:  # noqa: ASYNC109 - it doesn't give up
         """Take no more requests, let those under way end, and stop the threads. May be called again.

@@ -175,6 +175,7 @@ class Session:
             drafter=self._drafter(request, ids),
             keep_hidden=request.keep_hidden,
             salt=request.cache_salt,
+            top_logprobs=None if request.logprobs is None else int(request.logprobs),
             priority=request.priority,
             deadline=None if request.deadline is None else since + request.deadline,
             cancel=request.cancel,
@@ -190,7 +191,7 @@ class Session:
         heads, asked = self.manifest.heads, request.drafting
         drafter: Drafter
         if isinstance(asked, Rows):
-            rows, greedy = asked.count, request.params.plain_argmax
+            rows, greedy = asked.count, request.params.plain_argmax and request.logprobs is None
             if rows is None and not asked.lookup and self.executor.abilities.ahead and greedy and not request.keep_hidden:
                 return self._drafter_of(self.tree)
             lookup = None if asked.lookup is False else PromptLookup(tokens, self.executor.abilities.deepest)

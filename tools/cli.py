@@ -43,7 +43,10 @@ GROUPS = {
         Verb("quantise", "add a variant of 8-bit or 4-bit weights for the CPU to a bundle"),
         Verb("tree", "count the heads' hits and find the best candidate tree"),
     ),
-    "run": (Verb("generate", "generate text from a bundle"),),
+    "run": (
+        Verb("generate", "generate text from a bundle"),
+        Verb("serve", "serve a bundle over HTTP, as OpenAI's clients expect it"),
+    ),
     "check": (
         Verb("verify", "compare speculative with plain decoding, token for token"),
         Verb("bench", "measure plain against Medusa decoding"),

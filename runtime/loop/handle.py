@@ -89,7 +89,8 @@ class Handle:
         hidden = np.stack(sequence.hidden[: len(sequence.emitted)]) if sequence.keep_hidden and sequence.hidden else None
         prompt = sequence.tokens[: sequence.prompt_length]
         reason, stats = sequence.finish_reason, sequence.stats
-        return Generation("".join(self._text) + self._last.text, sequence.emitted, reason, prompt, stats, hidden, sequence.error)
+        text = "".join(self._text) + self._last.text
+        return Generation(text, sequence.emitted, reason, prompt, stats, hidden, sequence.error, sequence.logprobs)
 
     def result(self) -> Generation:
         """Run to the end and return the generation.
@@ -111,12 +112,17 @@ class Handle:
 
     def put(self) -> None:
         """Hand newly emitted tokens over, as text as far as it is certain."""
-        tokens = self._sequence.tokens[self._given :]
+        sequence, given = self._sequence, self._given
+        tokens = sequence.tokens[given:]
         if tokens:
-            self._given += len(tokens)
             text = self._checked(lambda: self._output.push(tokens))
+            if self._output.unread:
+                sequence.cut(self._output.unread)
+                tokens = sequence.tokens[given:]
+            self._given += len(tokens)
             self._text.append(text)
-            self._chunks.append(Chunk(text, tokens))
+            logprobs = None if sequence.logprobs is None else sequence.logprobs[given - sequence.prompt_length :]
+            self._chunks.append(Chunk(text, tokens, logprobs=logprobs))
             self._tell()
 
     def end(self) -> None:

@@ -14,7 +14,7 @@ from ..drafting.row_budget import RowBudget
 from ..errors import StepError
 from ..executors.executor import CopyingExecutor, Executor
 from ..executors.step_plan import SlotResult, SlotRows, StepResult, rows_to_move
-from .acceptance import Acceptance
+from .acceptance import Acceptance, token_logprob
 from .handle import Handle
 from .planning import step_plan
 from .scheduler import Scheduler, Turn
@@ -133,6 +133,7 @@ class Loop:
                 self._advance(turn, outcome)
                 if outcome.tokens:
                     _keep(turn.sequence, planned, found, outcome)
+                    _keep_logprobs(turn.sequence, found, outcome)
         self._propose([turn.sequence for turn in turns if turn.sequence.accepted_state is not None])
 
     def _advance(self, turn: Turn, outcome: Acceptance) -> None:
@@ -223,3 +224,13 @@ def _keep(sequence: Sequence, rows: SlotRows, found: SlotResult, outcome: Accept
             sequence.accepted_state = found.hidden[path[-1]].copy()
         if sequence.keep_hidden:
             sequence.hidden.extend(found.hidden[row].copy() for row in path)
+
+
+def _keep_logprobs(sequence: Sequence, found: SlotResult, outcome: Acceptance) -> None:
+    """Keep the log-probabilities of the step's emitted tokens, each from the row before it."""
+    if sequence.top_logprobs is None or found.logits is None:
+        return
+    kept = sequence.logprobs = [] if sequence.logprobs is None else sequence.logprobs
+    added = len(sequence.tokens) - sequence.prompt_length - len(kept)
+    for row, token in zip((0, *outcome.path)[:added], outcome.tokens[:added], strict=True):
+        kept.append(token_logprob(found.logits[row], token, sequence.top_logprobs))

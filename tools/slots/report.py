@@ -106,7 +106,7 @@ def describe(report: Mapping[str, Any]) -> str:
     most, equal = report["slots"][-1], report["equal"]
     headline = (
         f"{most['chosen']['steady_tokens_per_s']:.1f} tokens/s with rows chosen, "
-        f"{most['plain']['steady_tokens_per_s']:.1f} plain: {most['chosen']['of_plain']:.2f}× with {most['slots']} requests at a time"
+        f"{most['plain']['steady_tokens_per_s']:.1f} plain: {most['chosen']['of_plain']:.2f}× with {most['slots']} at a time"
     )
     lines = [headline, "", table(lines_of(report), HEADERS), "", f"equal output: {equal['prompts']}/{equal['of']} prompts"]
     if equal["different"]:
