@@ -60,9 +60,9 @@ class ObservingExecutor(OrtExecutor):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._step_graph.folder))
         return self._step_graph.with_outputs(self._of_heads)
 
-    def _bind(self, rows: SlotRows) -> Bound:
-        bound = super()._bind(rows)
-        self._bind_added(bound, rows.wanted)
+    def _bind(self, rows: SlotRows, slots: int, wanted: Wanted) -> Bound:
+        bound = super()._bind(rows, slots, wanted)
+        self._bind_added(bound, wanted)
         return bound
 
     def _call(self, bound: Bound, rows: SlotRows, length: int) -> None:

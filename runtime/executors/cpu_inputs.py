@@ -16,25 +16,27 @@ from .step_plan import SlotRows
 
 
 class CpuInputs:
-    """Arrays of one slot's calls with N rows; all but the masks stay where they are.
+    """Arrays of calls with N rows of one slot, or one row of several; all but the masks stay where they are.
 
     R is N, or 1 in prefill: of a prompt every row is accepted, and the last one's logits are all there are.
     ``windows``: names of the graph's masks, each with its window. ``masks``: by name.
     """
 
-    def __init__(self, rows: int, logit_rows: int, margin: int, dtype: str, windows: Mapping[str, int | None]) -> None:
+    def __init__(
+        self, rows: int, logit_rows: int, margin: int, dtype: str, windows: Mapping[str, int | None], slots: int = 1
+    ) -> None:
         self._margin, self._dtype = margin, dtype
         self._all_rows = logit_rows == rows
         self._windows = windows
         self._shape: Shape | None = None
-        self.tokens = np.zeros((1, rows), np.int64)
-        self.positions = np.zeros((1, rows), np.int64)
-        self.logit_rows = np.arange(rows - logit_rows, rows, dtype=np.int64)[None]
-        self.masks = {name: np.zeros((1, 1, rows, 0), dtype) for name in windows}
+        self.tokens = np.zeros((slots, rows), np.int64)
+        self.positions = np.zeros((slots, rows), np.int64)
+        self.logit_rows = np.tile(np.arange(rows - logit_rows, rows, dtype=np.int64), (slots, 1))
+        self.masks = {name: np.zeros((slots, 1, rows, 0), dtype) for name in windows}
         self.visible = np.zeros((), np.int32)
-        self.last_rows = np.zeros(1, np.int32)
-        self.parents = np.zeros((1, rows), np.int64)
-        self.paths = np.zeros((1, rows, logit_rows), np.float32)
+        self.last_rows = np.zeros(slots, np.int32)
+        self.parents = np.zeros((slots, rows), np.int64)
+        self.paths = np.zeros((slots, rows, logit_rows), np.float32)
 
     @property
     def nbytes(self) -> int:
@@ -44,27 +46,33 @@ class CpuInputs:
     def show(self, visible: int) -> None:
         """Make room for masks over ``visible`` cache rows: new arrays."""
         for name in self.masks:
-            self.masks[name] = mask = np.zeros((1, 1, self.tokens.shape[1], visible), self._dtype)
+            self.masks[name] = mask = np.zeros((len(self.tokens), 1, self.tokens.shape[1], visible), self._dtype)
             mask[..., : self._margin] = step_io.HIDDEN_BIAS
         self.visible[()] = visible
 
-    def fill(self, rows: SlotRows, length: int, moves: tuple[int, ...] = ()) -> None:  # noqa: ARG002 - rows were moved before
-        """Encode ``rows`` behind ``length`` kept rows.
+    def fill(
+        self,
+        rows: SlotRows,
+        length: int,
+        moves: tuple[int, ...] = (),  # noqa: ARG002 - rows were moved before
+        index: int = 0,
+    ) -> None:
+        """Encode ``rows`` behind ``length`` kept rows, as entry ``index`` of the batch.
 
         Mask columns behind them keep their values: attention doesn't read those.
         """
         shape, margin, start = rows.shape, self._margin, self._margin + length
         end = start + rows.count
-        self.tokens[0] = rows.tokens
-        np.add(shape.depths, length, out=self.positions[0])
+        self.tokens[index] = rows.tokens
+        np.add(shape.depths, length, out=self.positions[index])
         if self._all_rows and shape is not self._shape:
             assert rows.forced == 1, "rows below the root are drafted"
             self._shape = shape
-            np.maximum(shape.parents, 0, out=self.parents[0])
-            self.paths[0] = shape.on_path
+            np.maximum(shape.parents, 0, out=self.parents[index])
+            self.paths[index] = shape.on_path
         for name, window in self._windows.items():
-            fill_mask(self.masks[name][0, 0], rows.shape, margin, start, window)
-        self.last_rows[0] = end - 1
+            fill_mask(self.masks[name][index, 0], rows.shape, margin, start, window)
+        self.last_rows[index] = end - 1
 
 
 def fill_mask(mask: np.ndarray, shape: Shape, margin: int, start: int, window: int | None) -> None:

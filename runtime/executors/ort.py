@@ -93,7 +93,7 @@ class OrtExecutor(OrtBase):
         for slot, moves in enumerate(plan.moves):
             if moves and slot not in in_graph:
                 self._move(slot, plan.lengths[slot], moves)
-        most = max(self._packed_sessions, default=1)
+        most = max(self._packed_sessions, default=1) if not self._are_neighbours(plan.active) else len(plan.active)
         groups = [plan.active[start : start + most] for start in range(0, len(plan.active), most)]
         return StepResult(tuple([found for index, group in enumerate(groups) for found in self._group(plan, group, index)]))
 
@@ -101,12 +101,17 @@ class OrtExecutor(OrtBase):
         """Run some of the plan's slots, in one call if there are several. Each group, by ``index``, has its own buffers."""
         if len(active) > 1:
             try:
-                return [*self._together(plan, active, index)]
+                return [*(self._call_over(plan, active) if self._are_neighbours(active) else self._together(plan, active, index))]
             except AssertionError:
                 raise
             except Exception as error:  # noqa: BLE001 - one by one, those that fail fail alone
                 _LOG.warning("a step of %d slots failed; each runs alone: %s", len(active), error)
-        return [self._slot(rows, plan.lengths[rows.slot], plan.moves[rows.slot]) for rows in active]
+        return [self._alone(plan, rows) for rows in active]
+
+    def _are_neighbours(self, active: tuple[SlotRows, ...]) -> bool:
+        """Whether the slots lie side by side and have one row each: then the attention takes all of them in one call."""
+        slots = sorted(rows.slot for rows in active)
+        return bool(self._packed_sessions) and slots[-1] - slots[0] < len(slots) and all(rows.count == 1 for rows in active)
 
     def _together(self, plan: StepPlan, active: tuple[SlotRows, ...], index: int) -> list[SlotResult]:
         places = min(places for places in self._packed_sessions if places >= len(active))
@@ -132,25 +137,34 @@ class OrtExecutor(OrtBase):
         end = self._margin + rows
         self.caches[:, target, :, self._margin : end] = self.caches[:, source, :, self._margin : end]
 
-    def _slot(self, rows: SlotRows, length: int, moves: tuple[int, ...]) -> SlotResult | Exception:
+    def _alone(self, plan: StepPlan, rows: SlotRows) -> SlotResult | Exception:
         try:
-            bound = self._bound.get((rows.slot, rows.count, rows.prefills, rows.wanted), lambda: self._bind(rows))
-            visible = visible_rows(self._margin + length + rows.count, self.layout.rows)
-            if visible != bound.visible:
-                self._show(bound, visible)
-            bound.inputs.fill(rows, length, moves)
-            started = time.perf_counter()
-            self._call(bound, rows, length)
-            seconds = time.perf_counter() - started
-            self.engine_seconds += seconds
-            result = bound.outputs.result(0, rows, seconds)
-            if not result.finite:
-                self._with_nan.add(rows.slot)
-            return result
+            (result,) = self._call_over(plan, (rows,))
         except AssertionError:
             raise
         except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no base of their own; the loop names them
             return error
+        return result
+
+    def _call_over(self, plan: StepPlan, active: tuple[SlotRows, ...]) -> list[SlotResult]:
+        """Run the graph for one slot over the rows of one, or over one row of each of several neighbours."""
+        first, slots = min(active, key=lambda rows: rows.slot), len(active)
+        wanted = first.wanted if slots == 1 else Wanted(*(any(each) for each in zip(*(r.wanted for r in active), strict=True)))
+        key = (first.slot, slots, first.count, first.prefills, wanted)
+        bound = self._bound.get(key, lambda: self._bind(first, slots, wanted))
+        end = max([plan.lengths[rows.slot] for rows in active]) + first.count
+        visible = visible_rows(self._margin + end, self.layout.rows)
+        if visible != bound.visible:
+            self._show(bound, visible)
+        for rows in active:
+            bound.inputs.fill(rows, plan.lengths[rows.slot], plan.moves[rows.slot], rows.slot - first.slot)
+        started = time.perf_counter()
+        self._call(bound, first, plan.lengths[first.slot])
+        seconds = time.perf_counter() - started
+        self.engine_seconds += seconds
+        results = [bound.outputs.result(rows.slot - first.slot, rows, seconds) for rows in active]
+        self._with_nan.update(rows.slot for rows, result in zip(active, results, strict=True) if not result.finite)
+        return results
 
     def _graph(self, path: Path, options: Any) -> str | bytes:
         twin = self._twins.get(path)
@@ -159,7 +173,7 @@ class OrtExecutor(OrtBase):
         return super()._graph(twin or path, options)
 
     def _call(self, bound: Bound, rows: SlotRows, length: int) -> None:  # noqa: ARG002 - observers say what they saw
-        """Run the graph over one slot's rows behind ``length`` kept ones."""
+        """Run the graph. ``rows``: of the first slot, behind ``length`` kept ones."""
         self._session.run_with_iobinding(bound.io, self._run_options)
 
     def _show(self, bound: Bound, visible: int) -> None:
@@ -177,15 +191,15 @@ class OrtExecutor(OrtBase):
         cache, end = self.caches[:, slot], self._margin + length
         cache[:, :, end - len(moves) : end] = cache[:, :, [self._margin + row for row in moves]]
 
-    def _bind(self, rows: SlotRows) -> Bound:
-        count, wanted = rows.count, rows.wanted
+    def _bind(self, rows: SlotRows, slots: int, wanted: Wanted) -> Bound:
+        count = rows.count
         logit_rows = 1 if rows.prefills else count
         inputs: CpuInputs | StepInputs
         if self._windows:
-            inputs = CpuInputs(count, logit_rows, self._margin, self.layout.dtype, self._windows)
+            inputs = CpuInputs(count, logit_rows, self._margin, self.layout.dtype, self._windows, slots)
         else:
-            inputs = StepInputs.allocate(1, count, logit_rows, self._margin)
-        outputs, binding = self._outputs(1, logit_rows, wanted), self._session.io_binding()
+            inputs = StepInputs.allocate(slots, count, logit_rows, self._margin)
+        outputs, binding = self._outputs(slots, logit_rows, wanted), self._session.io_binding()
         for name in (*step_io.STEP_INPUTS, *step_io.CPU_INPUTS):
             if name in self._inputs and name != step_io.COLUMNS:
                 binding.bind_ortvalue_input(name, self._value(getattr(inputs, name)))
@@ -195,6 +209,8 @@ class OrtExecutor(OrtBase):
         for name in fetched(wanted):
             binding.bind_ortvalue_output(name, self._value(getattr(outputs, name)))
         layers, caches = self.layout.layers, self._cache_values[rows.slot]
+        if slots > 1:
+            caches = [self._value(cache[rows.slot : rows.slot + slots]) for cache in self.caches]
         for past, present, value in zip(step_io.past_names(layers), step_io.present_names(layers), caches, strict=True):
             binding.bind_ortvalue_input(past, value)
             binding.bind_ortvalue_output(present, value)

@@ -241,7 +241,7 @@ def test_a_step_allocates_nothing(sessions: dict[str, Session], variant: str) ->
 
 def _bound(session: Session, rows: int, wanted: Wanted) -> Bound:
     """What the executor keeps for steps of ``rows`` rows."""
-    found: Bound = session.executor._bound._kept[(0, rows, False, wanted)]  # type: ignore[attr-defined]
+    found: Bound = session.executor._bound._kept[(0, 1, rows, False, wanted)]  # type: ignore[attr-defined]
     return found
 
 

@@ -20,7 +20,7 @@ from medusa_deploy.runtime.executors import step_io
 from medusa_deploy.runtime.executors.one_slot import plan_of_one, prefill_rows
 from medusa_deploy.runtime.executors.step_plan import SlotResult, SlotRows, StepPlan, Wanted
 from medusa_deploy.runtime.session import Session
-from medusa_deploy.runtime.tree import Shape
+from medusa_deploy.runtime.tree import ROOT_ONLY, Shape
 from support.tiny import VOCAB
 
 SLOTS = 5
@@ -144,11 +144,35 @@ def test_company_changes_no_token(
 def test_slots_share_calls_of_the_smallest_graph_that_has_places(packed: Session, calls: list[int]) -> None:
     for count, places in ((1, 1), (2, 2), (3, 4), (5, 8)):
         calls.clear()
-        asked = [Request(token_ids=[token + 1], max_new_tokens=6, rows=1) for token in range(count)]
+        asked = [Request(token_ids=[token + 1], max_new_tokens=6, rows=3, lookup=False) for token in range(count)]
         for _, generation in packed.generate_many(asked):
             assert len(generation.token_ids) == 6
         assert max(calls) == places
         assert len(calls) <= 6 + 2 * count, "a step of several slots is one call"
+
+
+def test_plain_steps_of_neighbours_are_one_call_of_the_graph_for_one_slot(
+    packed: Session, alone: Session, calls: list[int]
+) -> None:
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, VOCAB, length) for length in (3, 70, 1, 31, 64)]
+    for slot, prompt in enumerate(prompts):
+        for start in range(0, len(prompt), 16):
+            kept = [start if other == slot else 0 for other in range(SLOTS)]
+            packed.executor.run(plan_of_one(prefill_rows(slot, prompt[start : start + 16]), kept))
+    lengths = tuple(len(prompt) for prompt in prompts)
+    for active, count in (((1, 2, 3), 1), ((4, 3, 2, 1, 0), 1), ((0, 2), 2)):
+        rows = tuple(SlotRows(slot, np.array([slot + 9]), ROOT_ONLY, 1, Wanted(slot == 2, True, True)) for slot in active)
+        calls.clear()
+        found = packed.executor.run(StepPlan(rows, lengths, ((),) * SLOTS)).slots
+        assert calls == [count]
+        for each, result in zip(rows, found, strict=True):
+            expected = run_alone(alone, prompts[each.slot], each)
+            assert isinstance(result, SlotResult)
+            assert result.next_token == expected.next_token
+            np.testing.assert_array_equal(result.logits, expected.logits)
+            np.testing.assert_array_equal(result.hidden, expected.hidden)
+            assert (result.candidates is None) == (each.slot != 2)
 
 
 def test_a_packed_call_that_fails_is_made_slot_by_slot(
@@ -162,7 +186,7 @@ def test_a_packed_call_that_fails_is_made_slot_by_slot(
         run(self, *arguments)
 
     monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", failing)
-    asked = [Request(token_ids=[token, 3], max_new_tokens=8) for token in range(4)]
+    asked = [Request(token_ids=[token, 3], max_new_tokens=8, rows=4) for token in range(4)]
     with caplog.at_level(logging.WARNING, "medusa_deploy"):
         found = dict(packed.generate_many(asked))
     assert "out of memory" in caplog.text
