@@ -12,10 +12,10 @@ import pytest
 
 pytest.importorskip("starlette")
 
-from support.documents import ROOT  # noqa: E402
-from support.fake_executor import fake_session  # noqa: E402
-from support.server import drafting, serving  # noqa: E402
-from support.text import decode, encode  # noqa: E402
+from support.documents import ROOT
+from support.fake_executor import fake_session
+from support.server import drafting, serving
+from support.text import decode, encode
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
