@@ -74,7 +74,9 @@ def load_systems(
         "slots": slots,
         "ignore_eos": args.ignore_eos,
     }
-    systems: dict[str, dict[str, Any]] = {name: {"label": SYSTEMS[name].label} for name in args.systems}
+    systems: dict[str, dict[str, Any]] = {
+        name: {"label": SYSTEMS[name].label, "precision": SYSTEMS[name].precision} for name in args.systems
+    }
     workers: dict[str, Worker] = {}
     loads: dict[str, float] = {}
     for name, entry in systems.items():

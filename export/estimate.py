@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..runtime.arguments import integer, shown
+from ..runtime.arguments import choice, integer, optional_path, path, shown
 from ..runtime.errors import UsageError
 from ..runtime.executors import step_io
 from ..runtime.files.adapter_file import Adapter
@@ -16,8 +16,8 @@ from ..runtime.files.heads import HeadConfig, HeadSet
 from ..runtime.tree import MAX_ROWS, ROOT_ONLY, Tree, chain
 from .backbone.backbone import backbone_shape, load_config
 from .backbone.linked import stored_parameters
-from .backbone.positions import check_positions
 from .backbone.record import DTYPES
+from .backbone.refusal.positions import check_positions
 from .heads.layouts import ReadHeads, check_fit, read_heads
 from .quantise.cpu_heads import narrow_size
 from .quantise.screen import screen_size
@@ -74,21 +74,13 @@ def plan_export(
         CheckpointError, UnsupportedArchitectureError: the backbone's config can't be read or expressed.
         HeadsError, HeadsMismatchError, TreeError: heads or tree don't fit.
     """
-    dtype, weights = dtype or "fp32", weights or "copied"
-    check_choices(dtype, weights, tree)
+    model, heads = path("model", model), optional_path("heads", heads)
+    dtype, weights = checked_choices(dtype, weights, tree)
     capacity, batch = checked_limit("capacity", capacity, 2048), checked_limit("batch", batch, 1)
     top_k, max_rows = checked_limit("top_k", top_k, 10), checked_limit("max_rows", max_rows, 64)
-    config = load_config(Path(model), capacity)
-    module = empty_module(config)
-    shape = backbone_shape(module)
     read = None if heads is None else read_heads(heads)
-    if read is not None:
-        refuse_linked_adapter(weights, read.adapter)
-        check_fit(read.heads, hidden_size=shape.hidden_size, vocab_size=shape.vocab_size, top_k=top_k)
-    identity = HeadConfig("medusa", 1, 1, shape.hidden_size, shape.vocab_size, "shared")
-    head_config = identity if read is None else read.heads.config
-    check_positions(module, capacity, head_config.num_heads)
-    trees = bundle_trees(tree, read, head_config.num_heads, top_k)
+    module, head_config, trees = check_before_weights(model, read, weights, capacity, tree, top_k)
+    shape = backbone_shape(module)
     default = trees[DEFAULT_TREE]
     rows = step_io.cache_rows(capacity, head_config.num_heads, tree_rows(max_rows, trees, head_config.num_heads))
     item = DTYPES[dtype].itemsize
@@ -96,13 +88,13 @@ def plan_export(
     head_sizes = [shape.hidden_size**2] if read is None else _head_sizes(read.heads)
     linked = 0
     if weights == "linked":
-        files = {tensor.file for tensor in stored_parameters(Path(model), dtype, capacity)[1].values()}
+        files = {tensor.file for tensor in stored_parameters(model, dtype, capacity)[1].values()}
         linked = sum(file.stat().st_size for file in files)
     written = head_sizes if linked else [*sizes, *head_sizes]
     written_bytes = sum(-(-size * item // ALIGNMENT) * ALIGNMENT for size in written)
     if dtype == "fp32":  # the CPU graph stores these for itself
         written_bytes += narrow_size(head_config) + screen_size((shape.vocab_size, shape.hidden_size))
-    text = sum((Path(model) / name).stat().st_size for name in _TEXT_FILES if (Path(model) / name).is_file())
+    text = sum((model / name).stat().st_size for name in _TEXT_FILES if (model / name).is_file())
     slot = shape.cache_bytes(rows, item)
     return ExportPlan(
         architecture=shape.architecture,
@@ -122,6 +114,31 @@ def plan_export(
         cache_bytes=slot * batch,
         warnings=read.warnings if read is not None else (),
     )
+
+
+def check_before_weights(
+    model: Path, read: ReadHeads | None, weights: str, capacity: int, tree: Tree | None, top_k: int
+) -> tuple[Any, HeadConfig, dict[str, Tree]]:
+    """Check by the model's config alone that an export's parts fit together: reading the weights of a large model takes minutes.
+
+    Returns the module without weights, the form of the heads and the bundle's trees.
+
+    Raises:
+        CheckpointError, UnsupportedArchitectureError: the backbone's config can't be read or expressed.
+        HeadsMismatchError, TreeError, UsageError: heads, tree, top-k, weights or capacity don't fit.
+    """
+    config = load_config(model, capacity)
+    module = empty_module(config)
+    shape = backbone_shape(module)
+    if read is not None:
+        refuse_linked_adapter(weights, read.adapter)
+        check_fit(read.heads, hidden_size=shape.hidden_size, vocab_size=shape.vocab_size, top_k=top_k)
+    elif top_k > shape.vocab_size:
+        raise UsageError(f"top_k is {top_k}, and the vocabulary has {shape.vocab_size} tokens", hint="give a smaller --top-k")
+    identity = HeadConfig("medusa", 1, 1, shape.hidden_size, shape.vocab_size, "shared")
+    head_config = identity if read is None else read.heads.config
+    check_positions(module, capacity, head_config.num_heads)
+    return module, head_config, bundle_trees(tree, read, head_config.num_heads, top_k)
 
 
 def _head_sizes(heads: HeadSet) -> list[int]:
@@ -146,17 +163,15 @@ def refuse_linked_adapter(weights: str, adapter: Adapter | None) -> None:
         )
 
 
-def check_choices(dtype: str, weights: str, tree: Tree | None) -> None:
-    """Check the arguments of an export that aren't numbers.
+def checked_choices(dtype: str | None, weights: str | None, tree: Tree | None) -> tuple[str, str]:
+    """Return the dtype and the kind of weights of an export, by default fp32 and copied.
 
     Raises:
         UsageError: names the argument, its value and what it may be.
     """
-    for name, value, known in (("dtype", dtype, tuple(DTYPES)), ("weights", weights, WEIGHTS)):
-        if value not in known:
-            raise UsageError(f"unknown {name} {shown(value)}", hint=f"one of {', '.join(known)}")
     if not isinstance(tree, (Tree, type(None))):
         raise UsageError(f"tree is {shown(tree)}", hint="tree is a Tree: Tree.from_choices makes one")
+    return choice("dtype", dtype, tuple(DTYPES), "fp32"), choice("weights", weights, WEIGHTS, "copied")
 
 
 def checked_limit(name: str, value: int | None, default: int) -> int:
@@ -165,10 +180,7 @@ def checked_limit(name: str, value: int | None, default: int) -> int:
     Raises:
         UsageError: it is no integer, below 1, or beyond what a step graph can have.
     """
-    found = integer(name, value, default)
-    if found > _LARGEST[name]:
-        raise UsageError(f"{name} is {found}", hint=f"{name} is at most {_LARGEST[name]}")
-    return found
+    return integer(name, value, default, high=_LARGEST[name])
 
 
 def empty_module(config: Any) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .. import __version__
-from ..runtime.arguments import flag
+from ..runtime.arguments import flag, optional_path, path
 from ..runtime.executors import step_io
 from ..runtime.executors.executor import CacheLayout
 from ..runtime.executors.ort import OrtExecutor, OrtModel
@@ -24,10 +24,10 @@ from ..runtime.files.manifest import MANIFEST_NAME, HeadFacts, Limits, Manifest,
 from ..runtime.tree import Tree
 from .backbone.backbone import load_backbone
 from .backbone.linked import load_linked_backbone, prune_projection
-from .backbone.positions import check_positions
 from .backbone.record import Backbone
+from .backbone.refusal.positions import check_positions
 from .backbone.tokenizer import write_text_files
-from .estimate import DEFAULT_TREE, bundle_trees, check_choices, checked_limit, refuse_linked_adapter, tree_rows
+from .estimate import DEFAULT_TREE, check_before_weights, checked_choices, checked_limit, tree_rows
 from .graphs import HEADS_GRAPH, write_graphs
 from .heads.layouts import check_fit, read_heads
 from .heads.module import HeadStack
@@ -74,8 +74,8 @@ def export_bundle(
         ExportMismatchError: the graph doesn't reproduce the torch module; no bundle is written.
         BundleExistsError, OutputError: the output can't be written.
     """
-    dtype, weights = dtype or "fp32", weights or "copied"
-    check_choices(dtype, weights, tree)
+    model, heads, output = path("model", model), optional_path("heads", heads), path("output", output)
+    dtype, weights = checked_choices(dtype, weights, tree)
     limits_given = {"capacity": (capacity, 2048), "batch": (batch, 1), "top_k": (top_k, 10)}
     limits_given |= {"max_rows": (max_rows, 64), "prefill_chunk": (prefill_chunk, 256)}
     capacity, batch, top_k, max_rows, prefill_chunk = (
@@ -83,27 +83,26 @@ def export_bundle(
     )
     force = flag("force", force)
     started = time.perf_counter()
-    with staged_folder(Path(output), force=force) as staging, ThreadPoolExecutor(1) as beside:
+    with staged_folder(output, force=force) as staging, ThreadPoolExecutor(1) as beside:
         folder = staging / ONNX
         folder.mkdir()
         read = None if heads is None else read_heads(heads)
         adapter = None if read is None else read.adapter
-        refuse_linked_adapter(weights, adapter)
+        _, _, trees = check_before_weights(model, read, weights, capacity, tree, top_k)
         report("loading the backbone" if adapter is None else "loading the backbone and merging its adapter")
         hashes: dict[Path, Future[str]] = {}
         if weights == "linked":
-            backbone = load_linked_backbone(Path(model), dtype, capacity, folder, report)
+            backbone = load_linked_backbone(model, dtype, capacity, folder, report)
             # Hashing the 13 GB of a 7B takes a tenth of the time of the rest, and the rest keeps one processor busy.
             hashes = {path: beside.submit(sha256, path) for path in folder.glob("*.safetensors")}
         else:
-            backbone = load_backbone(Path(model), dtype, capacity, adapter)
-        text, warnings = write_text_files(Path(model), backbone.module.config, staging)
+            backbone = load_backbone(model, dtype, capacity, adapter)
+        text, warnings = write_text_files(model, backbone.module.config, staging)
         head_set = identity_heads(backbone) if read is None else read.heads
         check_positions(backbone.module, capacity, head_set.config.num_heads)
         check_fit(head_set, hidden_size=backbone.shape.hidden_size, vocab_size=backbone.shape.vocab_size, top_k=top_k)
         head_set = prune_projection(backbone, head_set)
         warnings += [*backbone.warnings, *(() if read is None else read.warnings)]
-        trees = bundle_trees(tree, read, head_set.config.num_heads, top_k)
         max_rows = tree_rows(max_rows, trees, head_set.config.num_heads)
         stack = HeadStack(head_set, backbone.module.get_output_embeddings(), top_k, backbone.dtype, backbone.logits)
         rows = step_io.cache_rows(capacity, head_set.config.num_heads, max_rows)

@@ -30,7 +30,7 @@ def check_variant(manifest: Manifest, name: str, *, force: bool) -> None:
         UsageError: the name breaks the pattern.
         BundleExistsError: the bundle has it, and ``force`` is false.
     """
-    if not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         hint = f"{PREFIX} and then letters, digits and hyphens, like {PREFIX}int8"
         raise UsageError(f"a variant can't be called {name!r}", hint=hint)
     if name in manifest.variants and not force:

@@ -26,9 +26,9 @@ from .session import Session, request_of
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """A session's state at one moment, read without waiting for the engine.
+    """The state of an :class:`AsyncSession` at one moment, read without waiting for the engine.
 
-    ``running``: requests that hold a slot. ``waiting``: requests that are encoded or queued. ``step_age``: seconds since the
+    ``running``: its requests that hold a slot. ``waiting``: those that are encoded or queued. ``step_age``: seconds since the
     newest step ended, None before the first one; a large age with ``running`` > 0 says that the engine hangs. ``closing``:
     whether new requests are refused. ``retry_after``: seconds until a slot is probably free, by the requests that ended lately.
     """

@@ -51,9 +51,10 @@ class Request:
     ``drafting``: how steps are drafted, by :class:`Rows`, by a tree that is the same in every step (``ROOT_ONLY`` decodes
     plainly), or by a drafter of one's own. ``tree``, ``rows``, ``lookup`` and ``drafter`` are older names for parts of it.
     ``priority``: smaller numbers are served first. ``deadline``: seconds from submission after which the request is cancelled.
-    ``cancel`` is asked before each of its steps but the first. ``keep_hidden`` collects the backbone's hidden state behind every
-    emitted token. ``logprobs``: wants the log-probability of every emitted token, and of so many most likely ones at its place;
-    they are the model's own, before temperature, penalties and filters.
+    ``cancel`` is asked before each of its steps but the first. ``cache_salt``: a prompt's beginning is taken over from earlier
+    requests of the same salt alone, so that the time of an answer tells nobody what others asked. ``keep_hidden`` collects the
+    backbone's hidden state behind every emitted token. ``logprobs``: wants the log-probability of every emitted token, and of so
+    many most likely ones at its place; they are the model's own, before temperature, penalties and filters.
 
     None is the default of every field. Numbers may be numpy's.
 
@@ -74,6 +75,7 @@ class Request:
     deadline: float | None = None
     cancel: Callable[[], bool] | None = None
     keep_hidden: bool = False
+    cache_salt: str = ""
     logprobs: int | None = None
     tree: InitVar[Tree | None] = None
     rows: InitVar[int | None] = None
@@ -109,6 +111,7 @@ class Request:
         kept["params"] = SamplingParams() if self.params is None else self.params
         kept["drafting"] = AUTOMATIC if self.drafting is None else self.drafting
         kept["stop"] = () if self.stop is None else self.stop
+        kept["cache_salt"] = "" if self.cache_salt is None else self.cache_salt
         for name, default in (("max_new_tokens", 128), ("priority", 0)):
             value = getattr(self, name)
             kept[name] = default if value is None else value if not is_integer(value) else int(value)
@@ -122,6 +125,7 @@ class Request:
             ("max_new_tokens", is_integer(self.max_new_tokens), "max_new_tokens is an integer from 1"),
             ("priority", is_integer(self.priority), "priority is an integer; smaller ones are served first"),
             ("deadline", self.deadline is None or is_number(self.deadline), "a deadline is in seconds from now, and positive"),
+            ("cache_salt", isinstance(self.cache_salt, str), "cache_salt is a string, such as the user's name"),
             ("logprobs", self.logprobs is None or _is_count(self.logprobs), f"logprobs is an integer from 0 to {MAX_LOGPROBS}"),
             ("cancel", self.cancel is None or callable(self.cancel), "cancel is a function without arguments"),
         ):
@@ -137,6 +141,8 @@ def _is_count(value: object) -> bool:
 class Stats:
     """Cost of a generation. ``accepted[a]``: decode steps that accepted ``a`` drafted tokens.
 
+    ``prompt_tokens``: tokens of the prompt whose rows are in the cache; ``cached_tokens`` of them were there before.
+
     ``rows_histogram[n]``: decode steps that verified n rows. ``plain_steps``: steps of one row in which no heads ran. ``probes``:
     steps that ran the heads only to see whether drafting pays again. ``lookup_steps``: steps whose rows were chosen among
     repeated text, too.
@@ -147,6 +153,7 @@ class Stats:
     """
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     steps: int = 0
     emitted: int = 0
     rows: int = 0

@@ -10,7 +10,7 @@ import argparse
 import importlib
 import os
 import sys
-from typing import IO, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 PROGRAM = "medusa-deploy"
 OK, USER_ERROR, USAGE, BUG, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
@@ -19,7 +19,7 @@ OK, USER_ERROR, USAGE, BUG, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
 class _Parser(argparse.ArgumentParser):
     """Raises where argparse would keep silent that its help wasn't written."""
 
-    def print_help(self, file: IO[str] | None = None) -> None:
+    def print_help(self, file: Any = None) -> None:
         (file or sys.stdout).write(self.format_help())
 
 

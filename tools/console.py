@@ -163,6 +163,12 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def warn(warnings: Iterable[str]) -> None:
+    """Print each warning to stderr, on a line of its own."""
+    for warning in warnings:
+        say(f"warning: {warning}")
+
+
 class Progress:
     """Shows one line on a terminal's stderr: the work, how far it is, how fast, and the time left. Elsewhere a line every 30 s.
 

@@ -30,7 +30,8 @@ class Ours(Peer):
         from medusa_deploy.runtime import load
 
         self.settings = settings
-        self.session = load(settings.path, threads=settings.threads, variant=self.variant, slots=settings.slots)
+        options = {"threads": settings.threads, "variant": self.variant, "slots": settings.slots}
+        self.session = load(settings.path, **options, prefix_cache=False)
         if self.speculative and self.session.tree.rows == 1:
             raise ValueError("the bundle has no heads: there is nothing to speculate with")
 
@@ -65,7 +66,7 @@ class Ours(Peer):
         from medusa_deploy.runtime.files.manifest import MANIFEST_NAME
         from medusa_deploy.tools.prompt_source import prompts_for
 
-        session = load(path, check_hashes=False)
+        session = load(path, check_hashes=False, prefix_cache=False)
         return {
             "prompts": prompts_for(session, None if prompts is None else Path(prompts), count),
             "eos_token_ids": sorted(session.manifest.text.eos_token_ids),

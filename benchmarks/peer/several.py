@@ -9,7 +9,6 @@ from typing import Any
 
 from .process import Run, Talker, in_turns, watched
 from .report import agreement, number, row
-from .systems import SYSTEMS
 
 # Whose tokens the others of a precision are compared with.
 REFERENCES = {"fp32": "ours-plain", "8 bits": "ours-int8-plain", "4 bits": "ours-int4-plain"}
@@ -70,10 +69,10 @@ def compare_several(systems: dict[str, dict[str, Any]], rounds: Mapping[str, Seq
     best: dict[str, Any] = {}
     for name, entry in systems.items():
         if entry["status"] == "measured":
-            reference = rounds.get(REFERENCES[SYSTEMS[name].precision])
+            reference = rounds.get(REFERENCES[entry["precision"]])
             entry["agreement"] = agreement(rounds[name][0].runs(), reference[0].runs()) if reference else None
-    for precision in dict.fromkeys(SYSTEMS[name].precision for name in rounds):
-        rates = {name: systems[name]["tokens_per_s"] for name in rounds if SYSTEMS[name].precision == precision}
+    for precision in dict.fromkeys(systems[name]["precision"] for name in rounds):
+        rates = {name: systems[name]["tokens_per_s"] for name in rounds if systems[name]["precision"] == precision}
         ours = {name: rate for name, rate in rates.items() if name.startswith("ours")}
         peers = {name: rate for name, rate in rates.items() if name not in ours}
         if not ours or not peers:
@@ -95,15 +94,16 @@ def markdown_several(report: Mapping[str, Any]) -> str:
         f"{length} {settings['max_new_tokens']} new tokens, all at once through N slots; tokens/s of all, prefills included."
     )
     lines = [caption]
-    for precision in dict.fromkeys(SYSTEMS[name].precision for name in loads[0]["systems"]):
-        names = [name for name in loads[0]["systems"] if SYSTEMS[name].precision == precision]
+    asked = loads[0]["systems"]
+    for precision in dict.fromkeys(entry["precision"] for entry in asked.values()):
+        names = [name for name, entry in asked.items() if entry["precision"] == precision]
         heads = [head for load in loads for head in (f"N = {load['slots']}: tokens/s", "× best peer", "same output")]
         lines += ["", f"**{precision}**", "", row(["system", *heads]), row(["---", *["---:"] * len(heads)])]
         for name in names:
             entries = [load["systems"][name] for load in loads]
             if any(entry["status"] == "measured" for entry in entries):
-                cells = [cell for load, entry in zip(loads, entries, strict=True) for cell in _cells(load, precision, entry)]
-                lines.append(row([SYSTEMS[name].label, *cells]))
+                cells = [cell for load, entry in zip(loads, entries, strict=True) for cell in _cells(load, entry)]
+                lines.append(row([asked[name]["label"], *cells]))
     notes = [
         f"- {entry['label']}, N = {load['slots']}: {entry['status']}: {entry['reason']}"
         for load in loads
@@ -113,10 +113,10 @@ def markdown_several(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(["", *notes] if notes else [])])
 
 
-def _cells(load: Mapping[str, Any], precision: str, entry: Mapping[str, Any]) -> list[str]:
+def _cells(load: Mapping[str, Any], entry: Mapping[str, Any]) -> list[str]:
     if entry["status"] != "measured":
         return ["", "", ""]
-    best, same = load["best"].get(precision), entry["agreement"]
+    best, same = load["best"].get(entry["precision"]), entry["agreement"]
     share = None if best is None else entry["tokens_per_s"] / load["systems"][best["peer"]]["tokens_per_s"]
     return [
         number(entry["tokens_per_s"], 1),

@@ -16,12 +16,12 @@ from .adapter import merge_adapter
 from .gguf_file.config import gguf_config
 from .gguf_file.metadata import GgufFile
 from .gguf_file.weights import load_gguf_module
-from .library_errors import LoadReports, cause, kept_reports
 from .logits import find_logit_change
 from .model_folder import NO_CODE, check_types, check_unused, find_model, folder_notes, stop_ids, token_ids
 from .record import DTYPES, Backbone
-from .refusals import refuse, skeleton
-from .rehearsal import rehearse
+from .refusal.causes import LoadReports, first_lines, kept_reports
+from .refusal.refusals import refuse, skeleton
+from .refusal.rehearsal import rehearse
 
 if TYPE_CHECKING:
     from ...runtime.files.adapter_file import Adapter
@@ -99,7 +99,7 @@ def load_config(source: Path, capacity: int) -> Any:
 
     Raises:
         CheckpointError: no such model.
-        UnsupportedArchitectureError: see :func:`.refusals.refuse` and :func:`check_architecture`.
+        UnsupportedArchitectureError: see :func:`.refusal.refusals.refuse` and :func:`check_architecture`.
     """
     from transformers import AutoConfig
 
@@ -137,7 +137,7 @@ def transformers_errors(source: Path) -> Iterator[None]:
                 hint="take a checkpoint of a model that transformers knows; a tokenizer needs a tokenizer.json",
             ) from error
         raise CheckpointError(
-            f"transformers can't load {source}: {cause(error, reports)}",
+            f"transformers can't load {source}: {first_lines(error, 4, reports.text)}",
             hint="check that the folder has config.json and *.safetensors (or a .gguf file) and that the download is complete",
         ) from error
     finally:

@@ -21,8 +21,8 @@ from ...runtime.executors.executor import Executor
 from ...runtime.executors.one_slot import prefill_rows, run_one
 from ...runtime.executors.step_plan import SlotRows, Wanted, rows_to_move
 from ...runtime.tree import Tree
-from ..backbone.positions import position_rows
 from ..backbone.record import Backbone
+from ..backbone.refusal.positions import position_rows
 from ..heads.module import HeadStack
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2}

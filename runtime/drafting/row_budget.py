@@ -35,6 +35,8 @@ _UNTESTED, _MEASURED = 0.5, 2.0
 """Weight of the heads' own probabilities before they were put to the test: without, and with, a measurement of the heads."""
 
 _LEAST_CHANCE = 0.01
+_WORTH_IT = 0.02
+"""Share of a plain step's tokens that rows must promise to gain where several sequences share it: costs are known that well."""
 _SHOWN = 16
 _SOONEST, _LATEST = 4, 64
 """Plain steps between two looks at the heads' candidates."""
@@ -148,7 +150,8 @@ class RowBudget:
         for (sequence, drafter), own in zip(open_ones, each, strict=True):
             by_lookup = drafter.rank(sequence.candidates, sequence.remaining - 1, self._sizes[-1] - 1, least)
             if drafter.has_candidates:
-                gain = _best(drafter.expected, own, cost, base)[1] - _best(by_lookup, own, cost, base)[1]
+                price = throughput if self._packed else own
+                gain = _best(drafter.expected, price, cost, base)[1] - _best(by_lookup, price, cost, base)[1]
                 for stats in (self.stats, drafter.stats):
                     stats.expect(min(max(gain, 0.0), 1.0))
             goes_on = goes_on or sequence.remaining > 1
@@ -185,12 +188,17 @@ class RowBudget:
         if measured is not None and goes_on and alone:
             rows, heads = measured
             return rows if drafted else base, heads, False
-        rows, _ = _best(expected, throughput, cost, base)
+        rows, value = _best(expected, throughput, cost, base)
+        if self._packed and len(self._together) > 1 and value < _WORTH_IT * throughput:
+            rows = base
         if not goes_on:
             return rows, False, False
         if sum(drafter.stats.heads_gain() for drafter in drafters) > throughput * cost.heads:
+            if len(drafters) > 1 and base < rows <= base + len(expected) - 2:
+                rows = cost.to_explore(rows, True) or rows
             return rows, True, False
-        probing = self._waited >= self._wait
+        unknown = len(drafters) > 1 and not all(drafter.was_tried for drafter in drafters)
+        probing = self._waited >= (_SOONEST if unknown else self._wait)  # heads may suit the newcomers better than others
         return rows, probing, probing
 
     def _in_order(
@@ -226,7 +234,7 @@ class RowBudget:
         heads = open_ones[0][1].heads
         # Fewer rows ran than were chosen where there were no candidates for more.
         counts = [sequence.draft.shape.rows for sequence in sequences]
-        ran = sum(counts) if self._packed else max(counts)
+        ran = 1 + sum(count - 1 for count in counts) if self._packed else max(counts)
         rows = next((size for size in cost.sizes if size >= ran), cost.sizes[-1])
         taken = cost.of(rows, heads)
         if seconds > 0:
@@ -249,21 +257,21 @@ class RowBudget:
         return self._track if together else drafters[0].track
 
     def _fewest(self, sequences: Sequence[Drafting]) -> int:
-        """Rows that the next step has whatever is chosen."""
-        if not self._packed:
-            return 1
-        return sum(1 if isinstance(s.drafter, AdaptiveDrafter) else s.drafter.rows for s in sequences)
+        """Rows that the next step has whatever is chosen; of a packed step all roots count as one."""
+        fixed = [s.drafter.rows for s in sequences if not isinstance(s.drafter, AdaptiveDrafter)]
+        return 1 + sum(rows - 1 for rows in fixed) if self._packed else 1
 
     def _cost(self, sequences: Sequence[Drafting]) -> StepCost:
         return self._cost_of(any(sequence.on_host for sequence in sequences), len(sequences) if self._packed else 1)
 
     def _cost_of(self, on_host: bool, sequences: int) -> StepCost:
-        """Costs of steps with so many sequences."""
-        found = self._costs.get((on_host, sequences))
+        """Costs of steps with about so many sequences: 1, 2, 3 and 4, 5 to 8 … have theirs together."""
+        about = 1 << (sequences - 1).bit_length()
+        found = self._costs.get((on_host, about))
         if found is None:
-            most = sequences * (self._sizes[-1] - 1)
-            sizes = self._sizes if sequences == 1 else tuple(sequences + more for more in _TOGETHER if more <= most)
-            self._costs[on_host, sequences] = found = StepCost(sizes)
+            most = about * (self._sizes[-1] - 1)
+            sizes = self._sizes if about == 1 else tuple(1 + more for more in _TOGETHER if more <= most)
+            self._costs[on_host, about] = found = StepCost(sizes)
         return found
 
 

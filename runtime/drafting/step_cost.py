@@ -8,6 +8,9 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
+PLAIN = (1, False)
+"""Roots alone, without heads: its cost is the unit."""
+
 _SLOPE, _HEADS = 0.05, 0.05
 """Assumed costs of a row and of the heads before any step has been seen."""
 
@@ -17,6 +20,9 @@ _STEADY = 0.05
 
 _ALONE, _LONGEST = 3, 32
 """Steps of one size in a row after which it is compared with a plain step: at first, and when it was compared often."""
+
+_SELDOM, _KNOWN = 4, 8
+"""A size beside the best one is tried in place of every so manyth step, until so many steps of it were compared."""
 
 StepKind = tuple[int, bool]
 """Rows of a step, and whether the heads ran in it."""
@@ -33,7 +39,7 @@ class Track:
 class StepCost:
     """Costs of steps, in plain steps: ``of(n, heads)`` = time of a step of n rows ÷ time of a plain one.
 
-    A plain step has no heads and the fewest rows: one for each sequence.
+    A plain step has no heads and no rows but the roots. n counts the rows of all sequences, and their roots as one.
 
     Only two steps of the same sequences that followed each other are compared. They ran under the same load and behind the same
     context, so the ratio of their times is the ratio of their costs, however busy the machine is. Prefill chunks in between don't
@@ -43,19 +49,17 @@ class StepCost:
     """
 
     def __init__(self, sizes: tuple[int, ...]) -> None:
-        """``sizes``: the numbers of rows that a step may have, ascending from those of a plain one."""
-        assert all(a < b for a, b in pairwise(sizes))
+        """``sizes``: the numbers of rows that a step may have, ascending from 1."""
+        assert sizes[0] == 1 and all(a < b for a, b in pairwise(sizes))
         self.sizes = sizes
         self.heads = _HEADS
         self.plain_seconds = 0.0
         """Time of a plain step lately; 0 before one was seen."""
-        self._plain = plain = sizes[0]
-        self._known = {plain: 1.0}
+        self._known = {1: 1.0}
         self._seen: Counter[StepKind] = Counter()
         self._compared: Counter[StepKind] = Counter()
-        wishes = (plain + max(3, plain // 2), plain + max(7, plain))
-        small, large = (next((size for size in sizes if size >= wish), sizes[-1]) for wish in wishes)
-        self._first = {(plain, False): 4, (plain, True): 4, **{(size, True): 2 for size in (small, large)}}
+        small, large = (next((size for size in sizes if size >= wish), sizes[-1]) for wish in (4, 8))
+        self._first = {PLAIN: 4, (1, True): 4, **{(size, True): 2 for size in (small, large)}}
         self._draw()
 
     def _draw(self) -> None:
@@ -76,10 +80,21 @@ class StepCost:
         """
         if track.newest is not None:
             (rows, heads), _ = track.newest
-            if rows > self._plain and track.in_a_row >= min(_ALONE + 2 * self._compared[rows, heads], _LONGEST):
-                return self._plain, heads
+            if rows > 1 and track.in_a_row >= min(_ALONE + 2 * self._compared[rows, heads], _LONGEST):
+                return 1, heads
         wanting = [kind for kind, times in self._first.items() if kind[0] <= most and self._seen[kind] < times]
         return min(wanting, key=lambda kind: self._seen[kind], default=None)
+
+    def to_explore(self, rows: int, heads: bool) -> int | None:
+        """A size beside ``rows``, the best one known, to take in its place once: few steps of it were compared yet.
+
+        Costs rise in stairs, so the next size may cost nothing more. None for three of four steps, and when both sides are known.
+        """
+        if rows not in self.sizes or self._seen[rows, heads] % _SELDOM:
+            return None
+        at = self.sizes.index(rows)
+        beside = [size for size in self.sizes[max(at - 1, 1) : at + 2] if self._compared[size, heads] < _KNOWN]
+        return min((size for size in beside if size != rows), key=lambda size: self._compared[size, heads], default=None)
 
     def observe(self, rows: int, heads: bool, seconds: float, track: Track) -> None:
         """Learn from a step and the one before it in ``track``. The first one of a kind only warms up: engines allocate then."""
@@ -114,19 +129,18 @@ class StepCost:
         start = self._known[below]
         if above:
             return start + (self._known[above] - start) * (rows - below) / (above - below)
-        beyond = below - self._plain
-        return start + max((start - 1) / beyond if beyond else _SLOPE / self._plain, 0.0) * (rows - below)
+        return start + max((start - 1) / (below - 1) if below > 1 else _SLOPE, 0.0) * (rows - below)
 
     def _uncertainty(self, kind: StepKind) -> float:
         """Variance of the logarithm of a cost, in those of one observation."""
-        return 0.0 if kind == (self._plain, False) else max(1 / (self._compared[kind] + 0.5), _STEADY)
+        return 0.0 if kind == PLAIN else max(1 / (self._compared[kind] + 0.5), _STEADY)
 
     def _move(self, kind: StepKind, change: float) -> None:
-        rows, heads = kind
-        if kind == (self._plain, False):
+        if kind == PLAIN:
             return
+        rows, heads = kind
         cost = self.of(rows, heads) * math.exp(change)
-        if rows == self._plain:
+        if rows == 1:
             self.heads = max(cost - 1, _LEAST)
         else:
             self._known[rows] = max(cost - heads * self.heads, _LEAST)

@@ -73,7 +73,7 @@ class OrtExecutor(OrtBase):
         self._graph_moves = step_io.COMMIT in self._inputs
         self._windows = step_io.mask_windows(sorted(self._inputs))  # only CPU graphs read masks
         deepest = model.num_heads if self._graph_moves else max(DEEPEST, model.num_heads)
-        self.abilities = Abilities(layout.slots, deepest, packed=bool(self._packed_sessions))
+        self.abilities = Abilities(layout.slots, deepest, packed=bool(self._packed_sessions), copies=True)
         self._margin = model.num_heads
         self._bound: Recent[Bound] = Recent()
         self._packed: Recent[PackedStep] = Recent()
@@ -93,25 +93,29 @@ class OrtExecutor(OrtBase):
         for slot, moves in enumerate(plan.moves):
             if moves and slot not in in_graph:
                 self._move(slot, plan.lengths[slot], moves)
-        if len(plan.active) > 1 and self._packed_sessions:
+        most = max(self._packed_sessions, default=1)
+        groups = [plan.active[start : start + most] for start in range(0, len(plan.active), most)]
+        return StepResult(tuple([found for index, group in enumerate(groups) for found in self._group(plan, group, index)]))
+
+    def _group(self, plan: StepPlan, active: tuple[SlotRows, ...], index: int) -> list[SlotResult | Exception]:
+        """Run some of the plan's slots, in one call if there are several. Each group, by ``index``, has its own buffers."""
+        if len(active) > 1:
             try:
-                return StepResult(tuple(self._together(plan)))
+                return [*self._together(plan, active, index)]
             except AssertionError:
                 raise
             except Exception as error:  # noqa: BLE001 - one by one, those that fail fail alone
-                _LOG.warning("a step of %d slots failed; each runs alone: %s", len(plan.active), error)
-        return StepResult(tuple([self._slot(rows, plan.lengths[rows.slot], plan.moves[rows.slot]) for rows in plan.active]))
+                _LOG.warning("a step of %d slots failed; each runs alone: %s", len(active), error)
+        return [self._slot(rows, plan.lengths[rows.slot], plan.moves[rows.slot]) for rows in active]
 
-    def _together(self, plan: StepPlan) -> list[SlotResult]:
-        """Run all active slots in one call."""
-        active = plan.active
+    def _together(self, plan: StepPlan, active: tuple[SlotRows, ...], index: int) -> list[SlotResult]:
         places = min(places for places in self._packed_sessions if places >= len(active))
         session = self._packed_sessions[places]
         wanted = Wanted(*(any(choices) for choices in zip(*(rows.wanted for rows in active), strict=True)))
         step = self._packed.get(
-            (places, wanted), lambda: PackedStep(session, self._value, self.model, places, wanted, self._packed_caches)
+            (places, wanted, index), lambda: PackedStep(session, self._value, self.model, places, wanted, self._packed_caches)
         )
-        step.fill(plan)
+        step.fill(active, plan.lengths)
         started = time.perf_counter()
         session.run_with_iobinding(step.binding, self._run_options)
         seconds = time.perf_counter() - started
@@ -119,6 +123,14 @@ class OrtExecutor(OrtBase):
         results = step.results(active, seconds)
         self._with_nan.update(rows.slot for rows, result in zip(active, results, strict=True) if not result.finite)
         return results
+
+    def copy(self, source: int, target: int, rows: int) -> None:
+        """Copy the first rows of a slot to another; see :class:`.executor.CopyingExecutor`."""
+        if target in self._with_nan:
+            self.caches[:, target] = 0
+            self._with_nan.remove(target)
+        end = self._margin + rows
+        self.caches[:, target, :, self._margin : end] = self.caches[:, source, :, self._margin : end]
 
     def _slot(self, rows: SlotRows, length: int, moves: tuple[int, ...]) -> SlotResult | Exception:
         try:

@@ -12,7 +12,7 @@ from . import step_io
 from .cpu_inputs import fill_mask
 from .ort_base import OrtModel, fetched
 from .step_arrays import visible_rows
-from .step_plan import SlotResult, SlotRows, StepPlan, Wanted
+from .step_plan import SlotResult, SlotRows, Wanted
 
 SPARE_ROWS = 64
 """Rows of the cache that places without a slot use."""
@@ -57,9 +57,9 @@ class PackedStep:
         """What ONNX Runtime runs."""
         return self._io
 
-    def fill(self, plan: StepPlan) -> None:
-        """Encode the plan's rows."""
-        at = self._take_places(plan.active)
+    def fill(self, active: Sequence[SlotRows], lengths: Sequence[int]) -> None:
+        """Encode the rows of the active slots. ``lengths``: rows that each slot keeps."""
+        at = self._take_places(active)
         self._order = [at.get(place) for place in range(self._places)]
         counts = [1 if rows is None else rows.count for rows in self._order]
         kept = [0 if rows is None else 1 if rows.prefills else rows.count for rows in self._order]
@@ -80,7 +80,7 @@ class PackedStep:
                 tokens[first] = positions[first] = 0
                 self._rest(place)
                 continue
-            length = plan.lengths[rows.slot]
+            length = lengths[rows.slot]
             tokens[first:last] = rows.tokens
             np.add(rows.shape.depths, length, out=positions[first:last])
             self._look(place, rows, length)
@@ -93,7 +93,7 @@ class PackedStep:
         self._make_room(logits)
 
     def results(self, active: Sequence[SlotRows], seconds: float) -> list[SlotResult]:
-        """The results of the plan's slots. Arrays are views, valid until the next call."""
+        """The results of these slots. Arrays are views, valid until the next call."""
         return [self._result(self._order.index(rows), rows, seconds) for rows in active]
 
     # -- inputs ----------------------------------------------------------------------------------------------------

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 
 from ..drafting.draft import NOTHING, Candidates
 from ..drafting.row_budget import RowBudget
 from ..errors import StepError
-from ..executors.executor import Executor
+from ..executors.executor import CopyingExecutor, Executor
 from ..executors.step_plan import SlotResult, SlotRows, StepResult, rows_to_move
 from .acceptance import Acceptance, token_logprob
 from .handle import Handle
@@ -90,9 +91,20 @@ class Loop:
                 self._end(sequence)
 
     def admit(self) -> None:
-        """Give free slots to waiting sequences."""
+        """Give free slots to waiting sequences, with the beginning of their prompts where a free slot holds it."""
         while self.slots.free and (sequence := self.scheduler.next_waiting(self._handles)) is not None:
-            self.slots.acquire(sequence)
+            place = self.slots.place(sequence.tokens, sequence.salt)
+            if place.source != place.slot:
+                self.slots.forget(place.slot)
+                try:
+                    cast(CopyingExecutor, self.executor).copy(place.source, place.slot, place.rows)
+                except Exception as error:  # noqa: BLE001 - the engine's; the next call ends the sequence
+                    sequence.fail(named(error))
+                    continue
+            # A waiting sequence may say that rows are computed: whoever admits it says so anew.
+            sequence.computed = sequence.stats.prompt_tokens = sequence.stats.cached_tokens = place.rows
+            self.slots.acquire(sequence, place)
+            self.slots.prefix_stats.add(sequence.prompt_length, place.rows)
 
     # -- the parts of a step ---------------------------------------------------------------------------------------
 
@@ -133,9 +145,8 @@ class Loop:
             sequence.emit(outcome.tokens)
             return
         length = int(self.slots.lengths[slot])
-        room = self.slots.capacity - length
-        moves = rows_to_move(length, outcome.path) if accepted < room else ()  # a slot that is full is at its end
-        self.slots.advance(slot, min(1 + accepted, room), moves)
+        path = outcome.path[: self.slots.capacity - length - 1]  # a slot that is full is at its end
+        self.slots.advance(slot, 1 + len(path), rows_to_move(length, path))
         kept = len(sequence.emit(outcome.tokens))
         draft, drafter = sequence.draft, sequence.drafter
         sequence.stats.add_step(draft.shape.rows, accepted, kept, heads=drafter.heads, looked_up=draft.looked_up)
@@ -196,8 +207,8 @@ class Loop:
 
     def _end(self, sequence: Sequence) -> None:
         """Give the sequence's slot back and close its handle. What an interrupt leaves undone, the next call does."""
-        if self.slots.holds(sequence):
-            self.slots.release(sequence)
+        if self.slots.holds(sequence):  # nobody knows what a step that failed has written
+            self.slots.release(sequence, sequence.tokens if sequence.error is None else (), sequence.salt)
         self._handles[sequence].end()
         del self._handles[sequence]
 

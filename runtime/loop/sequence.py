@@ -20,7 +20,8 @@ State = Literal["waiting", "prefill", "decode", "done"]
 class Sequence:
     """Tokens of one request. ``tokens`` is the only truth of what was emitted; the newest one is the next step's root.
 
-    ``slot``: given by the slot pool; -1 before. ``computed``: prompt tokens whose rows are in the cache. ``candidates``: the
+    ``salt``: its prompt may begin with rows of sequences of the same salt. ``slot``: given by the slot pool; -1 before.
+    ``computed``: prompt tokens whose rows are in the cache. ``candidates``: the
     heads' at the row of the root. ``accepted_state``: hidden state [H] of the row that the host accepted last, which the heads
     have yet to see. ``draft``: the rows that the newest step verifies. ``hidden``: the backbone's states [H] behind the emitted
     tokens, where they were asked for; the last step may have added more than were emitted. ``cancelled``: set by other threads.
@@ -35,6 +36,7 @@ class Sequence:
     eos_token_ids: frozenset[int]
     drafter: Drafter
     keep_hidden: bool = False
+    salt: str = ""
     top_logprobs: int | None = None
     priority: int = 0
     deadline: float | None = None

@@ -108,7 +108,7 @@ def joiner(separator: str = ", ") -> Callable[[], str]:
 
 
 def to_json(
-    text: Any,
+    text: str,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,

@@ -226,6 +226,7 @@ def test_the_report_and_the_table(
     assert list(systems) == list(ONE)
     assert systems["onnxruntime-genai"] == {
         "label": "onnxruntime-genai",
+        "precision": "fp32",
         "status": "not installed",
         "reason": "pip install onnxruntime-genai",
     }

@@ -93,15 +93,12 @@ class AsyncMachine(RuleBasedStateMachine):
             return task
 
         task = self.run(begin())
-        if task.done():
-            error = task.exception()
-            if self.closing is not None:
-                assert isinstance(error, SessionClosedError)
-            else:
-                assert isinstance(error, QueueFullError)
-                assert before.running + before.waiting == before.slots + self.served.max_waiting
-        else:
-            assert self.closing is None
+        error = task.exception() if task.done() else None
+        if self.closing is not None:
+            assert isinstance(error, SessionClosedError)
+        elif isinstance(error, QueueFullError):
+            assert before.running + before.waiting == before.slots + self.served.max_waiting
+        else:  # a busy machine may have finished it already
             self.asked.append(Asked(task, expected, how, late))
 
     @rule(steps=st.integers(1, 6))
@@ -109,10 +106,10 @@ class AsyncMachine(RuleBasedStateMachine):
         self.permits.release(steps)
         self.run(asyncio.sleep(0.002))
 
-    @precondition(lambda self: self.asked)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        data.draw(st.sampled_from(self.asked)).task.cancel()
+    @rule(which=st.integers(0, 99))  # what is drawn must not depend on how many requests a busy machine has refused
+    def cancel(self, which: int) -> None:
+        if self.asked:
+            self.asked[which % len(self.asked)].task.cancel()
 
     @rule()
     def fail(self) -> None:

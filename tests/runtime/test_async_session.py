@@ -23,7 +23,7 @@ from medusa_deploy.runtime.errors import CapacityError, QueueFullError, SessionC
 from medusa_deploy.runtime.executors.step_plan import StepPlan, StepResult
 from support.documents import ROOT, blocks
 from support.fake_executor import FakeSession, fake_session
-from support.text import text_bundle
+from support.text import decode, encode, text_bundle
 from support.tiny import VOCAB
 
 
@@ -193,6 +193,23 @@ def test_a_long_prompt_is_encoded_beside_the_event_loop(monkeypatch: pytest.Monk
             assert not long.done() and served.health().waiting == 1
             go_on.set()
             assert (await long).finish_reason == "length"
+
+    run(work())
+
+
+def test_messages_are_rendered_in_several_threads_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("minijinja")
+    session = fake_session(4, text_folder=tmp_path)
+    texts = [chr(97 + number) * 20 for number in range(26)]
+
+    async def work() -> None:
+        async with AsyncSession(session) as served:
+            asked = (served.generate(messages=[{"role": "user", "content": text}], max_new_tokens=6) for text in texts)
+            for text, found in zip(texts, await asyncio.gather(*asked), strict=True):
+                assert found.prompt_token_ids == encode(f"user:{text};>")
+                assert found.token_ids == session.language.greedy(found.prompt_token_ids, 6)
+                assert found.text == decode(found.token_ids)
 
     run(work())
 

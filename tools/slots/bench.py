@@ -36,6 +36,7 @@ def slots_bench(
     its answer has ended, so the last answers of a block have less company.
 
     Figures of each way: ``tokens_per_s`` of all answers by the block's time, prefills included (median of repeats);
+    ``steady_tokens_per_s``, until the first user has nothing left to ask, and ``of_plain``, its ratio to plain decoding's;
     ``request_tokens_per_s``, an answer's tokens after its first chunk by their time; ``first_token_s``, from asking to the
     first chunk; ``chunk_gap_s``, between one chunk and the next, as a user sees it; ``token_gap_s``, where a chunk of k tokens
     counts k times, each a k-th of its gap. ``tokens_per_chunk`` is a mean, as are ``rows`` of a step and

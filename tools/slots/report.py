@@ -12,7 +12,7 @@ from ..console import table
 from .users import Answer, Block
 
 HEADERS = (
-    *("at a time", "way", "tokens/s", "of plain", "per request", "worst", "first token ms", "p99"),
+    *("at a time", "way", "tokens/s", "steady", "of plain", "per request", "worst", "first token ms", "p99"),
     *("chunk gap ms", "p99", "token gap ms", "p99", "tokens a chunk", "rows a step"),
 )
 
@@ -32,7 +32,7 @@ def summarise(blocks: Mapping[int, Mapping[str, Sequence[Block]]]) -> dict[str, 
     for slots, ways in blocks.items():
         sides = {name: _side(repeats) for name, repeats in ways.items()}
         for side in sides.values():
-            side["of_plain"] = side["tokens_per_s"] / sides["plain"]["tokens_per_s"]
+            side["of_plain"] = side["steady_tokens_per_s"] / sides["plain"]["steady_tokens_per_s"]
         loads.append({"slots": slots, **sides})
     return {"slots": loads, "equal": {"prompts": len(texts) - len(different), "of": len(texts), "different": different}}
 
@@ -47,6 +47,7 @@ def _side(blocks: Sequence[Block]) -> dict[str, Any]:
     drafted = sum(count * steps for answer in answers for count, steps in answer.stats.accepted.items())
     return {
         "tokens_per_s": median(block.tokens_per_s for block in blocks),
+        "steady_tokens_per_s": median(block.steady_tokens_per_s for block in blocks),
         "request_tokens_per_s": {"median": median(rates), "worst": min(rates)},
         "first_token_s": quantiles(answer.first_token_seconds for answer in answers),
         **gaps([(gap, size) for answer in answers for _, gap, size in chunks_after_first(answer)]),
@@ -93,7 +94,8 @@ def _cells(side: Mapping[str, Any]) -> list[str]:
     rate = side["request_tokens_per_s"]
     times = [side[name][share] for name in ("first_token_s", "chunk_gap_s", "token_gap_s") for share in ("p50", "p99")]
     return [
-        *(f"{side['tokens_per_s']:.1f}", f"{side['of_plain']:.2f}×", f"{rate['median']:.1f}", f"{rate['worst']:.1f}"),
+        *(f"{side[name]:.1f}" for name in ("tokens_per_s", "steady_tokens_per_s")),
+        *(f"{side['of_plain']:.2f}×", f"{rate['median']:.1f}", f"{rate['worst']:.1f}"),
         *(f"{1e3 * seconds:.1f}" for seconds in times),
         *(f"{side['tokens_per_chunk']:.2f}", f"{side['rows']:.1f}"),
     ]
@@ -103,8 +105,8 @@ def describe(report: Mapping[str, Any]) -> str:
     """Write the report for a person, headline first."""
     most, equal = report["slots"][-1], report["equal"]
     headline = (
-        f"{most['chosen']['tokens_per_s']:.1f} tokens/s with rows chosen, {most['plain']['tokens_per_s']:.1f} plain: "
-        f"{most['chosen']['of_plain']:.2f}× with {most['slots']} requests at a time"
+        f"{most['chosen']['steady_tokens_per_s']:.1f} tokens/s with rows chosen, "
+        f"{most['plain']['steady_tokens_per_s']:.1f} plain: {most['chosen']['of_plain']:.2f}× with {most['slots']} at a time"
     )
     lines = [headline, "", table(lines_of(report), HEADERS), "", f"equal output: {equal['prompts']}/{equal['of']} prompts"]
     if equal["different"]:

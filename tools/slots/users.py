@@ -48,6 +48,15 @@ class Block:
         """Tokens of all answers by the time of the block, prefills included."""
         return sum(len(answer.tokens) for answer in self.answers) / self.seconds
 
+    @property
+    def steady_tokens_per_s(self) -> float:
+        """The same until the first user has nothing left to ask: so long all of them are served."""
+        began = min(answer.submitted for answer in self.answers)
+        asked_last = max(answer.submitted for answer in self.answers)
+        until = min(end for answer in self.answers if (end := answer.arrivals[-1]) > asked_last)
+        pairs = ((came, size) for answer in self.answers for came, size in zip(answer.arrivals, answer.sizes, strict=True))
+        return sum(size for came, size in pairs if came <= until) / (until - began)
+
 
 def read(session: Session, prompt: int, request: Request, seen: Callable[[Answer], object] = lambda _answer: None) -> Answer:
     """Ask, and read the answer to its end. ``seen`` is called after each chunk.

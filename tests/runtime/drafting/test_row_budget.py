@@ -271,7 +271,8 @@ def learnt_costs(padded: bool, *, chunks: bool) -> dict[str, float]:
     session.executor.run = timed  # type: ignore[method-assign]
     answer = session.submit(Request(token_ids=[1, 2, 3], max_new_tokens=200))
     while not answer.done:
-        others = session.submit(Request(token_ids=[7] * 160, max_new_tokens=1)) if chunks else answer
+        prompt = rng.integers(0, VOCAB, 160).tolist()  # another one each time: none is cached
+        others = session.submit(Request(token_ids=prompt, max_new_tokens=1)) if chunks else answer
         while not (answer.done or others.done):
             assert session.loop.tick()
     gaps = [any(rows.forced > 1 for rows in plan.active) for plan in session.executor.plans[1:]]

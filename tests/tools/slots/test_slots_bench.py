@@ -92,6 +92,7 @@ def test_the_arithmetic_of_a_block():
     assert entry["slots"] == 2
     assert entry["plain"]["tokens_per_s"] == 2
     assert entry["plain"]["of_plain"] == 1
+    assert entry["plain"]["steady_tokens_per_s"] == 2  # three of the tokens came before the first user was idle, at 1.5 s
     assert entry["chosen"]["of_plain"] == 2
     assert entry["plain"]["request_tokens_per_s"] == {"median": 1.5, "worst": 1.0}
     assert entry["plain"]["host_fraction"] == 0.5

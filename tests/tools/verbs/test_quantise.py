@@ -16,7 +16,7 @@ from medusa_deploy.export.quantise.cpu import BLOCKS, PRECISIONS
 from medusa_deploy.runtime.files.bundle import locked, open_bundle
 from medusa_deploy.runtime.session import load
 from medusa_deploy.tools.cli import main
-from medusa_deploy.tools.measure.divergence import Divergence
+from medusa_deploy.tools.measure.kl import Divergence
 from medusa_deploy.tools.prompt_source import random_prompts
 from medusa_deploy.tools.verbs import quantise as verb
 from support.tiny import VOCAB

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ...runtime.errors import UnsupportedArchitectureError
+from ....runtime.errors import UnsupportedArchitectureError
 
 _NAMES = ("wpe", "pos_emb", "embed_positions", "position_embed")
 

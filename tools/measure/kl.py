@@ -75,7 +75,7 @@ class Divergence:
     def of(self, model: ir.Model) -> tuple[float, float]:
         """Measure a graph in memory; see :meth:`of_session`."""
         executor = _InMemory(ort_model(self._bundle, 1, "cpu"), model, self._threads)
-        return self.of_session(Session(self._bundle, executor))
+        return self.of_session(Session(self._bundle, executor, prefix_cache=False))
 
     def of_session(self, session: Session) -> tuple[float, float]:
         """Return the mean divergence in nats, and the share of positions where the most likely token is the same."""

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...runtime.errors import CheckpointError, DeployError, UnsupportedArchitectureError
-from .causes import first_line
-from .checkpoint import find_stored
+from ....runtime.errors import CheckpointError, DeployError, UnsupportedArchitectureError
+from ..checkpoint import find_stored
+from .causes import first_lines
 from .rehearsal import rehearse
 
 _OTHER = "the step graph expresses decoders whose every layer is attention and a dense MLP; choose another backbone"
@@ -84,7 +84,7 @@ def skeleton(config: Any) -> Any:
         raise
     except Exception as error:  # transformers raises whatever its models raise
         raise UnsupportedArchitectureError(
-            f"transformers can't make a causal language model of this {config.model_type} config: {first_line(error)}",
+            f"transformers can't make a causal language model of this {config.model_type} config: {first_lines(error)}",
             hint="check the sizes in config.json, and whether a newer transformers reads it",
         ) from error
 

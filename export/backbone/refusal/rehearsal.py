@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from ...runtime.errors import UnsupportedArchitectureError
-from .causes import deepest, first_line, place
+from ....runtime.errors import UnsupportedArchitectureError
+from .causes import deepest, first_lines, place
 
 _IMPLEMENTATION = "medusa_deploy_rehearsal"
 _ITSELF = "computes its attention in a way that transformers offers no replacement for"
@@ -98,7 +98,7 @@ def rehearse(module: Any) -> Call:
         if not calls and "Attention" in where:  # it took a mask over all columns for one over the step's own rows
             raise UnsupportedArchitectureError(f"{family} {_ITSELF}: {where}", hint=_HINT) from error
         raise UnsupportedArchitectureError(
-            f"{family} doesn't run on the arguments of a step: {where} raises {first_line(deepest(error))}",
+            f"{family} doesn't run on the arguments of a step: {where} raises {first_lines(deepest(error))}",
             hint=_HINT,
         ) from error
     found = _fault(calls, getattr(module.config, "num_hidden_layers", None)) or _end_fault(ends)
