@@ -42,13 +42,25 @@ def _cpu(bundle: Bundle, options: LoadOptions) -> Executor:
 
     options.refuse("target")
     manifest = bundle.manifest
-    variant = options.variant or ("cpu" if "cpu" in manifest.variants else "standard")
+    variant = options.variant or _cpu_variant(bundle)
     known = [name for name in manifest.variants if name in ("standard", "int8") or is_cpu(name)]
     if variant not in known:
         raise UsageError(f"the bundle has no variant {variant!r} for the CPU", hint=f"its variants: {', '.join(known)}")
     model = ort_model(bundle, options.slots, variant)
-    _check_slots(options.slots, max(manifest.limits.batch, *model.packed, 1))
+    _check_slots(options.slots, most_slots(bundle, "cpu", variant))
     return OrtExecutor(model, options.threads)
+
+
+def most_slots(bundle: Bundle, backend: str, variant: str | None = None) -> int:
+    """Returns how many slots a session on the bundle may have: as many as it was exported for, or its packed graphs take."""
+    most, variant = bundle.manifest.limits.batch, variant or _cpu_variant(bundle)
+    if backend != "cpu" or variant not in bundle.manifest.variants:
+        return most
+    return max(most, *ort_model(bundle, 1, variant).packed, 1)
+
+
+def _cpu_variant(bundle: Bundle) -> str:
+    return "cpu" if "cpu" in bundle.manifest.variants else "standard"
 
 
 def _check_slots(slots: int, most: int) -> None:

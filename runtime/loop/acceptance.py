@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import NumericsError
 from ..request import TokenLogprob
 from ..sampling import SamplingParams, draw, log_probabilities, scores, uniform, weights
 
@@ -38,7 +39,8 @@ def accept(
     padding: nothing reads them.
 
     Raises:
-        NumericsError: a visited row holds NaN or infinite logits.
+        NumericsError: the root, or in the mode typical any visited row, holds NaN or infinite logits. Other rows that do aren't
+            accepted: their token is emitted and becomes the next root.
     """
     step = _Step(params, parents, tokens, logits, list(history_tokens), prompt_length)
     if params.mode == "typical":
@@ -76,7 +78,12 @@ class _Step:
         path: list[int] = []
         chosen: list[int] = []
         while True:
-            token = choose(row, chosen)
+            try:
+                token = choose(row, chosen)
+            except NumericsError:
+                if not path:
+                    raise
+                return Acceptance(tuple(path[:-1]), chosen)  # its token is the next root, if there is one
             chosen.append(token)
             matching = np.flatnonzero((self.parents == row) & (self.tokens[: len(self.parents)] == token))
             if not len(matching):

@@ -93,6 +93,10 @@ class Sequence:
             return True
         return self.cancel is not None and self.computed > 0 and self.cancel()
 
+    def ends_with(self, tokens: list[int]) -> bool:
+        """Whether it ends within ``tokens`` that are emitted next."""
+        return len(tokens) >= self.remaining or not self.eos_token_ids.isdisjoint(tokens)
+
     def emit(self, tokens: list[int]) -> list[int]:
         """Append as many as fit: up to an end-of-sequence token or the length limit. Returns the tokens kept."""
         kept = tokens[: self.remaining]

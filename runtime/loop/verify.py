@@ -21,14 +21,16 @@ def verify(turns: list[Turn], plan: StepPlan, result: StepResult) -> list[Accept
 def _verified(turn: Turn, rows: SlotRows, found: SlotResult | Exception) -> Acceptance | Exception:
     if isinstance(found, Exception):
         return named(found)
-    if not found.finite and found.logits is None:  # the host looks at all logits that it chooses from
-        return NumericsError("the engine returned NaN", hint="verify the bundle: medusa-deploy verify BUNDLE")
     sequence = turn.sequence
+    path = () if turn.prompt_rows or rows.count == 1 else rows.shape.row_paths[found.last_row]
+    drafted = rows.tokens[list(path)].tolist()
+    # The host looks at all logits that it chooses from. Where the answer ends before the row with NaN, nobody needs that row.
+    if not found.finite and found.logits is None and not sequence.ends_with(drafted):
+        return NumericsError("the engine returned NaN", hint="verify the bundle: medusa-deploy verify BUNDLE")
     if turn.prompt_rows and sequence.computed + turn.prompt_rows < sequence.prompt_length:
         return _NOTHING
     if not sequence.on_host:
-        path = () if turn.prompt_rows or rows.count == 1 else rows.shape.row_paths[found.last_row]
-        return Acceptance(path, [*rows.tokens[list(path)].tolist(), found.next_token])
+        return Acceptance(path, [*drafted, found.next_token])
     assert found.logits is not None
     parents, tokens = (rows.shape.parents, rows.tokens) if not turn.prompt_rows else (rows.shape.parents[:1], rows.tokens[-1:])
     try:

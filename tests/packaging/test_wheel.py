@@ -88,7 +88,8 @@ def test_the_wheel_holds_every_file_of_the_four_folders(wheel: Path, tree: Path)
     files = {f"medusa_deploy/{path.relative_to(tree)}" for name in FOLDERS for path in (tree / name).rglob("*") if path.is_file()}
     files |= {f"medusa_deploy/{path.name}" for path in (tree / "src" / "medusa_deploy").iterdir() if path.is_file()}
     assert {name for name in names(wheel) if name.startswith("medusa_deploy/")} == files
-    assert {"medusa_deploy/py.typed", "medusa_deploy/calibration/prompts/heldout.jsonl"} <= files
+    data = ("py.typed", "calibration/prompts/heldout.jsonl", "runtime/serve/page.html")
+    assert {f"medusa_deploy/{name}" for name in data} <= files
 
 
 def test_the_wheel_describes_itself(wheel: Path) -> None:

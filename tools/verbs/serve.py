@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..console import positive_int
 from ..engine_options import add_engine_arguments, load_session
+
+if TYPE_CHECKING:
+    from ...runtime.session import Session
 
 HELP = "serve a bundle over HTTP, as OpenAI's clients expect it; a page to chat with is at /"
 
@@ -18,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
     parser.add_argument("--port", type=_port, default=8000, help="default: 8000; 0 takes a free one")
     parser.add_argument("--name", help="the model's name for clients (default: the bundle's folder)")
-    parser.add_argument("--slots", type=positive_int, default=4, metavar="N", help="requests at a time (default: 4)")
+    parser.add_argument("--slots", type=positive_int, metavar="N", help="requests at a time (default: 4, or what fits)")
     add_engine_arguments(parser)
     parser.add_argument("--threads", type=positive_int, help="CPU threads (default: all cores)")
     parser.add_argument("--no-hashes", action="store_true", help="don't read the whole bundle to check it first")
@@ -64,7 +68,6 @@ def run(args: argparse.Namespace) -> int:
         drain_seconds=args.drain,
         acceptance_metrics=args.acceptance_metrics,
     )
-    load = partial(load_session, args, slots=args.slots, check_hashes=not args.no_hashes)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     loggers = [logging.getLogger(name) for name in ("medusa_deploy.serve", "uvicorn.error")]
@@ -76,12 +79,20 @@ def run(args: argparse.Namespace) -> int:
     if not keys and args.host not in ("127.0.0.1", "::1", "localhost"):
         loggers[0].warning("anybody who reaches this address may use the server: give --api-keys")
     try:
-        serve(load, options, host=args.host, port=args.port)
+        serve(partial(_load, args), options, host=args.host, port=args.port)
     finally:
         for logger in loggers:
             logger.removeHandler(handler)
             logger.propagate = True
     return 0
+
+
+def _load(args: argparse.Namespace) -> Session:
+    from ...runtime.backends import most_slots
+    from ...runtime.files.bundle import open_bundle
+
+    slots = args.slots or min(4, most_slots(open_bundle(args.bundle, check_hashes=False), args.backend, args.variant))
+    return load_session(args, slots=slots, check_hashes=not args.no_hashes)
 
 
 def _port(text: str) -> int:

@@ -14,7 +14,7 @@ import pytest
 
 from medusa_deploy.runtime import Request, SamplingParams
 from medusa_deploy.runtime.drafting.draft import NOTHING, Draft
-from medusa_deploy.runtime.errors import DraftError, StepError, UsageError
+from medusa_deploy.runtime.errors import DraftError, NumericsError, StepError, UsageError
 from medusa_deploy.runtime.executors.step_plan import StepPlan, StepResult
 from medusa_deploy.runtime.loop.sequence import Sequence
 from medusa_deploy.runtime.tree import Shape, chain
@@ -249,3 +249,17 @@ def test_requests_leave_nothing_behind(padded: bool) -> None:
     gc.collect()
     left = [one for one in gc.get_objects() if isinstance(one, Sequence)]
     assert len(left) <= 2, "those of the newest step"
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(frequency_penalty=1e-9)], ids=["graph", "host"])
+def test_nan_behind_the_end_of_an_answer_fails_nothing(params: SamplingParams) -> None:
+    session = fake_session(capacity=48, prefill_chunk=8)
+    prompt = [(33 + 5 * place) % VOCAB for place in range(13)]
+    answer = session.language.greedy(prompt, 6)
+    session.executor.nan = frozenset({answer[4]})  # drafted and accepted together with the last tokens wanted
+    assert answer[4] not in [*prompt, *answer[:4]]
+    options: dict[str, Any] = {"token_ids": prompt, "params": params, "rows": 6, "lookup": False}
+    assert session.generate(**options, max_new_tokens=4).token_ids == answer[:4]
+    assert session.generate(**options, max_new_tokens=5).token_ids == answer[:5]
+    with pytest.raises(NumericsError):
+        session.generate(**options, max_new_tokens=6)

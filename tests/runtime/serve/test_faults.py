@@ -180,6 +180,17 @@ def test_8_an_engine_that_hangs_is_seen(text_folder: Path) -> None:
         until(lambda: server.http.get("/health").status_code == 200)
 
 
+def test_an_engine_that_fails_ends_its_own_requests_and_says_so(text_folder: Path) -> None:
+    session = fake_session(1, text_folder=text_folder)
+    with serving(session) as server:
+        session.executor.fail_at = session.executor.calls + 4
+        stream = events(server.complete(max_tokens=30, temperature=0, stream=True, ignore_eos=True))
+        assert stream[-1]["error"]["code"] == "StepError" and stream[0]["choices"][0]["text"]
+        session.executor.fail_at = session.executor.calls + 4
+        assert error(server.complete(max_tokens=30, temperature=0, ignore_eos=True), 500)["code"] == "StepError"
+        assert server.complete(max_tokens=30).status_code == 200
+
+
 def test_9_and_10_overload_is_answered_and_health_stays(text_folder: Path) -> None:
     session = fake_session(1, text_folder=text_folder)
     fast = slow(session, 0.05)

@@ -197,3 +197,14 @@ def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(MissingDependencyError) as caught:
         TextCodec(tmp_path / "tokenizer.json")
     assert "medusa-deploy[cpu]" in caught.value.hint
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_the_bytes_of_tokens_are_those_of_the_text(kind: str, request: pytest.FixtureRequest) -> None:
+    codec: TextCodec = request.getfixturevalue(kind)
+    ids = codec.encode(SAMPLE, add_special_tokens=False)
+    spelt = b"".join(codec.token_bytes(token) for token in ids).decode()
+    assert (spelt.removeprefix(" ") if kind == "sentencepiece" else spelt) == codec.decode(ids)
+    assert any(len(codec.token_bytes(token)) > 1 for token in ids) and codec.token_bytes(1 << 20) == b""
+    literals = {token: literal.encode() for token, literal in codec.special_tokens.items()}
+    assert {token: codec.token_bytes(token) for token in literals} == literals
