@@ -20,11 +20,13 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from ...runtime.errors import CheckpointError, UnsupportedArchitectureError
 from ...runtime.files.heads import HeadSet
 from .backbone import backbone_shape, freeze_rope, load_config, transformers_errors
-from .checkpoint import Report, find_stored, place
+from .checkpoint import STORED_DTYPES, Placed, Report, find_stored, place, write_tensors
+from .gguf_file.metadata import GgufFile
+from .gguf_file.weights import gguf_places, read_pieces
 from .logits import find_logit_change
 from .model_folder import check_unused, find_model, folder_notes
 from .record import DTYPES, Backbone
-from .safetensors_header import StoredTensor
+from .safetensors_header import StoredTensor, read_header
 
 CHECKED_LAYERS = 2
 
@@ -57,13 +59,40 @@ def load_linked_backbone(source: Path, dtype: str, capacity: int, folder: Path, 
         UnsupportedArchitectureError: see :func:`.backbone.check_architecture`.
         OSError: ``folder`` can't be written.
     """
-    config, needed, notes = stored_parameters(source, dtype, capacity)
-    placed = place(needed, DTYPES[dtype], folder, report)
+    found, gguf = find_model(source)
+    if gguf is None:
+        config, needed, notes = stored_parameters(source, dtype, capacity)
+        placed = place(needed, DTYPES[dtype], folder, report)
+    else:
+        config, notes = load_config(source, capacity), []
+        placed = _place_gguf(GgufFile(found / gguf), config, DTYPES[dtype], folder, report)
+        needed = placed.tensors
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     module = empty_module(config, DTYPES[dtype], mode)
     stored = {name: placed.tensors[tensor.name] for name, tensor in needed.items()}
     weights = LinkedWeights(mode, stored, placed.files)
     return Backbone(module, backbone_shape(module), DTYPES[dtype], weights, tuple(notes), find_logit_change(module))
+
+
+def _place_gguf(file: GgufFile, config: Any, dtype: torch.dtype, folder: Path, report: Report) -> Placed:
+    """Dequantise the weights of a GGUF file into a file of safetensors in ``folder``."""
+    report(f"dequantising {file.path.name}")
+    target = folder / "model.safetensors"
+    write_gguf_tensors(file, config, dtype, target)
+    return Placed(read_header(target), {target.name: f"dequantised to {STORED_DTYPES[dtype]}"})
+
+
+def write_gguf_tensors(file: GgufFile, config: Any, dtype: torch.dtype, target: Path) -> None:
+    """Dequantise the weights of a GGUF file into the safetensors file ``target``, a few rows at a time.
+
+    Raises:
+        CheckpointError: a tensor is missing, has no place in the model, another shape or type, or values that aren't finite.
+        OSError: the file can't be written.
+    """
+    with transformers_errors(file.path):
+        places = gguf_places(file, empty_module(config, dtype, None))
+    tensors = {name: (file.tensors[stored].shape, read_pieces(file, config, stored)) for name, stored in places.items()}
+    write_tensors(target, STORED_DTYPES[dtype], tensors)
 
 
 def stored_parameters(source: Path, dtype: str, capacity: int) -> tuple[Any, dict[str, StoredTensor], list[str]]:

@@ -32,7 +32,6 @@ _BITS = 8
 _BLOCK = 32
 _EXACT = 32  # tokens that get exact logits: with 16, one step of five rows in 17 was undecided, with 32 one in 110
 _WORTH_IT = 1 << 20  # weights of a projection; reading a smaller one costs less than the nodes around it
-_ROWS_AT_A_TIME = 4096
 _SLACK = 1.01  # covers what float32 rounds, also in the bounds
 
 
@@ -108,7 +107,7 @@ def _bounded(build: Nodes, projection: CpuMatmul) -> tuple[ir.Value, ir.Value]:
     grid, codes = rounded(projection, _BITS, _BLOCK)
     matmul, _ = few_bits(graph, projection, grid, codes, _PREFIX)
     build.nodes.append(matmul)
-    lengths, missed = _lengths(projection.matrix(), grid, codes)
+    lengths, missed = _lengths(projection, grid, codes)
     # A block of n values up to a rounds in steps of a / 127: what is lost of it has a length of at most √n · a / 254.
     half_step = _SLACK * math.sqrt(_BLOCK) / 254
     axis = build.constant("last", [-1])
@@ -122,14 +121,16 @@ def _bounded(build: Nodes, projection: CpuMatmul) -> tuple[ir.Value, ir.Value]:
     return matmul.outputs[0], build.add("MatMul", [sizes, new_constant(graph, factors, f"{_PREFIX}/factors")])
 
 
-def _lengths(weight: np.ndarray, grid: Grid, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _lengths(projection: CpuMatmul, grid: Grid, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Compute two lengths of each row [V]: ‖q‖ of the values of its codes, and ‖w − q‖."""
-    lengths, missed = np.empty(len(weight)), np.empty(len(weight))
-    for start in range(0, len(weight), _ROWS_AT_A_TIME):
-        rows = slice(start, start + _ROWS_AT_A_TIME)
+    lengths, missed = np.empty(len(codes)), np.empty(len(codes))
+    start = 0
+    for weight in projection.pieces():
+        rows = slice(start, start + len(weight))
         near = values(codes[rows], Grid(grid.bits, grid.scales[rows], grid.zero_points[rows]))
         lengths[rows] = np.linalg.norm(near, axis=1)
-        missed[rows] = np.linalg.norm(weight[rows] - near, axis=1)
+        missed[rows] = np.linalg.norm(weight - near, axis=1)
+        start += len(weight)
     return lengths, missed
 
 
