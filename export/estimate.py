@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from ..runtime.arguments import integer, shown
-from ..runtime.errors import UsageError
+from ..runtime.errors import UnlinkableError, UsageError
 from ..runtime.executors import step_io
 from ..runtime.files.adapter_file import Adapter
 from ..runtime.files.heads import HeadConfig, HeadSet
 from ..runtime.tree import MAX_ROWS, ROOT_ONLY, Tree, chain
 from .backbone.backbone import backbone_shape, load_config
+from .backbone.checkpoint import placed_bytes
 from .backbone.linked import stored_parameters
+from .backbone.model_folder import find_model
 from .backbone.positions import check_positions
 from .backbone.record import DTYPES
 from .heads.layouts import ReadHeads, check_fit, read_heads
@@ -24,7 +26,7 @@ from .quantise.screen import screen_size
 from .weights import ALIGNMENT
 
 DEFAULT_TREE = "default"
-WEIGHTS = ("copied", "linked")
+WEIGHTS = ("auto", "linked", "copied")
 _LARGEST = {"capacity": 1 << 24, "batch": 4096, "top_k": 1024, "max_rows": MAX_ROWS, "prefill_chunk": 1 << 16}
 _TEXT_FILES = ("tokenizer.json", "chat_template.jinja")
 # Measured on Llama graphs, over all variants of the step graph.
@@ -61,7 +63,7 @@ def plan_export(
     heads: Path | str | None,
     *,
     dtype: str = "fp32",
-    weights: str = "copied",
+    weights: str = "auto",
     capacity: int = 2048,
     batch: int = 1,
     tree: Tree | None = None,
@@ -74,7 +76,7 @@ def plan_export(
         CheckpointError, UnsupportedArchitectureError: the backbone's config can't be read or expressed.
         HeadsError, HeadsMismatchError, TreeError: heads or tree don't fit.
     """
-    dtype, weights = dtype or "fp32", weights or "copied"
+    dtype, weights = dtype or "fp32", weights or "auto"
     check_choices(dtype, weights, tree)
     capacity, batch = checked_limit("capacity", capacity, 2048), checked_limit("batch", batch, 1)
     top_k, max_rows = checked_limit("top_k", top_k, 10), checked_limit("max_rows", max_rows, 64)
@@ -94,10 +96,8 @@ def plan_export(
     item = DTYPES[dtype].itemsize
     sizes = [parameter.numel() for parameter in module.parameters()]
     head_sizes = [shape.hidden_size**2] if read is None else _head_sizes(read.heads)
-    linked = 0
-    if weights == "linked":
-        files = {tensor.file for tensor in stored_parameters(Path(model), dtype, capacity)[1].values()}
-        linked = sum(file.stat().st_size for file in files)
+    copied = weights == "copied" or (read is not None and read.adapter is not None)
+    linked = 0 if copied else _linked_bytes(Path(model), dtype, capacity, weights, sizes)
     written = head_sizes if linked else [*sizes, *head_sizes]
     written_bytes = sum(-(-size * item // ALIGNMENT) * ALIGNMENT for size in written)
     if dtype == "fp32":  # the CPU graph stores these for itself
@@ -122,6 +122,22 @@ def plan_export(
         cache_bytes=slot * batch,
         warnings=read.warnings if read is not None else (),
     )
+
+
+def _linked_bytes(model: Path, dtype: str, capacity: int, weights: str, sizes: list[int]) -> int:
+    """Sum the sizes of the files that linked weights would bring into the bundle; 0 if ``auto`` would copy the weights.
+
+    ``sizes``: numbers of the backbone's parameters.
+    """
+    if find_model(model)[1] is not None:
+        return sum(sizes) * DTYPES[dtype].itemsize
+    try:
+        needed = stored_parameters(model, dtype, capacity)[1].values()
+    except UnlinkableError:
+        if weights == "linked":
+            raise
+        return 0
+    return placed_bytes(needed, DTYPES[dtype])
 
 
 def _head_sizes(heads: HeadSet) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,16 @@ import onnx_ir as ir
 
 from .. import __version__
 from ..runtime.arguments import flag
+from ..runtime.errors import UnlinkableError
 from ..runtime.executors import step_io
 from ..runtime.executors.executor import CacheLayout
-from ..runtime.executors.ort import OrtExecutor, OrtModel
+from ..runtime.files.adapter_file import Adapter
 from ..runtime.files.bundle import record_files, sha256, staged_folder
 from ..runtime.files.heads import HeadConfig, HeadSet, PlattScaling
 from ..runtime.files.manifest import MANIFEST_NAME, HeadFacts, Limits, Manifest, TextFacts
 from ..runtime.tree import Tree
 from .backbone.backbone import load_backbone
-from .backbone.linked import load_linked_backbone, prune_projection
+from .backbone.linked import LinkedWeights, load_linked_backbone, prune_projection
 from .backbone.positions import check_positions
 from .backbone.record import Backbone
 from .backbone.tokenizer import write_text_files
@@ -32,10 +33,7 @@ from .graphs import HEADS_GRAPH, write_graphs
 from .heads.layouts import check_fit, read_heads
 from .heads.module import HeadStack
 from .passes.matmuls import plain_step_bytes
-from .proof.check import CheckReport, check_executor
-from .proof.device_executor import DeviceGraphExecutor
-from .proof.linked_check import check_linked
-from .trace.failures import named_failures
+from .proof.linked_check import check_linked, check_variants
 
 Report = Callable[[str], None]
 ONNX = "onnx"
@@ -48,7 +46,7 @@ def export_bundle(
     output: Path | str,
     *,
     dtype: str = "fp32",
-    weights: str = "copied",
+    weights: str = "auto",
     capacity: int = 2048,
     batch: int = 1,
     tree: Tree | None = None,
@@ -62,9 +60,9 @@ def export_bundle(
 
     ``heads``: a file or folder in any layout of :mod:`.heads.layouts`; None exports the backbone alone, which decodes plainly.
     An adapter that the heads were trained with is merged into the backbone.
-    ``weights``: ``copied`` or ``linked``. Copied weights enter the bundle in the layout that engines like best. Linked weights
-    are the checkpoint's own safetensors: they become files of the bundle (hard links where the file system has them) and are
-    never in memory as a whole.
+    ``weights``: ``linked``, ``copied``, or ``auto``, which links what can be linked. Linked weights are safetensors: the
+    checkpoint's own become files of the bundle (hard links where the file system has them), others are converted to such files.
+    They are never in memory as a whole. Copied weights are. An adapter and what transformers converts while loading need them.
     ``capacity``: tokens a slot holds, prompt and answer together. ``batch``: slots at most. ``report`` receives each phase.
 
     Raises:
@@ -74,7 +72,7 @@ def export_bundle(
         ExportMismatchError: the graph doesn't reproduce the torch module; no bundle is written.
         BundleExistsError, OutputError: the output can't be written.
     """
-    dtype, weights = dtype or "fp32", weights or "copied"
+    dtype, weights = dtype or "fp32", weights or "auto"
     check_choices(dtype, weights, tree)
     limits_given = {"capacity": (capacity, 2048), "batch": (batch, 1), "top_k": (top_k, 10)}
     limits_given |= {"max_rows": (max_rows, 64), "prefill_chunk": (prefill_chunk, 256)}
@@ -90,13 +88,10 @@ def export_bundle(
         adapter = None if read is None else read.adapter
         refuse_linked_adapter(weights, adapter)
         report("loading the backbone" if adapter is None else "loading the backbone and merging its adapter")
-        hashes: dict[Path, Future[str]] = {}
-        if weights == "linked":
-            backbone = load_linked_backbone(Path(model), dtype, capacity, folder, report)
-            # Hashing the 13 GB of a 7B takes a tenth of the time of the rest, and the rest keeps one processor busy.
-            hashes = {path: beside.submit(sha256, path) for path in folder.glob("*.safetensors")}
-        else:
-            backbone = load_backbone(Path(model), dtype, capacity, adapter)
+        backbone = _load(Path(model), dtype, capacity, weights, adapter, folder, report)
+        linked = isinstance(backbone.weights, LinkedWeights)
+        # Hashing the 13 GB of a 7B takes a tenth of the time of the rest, and the rest keeps one processor busy.
+        hashes = {path: beside.submit(sha256, path) for path in folder.glob("*.safetensors")}
         text, warnings = write_text_files(Path(model), backbone.module.config, staging)
         head_set = identity_heads(backbone) if read is None else read.heads
         check_positions(backbone.module, capacity, head_set.config.num_heads)
@@ -115,10 +110,11 @@ def export_bundle(
         shape = backbone.shape
         places: dict[str, Any] = {}
         layout = CacheLayout(shape.layers, 1, shape.kv_heads, rows, shape.head_dim, _NUMPY_DTYPES[dtype])
-        if weights == "linked":
+        if linked:
             checks, places = check_linked(folder, graphs, layout, capacity, backbone, stack, report)
         else:
-            checks = _check(folder, graphs, layout, backbone, stack, report)
+            sizes = (stack.config.num_heads, top_k, shape.hidden_size, shape.vocab_size)
+            checks = check_variants(folder, graphs, layout, sizes, backbone, stack, report)
         report("hashing")
         known = {path: future.result() for path, future in hashes.items()}
         provenance = {
@@ -126,7 +122,7 @@ def export_bundle(
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnx", "onnxruntime")},
             "check": {name: asdict(check) for name, check in checks.items()},
             "plain_step_bytes": plain_step_bytes(ir.load(folder / graphs["cpu"])),
-            "weights": {"kind": weights, **places},
+            "weights": {"kind": "linked" if linked else "copied", **places},
             "warnings": warnings,
             "heads": None if read is None else {"layout": read.layout, **read.measured},
             "adapter": None if adapter is None else {"files": dict(adapter.files), **asdict(adapter.shape)},
@@ -139,6 +135,19 @@ def export_bundle(
         (staging / MANIFEST_NAME).write_text(complete.to_json(), "utf-8")
     measured = {name: provenance[name] for name in ("check", "weights", "warnings", "adapter")}
     return {"seconds": time.perf_counter() - started, **measured}
+
+
+def _load(
+    model: Path, dtype: str, capacity: int, weights: str, adapter: Adapter | None, folder: Path, report: Report
+) -> Backbone:
+    """Load a backbone with its weights linked from ``folder``, or copied where that was asked for or nothing else works."""
+    if weights == "linked" or (weights == "auto" and adapter is None):
+        try:
+            return load_linked_backbone(model, dtype, capacity, folder, report)
+        except UnlinkableError:
+            if weights == "linked":
+                raise
+    return load_backbone(model, dtype, capacity, adapter)
 
 
 def identity_heads(backbone: Backbone) -> HeadSet:
@@ -169,18 +178,3 @@ def _manifest(
         "variants": {name: f"{ONNX}/{file}" for name, file in graphs.items()},
         "heads_graph": f"{ONNX}/{HEADS_GRAPH}",
     }
-
-
-@named_failures("run")
-def _check(
-    folder: Path, graphs: dict[str, str], layout: CacheLayout, backbone: Backbone, stack: HeadStack, report: Report
-) -> dict[str, CheckReport]:
-    """Run every variant against the torch module."""
-    sizes = (stack.config.num_heads, stack.top_k, backbone.shape.hidden_size, backbone.shape.vocab_size)
-    reports = {}
-    for name, file in graphs.items():
-        report(f"checking the {name} graph")
-        model = OrtModel(folder / file, folder / HEADS_GRAPH, layout, *sizes)
-        executor = DeviceGraphExecutor(model) if name == "device" else OrtExecutor(model)
-        reports[name] = check_executor(executor, backbone, stack)
-    return reports

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...runtime.errors import CheckpointError
+from ...runtime.errors import CheckpointError, UnlinkableError
 from ...runtime.files.json_file import read_json_file
 from .safetensors_header import StoredTensor, header_bytes, read_header
 
@@ -43,13 +44,14 @@ def find_stored(folder: Path) -> dict[str, StoredTensor]:
     Where both are there the single file counts, as in transformers: an index of older shards may be left beside it.
 
     Raises:
-        CheckpointError: no safetensors, an index that leads out of the folder, a shard that is missing or damaged, or one
+        UnlinkableError: no safetensors.
+        CheckpointError: an index that leads out of the folder, a shard that is missing or damaged, or one
             that doesn't hold what the index says.
     """
     index = folder / _INDEX
     if (folder / _SINGLE).is_file() or not index.is_file():
         if not os.path.lexists(folder / _SINGLE):
-            raise CheckpointError(
+            raise UnlinkableError(
                 f"{folder} has neither {_INDEX} nor {_SINGLE}", hint="linked weights need a folder of safetensors"
             )
         return read_header(folder / _SINGLE)
@@ -76,22 +78,18 @@ def place(needed: Mapping[str, StoredTensor], dtype: torch.dtype, folder: Path, 
     file, the needed tensors are converted. Values are checked a chunk at a time.
 
     Raises:
-        CheckpointError: a tensor that isn't floating point, NaN or infinite values, or values that overflow in ``dtype``.
+        UnlinkableError: a tensor that isn't floating point.
+        CheckpointError: NaN or infinite values, or values that overflow in ``dtype``.
         OSError: the file system refused.
     """
     wanted = STORED_DTYPES[dtype]
-    shards: dict[Path, list[StoredTensor]] = {}
-    for tensor in needed.values():
-        if tensor.dtype not in _BITS:
-            raise CheckpointError(f"{tensor.name} is {tensor.dtype}, not floating point", hint="export with --weights copied")
-        shards.setdefault(tensor.file, []).append(tensor)
+    shards = _by_file(needed.values())
     placed: dict[str, StoredTensor] = {}
     files = {}
     for number, (source, tensors) in enumerate(sorted(shards.items()), 1):
         target = folder / source.name
         step = f"{source.name} ({number} of {len(shards)})"
-        aligned = all(tensor.offset % np.dtype(np.float32).itemsize == 0 for tensor in tensors)
-        if aligned and all(tensor.dtype == wanted for tensor in tensors):
+        if _stays(tensors, wanted):
             report(f"checking {step}")
             for tensor in tensors:
                 _check_finite(tensor)
@@ -103,6 +101,33 @@ def place(needed: Mapping[str, StoredTensor], dtype: torch.dtype, folder: Path, 
         names = {tensor.name for tensor in tensors}
         placed.update((name, tensor) for name, tensor in read_header(target).items() if name in names)
     return Placed(placed, files)
+
+
+def placed_bytes(needed: Iterable[StoredTensor], dtype: torch.dtype) -> int:
+    """Count the bytes of the files that :func:`place` brings into a bundle, but for the headers of those that it converts.
+
+    Raises:
+        UnlinkableError: a tensor that isn't floating point.
+    """
+    wanted = STORED_DTYPES[dtype]
+    return sum(
+        source.stat().st_size if _stays(tensors, wanted) else sum(math.prod(each.shape) * dtype.itemsize for each in tensors)
+        for source, tensors in _by_file(needed).items()
+    )
+
+
+def _by_file(tensors: Iterable[StoredTensor]) -> dict[Path, list[StoredTensor]]:
+    shards: dict[Path, list[StoredTensor]] = {}
+    for tensor in tensors:
+        if tensor.dtype not in _BITS:
+            raise UnlinkableError(f"{tensor.name} is {tensor.dtype}, not floating point", hint="export with --weights copied")
+        shards.setdefault(tensor.file, []).append(tensor)
+    return shards
+
+
+def _stays(tensors: list[StoredTensor], wanted: str) -> bool:
+    """True if a file can become the bundle's as it is."""
+    return all(tensor.dtype == wanted and tensor.offset % np.dtype(np.float32).itemsize == 0 for tensor in tensors)
 
 
 def _link(source: Path, target: Path, copying: Callable[[], None]) -> str:

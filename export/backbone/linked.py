@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ...runtime.errors import CheckpointError, UnsupportedArchitectureError
+from ...runtime.errors import CheckpointError, UnlinkableError
 from ...runtime.files.heads import HeadSet
 from .backbone import backbone_shape, freeze_rope, load_config, transformers_errors
 from .checkpoint import STORED_DTYPES, Placed, Report, find_stored, place, write_tensors
@@ -55,7 +55,8 @@ def load_linked_backbone(source: Path, dtype: str, capacity: int, folder: Path, 
     """Load a backbone without weights, and bring the files that hold them into ``folder``.
 
     Raises:
-        CheckpointError: no folder of safetensors, a missing tensor, a damaged shard, or values that aren't finite.
+        UnlinkableError: no folder of safetensors, names or types that transformers converts, or a missing tensor.
+        CheckpointError: a damaged shard, other shapes than the config's, or values that aren't finite.
         UnsupportedArchitectureError: see :func:`.backbone.check_architecture`.
         OSError: ``folder`` can't be written.
     """
@@ -99,14 +100,12 @@ def stored_parameters(source: Path, dtype: str, capacity: int) -> tuple[Any, dic
     """Read the config of a model folder, the place of each parameter of its causal LM, and what else it holds. Reads no weights.
 
     Raises:
-        CheckpointError, UnsupportedArchitectureError: as :func:`load_linked_backbone`.
+        UnlinkableError, CheckpointError, UnsupportedArchitectureError: as :func:`load_linked_backbone`.
     """
-    folder, gguf = find_model(source)
-    if gguf is not None:
-        raise CheckpointError(f"{source} is a GGUF file", hint="its weights can't be linked: export with --weights copied")
+    folder, _ = find_model(source)
     config = load_config(source, capacity)
     if getattr(config, "transformers_weights", None):
-        raise CheckpointError(
+        raise UnlinkableError(
             f"config.json of {source} names its weights itself: {config.transformers_weights!r}",
             hint="such weights can't be linked: export with --weights copied",
         )
@@ -114,13 +113,13 @@ def stored_parameters(source: Path, dtype: str, capacity: int) -> tuple[Any, dic
     module = empty_module(config, DTYPES[dtype], None)
     kept = sorted(set(module.state_dict()) - {name for name, _ in module.named_parameters(remove_duplicate=False)})
     if kept:
-        raise UnsupportedArchitectureError(
+        raise UnlinkableError(
             f"{type(module).__name__} keeps {kept[0]} in its checkpoint beside weights", hint="export with --weights copied"
         )
     parameters = dict(module.named_parameters())
     missing = sorted(set(parameters) - set(available))
     if missing:
-        raise CheckpointError(
+        raise UnlinkableError(
             f"{source} lacks {len(missing)} tensors of {type(module).__name__}, such as {missing[0]}",
             hint="check that config.json belongs to these weights and that the download is complete; or export with "
             "--weights copied, which also reads checkpoints with older names",
@@ -146,7 +145,7 @@ def _check_tied(module: nn.Module, available: Mapping[str, StoredTensor]) -> Non
             one, two = (available[each].mapped().reshape(-1).view("u1") for each in (other, name))
             step = 1 << 24
             if len(one) != len(two) or any((one[at : at + step] != two[at : at + step]).any() for at in range(0, len(one), step)):
-                raise CheckpointError(
+                raise UnlinkableError(
                     f"config.json says that {name} is {other}, and the checkpoint holds other numbers for it",
                     hint="set tie_word_embeddings to false in config.json if the checkpoint is right",
                 )

@@ -25,8 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of weights and caches (default: fp32)")
     parser.add_argument(
-        "--weights", choices=("copied", "linked"), default="copied",
-        help="linked: the checkpoint's safetensors become the bundle's, and are never in memory as a whole (default: copied)",
+        "--weights", choices=("auto", "linked", "copied"), default="auto",
+        help="linked: the checkpoint's safetensors become the bundle's, and are never in memory as a whole; copied: the bundle "
+        "has its own (default: auto, linked where it can be)",
     )  # fmt: skip
     parser.add_argument("--capacity", type=positive_int, default=2048, help="tokens a slot holds (default: 2048)")
     parser.add_argument("--batch", type=positive_int, default=1, help="slots at most (default: 1)")
@@ -90,8 +91,9 @@ def report_text(report: dict[str, Any], output: Path) -> str:
     if weights["kind"] == "linked":
         tensors = next(iter(weights["places"].values()))["tensors"]
         files = ", ".join(sorted(set(weights["files"].values())))
+        ran = "all" if weights["checked_layers"] == weights["layers"] else f"the first {weights['checked_layers']} of"
         checked = (
-            f"\nchecked: the first {weights['checked_layers']} of {weights['layers']} layers ran; the places of all {tensors} "
+            f"\nchecked: {ran} {weights['layers']} layers ran; the places of all {tensors} "
             f"weights hold the right tensors\nweights: {len(weights['files'])} files ({files})"
         )
     if report["adapter"] is not None:
