@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from .backbone.linked import stored_parameters
 from .backbone.model_folder import find_model
 from .backbone.positions import check_positions
 from .backbone.record import DTYPES
-from .heads.layouts import ReadHeads, check_fit, read_heads
+from .heads.layouts import ReadHeads, check_fit, named_base, read_heads
+from .hub import Fetched, fetch_heads, fetch_model, hub_name
 from .quantise.cpu_heads import narrow_size
 from .quantise.screen import screen_size
 from .weights import ALIGNMENT
@@ -59,7 +61,7 @@ class ExportPlan:
 
 
 def plan_export(
-    model: Path | str,
+    model: Path | str | None,
     heads: Path | str | None,
     *,
     dtype: str = "fp32",
@@ -72,7 +74,10 @@ def plan_export(
 ) -> ExportPlan:
     """Check what :func:`.exporter.export_bundle` checks before it loads weights, and size what it would write.
 
+    Weights of safetensors on a hub stay there; they count as copied.
+
     Raises:
+        DownloadError: a name on a hub that can't be fetched.
         CheckpointError, UnsupportedArchitectureError: the backbone's config can't be read or expressed.
         HeadsError, HeadsMismatchError, TreeError: heads or tree don't fit.
     """
@@ -80,10 +85,12 @@ def plan_export(
     check_choices(dtype, weights, tree)
     capacity, batch = checked_limit("capacity", capacity, 2048), checked_limit("batch", batch, 1)
     top_k, max_rows = checked_limit("top_k", top_k, 10), checked_limit("max_rows", max_rows, 64)
-    config = load_config(Path(model), capacity)
+    found, found_heads, notes = find_sources(model, heads, lambda phase: None, weights=False)
+    source = found.path
+    config = load_config(source, capacity)
     module = empty_module(config)
     shape = backbone_shape(module)
-    read = None if heads is None else read_heads(heads)
+    read = None if found_heads is None else read_heads(found_heads.path)
     if read is not None:
         refuse_linked_adapter(weights, read.adapter)
         check_fit(read.heads, hidden_size=shape.hidden_size, vocab_size=shape.vocab_size, top_k=top_k)
@@ -97,12 +104,12 @@ def plan_export(
     sizes = [parameter.numel() for parameter in module.parameters()]
     head_sizes = [shape.hidden_size**2] if read is None else _head_sizes(read.heads)
     copied = weights == "copied" or (read is not None and read.adapter is not None)
-    linked = 0 if copied else _linked_bytes(Path(model), dtype, capacity, weights, sizes)
+    linked = 0 if copied else _linked_bytes(source, dtype, capacity, weights, sizes)
     written = head_sizes if linked else [*sizes, *head_sizes]
     written_bytes = sum(-(-size * item // ALIGNMENT) * ALIGNMENT for size in written)
     if dtype == "fp32":  # the CPU graph stores these for itself
         written_bytes += narrow_size(head_config) + screen_size((shape.vocab_size, shape.hidden_size))
-    text = sum((Path(model) / name).stat().st_size for name in _TEXT_FILES if (Path(model) / name).is_file())
+    text = sum((source / name).stat().st_size for name in _TEXT_FILES if (source / name).is_file())
     slot = shape.cache_bytes(rows, item)
     return ExportPlan(
         architecture=shape.architecture,
@@ -120,8 +127,33 @@ def plan_export(
         cache_rows=rows,
         cache_bytes_per_slot=slot,
         cache_bytes=slot * batch,
-        warnings=read.warnings if read is not None else (),
+        warnings=(*notes, *(read.warnings if read is not None else ())),
     )
+
+
+def find_sources(
+    model: Path | str | None, heads: Path | str | None, report: Callable[[str], object], *, weights: bool = True
+) -> tuple[Fetched, Fetched | None, list[str]]:
+    """Find model and heads, on a hub if they are names there. Returns both, and notes for the user.
+
+    Heads may name their backbone. Then the model may be left out, and one of another name is worth a note.
+
+    Raises:
+        UsageError: no model, and no heads that name one.
+        DownloadError: see :func:`.hub.fetch_model`.
+    """
+    of_heads = None if heads is None else fetch_heads(heads, report)
+    base = None if of_heads is None else named_base(of_heads.path)
+    if model is None and base is None:
+        raise UsageError("no model is given, and no heads that name theirs", hint="give MODEL: a folder, a file or org/name")
+    source = base if model is None else model
+    assert source is not None
+    found = fetch_model(source, report, weights=weights)
+    asked, named = (None if each is None else hub_name(each) for each in (source, base))
+    notes = []
+    if asked is not None and named is not None and asked.repo != named.repo:
+        notes.append(f"the heads name {named.repo} as their backbone, and {asked.repo} was given")
+    return found, of_heads, notes
 
 
 def _linked_bytes(model: Path, dtype: str, capacity: int, weights: str, sizes: list[int]) -> int:

@@ -19,7 +19,7 @@ from ..runtime.errors import UnlinkableError
 from ..runtime.executors import step_io
 from ..runtime.executors.executor import CacheLayout
 from ..runtime.files.adapter_file import Adapter
-from ..runtime.files.bundle import record_files, sha256, staged_folder
+from ..runtime.files.bundle import record_files, refuse_existing, sha256, staged_folder
 from ..runtime.files.heads import HeadConfig, HeadSet, PlattScaling
 from ..runtime.files.manifest import MANIFEST_NAME, HeadFacts, Limits, Manifest, TextFacts
 from ..runtime.tree import Tree
@@ -28,10 +28,11 @@ from .backbone.linked import LinkedWeights, load_linked_backbone, prune_projecti
 from .backbone.positions import check_positions
 from .backbone.record import Backbone
 from .backbone.tokenizer import write_text_files
-from .estimate import DEFAULT_TREE, bundle_trees, check_choices, checked_limit, refuse_linked_adapter, tree_rows
+from .estimate import DEFAULT_TREE, bundle_trees, check_choices, checked_limit, find_sources, refuse_linked_adapter, tree_rows
 from .graphs import HEADS_GRAPH, write_graphs
 from .heads.layouts import check_fit, read_heads
 from .heads.module import HeadStack
+from .hub import Fetched
 from .passes.matmuls import plain_step_bytes
 from .proof.linked_check import check_linked, check_variants
 
@@ -41,7 +42,7 @@ _NUMPY_DTYPES = {"fp32": "float32", "fp16": "float16"}
 
 
 def export_bundle(
-    model: Path | str,
+    model: Path | str | None,
     heads: Path | str | None,
     output: Path | str,
     *,
@@ -58,6 +59,7 @@ def export_bundle(
 ) -> dict[str, Any]:
     """Write a bundle and return what was measured on the way.
 
+    ``model`` and ``heads``: a path, or a name on a hub (:mod:`.hub`). Without ``model`` it is the backbone that the heads name.
     ``heads``: a file or folder in any layout of :mod:`.heads.layouts`; None exports the backbone alone, which decodes plainly.
     An adapter that the heads were trained with is merged into the backbone.
     ``weights``: ``linked``, ``copied``, or ``auto``, which links what can be linked. Linked weights are safetensors: the
@@ -66,6 +68,7 @@ def export_bundle(
     ``capacity``: tokens a slot holds, prompt and answer together. ``batch``: slots at most. ``report`` receives each phase.
 
     Raises:
+        DownloadError: a name on a hub that can't be fetched.
         CheckpointError, UnsupportedArchitectureError: the backbone can't be loaded or expressed.
         HeadsError, HeadsMismatchError, TreeError: heads or tree don't fit.
         TraceError: a library failed on the backbone's modules.
@@ -80,24 +83,26 @@ def export_bundle(
         checked_limit(name, value, default) for name, (value, default) in limits_given.items()
     )
     force = flag("force", force)
+    refuse_existing(Path(output), force=force)
+    model_from, heads_from, notes = find_sources(model, heads, report)
     started = time.perf_counter()
     with staged_folder(Path(output), force=force) as staging, ThreadPoolExecutor(1) as beside:
         folder = staging / ONNX
         folder.mkdir()
-        read = None if heads is None else read_heads(heads)
+        read = None if heads_from is None else read_heads(heads_from.path)
         adapter = None if read is None else read.adapter
         refuse_linked_adapter(weights, adapter)
         report("loading the backbone" if adapter is None else "loading the backbone and merging its adapter")
-        backbone = _load(Path(model), dtype, capacity, weights, adapter, folder, report)
+        backbone = _load(model_from.path, dtype, capacity, weights, adapter, folder, report)
         linked = isinstance(backbone.weights, LinkedWeights)
         # Hashing the 13 GB of a 7B takes a tenth of the time of the rest, and the rest keeps one processor busy.
         hashes = {path: beside.submit(sha256, path) for path in folder.glob("*.safetensors")}
-        text, warnings = write_text_files(Path(model), backbone.module.config, staging)
+        text, warnings = write_text_files(model_from.path, backbone.module.config, staging)
         head_set = identity_heads(backbone) if read is None else read.heads
         check_positions(backbone.module, capacity, head_set.config.num_heads)
         check_fit(head_set, hidden_size=backbone.shape.hidden_size, vocab_size=backbone.shape.vocab_size, top_k=top_k)
         head_set = prune_projection(backbone, head_set)
-        warnings += [*backbone.warnings, *(() if read is None else read.warnings)]
+        warnings += [*notes, *backbone.warnings, *(() if read is None else read.warnings)]
         trees = bundle_trees(tree, read, head_set.config.num_heads, top_k)
         max_rows = tree_rows(max_rows, trees, head_set.config.num_heads)
         stack = HeadStack(head_set, backbone.module.get_output_embeddings(), top_k, backbone.dtype, backbone.logits)
@@ -121,10 +126,11 @@ def export_bundle(
             "created_by": f"medusa-deploy {__version__}",
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnx", "onnxruntime")},
             "check": {name: asdict(check) for name, check in checks.items()},
+            "model": model_from.origin,
             "plain_step_bytes": plain_step_bytes(ir.load(folder / graphs["cpu"])),
             "weights": {"kind": "linked" if linked else "copied", **places},
             "warnings": warnings,
-            "heads": None if read is None else {"layout": read.layout, **read.measured},
+            "heads": None if read is None else {"layout": read.layout, **read.measured, **_origin(heads_from)},
             "adapter": None if adapter is None else {"files": dict(adapter.files), **asdict(adapter.shape)},
         }
         complete = Manifest(
@@ -135,6 +141,10 @@ def export_bundle(
         (staging / MANIFEST_NAME).write_text(complete.to_json(), "utf-8")
     measured = {name: provenance[name] for name in ("check", "weights", "warnings", "adapter")}
     return {"seconds": time.perf_counter() - started, **measured}
+
+
+def _origin(fetched: Fetched | None) -> dict[str, Any]:
+    return {} if fetched is None or fetched.origin is None else {"origin": fetched.origin}
 
 
 def _load(

@@ -31,7 +31,7 @@ from .run_order import run_matmuls_in_turn
 # Rows of the prompt. Each takes part in matmuls as wide as the backbone, on a CPU and in fp16.
 _PROMPT_ROWS = 8
 _PREFIX = "check."
-_WHOLE_BYTES = 1 << 30
+WHOLE_BYTES = 1 << 30
 _DTYPES = {"F16": onnx.TensorProto.FLOAT16, "F32": onnx.TensorProto.FLOAT}
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 _TOP = {"embedding": "embed", "heads.shared": "lm_head|embed", "projection": "lm_head|embed", "decoder.norm": "norm"}
@@ -67,7 +67,7 @@ def check_linked(
     """
     weights = backbone.weights
     assert isinstance(weights, LinkedWeights)
-    whole = sum(tensor.nbytes for tensor in weights.tensors.values()) <= _WHOLE_BYTES
+    whole = sum(tensor.nbytes for tensor in weights.tensors.values()) <= WHOLE_BYTES
     cut, real = first_layers(backbone, layout.layers if whole else CHECKED_LAYERS)
     sizes = (stack.config.num_heads, stack.top_k, cut.shape.hidden_size, cut.shape.vocab_size)
     few = replace(layout, layers=cut.shape.layers)

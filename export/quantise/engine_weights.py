@@ -137,7 +137,7 @@ def write_quantised(
 
 
 def _turn_apart(graph: ir.Graph) -> None:
-    """Give every product a Transpose of its own where several share that of a linked weight, as the heads share the projection's."""
+    """Give every product a Transpose of its own where several share one: heads may share the projection's."""
     for turn in list(graph):
         if turn.op_type == "Transpose" and turn.inputs[0] is not None and turn.inputs[0].is_initializer():
             for number, use in enumerate(list(turn.outputs[0].uses())[1:], 1):

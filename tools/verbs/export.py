@@ -18,9 +18,15 @@ HELP = "trace a checkpoint with its Medusa heads into a bundle, and check it aga
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of safetensors with config.json, or a .gguf file")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL",
+        help="folder of safetensors with config.json, a .gguf file, or org/name[@revision][:file.gguf] of a hub (default: the "
+        "backbone that the heads name)",
+    )  # fmt: skip
     heads = parser.add_mutually_exclusive_group(required=True)
-    heads.add_argument("--heads", type=Path, metavar="HEADS", help="Medusa heads: a folder or a file in any published layout")
+    heads.add_argument(
+        "--heads", metavar="HEADS", help="Medusa heads in any published layout: a folder, a file, or org/name of a hub"
+    )
     heads.add_argument("--no-heads", action="store_true", help="export the backbone alone: it decodes plainly")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of weights and caches (default: fp32)")
