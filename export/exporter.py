@@ -35,6 +35,7 @@ from .heads.module import HeadStack
 from .hub import Fetched
 from .passes.matmuls import plain_step_bytes
 from .proof.linked_check import check_linked, check_variants
+from .quantise.screen import Rounded
 
 Report = Callable[[str], None]
 ONNX = "onnx"
@@ -108,7 +109,8 @@ def export_bundle(
         stack = HeadStack(head_set, backbone.module.get_output_embeddings(), top_k, backbone.dtype, backbone.logits)
         rows = step_io.cache_rows(capacity, head_set.config.num_heads, max_rows)
         report("tracing")
-        graphs = write_graphs(backbone, stack, rows, capacity, folder, report)
+        screened: Rounded = {}
+        graphs = write_graphs(backbone, stack, rows, capacity, folder, report, screened=screened)
         scaling = () if read is None else read.platt_scaling
         manifest = _manifest(backbone, head_set, scaling, top_k, text, graphs, _NUMPY_DTYPES[dtype])
         limits = Limits(capacity, rows, max_rows, batch, min(prefill_chunk, capacity))
@@ -116,7 +118,7 @@ def export_bundle(
         places: dict[str, Any] = {}
         layout = CacheLayout(shape.layers, 1, shape.kv_heads, rows, shape.head_dim, _NUMPY_DTYPES[dtype])
         if linked:
-            checks, places = check_linked(folder, graphs, layout, capacity, backbone, stack, report)
+            checks, places = check_linked(folder, graphs, layout, capacity, backbone, stack, report, screened)
         else:
             sizes = (stack.config.num_heads, top_k, shape.hidden_size, shape.vocab_size)
             checks = check_variants(folder, graphs, layout, sizes, backbone, stack, report)

@@ -112,17 +112,25 @@ class CpuMatmul:
         return matrix
 
     def pieces(self) -> Iterator[np.ndarray]:
-        """Yield the rows of :meth:`matrix` in order, a few at a time: the whole is only where its tensors are."""
+        """Yield the rows of :meth:`matrix` in order, a few at a time: the whole is only where its tensors are.
+
+        A file that a tensor lies in is unmapped behind it: pages that were read count as this process's memory.
+        """
         outputs, size = self.shape
         divisors = np.broadcast_to(self.divisors, (outputs,))[:, None]
         step, at = max(1, _NUMBERS_AT_A_TIME // size), 0
         for weight, width in zip(self.weights, self.widths, strict=True):
-            assert weight.const_value is not None
-            stored = weight.const_value.numpy()
+            tensor = weight.const_value
+            assert tensor is not None
+            stored = tensor.numpy()
             for first in range(0, width, step):
                 rows = stored[first : first + step] if self.transposed else stored[:, first : first + step].T
                 yield np.ascontiguousarray(rows, np.float32) * self.multipliers / divisors[at : at + len(rows)]
                 at += len(rows)
+                del rows
+            del stored
+            if isinstance(tensor, ir.ExternalTensor):
+                tensor.release()
 
 
 def find_matmuls(model: ir.Model) -> list[CpuMatmul]:

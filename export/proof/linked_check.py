@@ -23,6 +23,7 @@ from ..backbone.record import Backbone
 from ..backbone.safetensors_header import StoredTensor, read_header
 from ..graphs import HEADS_GRAPH, write_graphs
 from ..heads.module import HeadStack
+from ..quantise.screen import Rounded
 from ..trace.failures import named_failures
 from .check import CheckReport, Observed, Reference, check_executor, compare, eager_reference, observe
 from .device_executor import DeviceGraphExecutor
@@ -54,6 +55,7 @@ def check_linked(
     backbone: Backbone,
     stack: HeadStack,
     report: Report,
+    screened: Rounded | None = None,
 ) -> tuple[dict[str, CheckReport], dict[str, Any]]:
     """Compare every variant with the torch module, and look up every place in the whole graphs.
 
@@ -75,7 +77,7 @@ def check_linked(
         stack.project_through(real.get_output_embeddings())
         checks = check_variants(folder, variants, few, sizes, replace(cut, module=real), stack, report)
     else:
-        checks = _check_cut(folder, few, capacity, sizes, cut, real, stack, report)
+        checks = _check_cut(folder, few, capacity, sizes, cut, real, stack, report, screened)
     report("checking where all weights lie")
     needed = {tensor.name: tensor for tensor in weights.tensors.values()}
     places = {name: asdict(check_places(folder / path, needed, layout.layers)) for name, path in variants.items()}
@@ -92,11 +94,14 @@ def _check_cut(
     real: Any,
     stack: HeadStack,
     report: Report,
+    screened: Rounded | None,
 ) -> dict[str, CheckReport]:
     """Compare every variant of the layers of ``cut`` with ``real``, the same with its weights."""
     stack.project_through(cut.module.get_output_embeddings())
     report(f"tracing {layout.layers} layers for the check")
-    graphs = write_graphs(cut, stack, layout.rows, capacity, folder, lambda _phase: None, _PREFIX)
+    graphs = write_graphs(cut, stack, layout.rows, capacity, folder, lambda _phase: None, _PREFIX, screened)
+    if screened is not None:
+        screened.clear()  # the engines' turn for the memory
     observed = {}
     for name, path in graphs.items():
         report(f"checking {layout.layers} layers of the {name} graph")
