@@ -148,6 +148,7 @@ def test_the_step_graph_in_int8_is_the_fp16_graph_with_rounded_weights(tmp_path:
     import onnx_ir as ir
 
     from medusa_deploy.export.engines.network import network_source
+    from medusa_deploy.export.weights import read_graph
 
     bundle = half_precision_bundle(tmp_path)
     graph = bundle.path(bundle.manifest.variants["device"])
@@ -158,7 +159,7 @@ def test_the_step_graph_in_int8_is_the_fp16_graph_with_rounded_weights(tmp_path:
         assert source.heads.is_file()
     fp16 = last_logits(bundle, graph, prompts)
     # The same by another way: fp16 weights that were rounded before the graph reads them.
-    model, rounded_weights = ir.load(graph), 0
+    model, rounded_weights = read_graph(graph), 0
     for value in model.graph.initializers.values():
         if value.const_value is not None and value.const_value.size >= 1 << 14:
             weight = value.const_value.numpy()
