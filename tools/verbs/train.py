@@ -87,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
     require("export" if args.stage == 1 else "train")
     quiet_libraries()
     from ...calibration.training.finetune import FinetuneConfig
-    from ...runtime.errors import UsageError
     from ...export.hub import fetch_model
+    from ...runtime.errors import UsageError
     from ..console import emit, say
     from ..training.answering import AnswerPlan
     from ..training.backbone import quality_table, train_backbone
