@@ -21,7 +21,7 @@ from .patterns import producer_if
 MATMULS = ("MatMul", "Gemm")
 _MULTIPLY = ("MatMul", "MatMulNBits")
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-_NUMBERS_AT_A_TIME = 1 << 19
+NUMBERS_AT_A_TIME = 1 << 19
 _CACHE = re.compile(step_io.past_names(1)[0].replace("0", r"(\d+)"))
 
 
@@ -119,7 +119,7 @@ class CpuMatmul:
         """
         outputs, size = self.shape
         divisors = np.broadcast_to(self.divisors, (outputs,))[:, None]
-        step, at = max(1, _NUMBERS_AT_A_TIME // size), 0
+        step, at = max(1, NUMBERS_AT_A_TIME // size), 0
         for weight, width in zip(self.weights, self.widths, strict=True):
             tensor = weight.const_value
             assert tensor is not None

@@ -19,6 +19,7 @@ import onnxruntime as ort
 
 from medusa_deploy.calibration.int8.matmuls import StepGraph
 from medusa_deploy.calibration.int8.takers import smoothable
+from medusa_deploy.export.passes import matmuls as matmuls_module
 from medusa_deploy.export.passes.matmuls import find_matmuls
 from medusa_deploy.export.quantise import cpu as quantise_cpu_module
 from medusa_deploy.export.quantise.cpu import CpuPrecision, quantise_cpu, take_in
@@ -207,7 +208,7 @@ def test_moments_of_uncorrelated_inputs_change_nothing_and_others_do(tiny_bundle
 def test_rounding_a_few_rows_at_a_time_changes_nothing(graph: Any, monkeypatch: pytest.MonkeyPatch):
     product = find_matmuls(graph)[0]
     grid, codes = quantise_cpu_module.rounded(product, 8, 32)
-    monkeypatch.setattr(quantise_cpu_module, "_ROUNDED_AT_A_TIME", 5 * product.shape[1])
+    monkeypatch.setattr(matmuls_module, "NUMBERS_AT_A_TIME", 5 * product.shape[1])
     again, same = quantise_cpu_module.rounded(product, 8, 32)
     assert np.array_equal(grid.scales, again.scales) and np.array_equal(codes, same) and again.is_symmetric
 
