@@ -30,6 +30,7 @@ from .weights import ALIGNMENT
 DEFAULT_TREE = "default"
 WEIGHTS = ("auto", "linked", "copied")
 _LARGEST = {"capacity": 1 << 24, "batch": 4096, "top_k": 1024, "max_rows": MAX_ROWS, "prefill_chunk": 1 << 16}
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 _TEXT_FILES = ("tokenizer.json", "chat_template.jinja")
 # Measured on Llama graphs, over all variants of the step graph.
 _GRAPH_BYTES_PER_LAYER = 27_000
@@ -74,7 +75,7 @@ def plan_export(
 ) -> ExportPlan:
     """Check what :func:`.exporter.export_bundle` checks before it loads weights, and size what it would write.
 
-    Weights of safetensors on a hub stay there; they count as copied.
+    Weights of safetensors on a hub stay there; they count as linked.
 
     Raises:
         DownloadError: a name on a hub that can't be fetched.
@@ -159,9 +160,10 @@ def find_sources(
 def _linked_bytes(model: Path, dtype: str, capacity: int, weights: str, sizes: list[int]) -> int:
     """Sum the sizes of the files that linked weights would bring into the bundle; 0 if ``auto`` would copy the weights.
 
-    ``sizes``: numbers of the backbone's parameters.
+    ``sizes``: numbers of the backbone's parameters. A folder without weights counts as one whose weights are linked.
     """
-    if find_model(model)[1] is not None:
+    absent = not any(next(model.glob(pattern), None) for pattern in _WEIGHT_FILES)
+    if find_model(model)[1] is not None or (absent and weights == "auto"):
         return sum(sizes) * DTYPES[dtype].itemsize
     try:
         needed = stored_parameters(model, dtype, capacity)[1].values()

@@ -207,18 +207,18 @@ def _some(files: list[str]) -> str:
 @contextmanager
 def _as_the_user_wants() -> Iterator[None]:
     """Reach the network unless the user took it away, and draw no bars."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub import constants, utils
 
     module: Any = constants
-    before, drawn = module.HF_HUB_OFFLINE, not are_progress_bars_disabled()
+    bars: Any = utils
+    before, drawn = module.HF_HUB_OFFLINE, not bars.are_progress_bars_disabled()
     if os.environ.get(OWN_SILENCE):
         module.HF_HUB_OFFLINE = False
     if drawn:
-        disable_progress_bars()
+        bars.disable_progress_bars()
     try:
         yield
     finally:
         module.HF_HUB_OFFLINE = before
         if drawn:
-            enable_progress_bars()
+            bars.enable_progress_bars()

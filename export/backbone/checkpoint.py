@@ -175,7 +175,7 @@ def write_tensors(target: Path, wanted: str, tensors: Mapping[str, tuple[tuple[i
         for name, (_, pieces) in tensors.items():
             for piece in pieces:
                 with np.errstate(over="ignore"):
-                    converted = np.ascontiguousarray(piece, _NUMPY[wanted])
+                    converted: np.ndarray = np.ascontiguousarray(piece, _NUMPY[wanted])
                 if not _finite(converted.view(_BITS[wanted][0]), wanted):
                     raise CheckpointError(
                         f"{name} holds NaN or infinite values as {wanted}",

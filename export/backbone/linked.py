@@ -67,7 +67,7 @@ def load_linked_backbone(source: Path, dtype: str, capacity: int, folder: Path, 
     else:
         config, notes = load_config(source, capacity), []
         placed = _place_gguf(GgufFile(found / gguf), config, DTYPES[dtype], folder, report)
-        needed = placed.tensors
+        needed = dict(placed.tensors)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     module = empty_module(config, DTYPES[dtype], mode)
     stored = {name: placed.tensors[tensor.name] for name, tensor in needed.items()}
