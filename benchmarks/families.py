@@ -88,7 +88,7 @@ def export_and_verify(work: Path) -> dict[str, Any]:
     prompts = [rng.integers(3, VOCABULARY, length).tolist() for length in PROMPTS]
     logits_of = eager(work / "model")
     for variant in ("cpu", "standard"):
-        session = load(work / "bundle", variant=variant, threads=1)
+        session = load(work / "bundle", variant=variant, threads=1, prefix_cache=False)
         for prompt in prompts:
             for way in ({"speculative": False}, {"tree": tree}):
                 tokens = session.generate(token_ids=prompt, max_new_tokens=NEW_TOKENS, ignore_eos=True, **way).token_ids
@@ -120,9 +120,9 @@ def _refusal(error: DeployError, work: Path) -> dict[str, Any]:
 
 
 def _line(error: Exception) -> str:
-    from medusa_deploy.export.backbone.causes import first_line
+    from medusa_deploy.export.backbone.refusal.causes import first_lines
 
-    return first_line(error)
+    return first_lines(error)
 
 
 def child(family: str, work: Path, seconds: int, gigabytes: int) -> None:

@@ -47,6 +47,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -62,6 +63,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "zamba": {"layer_types": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3},
     "zamba2": {"layer_types": ["mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
+}
+# Families made of their text model's config and what the other parts need to fit it: their defaults contradict each other.
+_TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dots3_note": ("dots3_note_text", {key: {"adapter_out_dim": HIDDEN} for key in ("vision_config", "audio_config")}),
+    "gemma4_assistant": ("gemma4_text", {}),
 }
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -79,6 +85,9 @@ def make_config(family: str) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[family]
+    if family in _TEXTS:
+        text, others = _TEXTS[family]
+        return config_class(text_config={**_fields(CONFIG_MAPPING[text]), **FAMILIES[family]}, **others)
     return config_class(**{**_fields(config_class), **FAMILIES.get(family, {})})
 
 
@@ -96,7 +105,7 @@ def _fields(config_class: Any) -> dict[str, Any]:
         fields["is_decoder"] = True
     for name, sub in getattr(config_class, "sub_configs", {}).items():
         if hasattr(sub, "model_type") and isinstance(getattr(defaults, name, None), sub):
-            fields[name] = _fields(sub)
+            fields[name] = {**_fields(sub), **FAMILIES.get(sub.model_type, {})}
     return fields
 
 

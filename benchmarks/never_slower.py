@@ -91,7 +91,7 @@ def main() -> None:
         return
     report: dict[str, Any] = {"prompts": args.prompts, "max_new_tokens": args.max_new_tokens}
     for name, bundle in bundles.items():
-        session = load(bundle)
+        session = load(bundle, prefix_cache=False)
         report.setdefault("environment", environment(session))
         prompts = [session.encode(line.request()) for line in heldout_prompts()[: args.prompts]]
         ways = {"plain": Way(ROOT_ONLY), "automatic": Way(lookup=True)}

@@ -1,6 +1,6 @@
-"""Compare medusa-deploy with other engines: the same weights, prompts, threads and greedy settings, prompt by prompt in turn.
+"""Compare medusa-deploy with other engines: the same weights, prompts, threads and greedy settings, in turns.
 
-Usage: ``python benchmarks/peers.py --model DIR --bundle DIR [--python PEERS_VENV/bin/python]``
+Usage: ``python benchmarks/peers.py --model DIR --bundle DIR [--python PEERS_VENV/bin/python] [--slots 4,8]``
 
 Prints a Markdown table; writes the report to benchmarks/results/peers-<cpu>.json or where --json says. See benchmarks/README.md.
 """
@@ -8,167 +8,104 @@ Prints a Markdown table; writes the report to benchmarks/results/peers-<cpu>.jso
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
 import platform
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peer_process import PeerError, Run, Worker, last_line, measure, settle
-from peer_report import compare, markdown, system_entry
+from peer.convert import converted, fingerprint, python_for
+from peer.process import PeerError, Worker, measure, settle
+from peer.report import compare, markdown, system_entry
+from peer.several import compare_several, markdown_several, measure_several, several_entry
+from peer.systems import ONE, SEVERAL, SYSTEMS
 
-from medusa_deploy.runtime.files.bundle import sha256
-from medusa_deploy.tools.console import Progress, names_among, positive_int, say, write_json
+from medusa_deploy.tools.console import Progress, names_among, positive_int, positive_ints, say, write_json
 from medusa_deploy.tools.machine import measured_on
 
 HERE = Path(__file__).resolve().parent
 ENCODER = "ours-plain"
 CAPACITY_STEP = 256
-_GGUF = "model.gguf"
-
-
-@dataclass(frozen=True, slots=True)
-class System:
-    """A row of the table. ``format``: what it loads (a key of :func:`conversion`, or ``model`` or ``bundle``)."""
-
-    label: str
-    format: str
-    install: str
-
-
-_OURS = "pip install 'medusa-deploy[cpu]'"
-_LLAMA = System("llama.cpp (llama-cpp-python)", "gguf", "pip install llama-cpp-python")
-SYSTEMS = {
-    "llama.cpp": _LLAMA,
-    "llama.cpp-f32-cache": System("llama.cpp, fp32 cache", "gguf", _LLAMA.install),
-    "onnxruntime-genai": System("onnxruntime-genai", "onnxruntime-genai", "pip install onnxruntime-genai"),
-    "transformers": System("transformers (sdpa)", "model", "pip install transformers torch"),
-    "openvino-genai": System("openvino-genai", "openvino", "pip install openvino-genai"),
-    "ours-plain": System("medusa-deploy, plain", "bundle", _OURS),
-    "ours-medusa": System("medusa-deploy, Medusa", "bundle", _OURS),
-}
-DEFAULT_SYSTEMS = tuple(name for name in SYSTEMS if name != "llama.cpp-f32-cache")
-# Weights in few bits; the bundle has the variants that `medusa-deploy quantise` made of it.
-SYSTEMS |= {
-    "llama.cpp-q8_0": System("llama.cpp, Q8_0", "gguf-q8_0", _LLAMA.install),
-    "llama.cpp-q4_k_m": System("llama.cpp, Q4_K_M", "gguf-q4_k_m", _LLAMA.install),
-    "ours-int8-plain": System("medusa-deploy int8, plain", "bundle", _OURS),
-    "ours-int8-medusa": System("medusa-deploy int8, Medusa", "bundle", _OURS),
-    "ours-int4-plain": System("medusa-deploy int4, plain", "bundle", _OURS),
-    "ours-int4-medusa": System("medusa-deploy int4, Medusa", "bundle", _OURS),
-}
-
-
-def conversion(form: str, model: Path, output: Path, pythons: Mapping[str, str]) -> list[str]:
-    """The command that writes ``model`` into the folder ``output`` in a peer's own format.
-
-    ``model``: a folder of fp32 safetensors; for GGUF in few bits, the F32 GGUF file.
-    """
-    script, _, kind = form.partition("-")
-    if script == "gguf" and kind:
-        return [python_for("llama.cpp", pythons), str(HERE / "peer_few_bits.py"), str(model), str(output / _GGUF), kind]
-    commands = {
-        "gguf": [sys.executable, str(HERE / "peer_gguf.py"), str(model), str(output / _GGUF)],
-        "onnxruntime-genai": [
-            *(python_for("onnxruntime-genai", pythons), "-m", "onnxruntime_genai.models.builder"),
-            *("-i", str(model), "-o", str(output), "-p", "fp32", "-e", "cpu", "-c", str(output / "cache")),
-        ],
-        "openvino": [
-            *(pythons.get("optimum-intel") or python_for("openvino-genai", pythons), "-m", "optimum.commands.optimum_cli"),
-            *("export", "openvino", "--model", str(model), "--task", "text-generation-with-past", "--weight-format", "fp32"),
-            str(output),
-        ],
-    }
-    return commands[form]
-
-
-def converted(form: str, model: Path, cache: Path, pythons: Mapping[str, str]) -> Path:
-    """The model in a peer's format, converted once for these weights and kept under ``cache``.
-
-    Raises:
-        PeerError: the conversion failed.
-    """
-    folder = cache / fingerprint(model) / form
-    if not folder.is_dir():
-        log = cache / "logs" / f"convert-{form}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        staged = folder.with_name(f"{form}.{os.getpid()}.partial")
-        staged.mkdir(parents=True)
-        try:
-            source = converted("gguf", model, cache, pythons) if form.startswith("gguf-") else model
-            command = conversion(form, source, staged, pythons)
-            with log.open("wb") as output:
-                status = subprocess.run(command, stdout=output, stderr=output, check=False).returncode
-            if status:
-                raise PeerError(f"conversion ended with status {status}: {last_line(log)} (see {log})")
-            staged.rename(folder)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
-    return folder / _GGUF if form.startswith("gguf") else folder
-
-
-def fingerprint(model: Path) -> str:
-    """Twelve digits that name the weights and the configuration of a folder."""
-    files = [model / "config.json", *sorted(model.glob("*.safetensors"))]
-    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()[:12]
-
-
-def python_for(name: str, pythons: Mapping[str, str]) -> str:
-    """The interpreter of a system: its own, else the one for all peers, else this one. Ours run in this one unless named."""
-    shared = sys.executable if name.startswith("ours") else pythons.get("", sys.executable)
-    return pythons.get(name, shared)
 
 
 def start(name: str, pythons: Mapping[str, str], threads: int, cache: Path) -> Worker:
     """A worker process for a system."""
-    return Worker([python_for(name, pythons), str(HERE / "peer_serve.py"), name], cache / "logs" / f"{name}.log", threads)
+    return Worker([python_for(name, pythons), "-m", "peer.serve", name], cache / "logs" / f"{name}.log", threads)
 
 
-def run_peers(args: argparse.Namespace) -> dict[str, Any]:
-    """Start, load and measure every system that can be; the report has an entry for each that was asked for."""
+def encode(args: argparse.Namespace) -> dict[str, Any]:
+    """The prompts as token ids, with what ends an answer.
+
+    Raises:
+        PeerError: medusa-deploy isn't installed.
+    """
     pythons = dict(args.python)
-    systems: dict[str, dict[str, Any]] = {name: {"label": SYSTEMS[name].label} for name in args.systems}
-    with ExitStack() as stack, Progress("tokenising") as progress:
-        encoder = start(ENCODER, pythons, args.threads, args.cache)
-        stack.callback(encoder.stop)
+    encoder = start(ENCODER, pythons, args.threads, args.cache)
+    try:
         if not encoder.greeting["installed"]:
-            raise PeerError(f"medusa-deploy isn't installed in {python_for(ENCODER, pythons)}: {_OURS}")
+            raise PeerError(f"medusa-deploy isn't installed in {python_for(ENCODER, pythons)}: {SYSTEMS[ENCODER].install}")
         prompts_file = None if args.prompts is None else str(args.prompts)
         encoded = encoder.ask("encode", path=str(args.bundle), prompts=prompts_file, count=args.count)
         encoder.ask("quit")
-        prompts: list[list[int]] = encoded["prompts"]
-        longest = max(map(len, prompts)) + args.max_new_tokens
-        settings = {
-            "threads": args.threads,
-            "capacity": -(-longest // CAPACITY_STEP) * CAPACITY_STEP,
-            "eos_token_ids": encoded["eos_token_ids"],
-        }
+        return encoded
+    finally:
+        encoder.stop()
 
-        workers: dict[str, Worker] = {}
-        loads: dict[str, float] = {}
-        for name, entry in systems.items():
-            progress.phase(f"loading {name}")
-            try:
-                worker = start(name, pythons, args.threads, args.cache)
-                stack.callback(worker.stop)
-                if not worker.greeting["installed"]:
-                    entry.update(status="not installed", reason=SYSTEMS[name].install)
-                    continue
-                loads[name] = worker.ask("load", path=str(model_path(name, args, pythons)), **settings)["seconds"]
-                worker.ask("run", token_ids=prompts[0], max_new_tokens=min(8, args.max_new_tokens))
-                settle(worker.pid)
-                workers[name] = worker
-            except PeerError as error:
-                entry.update(status="failed", reason=str(error))
 
+def load_systems(
+    args: argparse.Namespace, encoded: Mapping[str, Any], stack: ExitStack, progress: Progress, slots: int = 1
+) -> tuple[dict[str, dict[str, Any]], dict[str, Worker], dict[str, float]]:
+    """Start and load every system that can be, and warm it up.
+
+    Returns:
+        An entry of the report for each system that was asked for, the workers that are ready, and their loading times.
+    """
+    pythons = dict(args.python)
+    prompts: list[list[int]] = encoded["prompts"]
+    longest = max(map(len, prompts)) + args.max_new_tokens
+    settings = {
+        "threads": args.threads,
+        "capacity": -(-longest // CAPACITY_STEP) * CAPACITY_STEP,
+        "eos_token_ids": encoded["eos_token_ids"],
+        "slots": slots,
+        "ignore_eos": args.ignore_eos,
+    }
+    systems: dict[str, dict[str, Any]] = {
+        name: {"label": SYSTEMS[name].label, "precision": SYSTEMS[name].precision} for name in args.systems
+    }
+    workers: dict[str, Worker] = {}
+    loads: dict[str, float] = {}
+    for name, entry in systems.items():
+        progress.phase(f"loading {name}")
+        try:
+            worker = start(name, pythons, args.threads, args.cache)
+            stack.callback(worker.stop)
+            if not worker.greeting["installed"]:
+                entry.update(status="not installed", reason=SYSTEMS[name].install)
+                continue
+            loads[name] = worker.ask("load", path=str(model_path(name, args, pythons)), **settings)["seconds"]
+            few = min(8, args.max_new_tokens)
+            if slots > 1:
+                worker.ask("run_many", prompts=prompts[:slots], max_new_tokens=few)
+            else:
+                worker.ask("run", token_ids=prompts[0], max_new_tokens=few)
+            settle(worker.pid)
+            workers[name] = worker
+        except PeerError as error:
+            entry.update(status="failed", reason=str(error))
+    return systems, workers, loads
+
+
+def run_peers(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure every system that can be, one prompt at a time; the report has an entry for each that was asked for."""
+    with ExitStack() as stack, Progress("tokenising") as progress:
+        encoded = encode(args)
+        prompts = encoded["prompts"]
+        systems, workers, loads = load_systems(args, encoded, stack, progress)
         progress.phase("measuring", len(prompts) * args.repeats)
         runs, failed = measure(
             workers, prompts, max_new_tokens=args.max_new_tokens, repeats=args.repeats, progress=progress.update
@@ -179,7 +116,35 @@ def run_peers(args: argparse.Namespace) -> dict[str, Any]:
         for name, reason in failed.items():
             systems[name].update(status="failed", reason=reason)
     compare(systems, runs)
-    return report(args, encoded, systems, runs)
+    generated = [len(run.tokens) for done in runs.values() for run in done]
+    return {**conditions(args, encoded, generated, dtype="fp32", batch=1), "systems": systems}
+
+
+def run_several(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure every system that can be with several prompts at a time, for each number of ``args.slots``."""
+    slots_entries = []
+    generated: list[int] = []
+    with Progress("tokenising") as progress:
+        encoded = encode(args)
+        for slots in args.slots:
+            with ExitStack() as stack:
+                systems, workers, loads = load_systems(args, encoded, stack, progress, slots)
+                progress.phase(f"measuring {slots} at a time", args.repeats)
+                rounds, failed = measure_several(
+                    workers,
+                    encoded["prompts"],
+                    max_new_tokens=args.max_new_tokens,
+                    repeats=args.repeats,
+                    progress=progress.update,
+                )
+                for name, done in rounds.items():
+                    peak = workers[name].ask("quit")["peak_rss_bytes"]
+                    systems[name].update(several_entry(workers[name].greeting, loads[name], peak, done))
+                for name, reason in failed.items():
+                    systems[name].update(status="failed", reason=reason)
+            generated += [len(tokens) for done in rounds.values() for tokens in done[0].answers]
+            slots_entries.append({"slots": slots, "best": compare_several(systems, rounds), "systems": systems})
+    return {**conditions(args, encoded, generated, ignore_eos=args.ignore_eos), "slots": slots_entries}
 
 
 def model_path(name: str, args: argparse.Namespace, pythons: Mapping[str, str]) -> Path:
@@ -190,11 +155,8 @@ def model_path(name: str, args: argparse.Namespace, pythons: Mapping[str, str]) 
     return Path(args.model) if form == "model" else converted(form, args.model, args.cache, pythons)
 
 
-def report(
-    args: argparse.Namespace, encoded: Mapping[str, Any], systems: Mapping[str, Any], runs: Mapping[str, Sequence[Run]]
-) -> dict[str, Any]:
-    """The numbers with what they depend on."""
-    generated = [len(run.tokens) for done in runs.values() for run in done]
+def conditions(args: argparse.Namespace, encoded: Mapping[str, Any], generated: Sequence[int], **more: Any) -> dict[str, Any]:
+    """What the numbers depend on."""
     return {
         "environment": {
             **measured_on(),
@@ -202,8 +164,7 @@ def report(
         },
         "settings": {
             "decoding": "greedy",
-            "dtype": "fp32",
-            "batch": 1,
+            **more,
             "threads": args.threads,
             "prompts": len(encoded["prompts"]),
             "prompt_tokens": statistics.median(map(len, encoded["prompts"])),
@@ -213,7 +174,6 @@ def report(
             "weights": fingerprint(args.model),
             "bundle_manifest_sha256": encoded["manifest_sha256"],
         },
-        "systems": systems,
     }
 
 
@@ -226,13 +186,14 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--systems",
         type=names_among("system", SYSTEMS),
-        default=list(DEFAULT_SYSTEMS),
         metavar="A,B",
-        help=f"of {', '.join(SYSTEMS)}",
+        help=f"of {', '.join(SYSTEMS)} (default: those in fp32; with --slots those in fp32 and 8 bits that can)",
     )
     add("--prompts", type=Path, metavar="FILE", help="JSONL of prompts (default: the held-out prompts)")
     add("--count", type=positive_int, default=16, metavar="N", help="prompts to take (default 16)")
     add("--max-new-tokens", type=positive_int, default=128, metavar="N", help="longest answer (default 128)")
+    add("--slots", type=several, default=(), metavar="N,N", help="answer so many prompts at a time, for each N from 2")
+    add("--ignore-eos", action="store_true", help="give every answer --max-new-tokens tokens; with --slots")
     add("--repeats", type=positive_int, default=1, metavar="N", help="times that every prompt is run (default 1)")
     add("--threads", type=positive_int, default=2, metavar="N", help="threads of every system (default 2)")
     add(
@@ -248,6 +209,14 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def several(text: str) -> tuple[int, ...]:
+    """An argparse type: integers from 2, with commas between them."""
+    numbers = positive_ints(text)
+    if 1 in numbers:
+        raise argparse.ArgumentTypeError("one prompt at a time is measured without --slots")
+    return numbers
+
+
 def interpreter(text: str) -> tuple[str, str]:
     """An argparse type: ``PATH`` or ``SYSTEM=PATH``."""
     name, separator, path = text.partition("=")
@@ -259,21 +228,36 @@ def interpreter(text: str) -> tuple[str, str]:
     return name, path
 
 
-def default_output(cpu: str) -> Path:
+def default_output(cpu: str, slots: Sequence[int]) -> Path:
     """Where results of a processor are kept."""
-    return HERE / "results" / f"peers-{re.sub('[^a-z0-9]+', '-', cpu.lower()).strip('-')}.json"
+    return HERE / "results" / f"peers-{'slots-' if slots else ''}{re.sub('[^a-z0-9]+', '-', cpu.lower()).strip('-')}.json"
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; the systems are as many as can be measured so where none are named."""
+    read = parser()
+    args = read.parse_args(argv)
+    if args.systems is None:
+        args.systems = list(SEVERAL if args.slots else ONE)
+    if args.ignore_eos and not args.slots:
+        read.error("--ignore-eos is of --slots")
+    if alone := [name for name in args.systems if args.slots and not SYSTEMS[name].several]:
+        read.error(f"--slots: {', '.join(alone)} answers one prompt at a time")
+    if args.slots and max(args.slots) > args.count:
+        read.error(f"--slots {max(args.slots)} needs as many prompts: --count {max(args.slots)}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison. Returns the exit status."""
-    args = parser().parse_args(argv)
+    args = arguments(argv)
     try:
-        result = run_peers(args)
+        result = run_several(args) if args.slots else run_peers(args)
     except PeerError as error:
         say(f"error: {error}")
         return 1
-    print(markdown(result))
-    write_json(result, args.json or default_output(result["environment"]["cpu"]))
+    print(markdown_several(result) if args.slots else markdown(result))
+    write_json(result, args.json or default_output(result["environment"]["cpu"], args.slots))
     return 0
 
 

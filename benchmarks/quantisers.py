@@ -94,7 +94,7 @@ def judge_for(args: argparse.Namespace) -> Judge:
     """Make texts and reference once for a work folder: fp32's own greedy answers."""
     folder = args.work / "judge"
     if not (folder / REFERENCE).exists():
-        session = load(args.bundle, variant="cpu", check_hashes=False)
+        session = load(args.bundle, variant="cpu", check_hashes=False, prefix_cache=False)
         calibration, texts = (
             [
                 (prompt, list(session.generate(token_ids=prompt, max_new_tokens=tokens).token_ids))
@@ -137,7 +137,7 @@ def _w8a8(args: argparse.Namespace, _judge: Judge, _name: str, keep: list[str] |
     kept = None if keep is None else Graph(bundle).down if keep else []
     made = write_w8a8_variant(bundle, scales, kept, force=True)
     matmuls = made.manifest.provenance["quantised"]["int8"]["layers"]
-    return of_session(load(args.bundle, variant="int8", check_hashes=False)), {"products": matmuls}
+    return of_session(load(args.bundle, variant="int8", check_hashes=False, prefix_cache=False)), {"products": matmuls}
 
 
 def _quantise(args: argparse.Namespace, _judge: Judge, name: str, bits: int, rounding: str) -> tuple[Logits, dict[str, Any]]:
@@ -147,7 +147,8 @@ def _quantise(args: argparse.Namespace, _judge: Judge, name: str, bits: int, rou
     precision = CpuPrecision(layers=bits, projection=32, heads=32, block=args.block)
     variant = f"cpu-{name.removeprefix('ours-').removeprefix('cpu-')}"
     report = put(args.bundle, args.scales, name=variant, precision=precision, rounding=rounding, samples=args.count, force=True)
-    return of_session(load(args.bundle, variant=variant, check_hashes=False)), {"products": report["products"][str(bits)]}
+    session = load(args.bundle, variant=variant, check_hashes=False, prefix_cache=False)
+    return of_session(session), {"products": report["products"][str(bits)]}
 
 
 def _onnx(args: argparse.Namespace, judge: Judge, name: str, method: str) -> tuple[Logits, dict[str, Any]]:

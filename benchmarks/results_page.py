@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from results_sections import quality, sizes, speed
+from results_sections import quality, sizes, slots, speed
 from results_sections.markdown import ROOT, report, table, wrapped
 
 COMMAND = "python benchmarks/results_page.py"
@@ -19,6 +19,9 @@ START, END = "<!-- results -->", "<!-- end -->"
 SECTIONS = (
     speed.medusa,
     speed.peers,
+    slots.at_once,
+    slots.beside,
+    slots.long_prompts,
     speed.sampled,
     quality.exactness,
     speed.chosen_rows,
@@ -40,7 +43,7 @@ def page() -> str:
 [`benchmarks/results/`](../benchmarks/results). A test holds both to the reports. [concepts.md](concepts.md) explains the words,
 [benchmarks/README.md](../benchmarks/README.md) how each report is made,
 [gpu.md](gpu.md#measured-on-an-h200) what a GPU measured."""
-    return "\n\n".join(wrapped(section) for section in (first, *(section() for section in SECTIONS))) + "\n"
+    return "\n\n".join(wrapped(section) for section in (first, *filter(None, (section() for section in SECTIONS)))) + "\n"
 
 
 def readme_block() -> str:

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", required=True)
     args = parser.parse_args()
-    session = load(args.bundle, threads=args.threads)
+    session = load(args.bundle, threads=args.threads, prefix_cache=False)
     prompts = prompts_for(session, None, 2 * args.count)
     with Progress("count", args.count) as bar:
         table = count_hits(session, prompts[: args.count], args.max_new_tokens, bar.update)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..runtime.arguments import integer, shown
+from ..runtime.arguments import choice, integer, optional_path, shown
 from ..runtime.errors import UnlinkableError, UsageError
 from ..runtime.executors import step_io
 from ..runtime.files.adapter_file import Adapter
@@ -19,8 +19,8 @@ from .backbone.backbone import backbone_shape, load_config
 from .backbone.checkpoint import placed_bytes
 from .backbone.linked import stored_parameters
 from .backbone.model_folder import find_model
-from .backbone.positions import check_positions
 from .backbone.record import DTYPES
+from .backbone.refusal.positions import check_positions
 from .heads.layouts import ReadHeads, check_fit, named_base, read_heads
 from .hub import Fetched, fetch_heads, fetch_model, hub_name
 from .quantise.cpu_heads import narrow_size
@@ -82,23 +82,14 @@ def plan_export(
         CheckpointError, UnsupportedArchitectureError: the backbone's config can't be read or expressed.
         HeadsError, HeadsMismatchError, TreeError: heads or tree don't fit.
     """
-    dtype, weights = dtype or "fp32", weights or "auto"
-    check_choices(dtype, weights, tree)
+    dtype, weights = checked_choices(dtype, weights, tree)
     capacity, batch = checked_limit("capacity", capacity, 2048), checked_limit("batch", batch, 1)
     top_k, max_rows = checked_limit("top_k", top_k, 10), checked_limit("max_rows", max_rows, 64)
     found, found_heads, notes = find_sources(model, heads, lambda phase: None, weights=False)
     source = found.path
-    config = load_config(source, capacity)
-    module = empty_module(config)
-    shape = backbone_shape(module)
     read = None if found_heads is None else read_heads(found_heads.path)
-    if read is not None:
-        refuse_linked_adapter(weights, read.adapter)
-        check_fit(read.heads, hidden_size=shape.hidden_size, vocab_size=shape.vocab_size, top_k=top_k)
-    identity = HeadConfig("medusa", 1, 1, shape.hidden_size, shape.vocab_size, "shared")
-    head_config = identity if read is None else read.heads.config
-    check_positions(module, capacity, head_config.num_heads)
-    trees = bundle_trees(tree, read, head_config.num_heads, top_k)
+    module, head_config, trees = check_before_weights(source, read, weights, capacity, tree, top_k)
+    shape = backbone_shape(module)
     default = trees[DEFAULT_TREE]
     rows = step_io.cache_rows(capacity, head_config.num_heads, tree_rows(max_rows, trees, head_config.num_heads))
     item = DTYPES[dtype].itemsize
@@ -140,9 +131,10 @@ def find_sources(
     Heads may name their backbone. Then the model may be left out, and one of another name is worth a note.
 
     Raises:
-        UsageError: no model, and no heads that name one.
+        UsageError: no model, and no heads that name one; or something that is neither a path nor a name.
         DownloadError: see :func:`.hub.fetch_model`.
     """
+    model, heads = _source("model", model), _source("heads", heads)
     of_heads = None if heads is None else fetch_heads(heads, report)
     base = None if of_heads is None else named_base(of_heads.path)
     if model is None and base is None:
@@ -155,6 +147,16 @@ def find_sources(
     if asked is not None and named is not None and asked.repo != named.repo:
         notes.append(f"the heads name {named.repo} as their backbone, and {asked.repo} was given")
     return found, of_heads, notes
+
+
+def _source(name: str, value: Any) -> Path | str | None:
+    """Return what may be a path or a name on a hub. A string stays one: ``./org/name`` is no name, and ``org/name`` is.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    found = optional_path(name, value)
+    return value if isinstance(value, str) else found
 
 
 def _linked_bytes(model: Path, dtype: str, capacity: int, weights: str, sizes: list[int]) -> int:
@@ -172,6 +174,31 @@ def _linked_bytes(model: Path, dtype: str, capacity: int, weights: str, sizes: l
             raise
         return 0
     return placed_bytes(needed, DTYPES[dtype])
+
+
+def check_before_weights(
+    model: Path, read: ReadHeads | None, weights: str, capacity: int, tree: Tree | None, top_k: int
+) -> tuple[Any, HeadConfig, dict[str, Tree]]:
+    """Check by the model's config alone that an export's parts fit together: reading the weights of a large model takes minutes.
+
+    Returns the module without weights, the form of the heads and the bundle's trees.
+
+    Raises:
+        CheckpointError, UnsupportedArchitectureError: the backbone's config can't be read or expressed.
+        HeadsMismatchError, TreeError, UsageError: heads, tree, top-k, weights or capacity don't fit.
+    """
+    config = load_config(model, capacity)
+    module = empty_module(config)
+    shape = backbone_shape(module)
+    if read is not None:
+        refuse_linked_adapter(weights, read.adapter)
+        check_fit(read.heads, hidden_size=shape.hidden_size, vocab_size=shape.vocab_size, top_k=top_k)
+    elif top_k > shape.vocab_size:
+        raise UsageError(f"top_k is {top_k}, and the vocabulary has {shape.vocab_size} tokens", hint="give a smaller --top-k")
+    identity = HeadConfig("medusa", 1, 1, shape.hidden_size, shape.vocab_size, "shared")
+    head_config = identity if read is None else read.heads.config
+    check_positions(module, capacity, head_config.num_heads)
+    return module, head_config, bundle_trees(tree, read, head_config.num_heads, top_k)
 
 
 def _head_sizes(heads: HeadSet) -> list[int]:
@@ -196,17 +223,15 @@ def refuse_linked_adapter(weights: str, adapter: Adapter | None) -> None:
         )
 
 
-def check_choices(dtype: str, weights: str, tree: Tree | None) -> None:
-    """Check the arguments of an export that aren't numbers.
+def checked_choices(dtype: str | None, weights: str | None, tree: Tree | None) -> tuple[str, str]:
+    """Return the dtype and the kind of weights of an export, by default fp32 and auto.
 
     Raises:
         UsageError: names the argument, its value and what it may be.
     """
-    for name, value, known in (("dtype", dtype, tuple(DTYPES)), ("weights", weights, WEIGHTS)):
-        if value not in known:
-            raise UsageError(f"unknown {name} {shown(value)}", hint=f"one of {', '.join(known)}")
     if not isinstance(tree, (Tree, type(None))):
         raise UsageError(f"tree is {shown(tree)}", hint="tree is a Tree: Tree.from_choices makes one")
+    return choice("dtype", dtype, tuple(DTYPES), "fp32"), choice("weights", weights, WEIGHTS, "auto")
 
 
 def checked_limit(name: str, value: int | None, default: int) -> int:
@@ -215,10 +240,7 @@ def checked_limit(name: str, value: int | None, default: int) -> int:
     Raises:
         UsageError: it is no integer, below 1, or beyond what a step graph can have.
     """
-    found = integer(name, value, default)
-    if found > _LARGEST[name]:
-        raise UsageError(f"{name} is {found}", hint=f"{name} is at most {_LARGEST[name]}")
-    return found
+    return integer(name, value, default, high=_LARGEST[name])
 
 
 def empty_module(config: Any) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .. import __version__
-from ..runtime.arguments import flag
+from ..runtime.arguments import flag, path
 from ..runtime.errors import UnlinkableError
 from ..runtime.executors import step_io
 from ..runtime.executors.executor import CacheLayout
@@ -25,15 +25,16 @@ from ..runtime.files.manifest import MANIFEST_NAME, HeadFacts, Limits, Manifest,
 from ..runtime.tree import Tree
 from .backbone.backbone import load_backbone
 from .backbone.linked import LinkedWeights, load_linked_backbone, prune_projection
-from .backbone.positions import check_positions
 from .backbone.record import Backbone
+from .backbone.refusal.positions import check_positions
 from .backbone.tokenizer import write_text_files
-from .estimate import DEFAULT_TREE, bundle_trees, check_choices, checked_limit, find_sources, refuse_linked_adapter, tree_rows
+from .estimate import DEFAULT_TREE, check_before_weights, checked_choices, checked_limit, find_sources, tree_rows
 from .graphs import HEADS_GRAPH, write_graphs
 from .heads.layouts import check_fit, read_heads
 from .heads.module import HeadStack
 from .hub import Fetched
 from .passes.matmuls import plain_step_bytes
+from .proof.check import CheckReport
 from .proof.linked_check import check_linked, check_variants
 from .quantise.screen import Rounded
 
@@ -76,23 +77,23 @@ def export_bundle(
         ExportMismatchError: the graph doesn't reproduce the torch module; no bundle is written.
         BundleExistsError, OutputError: the output can't be written.
     """
-    dtype, weights = dtype or "fp32", weights or "auto"
-    check_choices(dtype, weights, tree)
+    output = path("output", output)
+    dtype, weights = checked_choices(dtype, weights, tree)
     limits_given = {"capacity": (capacity, 2048), "batch": (batch, 1), "top_k": (top_k, 10)}
     limits_given |= {"max_rows": (max_rows, 64), "prefill_chunk": (prefill_chunk, 256)}
     capacity, batch, top_k, max_rows, prefill_chunk = (
         checked_limit(name, value, default) for name, (value, default) in limits_given.items()
     )
     force = flag("force", force)
-    refuse_existing(Path(output), force=force)
+    refuse_existing(output, force=force)
     model_from, heads_from, notes = find_sources(model, heads, report)
     started = time.perf_counter()
-    with staged_folder(Path(output), force=force) as staging, ThreadPoolExecutor(1) as beside:
+    with staged_folder(output, force=force) as staging, ThreadPoolExecutor(1) as beside:
         folder = staging / ONNX
         folder.mkdir()
         read = None if heads_from is None else read_heads(heads_from.path)
         adapter = None if read is None else read.adapter
-        refuse_linked_adapter(weights, adapter)
+        _, _, trees = check_before_weights(model_from.path, read, weights, capacity, tree, top_k)
         report("loading the backbone" if adapter is None else "loading the backbone and merging its adapter")
         backbone = _load(model_from.path, dtype, capacity, weights, adapter, folder, report)
         linked = isinstance(backbone.weights, LinkedWeights)
@@ -104,7 +105,6 @@ def export_bundle(
         check_fit(head_set, hidden_size=backbone.shape.hidden_size, vocab_size=backbone.shape.vocab_size, top_k=top_k)
         head_set = prune_projection(backbone, head_set)
         warnings += [*notes, *backbone.warnings, *(() if read is None else read.warnings)]
-        trees = bundle_trees(tree, read, head_set.config.num_heads, top_k)
         max_rows = tree_rows(max_rows, trees, head_set.config.num_heads)
         stack = HeadStack(head_set, backbone.module.get_output_embeddings(), top_k, backbone.dtype, backbone.logits)
         rows = step_io.cache_rows(capacity, head_set.config.num_heads, max_rows)
@@ -121,7 +121,8 @@ def export_bundle(
             checks, places = check_linked(folder, graphs, layout, capacity, backbone, stack, report, screened)
         else:
             sizes = (stack.config.num_heads, top_k, shape.hidden_size, shape.vocab_size)
-            checks = check_variants(folder, graphs, layout, sizes, backbone, stack, report)
+            checks = check_variants(folder, graphs, layout, capacity, sizes, backbone, stack, report)
+        warnings += _missed(checks)
         report("hashing")
         known = {path: future.result() for path, future in hashes.items()}
         provenance = {
@@ -190,3 +191,13 @@ def _manifest(
         "variants": {name: f"{ONNX}/{file}" for name, file in graphs.items()},
         "heads_graph": f"{ONNX}/{HEADS_GRAPH}",
     }
+
+
+def _missed(checks: dict[str, CheckReport]) -> list[str]:
+    """Warn of windows that the check was too short for."""
+    missed = sorted({window for check in checks.values() for window in check.missed})
+    return [
+        f"the check was shorter than the window of {window} tokens, because it would have taken too long: what lies beyond the "
+        "window wasn't compared"
+        for window in missed
+    ]

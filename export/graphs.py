@@ -9,6 +9,7 @@ from ..runtime.files.manifest import cpu_twin
 from .backbone.record import Backbone
 from .heads.module import HeadStack
 from .passes.lower import drop_closing, lower_cpu, lower_device, lower_standard
+from .passes.pack import write_packed
 from .quantise.cpu_heads import narrow_heads
 from .quantise.screen import Rounded, screen
 from .trace.failures import named_failures
@@ -55,4 +56,5 @@ def write_graphs(
         narrow_heads(heads_for_cpu, shared=shared)
         weights.save(heads, folder / f"{prefix}{HEADS_GRAPH}")
         weights.save(heads_for_cpu, folder / f"{prefix}{cpu_twin(HEADS_GRAPH)}")
+    write_packed(folder / names["cpu"])
     return names

@@ -12,8 +12,10 @@ from typing import Any
 import onnx_ir as ir
 
 from ..runtime.errors import BundleExistsError, UsageError
+from ..runtime.executors import step_io
 from ..runtime.files.bundle import Bundle, record_files, sha256, staged_folder, write_manifest, write_whole
-from ..runtime.files.manifest import FileRecord, Manifest
+from ..runtime.files.manifest import FileRecord, Manifest, packed_twin
+from .passes.pack import write_packed
 from .weights import WeightsFile
 
 PREFIX = "cpu-"
@@ -28,7 +30,7 @@ def check_variant(manifest: Manifest, name: str, *, force: bool) -> None:
         UsageError: the name breaks the pattern.
         BundleExistsError: the bundle has it, and ``force`` is false.
     """
-    if not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         hint = f"{PREFIX} and then letters, digits and hyphens, like {PREFIX}int8"
         raise UsageError(f"a variant can't be called {name!r}", hint=hint)
     if name in manifest.variants and not force:
@@ -60,11 +62,12 @@ def add_variant(bundle: Bundle, name: str, model: ir.Model, provenance: Mapping[
         if without != bundle.manifest:
             write_manifest(bundle.folder, without)
     write_whole(graph, written)
+    packed = write_packed(graph)
     base = PurePosixPath(bundle.manifest.variants["cpu"]).parent
     files = {
         **without.files,
         **{(base / name / file).as_posix(): record for file, record in built.items()},
-        (base / graph.name).as_posix(): FileRecord(len(written), sha256(graph)),
+        **{(base / file.name).as_posix(): FileRecord(file.stat().st_size, sha256(file)) for file in (graph, *packed)},
     }
     complete = replace(
         without,
@@ -81,9 +84,10 @@ def _without(manifest: Manifest, name: str) -> Manifest:
     if graph is None:
         return manifest
     own = f"{PurePosixPath(graph).parent.as_posix()}/{name}/"
+    graphs = {graph, *(packed_twin(graph, slots) for slots in step_io.PACKED_SLOTS)}
     return replace(
         manifest,
-        files={path: record for path, record in manifest.files.items() if path != graph and not path.startswith(own)},
+        files={path: record for path, record in manifest.files.items() if path not in graphs and not path.startswith(own)},
         variants={other: path for other, path in manifest.variants.items() if other != name},
         provenance={
             **manifest.provenance,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from .errors import UsageError
-from .files.manifest import cpu_twin
+from .files.manifest import cpu_twin, packed_twin
 
 if TYPE_CHECKING:
     from .executors.executor import Executor
@@ -45,7 +46,14 @@ def _cpu(bundle: Bundle, options: LoadOptions) -> Executor:
     known = [name for name in manifest.variants if name in ("standard", "int8") or is_cpu(name)]
     if variant not in known:
         raise UsageError(f"the bundle has no variant {variant!r} for the CPU", hint=f"its variants: {', '.join(known)}")
-    return OrtExecutor(ort_model(bundle, options.slots, variant), options.threads)
+    model = ort_model(bundle, options.slots, variant)
+    _check_slots(options.slots, max(manifest.limits.batch, *model.packed, 1))
+    return OrtExecutor(model, options.threads)
+
+
+def _check_slots(slots: int, most: int) -> None:
+    if not 1 <= slots <= most:
+        raise UsageError(f"{slots} slots, the bundle allows 1 to {most}", hint=f"export with --batch {max(slots, 1)}")
 
 
 def is_cpu(variant: str) -> bool:
@@ -59,11 +67,13 @@ def _cuda(bundle: Bundle, options: LoadOptions) -> Executor:
     options.refuse("target", "threads")
     if options.variant not in (None, "standard"):
         raise UsageError(f"the backend cuda runs the standard graph, not {options.variant!r}", hint="leave the variant out")
+    _check_slots(options.slots, bundle.manifest.limits.batch)
     return OrtDeviceExecutor(ort_model(bundle, options.slots, "standard"))
 
 
 def ort_model(bundle: Bundle, slots: int, variant: str) -> OrtModel:
     """Collects the paths and sizes that an executor of ONNX Runtime needs for one of the bundle's graphs."""
+    from .executors import step_io
     from .executors.executor import CacheLayout
     from .executors.ort_base import OrtModel
 
@@ -71,14 +81,20 @@ def ort_model(bundle: Bundle, slots: int, variant: str) -> OrtModel:
     backbone, heads = manifest.backbone, manifest.heads
     rows = manifest.limits.cache_rows
     cpu_heads = cpu_twin(manifest.heads_graph)
+    graph = manifest.variants[variant]
+    twins = {places: packed_twin(graph, places) for places in step_io.PACKED_SLOTS}
+    folder = PurePosixPath(graph).parent.as_posix()
+    contents = [f"{file} {record.sha256}" for file, record in manifest.files.items() if file.startswith(f"{folder}/")]
     return OrtModel(
-        bundle.path(manifest.variants[variant]),
+        bundle.path(graph),
         bundle.path(cpu_heads if is_cpu(variant) and cpu_heads in manifest.files else manifest.heads_graph),
         CacheLayout(backbone.layers, slots, backbone.kv_heads, rows, backbone.head_dim, manifest.dtype),
         heads.num_heads,
         heads.top_k,
         backbone.hidden_size,
         backbone.vocab_size,
+        {places: bundle.path(twin) for places, twin in twins.items() if is_cpu(variant) and twin in manifest.files},
+        "\n".join([graph, *contents]),
     )
 
 
@@ -86,6 +102,7 @@ def _tensorrt(bundle: Bundle, options: LoadOptions) -> Executor:
     from .executors.tensorrt.load import load_executor
 
     options.refuse("threads", "variant")
+    _check_slots(options.slots, bundle.manifest.limits.batch)
     return load_executor(bundle, options.backend, options.target, options.slots)
 
 

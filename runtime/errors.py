@@ -133,6 +133,26 @@ class SlotError(DeployError):
     """There are more sequences than slots."""
 
 
+class QueueFullError(DeployError):
+    """So many requests wait that no further one is taken.
+
+    ``waiting``: requests that wait. ``retry_after``: seconds until one of them has probably got a slot, by the requests that
+    ended lately.
+    """
+
+    def __init__(self, waiting: int, retry_after: float) -> None:
+        super().__init__(
+            f"{waiting} requests wait for a slot, and no more may",
+            hint=f"try again in {retry_after:.1f} s; or load with more slots, or allow more waiting requests",
+        )
+        self.waiting = waiting
+        self.retry_after = retry_after
+
+
+class SessionClosedError(DeployError):
+    """The session is closing or closed: it takes no further requests."""
+
+
 class StepError(DeployError):
     """An engine call failed while it decoded a request; the request has ended."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence as SequenceOf
 from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .drafting.draft import Drafter
 
 Message = Mapping[str, str]
+MAX_LOGPROBS = 20
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -50,8 +51,10 @@ class Request:
     ``drafting``: how steps are drafted, by :class:`Rows`, by a tree that is the same in every step (``ROOT_ONLY`` decodes
     plainly), or by a drafter of one's own. ``tree``, ``rows``, ``lookup`` and ``drafter`` are older names for parts of it.
     ``priority``: smaller numbers are served first. ``deadline``: seconds from submission after which the request is cancelled.
-    ``cancel`` is asked before each of its steps but the first. ``keep_hidden`` collects the backbone's hidden state behind every
-    emitted token.
+    ``cancel`` is asked before each of its steps but the first. ``cache_salt``: a prompt's beginning is taken over from earlier
+    requests of the same salt alone, so that the time of an answer tells nobody what others asked. ``keep_hidden`` collects the
+    backbone's hidden state behind every emitted token. ``logprobs``: wants the log-probability of every emitted token, and of so
+    many most likely ones at its place; they are the model's own, before temperature, penalties and filters.
 
     None is the default of every field. Numbers may be numpy's.
 
@@ -72,6 +75,8 @@ class Request:
     deadline: float | None = None
     cancel: Callable[[], bool] | None = None
     keep_hidden: bool = False
+    cache_salt: str = ""
+    logprobs: int | None = None
     tree: InitVar[Tree | None] = None
     rows: InitVar[int | None] = None
     lookup: InitVar[bool | None] = None
@@ -106,6 +111,7 @@ class Request:
         kept["params"] = SamplingParams() if self.params is None else self.params
         kept["drafting"] = AUTOMATIC if self.drafting is None else self.drafting
         kept["stop"] = () if self.stop is None else self.stop
+        kept["cache_salt"] = "" if self.cache_salt is None else self.cache_salt
         for name, default in (("max_new_tokens", 128), ("priority", 0)):
             value = getattr(self, name)
             kept[name] = default if value is None else value if not is_integer(value) else int(value)
@@ -119,15 +125,23 @@ class Request:
             ("max_new_tokens", is_integer(self.max_new_tokens), "max_new_tokens is an integer from 1"),
             ("priority", is_integer(self.priority), "priority is an integer; smaller ones are served first"),
             ("deadline", self.deadline is None or is_number(self.deadline), "a deadline is in seconds from now, and positive"),
+            ("cache_salt", isinstance(self.cache_salt, str), "cache_salt is a string, such as the user's name"),
+            ("logprobs", self.logprobs is None or _is_count(self.logprobs), f"logprobs is an integer from 0 to {MAX_LOGPROBS}"),
             ("cancel", self.cancel is None or callable(self.cancel), "cancel is a function without arguments"),
         ):
             if not right:
                 raise UsageError(f"{name} is {shown(getattr(self, name))}", hint=hint)
 
 
+def _is_count(value: object) -> bool:
+    return is_integer(value) and 0 <= value <= MAX_LOGPROBS  # type: ignore[operator]
+
+
 @dataclass(slots=True)
 class Stats:
     """Cost of a generation. ``accepted[a]``: decode steps that accepted ``a`` drafted tokens.
+
+    ``prompt_tokens``: tokens of the prompt whose rows are in the cache; ``cached_tokens`` of them were there before.
 
     ``rows_histogram[n]``: decode steps that verified n rows. ``plain_steps``: steps of one row in which no heads ran. ``probes``:
     steps that ran the heads only to see whether drafting pays again. ``lookup_steps``: steps whose rows were chosen among
@@ -139,6 +153,7 @@ class Stats:
     """
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     steps: int = 0
     emitted: int = 0
     rows: int = 0
@@ -180,19 +195,30 @@ class Stats:
         return 1.0 - self.engine_seconds / self.decode_seconds if self.decode_seconds else 0.0
 
 
+class TokenLogprob(NamedTuple):
+    """An emitted token's log-probability, and the most likely tokens at its place with theirs, the likeliest first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The addition of one step to a stream; the last one carries the finish reason."""
+    """The addition of one step to a stream; the last one carries the finish reason. ``logprobs``: one entry a token."""
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     stats: Stats | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
     """A finished generation. ``token_ids`` are all emitted tokens, an end-of-sequence token included.
+
+    A stop string ends them at the token that completes it, as plain decoding does.
 
     ``error``: the reason where ``finish_reason`` is "error"; text and tokens are then those emitted before it.
     """
@@ -204,3 +230,4 @@ class Generation:
     stats: Stats
     hidden: np.ndarray | None = None
     error: Exception | None = None
+    logprobs: list[TokenLogprob] | None = None

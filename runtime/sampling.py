@@ -171,6 +171,13 @@ def scores(params: SamplingParams, logits: np.ndarray, context: Sequence[int], p
     return out
 
 
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Returns the log-probabilities float32 [V] of logits [V]."""
+    shifted = logits.astype(np.float32) - np.float32(logits.max())
+    out: np.ndarray = shifted - np.float32(np.log(np.exp(shifted).sum(dtype=np.float64)))
+    return out
+
+
 def weights(params: SamplingParams, scores: np.ndarray) -> np.ndarray:
     """Returns unnormalised probabilities float32 [V] of scores [V]. The largest is 1; filtered tokens have 0."""
     shifted: np.ndarray = (scores - scores.max()) / np.float32(params.temperature)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from .arguments import flag, integer, shown
+from .arguments import flag, integer, path, shown
 from .drafting.adaptive import AdaptiveDrafter
 from .drafting.checked import CheckedDrafter
 from .drafting.draft import BestRows, Drafter, FixedTree
@@ -21,7 +20,7 @@ from .loop.driver import Driver
 from .loop.handle import Handle
 from .loop.loop import Loop
 from .loop.sequence import Sequence
-from .loop.slots import SlotPool
+from .loop.slots import PrefixStats, SlotPool
 from .request import Chunk, Generation, Message, Request, Rows, Stats
 from .text.encoder import PromptEncoder
 from .text.output import TextOutput
@@ -42,20 +41,24 @@ class Session:
     All methods may be called from several threads: whoever waits for a request drives the engine, for the others too.
     """
 
-    def __init__(self, bundle: Bundle, executor: Executor) -> None:
+    def __init__(self, bundle: Bundle, executor: Executor, *, prefix_cache: bool = True) -> None:
+        """``prefix_cache``: whether prompts may begin with rows that earlier requests left in free slots."""
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.executor = executor
         limits, heads, abilities = self.manifest.limits, self.manifest.heads, executor.abilities
         self.encoder = PromptEncoder(self.manifest.text, self.manifest.backbone.vocab_size, bundle.path)
-        self.slots = SlotPool(abilities.slots, limits.capacity)
+        self.slots = SlotPool(
+            abilities.slots, limits.capacity, keep=prefix_cache, copies=abilities.copies, together=abilities.padded
+        )
         self.tree = self.manifest.tree()
         step_rows = abilities.step_rows
         self.max_rows = limits.max_rows if step_rows is None else min(step_rows[-1], limits.max_rows)
         sizes = tuple(sorted({rows for rows in (1, *(step_rows or SIZES)) if rows <= self.max_rows}))
-        self.row_budget = RowBudget(sizes, heads.num_heads, heads.platt_scaling, padded=abilities.padded)
+        shared = {"padded": abilities.padded, "packed": abilities.packed}
+        self.row_budget = RowBudget(sizes, heads.num_heads, heads.platt_scaling, **shared)
         self.loop = Loop(executor, self.slots, self.row_budget, limits.prefill_chunk)
-        self._driver = Driver(self.loop)
+        self.driver = Driver(self.loop)
 
     # -- text ------------------------------------------------------------------------------------------------------
 
@@ -63,6 +66,11 @@ class Session:
     def codec(self) -> Any:
         """The bundle's tokenizer (:class:`.tokenizer.TextCodec`), or None when it speaks token ids only."""
         return self.encoder.codec
+
+    @property
+    def prefix_stats(self) -> PrefixStats:
+        """What the prefix cache has saved so far."""
+        return self.slots.prefix_stats
 
     def encode(self, request: Request) -> list[int]:
         """The request's prompt as token ids; see :meth:`.encoder.PromptEncoder.encode`."""
@@ -76,7 +84,7 @@ class Session:
         Raises:
             DeployError: the request is refused, or its generation failed.
         """
-        handle = self.submit(_request(prompt, speculative, options))
+        handle = self.submit(request_of(prompt, speculative, options))
         try:
             return handle.result()
         finally:
@@ -88,7 +96,7 @@ class Session:
         Raises:
             DeployError: when the first chunk is asked for: the request is refused; later: its generation failed.
         """
-        return self._stream(_request(prompt, speculative, options))
+        return self._stream(request_of(prompt, speculative, options))
 
     def _stream(self, request: Request) -> Iterator[Chunk]:
         handle = self.submit(request)
@@ -115,7 +123,7 @@ class Session:
                         yield index, Generation("", [], "error", [], Stats(), error=error)
                 if not running:
                     return
-                self._driver.until(lambda: any(handle.done for handle in running.values()))
+                self.driver.until(lambda: any(handle.done for handle in running.values()))
                 for index in [index for index, handle in running.items() if handle.done]:
                     yield index, running.pop(index).wait()
         finally:
@@ -128,6 +136,19 @@ class Session:
         Raises:
             DeployError: the request is refused; it holds nothing then.
         """
+        handle = self.prepare(request)
+        self.loop.submit(handle)
+        return handle
+
+    def prepare(self, request: Request, *, notify: Callable[[], object] | None = None, since: float | None = None) -> Handle:
+        """Encode and check a request. Returns its handle, which ``loop.submit`` queues; until then it holds nothing.
+
+        ``notify``: see :class:`Handle`. ``since``: the monotonic time from which its deadline counts; None: from now.
+
+        Raises:
+            DeployError: the request is refused.
+        """
+        since = time.monotonic() if since is None else since
         ids = self.encode(request)
         manifest = self.manifest
         capacity = manifest.limits.capacity
@@ -153,13 +174,13 @@ class Session:
             eos_token_ids=eos,
             drafter=self._drafter(request, ids),
             keep_hidden=request.keep_hidden,
+            salt=request.cache_salt,
+            top_logprobs=None if request.logprobs is None else int(request.logprobs),
             priority=request.priority,
-            deadline=None if request.deadline is None else time.monotonic() + request.deadline,
+            deadline=None if request.deadline is None else since + request.deadline,
             cancel=request.cancel,
         )
-        handle = Handle(sequence, output, self._driver)
-        self.loop.submit(handle)
-        return handle
+        return Handle(sequence, output, self.driver, notify)
 
     def _drafter(self, request: Request, tokens: list[int]) -> Drafter:
         """The drafter that the request asks for.
@@ -170,7 +191,7 @@ class Session:
         heads, asked = self.manifest.heads, request.drafting
         drafter: Drafter
         if isinstance(asked, Rows):
-            rows, greedy = asked.count, request.params.plain_argmax
+            rows, greedy = asked.count, request.params.plain_argmax and request.logprobs is None
             if rows is None and not asked.lookup and self.executor.abilities.ahead and greedy and not request.keep_hidden:
                 return self._drafter_of(self.tree)
             lookup = None if asked.lookup is False else PromptLookup(tokens, self.executor.abilities.deepest)
@@ -196,7 +217,8 @@ class Session:
         return FixedTree(tree)
 
 
-def _request(prompt: str | None, speculative: bool, options: dict[str, Any]) -> Request:
+def request_of(prompt: str | None, speculative: bool, options: dict[str, Any]) -> Request:
+    """The request that keyword arguments ask for."""
     known = [*(field.name for field in fields(Request)), "tree", "rows", "lookup", "drafter"]
     unknown = set(options) - set(known)
     if unknown:
@@ -204,11 +226,6 @@ def _request(prompt: str | None, speculative: bool, options: dict[str, Any]) -> 
     if not flag("speculative", speculative, default=True):
         options["tree"] = ROOT_ONLY
     return Request(prompt=prompt, **options)
-
-
-def _check_path(bundle: object) -> None:
-    if not isinstance(bundle, (str, os.PathLike)) or not os.fspath(bundle):
-        raise UsageError(f"bundle is {shown(bundle)}", hint="bundle is the path of a folder")
 
 
 def load(
@@ -220,13 +237,15 @@ def load(
     threads: int | None = None,
     variant: str | None = None,
     check_hashes: bool = True,
+    prefix_cache: bool = True,
 ) -> Session:
     """Load a bundle.
 
     ``backend``: one of :data:`.backends.BACKENDS`. ``target``: which of the bundle's engines (TensorRT only; None: this GPU's).
     ``slots``: sequences at a time. ``threads``: of the CPU backend; None lets ONNX Runtime take all cores. ``variant``: the graph
     that the CPU backend runs; None takes the CPU variant where the bundle has one. ``check_hashes=False`` checks sizes only;
-    engines are hashed before they are loaded in any case.
+    engines are hashed before they are loaded in any case. ``prefix_cache=False`` computes every prompt from its first token on;
+    otherwise a conversation's next turn, or a shared beginning, starts from the rows that a free slot still holds.
 
     Raises:
         UsageError: a backend that doesn't exist, an option that it doesn't take, slots or a variant that the bundle doesn't have.
@@ -238,7 +257,7 @@ def load(
     from .backends import BACKENDS, LoadOptions
     from .files.bundle import open_bundle
 
-    _check_path(bundle)
+    bundle = path("bundle", bundle)
     backend = "cpu" if backend is None else backend
     load_backend = BACKENDS.get(backend) if isinstance(backend, str) else None
     if load_backend is None:
@@ -249,8 +268,7 @@ def load(
     slots = integer("slots", slots, 1, low=-sys.maxsize)
     threads = None if threads is None else integer("threads", threads, 1)
     check_hashes = flag("check_hashes", check_hashes, default=True)
+    prefix_cache = flag("prefix_cache", prefix_cache, default=True)
     opened = open_bundle(bundle, check_hashes=check_hashes)
-    limits = opened.manifest.limits
-    if not 1 <= slots <= limits.batch:
-        raise UsageError(f"{slots} slots, the bundle allows 1 to {limits.batch}", hint=f"export with --batch {max(slots, 1)}")
-    return Session(opened, load_backend(opened, LoadOptions(backend, target, slots, threads, variant)))
+    executor = load_backend(opened, LoadOptions(backend, target, slots, threads, variant))
+    return Session(opened, executor, prefix_cache=prefix_cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,14 @@ from support.tiny import make_tiny_heads, make_tiny_model
 # No deadline: a shared machine may stall any example.
 settings.register_profile("medusa-deploy", deadline=None, max_examples=50)
 settings.load_profile("medusa-deploy")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Packed weights of all tests lie in a folder of their own; commands that tests start use it, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDUSA_DEPLOY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,17 @@ import argparse
 import importlib
 import os
 import sys
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 PROGRAM = "medusa-deploy"
 OK, USER_ERROR, USAGE, BUG, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse would keep silent that its help wasn't written."""
+
+    def print_help(self, file: Any = None) -> None:
+        (file or sys.stdout).write(self.format_help())
 
 
 class Verb(NamedTuple):
@@ -36,7 +43,10 @@ GROUPS = {
         Verb("quantise", "add a variant of 8-bit or 4-bit weights for the CPU to a bundle"),
         Verb("tree", "count the heads' hits and find the best candidate tree"),
     ),
-    "run": (Verb("generate", "generate text from a bundle"),),
+    "run": (
+        Verb("generate", "generate text from a bundle"),
+        Verb("serve", "serve a bundle over HTTP, as OpenAI's clients expect it"),
+    ),
     "check": (
         Verb("verify", "compare speculative with plain decoding, token for token"),
         Verb("bench", "measure plain against Medusa decoding"),
@@ -83,14 +93,14 @@ def _dispatch(arguments: list[str]) -> int:
     if verb is None:
         _top_level(arguments)
     module = importlib.import_module(f"{__package__}.verbs.{verb.name}")
-    parser = argparse.ArgumentParser(prog=f"{PROGRAM} {verb.name}", description=module.HELP, allow_abbrev=False)
+    parser = _Parser(prog=f"{PROGRAM} {verb.name}", description=module.HELP, allow_abbrev=False)
     module.add_arguments(parser)
     return int(module.run(parser.parse_intermixed_args(arguments[1:])))
 
 
 def _top_level(arguments: list[str]) -> NoReturn:
     """Answer whatever isn't a verb: help, version, or a usage error."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=PROGRAM,
         usage=f"{PROGRAM} VERB …",
         description="Medusa speculative decoding, from a checkpoint to production.",

@@ -76,13 +76,19 @@ def write_json(report: Mapping[str, Any] | Sequence[Any], destination: str | Pat
     Raises:
         OutputError: the file system refused.
     """
+    to_stdout = str(destination) == STDOUT
     text = json.dumps(_plain(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    if str(destination) == STDOUT:
+    try:
+        content = text.encode((to_stdout and sys.stdout.encoding) or "utf-8")
+    except UnicodeEncodeError:  # JSON has its own escapes
+        text = json.dumps(_plain(report), indent=2, allow_nan=False) + "\n"
+        content = text.encode()
+    if to_stdout:
         sys.stdout.write(text)
         return
     from ..runtime.files.bundle import write_whole
 
-    write_whole(Path(destination), text.encode())
+    write_whole(Path(destination), content)
 
 
 def _plain(value: Any) -> Any:
@@ -155,6 +161,12 @@ def say(text: str) -> None:
     """Print a line to stderr: a warning, or a summary that isn't the result. A stderr that went away doesn't stop the work."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Print each warning to stderr, on a line of its own."""
+    for warning in warnings:
+        say(f"warning: {warning}")
 
 
 class Progress:

@@ -19,7 +19,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_session(args: argparse.Namespace, **options: Any) -> Session:
-    """Load the bundle on the engine that the arguments name; ``options`` are those of ``load``."""
+    """Load the bundle on the engine that the arguments name; ``options`` are those of ``load``.
+
+    Without a prefix cache: what is measured must not depend on what ran before it.
+    """
     from ..runtime import load
 
-    return load(args.bundle, backend=args.backend, target=args.target, variant=args.variant, threads=args.threads, **options)
+    options = {"backend": args.backend, "target": args.target, "variant": args.variant, "prefix_cache": False, **options}
+    return load(args.bundle, threads=args.threads, **options)

@@ -1,4 +1,4 @@
-"""Makes standard streams that take any text: streams in another encoding than UTF-8, full ones and closed ones."""
+"""Makes standard streams that can be used: in another encoding than UTF-8, full or closed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ _ESCAPE = "medusa-deploy-escape"
 def prepare_streams() -> None:
     """Let stdout and stderr write any text; what their encoding lacks is replaced by plain signs or escaped.
 
-    A closed stdout refuses what is written to it. A closed stderr takes everything: it holds progress alone.
+    A closed stdout refuses what is written to it. A closed stderr takes everything: it holds progress alone. A closed stdin is
+    empty.
     """
     codecs.register_error(_ESCAPE, _escape)
     sys.stdout = sys.stdout or _refusing()
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115, PTH123 - open until the process ends
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - open until the process ends
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -20,6 +20,11 @@ def report(name: str) -> dict[str, Any]:
     return found
 
 
+def exists(name: str) -> bool:
+    """Whether there is a report ``benchmarks/results/NAME.json``."""
+    return (RESULTS / f"{name}.json").is_file()
+
+
 def heads_record(name: str) -> dict[str, Any]:
     """The record of the committed heads in the folder ``name``."""
     path = ROOT / "heads" / "smollm2-135m-instruct" / name / "config.json"

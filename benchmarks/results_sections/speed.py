@@ -133,6 +133,9 @@ def peers() -> str:
     bits = int4["4"], sum(int4.values())
     plain_gain = systems["ours-int8-plain"]["ratio_to_llama_cpp"] / systems["ours-plain"]["ratio_to_llama_cpp"]
     over_q8 = systems["ours-int8-medusa"]["ratio_to_llama_cpp"] / systems["llama.cpp-q8_0"]["ratio_to_llama_cpp"]
+    run = "An earlier run, in fp32 alone"
+    if any(name.endswith("-lookup") for name in earlier["systems"]):
+        run = "A run in fp32 alone, in which engines draft by their own prompt lookup, too"
     return f"""## Beside other engines
 
 The same weights, {found["settings"]["prompts"]} prompts, at most {found["settings"]["max_new_tokens"]} tokens and
@@ -148,7 +151,7 @@ The same weights, {found["settings"]["prompts"]} prompts, at most {found["settin
 - In 8 bits plain decoding is {plain_gain:.1f} times as fast as in fp32. With Medusa it is {over_q8:.2f} times as fast as
   llama.cpp's Q8_0. Both are ratios of the medians in the table.
 
-An earlier run, in fp32 alone ({link("peers-amd-epyc")}):
+{run} ({link("peers-amd-epyc")}):
 
 {_peer_table(earlier)}"""
 

@@ -116,7 +116,7 @@ class Calibrator:
         # All activations of a call are in memory at once, so a call of a large model gets fewer rows.
         chunk = max(1, min(limits.prefill_chunk, _MOST_OBSERVED_BYTES // _row_bytes(self.matmuls)))
         manifest = replace(bundle.manifest, limits=replace(limits, prefill_chunk=chunk))
-        self.session = Session(Bundle(bundle.folder, manifest), self._executor)
+        self.session = Session(Bundle(bundle.folder, manifest), self._executor, prefix_cache=False)
 
     def settings(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> dict[str, Any]:
         """Return everything that a run's observations depend on, as JSON."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...runtime.arguments import settle
 from ...runtime.errors import RangeError, UsageError
 from ...runtime.files.scales_file import LEVELS, SMALLEST_SCALE
 from ..distributions import kl_divergence
@@ -30,6 +31,7 @@ class Method:
     percentile: float = 99.99
 
     def __post_init__(self) -> None:
+        settle(self, {"percentile": (0, 100)})
         if self.name not in METHODS:
             raise UsageError(f"unknown method {self.name!r}", hint=f"one of {', '.join(METHODS)}")
         if not 0 < self.percentile <= 100:

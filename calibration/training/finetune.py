@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...runtime.arguments import settle
 from ...runtime.errors import TrainingError
 from ...runtime.files.adapter_file import AdapterFiles, LoraShape
 from ...runtime.files.heads import HeadSet
@@ -60,6 +61,10 @@ class FinetuneConfig:
     time_limit: float | None = None
     seed: int = 0
     autocast: bool = False
+
+    def __post_init__(self) -> None:
+        settle(self, {}, TrainingError)
+        _check(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,6 @@ def finetune(
     Raises:
         TrainingError: a loss diverged, the heads don't fit, or the checkpoint belongs to another run.
     """
-    _check(config)
     run = _Run(module, start, sequences, config, device, change)
     lengths = [len(sequence) for sequence in sequences]
     epochs = (plan_batches(lengths, config.batch_tokens, config.seed * 1000 + epoch) for epoch in range(config.epochs))

@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from ...runtime.arguments import MAX_INTEGER, choice, settle
 from ...runtime.errors import TrainingError
 from ...runtime.files.heads import HeadConfig, HeadKind, HeadSet
 from .checkpoint import resume_checkpoint, save_checkpoint
@@ -33,6 +35,11 @@ class TrainConfig:
     seed: int = 0
     autocast: bool = False
     """Multiply in bfloat16: about twice as fast where the processor has instructions for it, much slower where not."""
+
+    def __post_init__(self) -> None:
+        counts = ("num_heads", "num_layers", "draft_vocab_size", "epochs", "batch_size")
+        settle(self, dict.fromkeys(counts, (1, MAX_INTEGER)) | {"dropout": (0, 0.99)}, TrainingError)
+        object.__setattr__(self, "kind", choice("kind", self.kind, get_args(HeadKind), "grounded"))
 
 
 Progress = Callable[[int, int, float], None]

@@ -16,12 +16,12 @@ from .adapter import merge_adapter
 from .gguf_file.config import gguf_config
 from .gguf_file.metadata import GgufFile
 from .gguf_file.weights import load_gguf_module
-from .library_errors import LoadReports, cause, kept_reports
 from .logits import find_logit_change
 from .model_folder import NO_CODE, check_types, check_unused, find_model, folder_notes, stop_ids, token_ids
 from .record import DTYPES, Backbone
-from .refusals import refuse, skeleton
-from .rehearsal import rehearse
+from .refusal.causes import LoadReports, first_lines, kept_reports
+from .refusal.refusals import refuse, skeleton
+from .refusal.rehearsal import rehearse
 
 if TYPE_CHECKING:
     from ...runtime.files.adapter_file import Adapter
@@ -49,9 +49,7 @@ def load_backbone(source: Path, dtype: str, capacity: int, adapter: Adapter | No
             parameter.data = parameter.data.to(DTYPES[dtype])
     _check_finite(module)
     freeze_rope(module)
-    return Backbone(
-        module, backbone_shape(module), DTYPES[dtype], warnings=tuple(notes), logits=find_logit_change(module)
-    )
+    return Backbone(module, backbone_shape(module), DTYPES[dtype], warnings=tuple(notes), logits=find_logit_change(module))
 
 
 def load_module(source: Path, dtype: str) -> Any:
@@ -101,7 +99,7 @@ def load_config(source: Path, capacity: int) -> Any:
 
     Raises:
         CheckpointError: no such model.
-        UnsupportedArchitectureError: see :func:`.refusals.refuse` and :func:`check_architecture`.
+        UnsupportedArchitectureError: see :func:`.refusal.refusals.refuse` and :func:`check_architecture`.
     """
     from transformers import AutoConfig
 
@@ -139,7 +137,7 @@ def transformers_errors(source: Path) -> Iterator[None]:
                 hint="take a checkpoint of a model that transformers knows; a tokenizer needs a tokenizer.json",
             ) from error
         raise CheckpointError(
-            f"transformers can't load {source}: {cause(error, reports)}",
+            f"transformers can't load {source}: {first_lines(error, 4, reports.text)}",
             hint="check that the folder has config.json and *.safetensors (or a .gguf file) and that the download is complete",
         ) from error
     finally:
@@ -162,6 +160,8 @@ def check_architecture(config: Any, capacity: int) -> None:
         )
     for rope in _ropes(config):
         kind = rope.get("rope_type", "default")
+        if kind == "longrope" and "short_factor" in rope and rope["short_factor"] == rope.get("long_factor"):
+            continue
         if kind in _LENGTH_DEPENDENT_ROPE:
             limit = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
             limit = int(limit or config.max_position_embeddings)

@@ -28,7 +28,7 @@ from .model_folder import check_unused, find_model, folder_notes
 from .record import DTYPES, Backbone
 from .safetensors_header import StoredTensor, read_header
 
-CHECKED_LAYERS = 2
+CHECKED_LAYERS, MOST_CHECKED_LAYERS = 2, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +184,19 @@ def replace_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -
 
 
 def first_layers(backbone: Backbone, layers: int = CHECKED_LAYERS) -> tuple[Backbone, Any]:
-    """Cut the backbone to its first ``layers``, twice: as it is traced, and as a torch module over the mapped weights."""
+    """Cut the backbone to its first ``layers``, or to as many as have one of each kind, up to ``MOST_CHECKED_LAYERS``.
+
+    Returns it twice: as it is traced, and as a torch module over the mapped weights.
+    """
     weights = backbone.weights
     assert isinstance(weights, LinkedWeights)
     config = copy.deepcopy(backbone.module.config)
+    kinds = list(getattr(config, "layer_types", None) or ())
+    firsts = [kinds.index(kind) + 1 for kind in set(kinds)]
+    layers = max([layers, *(first for first in firsts if first <= MOST_CHECKED_LAYERS)])
     config.num_hidden_layers = min(layers, backbone.shape.layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    if kinds:
+        config.layer_types = kinds[: config.num_hidden_layers]
     module = empty_module(config, backbone.dtype, weights.mode)
     real = empty_module(config, backbone.dtype, None)
     mapped = {name: torch.from_numpy(weights.tensors[name].mapped()) for name, _ in real.named_parameters()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.errors import UnsupportedArchitectureError
-from .causes import first_line
+from .refusal.causes import first_lines
 
 _POINTS = (0.0, 1e-3, -1.0, 2.5, -7.0, 40.0, -90.0, 600.0, -1e9, 1e9)
 _EXACT = 1e-6
@@ -86,7 +86,7 @@ def _around(module: Any, points: Tensor) -> tuple[float, Tensor]:
         same = state.shape == hidden.shape and bool((state == scale).all()) and logits.shape == points.shape
     except Exception as error:  # whatever the code needs that isn't there
         raise UnsupportedArchitectureError(
-            f"{type(module).__name__} isn't a decoder followed by a projection: {first_line(error)}",
+            f"{type(module).__name__} isn't a decoder followed by a projection: {first_lines(error)}",
             hint="the step graph ends with the projection, a scale and a cap; choose another backbone",
         ) from error
     biased = getattr(projection, "bias", None) is not None and scale != 1

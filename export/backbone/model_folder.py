@@ -9,6 +9,7 @@ from typing import Any
 
 from ...runtime.errors import CheckpointError
 from ...runtime.files.json_file import read_json_file
+from ...runtime.files.staging import check_path
 
 # Every call of transformers takes it: code in a checkpoint is never run, and nobody is asked whether to run it.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
@@ -33,6 +34,7 @@ def find_model(source: Path) -> tuple[Path, str | None]:
     Raises:
         CheckpointError: no such model, a file of another kind, several GGUF files, or an adapter instead of a model.
     """
+    check_path(source, CheckpointError)
     if not source.exists():
         raise CheckpointError(
             f"no such model: {source}", hint="give a folder with config.json and *.safetensors, or a .gguf file"

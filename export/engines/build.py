@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
+from ...runtime.arguments import flag, path, settings, strings
 from ...runtime.errors import BundleError
 from ...runtime.files.bundle import (
     Bundle,
@@ -62,6 +63,7 @@ def check_engines(targets: Sequence[str], options: EngineOptions) -> None:
     Raises:
         UsageError, MissingDependencyError: a target, a feature or a package won't do.
     """
+    targets, options = strings("targets", targets), settings("options", options, EngineOptions)
     check_targets(TensorRT(options.backend), targets, options)
 
 
@@ -71,7 +73,7 @@ def plan_engines(bundle: Path | str, targets: Sequence[str], options: EngineOpti
     Raises:
         BundleError, UsageError, MissingDependencyError: the bundle, a target or a size won't do.
     """
-    options = options or EngineOptions()
+    targets, options = strings("targets", targets), settings("options", options, EngineOptions)
     tensorrt = TensorRT(options.backend)
     return plan_for(open_bundle(bundle, check_hashes=False), tensorrt, targets, options)
 
@@ -100,10 +102,12 @@ def build_engines(
         QuantisationError: a weight can't be stored in 8 bits.
         UsageError, MissingDependencyError, OutputError: a target, a size, a package or the file system won't do.
     """
-    options = options or EngineOptions()
+    bundle, targets = path("bundle", bundle), strings("targets", targets)
+    options = settings("options", options, EngineOptions)
+    force, resume = flag("force", force), flag("resume", resume)
     tensorrt = TensorRT(options.backend)
     reports = []
-    with locked(Path(bundle)), ExitStack() as stack:
+    with locked(bundle), ExitStack() as stack:
         opened = open_bundle(bundle)
         plan = plan_for(opened, tensorrt, targets, options)
         plan = replace(plan, targets=_resolved(tensorrt, plan))

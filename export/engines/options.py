@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...runtime.arguments import MAX_INTEGER, integers, settings, settle, strings
 from ...runtime.errors import UsageError
 from ...runtime.executors import step_io
 from ...runtime.files.bundle import Bundle, sha256
@@ -47,6 +48,12 @@ class EngineOptions:
     prefill: int | None = None
     features: tuple[str, ...] = ()
     timing_cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        settle(self, {"prefill": (1, MAX_INTEGER)})
+        object.__setattr__(self, "int8", settings("int8", self.int8, Int8Options))
+        object.__setattr__(self, "rows", None if self.rows is None else integers("rows", self.rows))
+        object.__setattr__(self, "features", () if self.features is None else strings("features", self.features))
 
     @property
     def all_features(self) -> tuple[str, ...]:

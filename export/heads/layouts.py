@@ -39,6 +39,7 @@ from ...runtime.files.heads_file import (
     platt_scaling,
     read_json,
 )
+from ...runtime.files.staging import check_path
 from .names import HeadNames, find_names
 from .tensors import TensorFiles, find_tensors
 
@@ -76,6 +77,7 @@ def read_heads(source: Path | str) -> ReadHeads:
         TreeError: a tree that came with them breaks a rule.
     """
     source = Path(source)
+    check_path(source, HeadsError)
     folder = source if source.is_dir() else source.parent
     config, warnings = _config(folder)
     if config.get("format") == FORMAT and (source.is_dir() or source.name == TENSORS_NAME):

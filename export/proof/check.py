@@ -7,22 +7,30 @@ graph, so a wrong mask, position, cache row or commit shows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import torch
 
 from ...runtime.errors import ExportMismatchError, NumericsError
+from ...runtime.executors import step_io
 from ...runtime.executors.executor import Executor
 from ...runtime.executors.one_slot import prefill_rows, run_one
 from ...runtime.executors.step_plan import SlotRows, Wanted, rows_to_move
 from ...runtime.tree import Tree
-from ..backbone.positions import position_rows
 from ..backbone.record import Backbone
+from ..backbone.refusal.positions import position_rows
 from ..heads.module import HeadStack
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2}
 _PROMPT = 24
+_CHUNK = 256
+# A prompt longer than a window costs as much as parameters · tokens, and its largest array has to fit.
+MOST_WORK = 6e11
+MOST_BYTES = 1 << 30
 _WANTED = Wanted(heads=True, logits=True, hidden=True)
 Reference = Callable[[np.ndarray], np.ndarray]
 """Maps tokens int64 [n] to float32 logits [n, V] after each of them."""
@@ -33,7 +41,8 @@ class CheckReport:
     """Reports a comparison over ``rows`` rows.
 
     ``max_logit_error``: largest absolute difference. ``logit_scale``: largest absolute logit of the reference.
-    ``argmax_agreement`` and ``head_agreement``: shares of rows, and of heads, with the same best token.
+    ``argmax_agreement`` and ``head_agreement``: shares of rows, and of heads, with the same best token. ``windows``: those that
+    some rows were too far from the first token to see all of. ``missed``: those that no row reached the end of.
     """
 
     max_logit_error: float
@@ -41,6 +50,8 @@ class CheckReport:
     argmax_agreement: float
     head_agreement: float
     rows: int
+    windows: tuple[int, ...] = ()
+    missed: tuple[int, ...] = ()
 
 
 def probe_tree(heads: int) -> Tree:
@@ -65,28 +76,64 @@ def checked_steps(num_heads: int) -> int:
     return 2 * (num_heads + 1)
 
 
-def check_executor(executor: Executor, backbone: Backbone, heads: HeadStack, seed: int = 0) -> CheckReport:
-    """Compare the results of :func:`observe` with the torch module.
+def graph_windows(cpu_graph: Path) -> tuple[int, ...]:
+    """Return the windows of a graph's layers in ascending order. The inputs of a CPU graph name them."""
+    inputs = onnx.load(cpu_graph, load_external_data=False).graph.input
+    found = step_io.mask_windows([value.name for value in inputs]).values()
+    return tuple(sorted(window for window in found if window is not None))
+
+
+def prompt_length(module: Any, windows: tuple[int, ...], capacity: int, steps: int, least: int = _PROMPT) -> int:
+    """Return the tokens of a check's prompt: beyond the longest window that it can cross in bounded time and memory.
+
+    ``steps``: tokens that follow it. ``least``: without windows; a table of learned positions may have room for fewer.
+    """
+    table = position_rows(module)
+    least = least if table is None else min(least, table - steps)
+    config, parameters = module.config, sum(parameter.numel() for parameter in module.parameters())
+    for window in sorted(windows, reverse=True):
+        tokens = max(least, min(window + least, capacity - steps))
+        # All rows' logits, and one layer's scores, in float32.
+        largest = 4 * tokens * max(module.get_output_embeddings().weight.shape[0], config.num_attention_heads * tokens)
+        if parameters * tokens <= MOST_WORK and largest <= MOST_BYTES:
+            return tokens
+    return least
+
+
+def with_windows(report: CheckReport, windows: tuple[int, ...], tokens: int) -> CheckReport:
+    """Say in a report which ``windows`` a check of ``tokens`` tokens has crossed."""
+    crossed = tuple(window for window in windows if window < tokens)
+    return replace(report, windows=crossed, missed=tuple(window for window in windows if window not in crossed))
+
+
+def check_executor(
+    executor: Executor, backbone: Backbone, heads: HeadStack, capacity: int, windows: tuple[int, ...] = (), seed: int = 0
+) -> CheckReport:
+    """Compare the results of :func:`observe` with the torch module. ``windows``: of the graph's layers.
 
     Raises:
         NumericsError: logits that aren't finite.
         ExportMismatchError: the difference is beyond rounding in the graph's dtype.
     """
-    num_heads, rows = heads.config.num_heads, position_rows(backbone.module)
-    # A table of learned positions may be shorter than what is checked otherwise.
-    prompt_rows = _PROMPT if rows is None else min(_PROMPT, rows - checked_steps(num_heads))
+    num_heads = heads.config.num_heads
+    steps = checked_steps(num_heads)
+    prompt_rows = prompt_length(backbone.module, windows, capacity, steps)
     observed = observe(executor, num_heads, backbone.shape.vocab_size, prompt_rows=prompt_rows, seed=seed)
-    return compare(observed, eager_reference(backbone), backbone, heads)
+    report = compare(observed, eager_reference(backbone), backbone, heads)
+    return with_windows(report, windows, prompt_rows + steps)
 
 
-def observe(executor: Executor, num_heads: int, vocab_size: int, *, prompt_rows: int = _PROMPT, seed: int = 0) -> Observed:
-    """Prefill, verify a tree of random tokens, commit its longest path, verify again."""
+def observe(executor: Executor, num_heads: int, vocab_size: int, *, prompt_rows: int, seed: int = 0) -> Observed:
+    """Prefill in chunks, verify a tree of random tokens, commit its longest path, verify again."""
     tree = probe_tree(num_heads)
     rng = np.random.default_rng(seed)
     prompt = rng.integers(0, vocab_size, prompt_rows)
     rest = [0] * (executor.layout.slots - 1)
-    greedy = run_one(executor, prefill_rows(0, prompt), [0, *rest]).next_token
-    prefill = run_one(executor, prefill_rows(0, prompt, _WANTED), [0, *rest])
+    last = (prompt_rows - 1) // _CHUNK * _CHUNK
+    for start in range(0, last, _CHUNK):
+        run_one(executor, prefill_rows(0, prompt[start : start + _CHUNK]), [start, *rest])
+    greedy = run_one(executor, prefill_rows(0, prompt[last:]), [last, *rest]).next_token
+    prefill = run_one(executor, prefill_rows(0, prompt[last:], _WANTED), [last, *rest])
     assert prefill.logits is not None and prefill.candidates is not None, "they were wanted"
     rows = [(prompt, prefill.logits[0].astype(np.float32))]
     head_pairs = [(prompt, prefill.next_token, prefill.candidates.copy())]

@@ -25,7 +25,19 @@ from ..graphs import HEADS_GRAPH, write_graphs
 from ..heads.module import HeadStack
 from ..quantise.screen import Rounded
 from ..trace.failures import named_failures
-from .check import CheckReport, Observed, Reference, check_executor, compare, eager_reference, observe
+from .check import (
+    CheckReport,
+    Observed,
+    Reference,
+    check_executor,
+    checked_steps,
+    compare,
+    eager_reference,
+    graph_windows,
+    observe,
+    prompt_length,
+    with_windows,
+)
 from .device_executor import DeviceGraphExecutor
 from .run_order import run_matmuls_in_turn
 
@@ -75,7 +87,7 @@ def check_linked(
     few = replace(layout, layers=cut.shape.layers)
     if whole:
         stack.project_through(real.get_output_embeddings())
-        checks = check_variants(folder, variants, few, sizes, replace(cut, module=real), stack, report)
+        checks = check_variants(folder, variants, few, capacity, sizes, replace(cut, module=real), stack, report)
     else:
         checks = _check_cut(folder, few, capacity, sizes, cut, real, stack, report, screened)
     report("checking where all weights lie")
@@ -102,20 +114,22 @@ def _check_cut(
     graphs = write_graphs(cut, stack, layout.rows, capacity, folder, lambda _phase: None, _PREFIX, screened)
     if screened is not None:
         screened.clear()  # the engines' turn for the memory
+    windows, steps = graph_windows(folder / graphs["cpu"]), checked_steps(stack.config.num_heads)
+    prompt_rows = prompt_length(real, windows, capacity, steps, _PROMPT_ROWS)
     observed = {}
     for name, path in graphs.items():
         report(f"checking {layout.layers} layers of the {name} graph")
         run_matmuls_in_turn(folder / path)
         model = OrtModel(folder / path, folder / f"{_PREFIX}{HEADS_GRAPH}", layout, *sizes)
         executor = DeviceGraphExecutor(model, frugal_options()) if name == "device" else _FrugalExecutor(model)
-        observed[name] = observe(executor, stack.config.num_heads, cut.shape.vocab_size, prompt_rows=_PROMPT_ROWS)
+        observed[name] = observe(executor, stack.config.num_heads, cut.shape.vocab_size, prompt_rows=prompt_rows)
         del executor  # its weights leave memory before the next one's enter it
     report(f"checking {layout.layers} layers of the torch module")
     stack.project_through(real.get_output_embeddings())
     checks = _compare_all(observed, replace(cut, module=real), stack)
     for written in folder.glob(f"{_PREFIX}*"):
         written.unlink()
-    return checks
+    return {name: with_windows(each, windows, prompt_rows + steps) for name, each in checks.items()}
 
 
 @named_failures("run")
@@ -123,6 +137,7 @@ def check_variants(
     folder: Path,
     variants: dict[str, str],
     layout: CacheLayout,
+    capacity: int,
     sizes: tuple[int, int, int, int],
     backbone: Backbone,
     stack: HeadStack,
@@ -133,12 +148,13 @@ def check_variants(
     Raises:
         NumericsError, ExportMismatchError: as :func:`.check.check_executor`.
     """
+    windows = graph_windows(folder / variants["cpu"])
     reports = {}
     for name, file in variants.items():
         report(f"checking the {name} graph")
         model = OrtModel(folder / file, folder / HEADS_GRAPH, layout, *sizes)
         executor = DeviceGraphExecutor(model) if name == "device" else OrtExecutor(model)
-        reports[name] = check_executor(executor, backbone, stack)
+        reports[name] = check_executor(executor, backbone, stack, capacity, windows)
     return reports
 
 

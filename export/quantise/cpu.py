@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from ...runtime.arguments import settle, shown
 from ...runtime.errors import QuantisationError, UsageError
 from ...runtime.files.scales_file import Scales
 from ..passes.matmuls import CpuMatmul, find_matmuls, plain_step_bytes
@@ -50,6 +51,10 @@ class CpuPrecision:
     kept: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        settle(self, {})
+        if not isinstance(self.kept or {}, Mapping):
+            raise UsageError(f"kept is {shown(self.kept)}", hint="kept is bits by the names of matmuls")
+        object.__setattr__(self, "kept", dict(self.kept or {}))
         for bits in (self.layers, self.projection, self.heads, *self.kept.values()):
             if bits not in PRECISIONS:
                 raise UsageError(f"weights of {bits} bits", hint=f"one of {', '.join(map(str, PRECISIONS))}")

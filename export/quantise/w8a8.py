@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from ...runtime.arguments import settle, strings
 from ...runtime.errors import UsageError
 from ...runtime.executors import step_io
 from ...runtime.files.scales_file import LEVELS, Scales
@@ -45,6 +46,9 @@ class Int8Options:
     heads: str = "int8"
 
     def __post_init__(self) -> None:
+        settle(self, {})
+        if self.keep is not None:
+            object.__setattr__(self, "keep", strings("keep", self.keep))
         for name in ("projection", "heads"):
             if getattr(self, name) not in _CHOICES:
                 raise UsageError(f"{name} in {getattr(self, name)!r}", hint=f"one of {', '.join(_CHOICES)}")

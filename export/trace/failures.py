@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from ...runtime.errors import DeployError, TraceError
-from ..backbone.causes import chain, deepest, first_line, place
 from ..backbone.record import Backbone
+from ..backbone.refusal.causes import chain, deepest, first_lines, place
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,7 +48,7 @@ def named_failures(doing: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 def _named(error: Exception, backbone: Backbone, doing: str) -> TraceError:
     module = backbone.module
-    where, cause = place(error, module), first_line(deepest(error))
+    where, cause = place(error, module), first_lines(deepest(error))
     summary = f"{module.config.model_type} ({type(module).__name__}) can't be {doing}: {where} raises {cause}"
     log = _write_log(error, f"{summary}\n\n{module.config}")
     return TraceError(summary, hint=f"choose another backbone, or report it with the full log: {log}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.executors.step_io import HIDDEN_BIAS
-from ..backbone.positions import position_rows
+from ..backbone.refusal.positions import position_rows
 from ..heads.module import HeadStack
 from .attention import TraceCache, install, tracing
 

@@ -30,6 +30,8 @@ class AdaptiveDrafter:
         self.rows = 1
         self.heads = heads
         self.probing = False
+        self.was_tried = False
+        """Whether heads ever proposed something for this request."""
         self.stats = AcceptanceStats(num_heads + 1, session)
         self.track = Track()
         self.expected: list[float] = [0.0]
@@ -47,6 +49,7 @@ class AdaptiveDrafter:
         *of_heads, of_lookup = self.stats.calibration()
         self._candidates, tokens, chances = [], [], []
         if candidates is not None and deepest > 0:
+            self.was_tried = True
             tokens = candidates.tokens[:deepest].tolist()
             promised = self._scale.chances(candidates.log_probs[:deepest])
             self._candidates = list(zip(tokens, promised, strict=True))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 PLAIN = (1, False)
-"""One row without heads: its cost is the unit."""
+"""Roots alone, without heads: its cost is the unit."""
 
 _SLOPE, _HEADS = 0.05, 0.05
 """Assumed costs of a row and of the heads before any step has been seen."""
@@ -19,7 +19,10 @@ _STEADY = 0.05
 """Least uncertainty of a cost, as a share of the uncertainty of one observation: costs drift."""
 
 _ALONE, _LONGEST = 3, 32
-"""Steps of one size in a row after which it is compared with one row: at first, and when it was compared often."""
+"""Steps of one size in a row after which it is compared with a plain step: at first, and when it was compared often."""
+
+_SELDOM, _KNOWN = 4, 8
+"""A size beside the best one is tried in place of every so manyth step, until so many steps of it were compared."""
 
 StepKind = tuple[int, bool]
 """Rows of a step, and whether the heads ran in it."""
@@ -36,6 +39,8 @@ class Track:
 class StepCost:
     """Costs of steps, in plain steps: ``of(n, heads)`` = time of a step of n rows ÷ time of a plain one.
 
+    A plain step has no heads and no rows but the roots. n counts the rows of all sequences, and their roots as one.
+
     Only two steps of the same sequences that followed each other are compared. They ran under the same load and behind the same
     context, so the ratio of their times is the ratio of their costs, however busy the machine is. Prefill chunks in between don't
     count in these times. Each observation moves both costs by as much as they are uncertain. A surprise is cut off, so that an
@@ -48,6 +53,8 @@ class StepCost:
         assert sizes[0] == 1 and all(a < b for a, b in pairwise(sizes))
         self.sizes = sizes
         self.heads = _HEADS
+        self.plain_seconds = 0.0
+        """Time of a plain step lately; 0 before one was seen."""
         self._known = {1: 1.0}
         self._seen: Counter[StepKind] = Counter()
         self._compared: Counter[StepKind] = Counter()
@@ -68,8 +75,8 @@ class StepCost:
     def to_measure(self, track: Track, most: int = sys.maxsize) -> StepKind | None:
         """The kind of step of at most ``most`` rows that teaches most where costs are guesses yet.
 
-        None when enough is known to choose. A size that is taken again and again is compared with one row now and then: alone, it
-        would never be found out.
+        None when enough is known to choose. A size that is taken again and again is compared with a plain one now and then:
+        alone, it would never be found out.
         """
         if track.newest is not None:
             (rows, heads), _ = track.newest
@@ -78,10 +85,24 @@ class StepCost:
         wanting = [kind for kind, times in self._first.items() if kind[0] <= most and self._seen[kind] < times]
         return min(wanting, key=lambda kind: self._seen[kind], default=None)
 
+    def to_explore(self, rows: int, heads: bool) -> int | None:
+        """A size beside ``rows``, the best one known, to take in its place once: few steps of it were compared yet.
+
+        Costs rise in stairs, so the next size may cost nothing more. None for three of four steps, and when both sides are known.
+        """
+        if rows not in self.sizes or self._seen[rows, heads] % _SELDOM:
+            return None
+        at = self.sizes.index(rows)
+        beside = [size for size in self.sizes[max(at - 1, 1) : at + 2] if self._compared[size, heads] < _KNOWN]
+        return min((size for size in beside if size != rows), key=lambda size: self._compared[size, heads], default=None)
+
     def observe(self, rows: int, heads: bool, seconds: float, track: Track) -> None:
         """Learn from a step and the one before it in ``track``. The first one of a kind only warms up: engines allocate then."""
         kind, previous = (rows, heads), track.newest
         self._seen[kind] += 1
+        if self._seen[kind] > 1:
+            plain = seconds / self.of(rows, heads)
+            self.plain_seconds += (plain - self.plain_seconds) * (0.1 if self.plain_seconds else 1.0)
         track.in_a_row = track.in_a_row + 1 if previous is not None and previous[0] == kind else 1
         track.newest = (kind, seconds) if seconds > 0 and self._seen[kind] > 1 else None
         if track.newest is None or previous is None or previous[0] == kind:

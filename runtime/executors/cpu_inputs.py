@@ -63,12 +63,20 @@ class CpuInputs:
             np.maximum(shape.parents, 0, out=self.parents[0])
             self.paths[0] = shape.on_path
         for name, window in self._windows.items():
-            mask, hidden = self.masks[name][0, 0], shape.unrelated
-            mask[:, margin:start] = 0
-            if window is not None:
-                if rows.count > window:  # a chain of a prompt, longer than the window
-                    hidden = np.maximum(hidden, shape.depths[:, None] - shape.depths >= window)
-                for row, depth in enumerate(shape.depths.tolist()):
-                    mask[row, margin : max(margin, min(start, start + depth + 1 - window))] = step_io.HIDDEN_BIAS
-            np.multiply(hidden, step_io.HIDDEN_BIAS, out=mask[:, start:end], casting="unsafe")
+            fill_mask(self.masks[name][0, 0], rows.shape, margin, start, window)
         self.last_rows[0] = end - 1
+
+
+def fill_mask(mask: np.ndarray, shape: Shape, margin: int, start: int, window: int | None) -> None:
+    """Say in ``mask`` [N, T] what the rows of ``shape``, which begin at cache row ``start``, may look at.
+
+    The columns of the margin are hidden already. Those behind the rows keep their values: attention doesn't read them.
+    """
+    hidden, end = shape.unrelated, start + len(mask)
+    mask[:, margin:start] = 0
+    if window is not None:
+        if len(mask) > window:  # a chain of a prompt, longer than the window
+            hidden = np.maximum(hidden, shape.depths[:, None] - shape.depths >= window)
+        for row, depth in enumerate(shape.depths.tolist()):
+            mask[row, margin : max(margin, min(start, start + depth + 1 - window))] = step_io.HIDDEN_BIAS
+    np.multiply(hidden, step_io.HIDDEN_BIAS, out=mask[:, start:end], casting="unsafe")

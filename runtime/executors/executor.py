@@ -28,15 +28,18 @@ class Abilities:
 
     ``slots``: sequences at a time. ``deepest``: drafted tokens that one step can accept. ``step_rows``: the numbers of rows that
     its steps have, ascending; other numbers are padded to the next larger one (None: any number). ``padded``: one step pads the
-    rows of all slots to one number, so that the slots share the choice of it. ``ahead``: it can start ``StepPlan.follow`` before
-    the host has read the step before it.
+    rows of all slots to one number, so that the slots share the choice of it. ``packed``: one step takes any rows of all slots,
+    those of a prompt among them, so that the slots share their sum. ``ahead``: it can start ``StepPlan.follow`` before the host
+    has read the step before it. ``copies``: it can copy rows from one slot to another, as :class:`CopyingExecutor` says.
     """
 
     slots: int
     deepest: int
     step_rows: tuple[int, ...] | None = None
     padded: bool = False
+    packed: bool = False
     ahead: bool = False
+    copies: bool = False
 
 
 class Executor(Protocol):
@@ -63,4 +66,12 @@ class Executor(Protocol):
 
     def propose(self, hidden: np.ndarray, root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Run the heads at rows that the host accepted: hidden [b, H], root int64 [b] to candidates and log_probs [b, K, k]."""
+        ...
+
+
+class CopyingExecutor(Executor, Protocol):
+    """An executor with the ability ``copies``."""
+
+    def copy(self, source: int, target: int, rows: int) -> None:
+        """Copy the first ``rows`` rows of the slot ``source`` to the slot ``target``, whose other rows lose their meaning."""
         ...

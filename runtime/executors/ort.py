@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +15,15 @@ import numpy as np
 from . import step_io
 from .cpu_inputs import CpuInputs
 from .executor import Abilities
-from .ort_base import CPU_PROVIDER, OrtBase, OrtModel, fetched, import_onnxruntime
+from .ort_base import CPU_PROVIDER, OrtBase, OrtModel, fetched, import_onnxruntime, ort_path
+from .packed import SPARE_ROWS, PackedStep
+from .packed_weights import CACHE_VARIABLE, shared_graphs
 from .step_arrays import Recent, StepInputs, StepOutputs, visible_rows
-from .step_plan import SlotResult, SlotRows, StepPlan, StepResult
+from .step_plan import SlotResult, SlotRows, StepPlan, StepResult, Wanted
 
 __all__ = ["Bound", "OrtExecutor", "OrtModel"]
+
+_LOG = logging.getLogger("medusa_deploy")
 
 DEEPEST = 16
 """Drafted tokens that a step can accept where the host moves accepted rows: any number would do; lookup drafts up to 16."""
@@ -37,10 +45,11 @@ class Bound:
 
 
 class OrtExecutor(OrtBase):
-    """Runs a step graph with ONNX Runtime's CPU provider, slot after slot: a step pays for its active slots alone.
+    """Runs a step graph with ONNX Runtime's CPU provider.
 
-    A slot's tokens are therefore the same bit for bit whoever else decodes. One step of the standard graph over four slots costs
-    more than four steps over one.
+    One active slot runs the graph itself. Several run a packed graph, the smallest one that has places for them (:mod:`.packed`).
+    Where a model has none, slots run one after another: a step of the standard graph over four slots costs more than four steps
+    over one. A step pays for its active slots alone, and a slot's fp32 tokens are the same bit for bit whoever else decodes.
 
     Caches live in one array [2·layers, slots, H_kv, S, D_h]; the past input and the present output of a layer are the same
     bytes of it, which is what makes the graph's cache writes happen in place. Graphs without the ``commit`` input
@@ -54,16 +63,22 @@ class OrtExecutor(OrtBase):
             MissingDependencyError: onnxruntime isn't installed.
             ProviderError: another provider than the CPU's answered.
         """
-        super().__init__(model, import_onnxruntime("cpu"), (CPU_PROVIDER, {}), threads)
-        layout = model.layout
+        ort, layout = import_onnxruntime("cpu"), model.layout
+        self._twins = _twins(model, ort) if layout.slots > 1 else {}
+        super().__init__(model, ort, (CPU_PROVIDER, {}), threads)
+        self._packed_sessions = {places: self._open(path) for places, path in model.packed.items() if path in self._twins}
         shape = (2 * layout.layers, layout.slots, layout.kv_heads, layout.rows, layout.head_dim)
         self.caches = np.zeros(shape, layout.dtype)
         self._cache_values = [[self._value(cache[slot : slot + 1]) for cache in self.caches] for slot in range(layout.slots)]
         self._graph_moves = step_io.COMMIT in self._inputs
         self._windows = step_io.mask_windows(sorted(self._inputs))  # only CPU graphs read masks
-        self.abilities = Abilities(layout.slots, model.num_heads if self._graph_moves else max(DEEPEST, model.num_heads))
+        deepest = model.num_heads if self._graph_moves else max(DEEPEST, model.num_heads)
+        self.abilities = Abilities(layout.slots, deepest, packed=bool(self._packed_sessions), copies=True)
         self._margin = model.num_heads
         self._bound: Recent[Bound] = Recent()
+        self._packed: Recent[PackedStep] = Recent()
+        spare = np.zeros((2 * layout.layers, 1, layout.kv_heads, SPARE_ROWS, layout.head_dim), layout.dtype)
+        self._packed_caches = [*self._cache_values, [self._value(cache) for cache in spare]] if self._packed_sessions else []
         self._with_nan: set[int] = set()  # slots whose cache may hold NaN
         self._columns = np.arange(layout.rows, dtype=np.int64)
         self._truth = np.array([False, True])
@@ -78,7 +93,44 @@ class OrtExecutor(OrtBase):
         for slot, moves in enumerate(plan.moves):
             if moves and slot not in in_graph:
                 self._move(slot, plan.lengths[slot], moves)
-        return StepResult(tuple([self._slot(rows, plan.lengths[rows.slot], plan.moves[rows.slot]) for rows in plan.active]))
+        most = max(self._packed_sessions, default=1)
+        groups = [plan.active[start : start + most] for start in range(0, len(plan.active), most)]
+        return StepResult(tuple([found for index, group in enumerate(groups) for found in self._group(plan, group, index)]))
+
+    def _group(self, plan: StepPlan, active: tuple[SlotRows, ...], index: int) -> list[SlotResult | Exception]:
+        """Run some of the plan's slots, in one call if there are several. Each group, by ``index``, has its own buffers."""
+        if len(active) > 1:
+            try:
+                return [*self._together(plan, active, index)]
+            except AssertionError:
+                raise
+            except Exception as error:  # noqa: BLE001 - one by one, those that fail fail alone
+                _LOG.warning("a step of %d slots failed; each runs alone: %s", len(active), error)
+        return [self._slot(rows, plan.lengths[rows.slot], plan.moves[rows.slot]) for rows in active]
+
+    def _together(self, plan: StepPlan, active: tuple[SlotRows, ...], index: int) -> list[SlotResult]:
+        places = min(places for places in self._packed_sessions if places >= len(active))
+        session = self._packed_sessions[places]
+        wanted = Wanted(*(any(choices) for choices in zip(*(rows.wanted for rows in active), strict=True)))
+        step = self._packed.get(
+            (places, wanted, index), lambda: PackedStep(session, self._value, self.model, places, wanted, self._packed_caches)
+        )
+        step.fill(active, plan.lengths)
+        started = time.perf_counter()
+        session.run_with_iobinding(step.binding, self._run_options)
+        seconds = time.perf_counter() - started
+        self.engine_seconds += seconds
+        results = step.results(active, seconds)
+        self._with_nan.update(rows.slot for rows, result in zip(active, results, strict=True) if not result.finite)
+        return results
+
+    def copy(self, source: int, target: int, rows: int) -> None:
+        """Copy the first rows of a slot to another; see :class:`.executor.CopyingExecutor`."""
+        if target in self._with_nan:
+            self.caches[:, target] = 0
+            self._with_nan.remove(target)
+        end = self._margin + rows
+        self.caches[:, target, :, self._margin : end] = self.caches[:, source, :, self._margin : end]
 
     def _slot(self, rows: SlotRows, length: int, moves: tuple[int, ...]) -> SlotResult | Exception:
         try:
@@ -99,6 +151,12 @@ class OrtExecutor(OrtBase):
             raise
         except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no base of their own; the loop names them
             return error
+
+    def _graph(self, path: Path, options: Any) -> str | bytes:
+        twin = self._twins.get(path)
+        if twin is not None:
+            options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it was optimised before
+        return super()._graph(twin or path, options)
 
     def _call(self, bound: Bound, rows: SlotRows, length: int) -> None:  # noqa: ARG002 - observers say what they saw
         """Run the graph over one slot's rows behind ``length`` kept ones."""
@@ -141,3 +199,34 @@ class OrtExecutor(OrtBase):
             binding.bind_ortvalue_input(past, value)
             binding.bind_ortvalue_output(present, value)
         return Bound(binding, inputs, outputs)
+
+
+def _twins(model: OrtModel, ort: Any) -> dict[Path, Path]:
+    """Return the graphs of ``model``, those for several slots among them, as twins that share one file of packed weights.
+
+    None are returned where there is no room for such a file: slots then run one after another.
+    """
+
+    def save(source: Path, target: Path, entries: Mapping[str, str]) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = ort_path(target)
+        for key, entry in entries.items():
+            options.add_session_config_entry(key, entry)
+        ort.InferenceSession(ort_path(source), options, providers=[CPU_PROVIDER], enable_fallback=0)
+
+    enough = [places for places in sorted(model.packed) if places >= model.layout.slots][:1]
+    graphs = {1: model.step, **{places: path for places, path in model.packed.items() if not enough or places <= enough[0]}}
+    if len(graphs) == 1:
+        return {}
+    try:
+        shared = shared_graphs(graphs, f"{model.identity}\n{ort.__version__}", save)
+    except OSError as error:
+        warnings.warn(
+            f"slots will run one after another: the cache of packed weights can't be written ({error}); "
+            f"name a folder with room for it in {CACHE_VARIABLE}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return {}
+    return {graphs[number]: twin for number, twin in shared.items()}

@@ -6,7 +6,8 @@ import ctypes
 import os
 import time
 import weakref
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,10 @@ if hasattr(os, "register_at_fork"):
 
 @dataclass(frozen=True, slots=True)
 class OrtModel:
-    """A step graph on disk and the sizes that its buffers need."""
+    """A step graph on disk and the sizes that its buffers need.
+
+    ``packed``: its twins for several slots, by their number. ``identity``: stands for the contents of graphs and weights.
+    """
 
     step: Path
     heads: Path
@@ -53,6 +57,8 @@ class OrtModel:
     top_k: int
     hidden_size: int
     vocab_size: int
+    packed: Mapping[int, Path] = field(default_factory=dict)
+    identity: str = ""
 
 
 class OrtBase:
@@ -95,8 +101,7 @@ class OrtBase:
 
     def _graph(self, path: Path, options: Any) -> str | bytes:  # noqa: ARG002 - a graph in memory must say where its data lies
         """What is opened for the file ``path``: its name, or the bytes of another graph in its place."""
-        # ONNX Runtime takes UTF-8. In another locale Python holds the bytes of a name in surrogates.
-        return os.fsencode(path).decode("utf-8", "surrogateescape")
+        return ort_path(path)
 
     def _fallback_hint(self) -> str:
         """What to do when ONNX Runtime took another provider."""
@@ -132,6 +137,11 @@ def fetched(wanted: Wanted) -> list[str]:
     names += [step_io.LOGITS] if wanted.logits else []
     names += [step_io.HIDDEN] if wanted.hidden or not wanted.heads else []
     return names
+
+
+def ort_path(path: Path) -> str:
+    """Return a file's name as ONNX Runtime takes it: in UTF-8. In another locale Python holds a name's bytes in surrogates."""
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
 
 
 def import_onnxruntime(extra: str) -> Any:

@@ -16,7 +16,7 @@ from . import step_io
 from .executor import Abilities
 from .ort_base import CPU_PROVIDER, OrtBase, OrtModel, fetched, import_onnxruntime
 from .step_arrays import Recent, StepInputs, StepOutputs, visible_rows
-from .step_plan import SlotResult, SlotRows, StepPlan, StepResult, Wanted
+from .step_plan import NanSlots, SlotResult, SlotRows, StepPlan, StepResult, Wanted
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 # Without TF32 an fp32 bundle is decoded in fp32; without growth by powers of two the arena takes what it needs.
@@ -72,6 +72,7 @@ class OrtDeviceExecutor(OrtBase):
         self.caches = [self._device_zeros() for _ in range(2 * layout.layers)]
         self._columns = np.arange(layout.rows, dtype=np.int64)
         self._bound: Recent[_Bound] = Recent()
+        self._with_nan = NanSlots()
         self._margin = model.num_heads
         self.abilities = Abilities(layout.slots, model.num_heads, padded=layout.slots > 1)
 
@@ -105,6 +106,7 @@ class OrtDeviceExecutor(OrtBase):
 
     def run(self, plan: StepPlan) -> StepResult:
         """Run the plan: the decoding slots in one call, then each prefill chunk; see :class:`.executor.Executor`."""
+        self._with_nan.clear_reused(plan, self._clear)
         found: dict[int, SlotResult | Exception] = {}
         decoding = [rows for rows in plan.active if not rows.prefills]
         moving = [slot for slot, moves in enumerate(plan.moves) if moves]
@@ -114,7 +116,14 @@ class OrtDeviceExecutor(OrtBase):
         for rows in plan.active:
             if rows.prefills:
                 found |= self._batch(plan, [rows], rows.slot, rows.slot + 1)
-        return StepResult(tuple([found[rows.slot] for rows in plan.active]))
+        return self._with_nan.noted(plan, StepResult(tuple([found[rows.slot] for rows in plan.active])))
+
+    def _clear(self, slot: int) -> None:
+        """Fill a slot's caches with zeros. They pass through the host: ONNX Runtime writes whole tensors only."""
+        for cache in self.caches:
+            values = cache.numpy().copy()
+            values[slot] = 0
+            cache.update_inplace(values)
 
     def _batch(self, plan: StepPlan, active: list[SlotRows], first: int, end: int) -> dict[int, SlotResult | Exception]:
         """One call over the slots [first, end); results of ``active`` by slot."""

@@ -73,6 +73,19 @@ logits_wanted           bool []            true if more than the greedy choice n
 
 A graph has the masks that its layers read: no ``mask`` where all of them have a window.
 
+The *packed* CPU graphs step n slots at once. Their rows follow each other in one sequence: B is 1, N counts the rows of all
+slots, and R those of them that get logits. Numbers in ``logit_rows`` and ``last_row`` count all rows; ``parents`` and the last
+axis of ``paths`` count those with logits. Inputs that a slot's attention reads exist once a slot, as ``NAME@i`` for the i-th slot
+of the step: masks, last_rows, visible, and the caches, which may have other sizes from slot to slot. ``last_row``,
+``next_token``, ``candidates`` and ``log_probs`` have n entries.
+
+======================= ================== ===================================================================
+input, packed graphs    shape              meaning
+======================= ================== ===================================================================
+rows_of_slot            int64 [n]          rows of each slot; at least one
+own_rows                float32 [n, R]     0 for the slot's own rows with logits, ``OTHERS_ROW`` for those of other slots
+======================= ================== ===================================================================
+
 The *device* graph is the same step, closed over itself: it outputs the inputs of the next step, so that an engine can start that
 step before the host has read this one. It has no ``commit``. Accepted rows are carried from step to step outside the caches, and
 no step reads a cache before it writes it. ``P``: rows of the step before.
@@ -119,6 +132,8 @@ LAST_ROWS = "last_rows"
 VISIBLE = "visible"
 PARENTS = "parents"
 PATHS = "paths"
+ROWS_OF_SLOT = "rows_of_slot"
+OWN_ROWS = "own_rows"
 HEADS_WANTED = "heads_wanted"
 LOGITS_WANTED = "logits_wanted"
 KEPT = "kept"
@@ -151,6 +166,12 @@ CPU_INPUTS = (LAST_ROWS, VISIBLE, PARENTS, PATHS)
 # The most negative finite fp16 number. Masks are additive and finite: a row that sees nothing can't become NaN.
 HIDDEN_BIAS = -65504.0
 
+OTHERS_ROW = -1e9
+"""Added to the scores of rows of other slots: below what any mismatches of a slot's own rows add up to."""
+
+PACKED_SLOTS = (2, 4, 8, 16)
+"""Numbers of slots that packed graphs exist for."""
+
 CACHE_ALIGNMENT = 8
 
 
@@ -163,6 +184,11 @@ def mask_windows(inputs: Iterable[str]) -> dict[str, int | None]:
     """Find the masks among the names of a graph's inputs, each with its window."""
     named = {name: name.removeprefix(f"{MASK}.") for name in inputs if name == MASK or name.startswith(f"{MASK}.")}
     return {name: None if name == MASK else int(window) for name, window in named.items()}
+
+
+def of_slot(name: str, index: int) -> str:
+    """Name an input or output of a packed graph that exists once a slot, for the slot at ``index`` of the step."""
+    return f"{name}@{index}"
 
 
 def past_names(layers: int) -> list[str]:

@@ -6,6 +6,7 @@ executor turns a plan into masks, buffers and engine calls; nothing above it kno
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -94,6 +95,25 @@ class StepResult:
     """One entry for each of the plan's ``active``: a result, or the exception that its engine call ended with."""
 
     slots: tuple[SlotResult | Exception, ...]
+
+
+class NanSlots(set[int]):
+    """Slots whose caches may hold NaN.
+
+    Masks hide stale rows by weights of 0, and 0 · NaN is NaN: an executor clears such a slot before it reads a new prompt.
+    """
+
+    def clear_reused(self, plan: StepPlan, clear: Callable[[int], None]) -> None:
+        """Call ``clear`` with each slot that ``plan`` begins anew."""
+        for slot in [rows.slot for rows in plan.active if rows.slot in self and not plan.lengths[rows.slot]]:
+            clear(slot)
+            self.remove(slot)
+
+    def noted(self, plan: StepPlan, result: StepResult) -> StepResult:
+        """Add the slots whose results aren't finite, and return ``result``."""
+        pairs = zip(plan.active, result.slots, strict=True)
+        self |= {rows.slot for rows, found in pairs if isinstance(found, SlotResult) and not found.finite}
+        return result
 
 
 def rows_to_move(length: int, path: tuple[int, ...]) -> tuple[int, ...]:

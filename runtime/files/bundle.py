@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING
 
 from ..errors import BundleBusyError, BundleError, BundleIntegrityError, OutputError
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileRecord, Manifest, parse_manifest
-from .staging import refuse_existing as refuse_existing, remove_unlocked, replace_folder  # noqa: PLC0414 - part of this module
+from .staging import check_path, refuse_existing as refuse_existing, remove_unlocked, replace_folder  # noqa: PLC0414 - part of this module
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -94,6 +94,7 @@ def open_bundle(folder: Path | str, *, check_hashes: bool = True) -> Bundle:
     from pathlib import Path
 
     folder = Path(folder)
+    check_path(folder, BundleError)
     path = folder / MANIFEST_NAME
     if not path.is_file():
         found = "has no manifest.json" if folder.is_dir() else "doesn't exist"
@@ -192,6 +193,7 @@ def staged_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
     from pathlib import Path
 
     refuse_existing(output, force=force)
+    check_path(output, OutputError)
     prefix = f".{output.name}.partial-"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +217,9 @@ def staged_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
-    """Writes a file completely or not at all. An older one stays until then.
+    """Writes a file completely or not at all. An older one stays until then. A link stays, and its target is replaced.
+
+    A device or a pipe isn't replaced: it is written to.
 
     ``content``: the file's bytes, or a function that writes them.
 
@@ -224,15 +228,18 @@ def write_whole(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> N
     """
     import tempfile
 
+    write = content if callable(content) else lambda file: file.write(content)
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            with path.open("wb") as file:
+                write(file)
+            return
+        path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                if isinstance(content, bytes):
-                    file.write(content)
-                else:
-                    content(file)
+                write(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(name, 0o644)

@@ -116,6 +116,11 @@ def cpu_twin(graph: str) -> str:
     return f"{graph.removesuffix('.onnx')}.cpu.onnx"
 
 
+def packed_twin(graph: str, slots: int) -> str:
+    """Returns the path of a CPU graph's twin that steps so many slots at once. Only CPU graphs may have them."""
+    return f"{graph.removesuffix('.onnx')}.{slots}.onnx"
+
+
 def parse_manifest(text: str | bytes) -> Manifest:
     """Reads a manifest.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from ..errors import BundleExistsError
+from ..errors import BundleExistsError, DeployError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,6 +19,14 @@ def refuse_existing(output: Path, *, force: bool) -> None:
     """
     if output.exists() and not force:
         raise BundleExistsError(f"{output} exists", hint="give another output, or --force to replace it")
+
+
+def check_path(path: Path, error: type[DeployError]) -> None:
+    """Refuses a path whose bytes aren't UTF-8, as ``error``: ONNX Runtime, tokenizers and safetensors open no other."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        raise error(f"the path {str(path)!a} is not UTF-8", hint="rename it, or choose another") from None
 
 
 def remove_unlocked(leftover: Path) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..sampling import SamplingParams, draw, scores, uniform, weights
+from ..request import TokenLogprob
+from ..sampling import SamplingParams, draw, log_probabilities, scores, uniform, weights
 
 _ENTROPY_FLOOR = 1e-5
 """Added to probabilities inside the entropy's logarithm, as in the reference."""
@@ -43,6 +44,15 @@ def accept(
     if params.mode == "typical":
         return step.typical()
     return step.match(step.most_likely if params.mode == "greedy" else step.drawn)
+
+
+def token_logprob(logits: np.ndarray, token: int, count: int) -> TokenLogprob:
+    """Return the log-probability of ``token`` by one row of logits [V], and the ``count`` most likely tokens with theirs."""
+    log_probs = log_probabilities(logits)
+    count = min(count, len(log_probs))
+    top = np.argpartition(-log_probs, count - 1)[:count] if count else np.empty(0, np.int64)
+    top = top[np.lexsort((top, -log_probs[top]))]
+    return TokenLogprob(token, float(log_probs[token]), tuple(zip(top.tolist(), log_probs[top].tolist(), strict=True)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,11 @@ class Handle:
     Reading a handle drives the loop where nobody else does. A handle that isn't read goes on as long as others are.
     """
 
-    def __init__(self, sequence: Sequence, output: TextOutput, driver: Driver) -> None:
-        self._sequence, self._output, self._driver = sequence, output, driver
+    def __init__(
+        self, sequence: Sequence, output: TextOutput, driver: Driver, notify: Callable[[], object] | None = None
+    ) -> None:
+        """``notify``: called by the thread that runs the loop, after each new chunk and at the end. It must not raise or wait."""
+        self._sequence, self._output, self._driver, self._notify = sequence, output, driver, notify
         self._chunks: deque[Chunk] = deque()
         self._text: list[str] = []
         self._given = sequence.prompt_length  # tokens up to here were handed over
@@ -39,11 +42,29 @@ class Handle:
         """The error that ended it, if one did."""
         return self._sequence.error if self.done else None
 
+    @property
+    def last(self) -> Chunk | None:
+        """The chunk with the finish reason; None while the request is under way."""
+        return self._last
+
     def cancel(self) -> None:
         """End the request before its next step; what was emitted stays."""
         if not self.done:
             self._sequence.cancelled = True
             self._driver.settle()
+
+    def abort(self, error: Exception) -> None:
+        """End the request with ``error`` before its next step; what was emitted stays."""
+        if not self.done:
+            self._sequence.fail(error)
+            self._driver.settle()
+
+    def take(self) -> Chunk | None:
+        """Return the next chunk if one lies ready, without waiting. The last chunk isn't among them: see :attr:`last`."""
+        try:
+            return self._chunks.popleft()
+        except IndexError:  # nothing yet, or another thread has read it
+            return None
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the chunks as they are emitted, each to one reader, and the one with the finish reason last, to every reader.
@@ -53,11 +74,8 @@ class Handle:
         """
         while not self.done or self._chunks:
             self._driver.until(lambda: bool(self._chunks) or self.done)
-            try:
-                chunk = self._chunks.popleft()
-            except IndexError:  # the request has ended, or another thread has read it
-                continue
-            yield chunk
+            if (chunk := self.take()) is not None:
+                yield chunk
         assert self._last is not None
         yield self._last
         if self._sequence.error is not None:
@@ -71,7 +89,8 @@ class Handle:
         hidden = np.stack(sequence.hidden[: len(sequence.emitted)]) if sequence.keep_hidden and sequence.hidden else None
         prompt = sequence.tokens[: sequence.prompt_length]
         reason, stats = sequence.finish_reason, sequence.stats
-        return Generation("".join(self._text) + self._last.text, sequence.emitted, reason, prompt, stats, hidden, sequence.error)
+        text = "".join(self._text) + self._last.text
+        return Generation(text, sequence.emitted, reason, prompt, stats, hidden, sequence.error, sequence.logprobs)
 
     def result(self) -> Generation:
         """Run to the end and return the generation.
@@ -93,20 +112,30 @@ class Handle:
 
     def put(self) -> None:
         """Hand newly emitted tokens over, as text as far as it is certain."""
-        tokens = self._sequence.tokens[self._given :]
+        sequence, given = self._sequence, self._given
+        tokens = sequence.tokens[given:]
         if tokens:
-            self._given += len(tokens)
             text = self._checked(lambda: self._output.push(tokens))
+            if self._output.unread:
+                sequence.cut(self._output.unread)
+                tokens = sequence.tokens[given:]
+            self._given += len(tokens)
             self._text.append(text)
-            self._chunks.append(Chunk(text, tokens))
+            logprobs = None if sequence.logprobs is None else sequence.logprobs[given - sequence.prompt_length :]
+            self._chunks.append(Chunk(text, tokens, logprobs=logprobs))
+            self._tell()
 
     def end(self) -> None:
         """Hand the rest over, with the finish reason and the statistics. Does it once."""
-        if self.done:
-            return
-        self.put()
-        text = self._checked(self._output.flush)
-        self._last = Chunk(text, [], self._sequence.finish_reason, self._sequence.stats)
+        if not self.done:
+            self.put()
+            text = self._checked(self._output.flush)
+            self._last = Chunk(text, [], self._sequence.finish_reason, self._sequence.stats)
+        self._tell()  # again where an interrupt came between: whoever waits must hear of the end
+
+    def _tell(self) -> None:
+        if self._notify is not None:
+            self._notify()
 
     def _checked(self, decode: Callable[[], str]) -> str:
         """Return the text of ``decode``. A stop string in it, or an error, ends the sequence."""

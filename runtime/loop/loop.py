@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 
 from ..drafting.draft import NOTHING, Candidates
 from ..drafting.row_budget import RowBudget
 from ..errors import StepError
-from ..executors.executor import Executor
+from ..executors.executor import CopyingExecutor, Executor
 from ..executors.step_plan import SlotResult, SlotRows, StepResult, rows_to_move
-from .acceptance import Acceptance
+from .acceptance import Acceptance, token_logprob
 from .handle import Handle
 from .planning import step_plan
 from .scheduler import Scheduler, Turn
@@ -33,6 +34,7 @@ class Loop:
         self.executor, self.slots, self.row_budget = executor, slots, row_budget
         self.scheduler = Scheduler(prefill_chunk)
         self.clock: Callable[[], float] = time.perf_counter
+        self.stepped: float | None = None  # when the newest step ended, by the monotonic clock
         self._submitted: deque[Handle] = deque()  # the mailbox
         self._handles: dict[Sequence, Handle] = {}  # of all sequences that wait or run, in order of arrival
 
@@ -68,6 +70,7 @@ class Loop:
         except BaseException:
             self._abandon(taking_part)
             raise
+        self.stepped = time.monotonic()
         return True
 
     # -- who takes part --------------------------------------------------------------------------------------------
@@ -88,9 +91,20 @@ class Loop:
                 self._end(sequence)
 
     def admit(self) -> None:
-        """Give free slots to waiting sequences."""
+        """Give free slots to waiting sequences, with the beginning of their prompts where a free slot holds it."""
         while self.slots.free and (sequence := self.scheduler.next_waiting(self._handles)) is not None:
-            self.slots.acquire(sequence)
+            place = self.slots.place(sequence.tokens, sequence.salt)
+            if place.source != place.slot:
+                self.slots.forget(place.slot)
+                try:
+                    cast(CopyingExecutor, self.executor).copy(place.source, place.slot, place.rows)
+                except Exception as error:  # noqa: BLE001 - the engine's; the next call ends the sequence
+                    sequence.fail(named(error))
+                    continue
+            # A waiting sequence may say that rows are computed: whoever admits it says so anew.
+            sequence.computed = sequence.stats.prompt_tokens = sequence.stats.cached_tokens = place.rows
+            self.slots.acquire(sequence, place)
+            self.slots.prefix_stats.add(sequence.prompt_length, place.rows)
 
     # -- the parts of a step ---------------------------------------------------------------------------------------
 
@@ -119,6 +133,7 @@ class Loop:
                 self._advance(turn, outcome)
                 if outcome.tokens:
                     _keep(turn.sequence, planned, found, outcome)
+                    _keep_logprobs(turn.sequence, found, outcome)
         self._propose([turn.sequence for turn in turns if turn.sequence.accepted_state is not None])
 
     def _advance(self, turn: Turn, outcome: Acceptance) -> None:
@@ -130,9 +145,8 @@ class Loop:
             sequence.emit(outcome.tokens)
             return
         length = int(self.slots.lengths[slot])
-        room = self.slots.capacity - length
-        moves = rows_to_move(length, outcome.path) if accepted < room else ()  # a slot that is full is at its end
-        self.slots.advance(slot, min(1 + accepted, room), moves)
+        path = outcome.path[: self.slots.capacity - length - 1]  # a slot that is full is at its end
+        self.slots.advance(slot, 1 + len(path), rows_to_move(length, path))
         kept = len(sequence.emit(outcome.tokens))
         draft, drafter = sequence.draft, sequence.drafter
         sequence.stats.add_step(draft.shape.rows, accepted, kept, heads=drafter.heads, looked_up=draft.looked_up)
@@ -157,8 +171,13 @@ class Loop:
     def _learn(
         self, turns: list[Turn], result: StepResult, outcomes: list[Acceptance | Exception], engine: float, seconds: float
     ) -> None:
-        """Learn from the step: statistics, and the costs of rows by each call's own time with its share of the host's."""
-        host = (seconds - engine) / len(turns)
+        """Learn from the step: statistics, and the costs of rows by each call's own time with its share of the host's.
+
+        Where a chunk of a prompt was in the same call, its time says nothing about rows.
+        """
+        packed = self.executor.abilities.packed
+        host = (seconds - engine) / (1 if packed else len(turns))
+        mixed = packed and any(turn.prompt_rows for turn in turns)
         learnt: list[tuple[Sequence, list[int], float]] = []
         for turn, found, outcome in zip(turns, result.slots, outcomes, strict=True):
             stats = turn.sequence.stats
@@ -168,7 +187,7 @@ class Loop:
             stats.decode_seconds += seconds
             stats.engine_seconds += engine
             if isinstance(found, SlotResult) and isinstance(outcome, Acceptance):
-                learnt.append((turn.sequence, outcome.tokens, found.seconds + host))
+                learnt.append((turn.sequence, outcome.tokens, 0.0 if mixed else found.seconds + host))
         if learnt:
             self.row_budget.learn(*zip(*learnt, strict=True))
 
@@ -188,8 +207,8 @@ class Loop:
 
     def _end(self, sequence: Sequence) -> None:
         """Give the sequence's slot back and close its handle. What an interrupt leaves undone, the next call does."""
-        if self.slots.holds(sequence):
-            self.slots.release(sequence)
+        if self.slots.holds(sequence):  # nobody knows what a step that failed has written
+            self.slots.release(sequence, sequence.tokens if sequence.error is None else (), sequence.salt)
         self._handles[sequence].end()
         del self._handles[sequence]
 
@@ -205,3 +224,13 @@ def _keep(sequence: Sequence, rows: SlotRows, found: SlotResult, outcome: Accept
             sequence.accepted_state = found.hidden[path[-1]].copy()
         if sequence.keep_hidden:
             sequence.hidden.extend(found.hidden[row].copy() for row in path)
+
+
+def _keep_logprobs(sequence: Sequence, found: SlotResult, outcome: Acceptance) -> None:
+    """Keep the log-probabilities of the step's emitted tokens, each from the row before it."""
+    if sequence.top_logprobs is None or found.logits is None:
+        return
+    kept = sequence.logprobs = [] if sequence.logprobs is None else sequence.logprobs
+    added = len(sequence.tokens) - sequence.prompt_length - len(kept)
+    for row, token in zip((0, *outcome.path)[:added], outcome.tokens[:added], strict=True):
+        kept.append(token_logprob(found.logits[row], token, sequence.top_logprobs))

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from ..drafting.draft import NOTHING, Candidates, Draft, Drafter
-from ..request import FinishReason, Stats
+from ..request import FinishReason, Stats, TokenLogprob
 from ..sampling import SamplingParams
 
 State = Literal["waiting", "prefill", "decode", "done"]
@@ -20,11 +20,13 @@ State = Literal["waiting", "prefill", "decode", "done"]
 class Sequence:
     """Tokens of one request. ``tokens`` is the only truth of what was emitted; the newest one is the next step's root.
 
-    ``slot``: given by the slot pool; -1 before. ``computed``: prompt tokens whose rows are in the cache. ``candidates``: the
+    ``salt``: its prompt may begin with rows of sequences of the same salt. ``slot``: given by the slot pool; -1 before.
+    ``computed``: prompt tokens whose rows are in the cache. ``candidates``: the
     heads' at the row of the root. ``accepted_state``: hidden state [H] of the row that the host accepted last, which the heads
     have yet to see. ``draft``: the rows that the newest step verifies. ``hidden``: the backbone's states [H] behind the emitted
     tokens, where they were asked for; the last step may have added more than were emitted. ``cancelled``: set by other threads.
-    ``deadline``: by the monotonic clock.
+    ``deadline``: by the monotonic clock. ``top_logprobs``: the alternatives wanted at each emitted token; None wants no
+    log-probabilities.
     """
 
     tokens: list[int]
@@ -34,6 +36,8 @@ class Sequence:
     eos_token_ids: frozenset[int]
     drafter: Drafter
     keep_hidden: bool = False
+    salt: str = ""
+    top_logprobs: int | None = None
     priority: int = 0
     deadline: float | None = None
     cancel: Callable[[], bool] | None = None
@@ -43,6 +47,7 @@ class Sequence:
     accepted_state: np.ndarray | None = None
     draft: Draft = NOTHING
     hidden: list[np.ndarray] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
     cancelled: bool = False
     finish_reason: FinishReason | None = None
     error: Exception | None = None
@@ -65,8 +70,8 @@ class Sequence:
 
     @property
     def on_host(self) -> bool:
-        """Whether the host chooses its tokens from logits; the graph does it otherwise."""
-        return not self.params.plain_argmax
+        """Whether the host chooses its tokens from logits, or reads them; the graph chooses otherwise."""
+        return not self.params.plain_argmax or self.top_logprobs is not None
 
     @property
     def done(self) -> bool:
@@ -100,6 +105,14 @@ class Sequence:
         if self.finish_reason is None and self.remaining <= 0:
             self.finish_reason = "length"
         return kept
+
+    def cut(self, count: int) -> None:
+        """Take back the last ``count`` tokens: a stop string was complete before them, so plain decoding never emits them."""
+        del self.tokens[-count:]
+        if self.logprobs is not None:
+            del self.logprobs[len(self.tokens) - self.prompt_length :]
+        self.stats.emitted -= count
+        self.finish_reason = self.finish_reason if self.finish_reason == "error" else "stop"
 
     def fail(self, error: Exception) -> None:
         """End with ``error``; what was emitted stays."""

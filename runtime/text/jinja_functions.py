@@ -1,6 +1,7 @@
 """Functions, filters and tests that jinja2 gives to chat templates and minijinja doesn't, or gives otherwise.
 
-minijinja hands undefined values over as None, and floats without a fraction as integers.
+minijinja hands undefined values over as None, floats without a fraction as integers, and functions as strings. ``jinja_source``
+therefore writes ``_undefined`` behind what may be undefined.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import textwrap
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -32,6 +33,26 @@ def _spend(chars: int) -> None:
     _spent.chars += max(chars, 16)
     if _spent.chars > MAX_CHARS:
         raise ValueError(f"its functions read more than {MAX_CHARS} characters")
+
+
+class Undefined:
+    """What jinja2 makes of a name without a value: no text, no items, no number."""
+
+    def __str__(self) -> str:
+        return ""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+class NoJson:
+    """Stands for an undefined value in JSON, which has none."""
+
+    def __str__(self) -> str:
+        return "an undefined value \x7f"
+
+
+UNDEFINED, NO_JSON = Undefined(), NoJson()
 
 
 class RefusedError(Exception):
@@ -86,15 +107,18 @@ def joiner(separator: str = ", ") -> Callable[[], str]:
 # -- filters -----------------------------------------------------------------------------------------------------------
 
 
-def tojson(
-    value: Any,
+def to_json(
+    text: str,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Write JSON as transformers does: the built-in filter escapes <, > and & for HTML."""
-    _spend(_width(indent or 0))
+    """Write minijinja's JSON as transformers writes it, without escapes for HTML."""
+    _spend(len(text) + _width(indent or 0))
+    value = json.loads(text)
+    if value == str(NO_JSON):
+        raise TypeError("an undefined value is no JSON")
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     _spend(len(text))
     return text
@@ -102,7 +126,8 @@ def tojson(
 
 def to_int(value: Any, default: Any = 0, base: int = 10) -> Any:
     """Return a whole number, or ``default`` for what is none."""
-    _bounded(value)
+    if _bounded(value) is UNDEFINED:
+        raise TypeError("an undefined value is no number")
     try:
         return int(value, base) if isinstance(value, str) else int(value)
     except (TypeError, ValueError):
@@ -110,6 +135,16 @@ def to_int(value: Any, default: Any = 0, base: int = 10) -> Any:
             return int(float(value))
         except (TypeError, ValueError, OverflowError):
             return default
+
+
+def to_float(value: Any, default: Any = 0.0) -> Any:
+    """Return a number, or ``default`` for what is none."""
+    if _bounded(value) is UNDEFINED:
+        raise TypeError("an undefined value is no number")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return default
 
 
 def sort(value: Any, reverse: bool = False, case_sensitive: bool = False, attribute: Any = None) -> list[Any]:
@@ -151,7 +186,7 @@ def wordwrap(
             break_long_words=break_long_words,
             break_on_hyphens=break_on_hyphens,
         )
-        for line in _bounded(value).splitlines()
+        for line in _text(value).splitlines()
     ]
     _spend(_width(len(wrapstring)) * sum(map(len, lines)))
     return wrapstring.join(wrapstring.join(wrapped) for wrapped in lines)
@@ -169,8 +204,8 @@ def percent(pattern: str, values: Any) -> str:
 
 _MAX_WIDTH = 10_000
 REWRITTEN_METHODS = frozenset(
-    ("casefold", "center", "index", "isdecimal", "isidentifier", "isprintable", "istitle", "ljust", "partition", "removeprefix",
-     "removesuffix", "rindex", "rjust", "rpartition", "rsplit", "split", "swapcase", "title", "zfill")
+    ("casefold", "center", "expandtabs", "index", "isdecimal", "isidentifier", "isprintable", "istitle", "ljust", "partition",
+     "removeprefix", "removesuffix", "rindex", "rjust", "rpartition", "rsplit", "split", "swapcase", "title", "zfill")
 )  # fmt: skip
 """Methods of strings that minijinja lacks or has otherwise."""
 
@@ -181,9 +216,16 @@ def method(value: Any, name: str, *arguments: Any, **named: Any) -> Any:
         return value.index(*arguments)
     if not isinstance(value, str) or name not in REWRITTEN_METHODS:
         raise TypeError(f"{'an undefined value' if value is None else type(value).__name__} has no method {name}")
-    if name in ("ljust", "rjust", "center", "zfill"):
-        _width(arguments[0] if arguments else 0)
+    if name in ("ljust", "rjust", "center", "zfill", "expandtabs"):
+        _width(arguments[0] if arguments else named.get("tabsize", 0))
+        _spend(value.count("\t") * (arguments[0] if arguments else named.get("tabsize", 8)))
     return getattr(_bounded(value), name)(*arguments, **named)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} is not a string")
+    return str(_bounded(value))
 
 
 def _bounded(value: Any) -> Any:
@@ -217,7 +259,7 @@ def is_iterable(value: Any) -> bool:
 
 def is_sequence(value: Any) -> bool:
     """Say whether a value has a length and items: strings and mappings have."""
-    return isinstance(value, (Sequence, Mapping))
+    return isinstance(value, (Sequence, Mapping, Undefined))
 
 
 FUNCTIONS: dict[str, Any] = {
@@ -226,14 +268,17 @@ FUNCTIONS: dict[str, Any] = {
     "cycler": Cycler,
     "joiner": joiner,
     "dict": dict,
+    "_undefined": UNDEFINED,
+    "_no_json": NO_JSON,
 }
 FILTERS: dict[str, Callable[..., Any]] = {
-    "tojson": tojson,
     "int": to_int,
+    "float": to_float,
     "sort": sort,
     "wordcount": wordcount,
     "center": center,
     "wordwrap": wordwrap,
+    "_json": to_json,
     "_percent": percent,
     "_method": method,
 }

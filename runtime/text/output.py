@@ -19,6 +19,8 @@ class TextOutput:
         self._stops, self._eos = stops, eos_token_ids
         literals = {} if codec is None else {**codec.special_tokens, **{token: codec.literal(token) for token in eos_token_ids}}
         self._literals = {token: text for token, text in literals.items() if text and stops.meets(text)}
+        self.unread = 0
+        """Tokens of the newest ``push`` behind the one that completed a stop string."""
 
     @property
     def stopped(self) -> bool:
@@ -29,14 +31,17 @@ class TextOutput:
         """Return the text of newly emitted tokens, as far as it is certain."""
         if self._decoder is None:
             return ""
-        if self._literals.keys().isdisjoint(tokens):
-            return self._stops.push(self._decoder.push([token for token in tokens if token not in self._eos]))
+        if not self._stops.stops:
+            return self._decoder.push([token for token in tokens if token not in self._eos])
         text = ""
-        for token in tokens:
+        for count, token in enumerate(tokens, start=1):
             if (literal := self._literals.get(token)) is not None:
                 text += self._stops.push(self._decoder.flush()) + self._stops.push(literal, hidden=True)
             elif token not in self._eos:
                 text += self._stops.push(self._decoder.push([token]))
+            if self.stopped:
+                self.unread = len(tokens) - count
+                break
         return text
 
     def flush(self) -> str:

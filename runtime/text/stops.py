@@ -27,14 +27,14 @@ class StopChecker:
         except PromptError as error:
             raise UsageError(error.message, hint=error.hint) from None
         self.stopped = False
-        self._stops = tuple(dict.fromkeys(stops))
+        self.stops = tuple(dict.fromkeys(stops))
         self._include_stop = include_stop
         self._held = ""
         self._shown: list[bool] = []  # of each character of the held text
 
     def meets(self, literal: str) -> bool:
         """Says whether a special token's ``literal`` can be a stop string, a part of one, or hold one."""
-        return any(literal in stop or stop in literal for stop in self._stops)
+        return any(literal in stop or stop in literal for stop in self.stops)
 
     def push(self, text: str, *, hidden: bool = False) -> str:
         """Adds text. Returns the text that became certain; nothing after a stop string.
@@ -44,11 +44,11 @@ class StopChecker:
         """
         if self.stopped:
             return ""
-        if not self._stops:
+        if not self.stops:
             return "" if hidden else text
         self._held += text
         self._shown += [not hidden] * len(text)
-        ends = [(start + len(stop), -len(stop)) for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        ends = [(start + len(stop), -len(stop)) for stop in self.stops if (start := self._held.find(stop)) >= 0]
         if ends:
             end, negative_length = min(ends)
             self.stopped = True
@@ -68,7 +68,7 @@ class StopChecker:
     def _uncertain(self) -> int:
         """Returns the length of the longest suffix that could begin a stop string."""
         longest = 0
-        for stop in self._stops:
+        for stop in self.stops:
             for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
                 if self._held.endswith(stop[:length]):
                     longest = length

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from ..errors import MissingDependencyError, PromptError, TemplateError
 from .jinja_functions import FILTERS, FUNCTIONS, TESTS, RefusedError, begin_rendering
-from .jinja_source import rewrite
+from .jinja_source import UnsupportedError, rewrite
 from .unicode import check_text
 
 MAX_TEMPLATE_CHARS = 1 << 20
@@ -55,6 +55,8 @@ class ChatTemplate:
             self._environment.add_test(name, function)
         try:
             self._environment.add_template("chat", rewrite(source))
+        except UnsupportedError as error:
+            raise TemplateError(str(error), hint="correct the template, and export again") from None
         except self._errors as error:
             raise TemplateError(
                 f"line {error.line} of the chat template: {error.detail or error.kind}",
@@ -87,7 +89,7 @@ class ChatTemplate:
                 f"line {error.line} of the chat template: {error.detail or error.kind}",
                 hint="correct the template, or give a prompt instead of messages",
             ) from None
-        except (TypeError, ValueError, LookupError, OverflowError, RecursionError) as error:
+        except Exception as error:  # noqa: BLE001 Python's functions raise anything
             raise TemplateError(
                 f"the chat template calls a function wrongly: {error}",
                 hint="correct the template, or give a prompt instead of messages",

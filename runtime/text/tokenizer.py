@@ -17,6 +17,16 @@ _CONTEXT = 8
 """Ids kept as context. A character has at most 4 bytes, and an id that is text at least one."""
 
 
+def _byte_letters() -> dict[str, int]:
+    """Returns the byte of each letter that byte-level tokenizers write: printable ones stand for themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_letters()
+
+
 class TextCodec:
     """The tokenizer of a ``tokenizer.json``.
 
@@ -54,6 +64,8 @@ class TextCodec:
         """Literals of the special tokens by their ids. Decoded text doesn't hold them."""
         self._added: dict[int, str] = {token: each.content for token, each in added.items()}
         self._bytes = self._byte_tokens()
+        decoder = b"" if self._tokenizer.decoder is None else self._tokenizer.decoder.__getstate__()
+        self._byte_level, self._spaced = b'"ByteLevel"' in decoder, "▁".encode() in decoder or b'"Metaspace"' in decoder
 
     def _byte_tokens(self) -> frozenset[int]:
         """Returns the ids that the decoder reads as one byte each, in runs; none if it has no such ids."""
@@ -70,6 +82,17 @@ class TextCodec:
     def is_byte(self, token: int) -> bool:
         """Says whether the decoder reads this id as a byte. What a run of bytes becomes is certain only at its end."""
         return token in self._bytes
+
+    def token_bytes(self, token: int) -> bytes:
+        """Returns the bytes that an id stands for within a text; none for an unknown id. A special token has its literal."""
+        piece = self._added.get(token) or self._tokenizer.id_to_token(token)
+        if piece is None or token in self._added:
+            return (piece or "").encode()
+        if token in self._bytes:
+            return bytes([int(piece[3:-1], 16)])
+        if self._byte_level and all(letter in _BYTES for letter in piece):
+            return bytes(_BYTES[letter] for letter in piece)
+        return str(piece).replace("▁", " ").encode() if self._spaced else str(piece).encode()
 
     def is_text(self, token: int) -> bool:
         """Says whether decoded text shows the id: special tokens and unknown ids are left out."""

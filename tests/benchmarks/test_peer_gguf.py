@@ -1,4 +1,4 @@
-"""benchmarks/peer_gguf.py: the GGUF file holds the folder's weights, its queries and keys in GGUF's rotary order."""
+"""benchmarks/peer/to_gguf.py: the GGUF file holds the folder's weights, its queries and keys in GGUF's rotary order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from peer_gguf import write_gguf
+from peer.to_gguf import write_gguf
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import peer_install
-import peer_report
 import pytest
-from peer_process import Run
+from peer import install as peer_install, report as peer_report
+from peer.process import Run
 
 
 def run_of(prompt: int, tokens: list[int], seconds: float, first: float | None = None, steps: int | None = None) -> Run:

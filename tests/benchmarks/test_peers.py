@@ -7,17 +7,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import peer_process
 import peers
 import pytest
-from peer_process import PeerError, Run, Worker
+from peer import convert, process as peer_process
+from peer.process import PeerError, Run, Worker
+from peer.systems import ONE, SEVERAL, SYSTEMS
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 FAKE = """
 import os, sys
 sys.path.insert(0, {benchmarks!r})
-import peer_serve
-from peer_workers import PEERS, Answer, Peer
+from peer import serve
+from peer.base import Answer, Peer
+from peer.systems import SYSTEMS, System
 
 class Fake(Peer):
     module, roots = {module!r}, ("pytest",)
@@ -35,8 +37,13 @@ class Fake(Peer):
             os._exit(7)
         return Answer([sum(token_ids)] * max_new_tokens, 0.0, 2)
 
-PEERS["fake"] = Fake
-peer_serve.main(["fake"])
+    def run_many(self, prompts, max_new_tokens):
+        if self.settings.slots == 1:
+            return super().run_many(prompts, max_new_tokens)
+        return [[sum(prompt)] * max_new_tokens for prompt in prompts]
+
+SYSTEMS["fake"] = System("fake", Fake(), "model", "")
+serve.main(["fake"])
 """
 
 
@@ -53,8 +60,8 @@ def worker(tmp_path: Path) -> Any:
     running.stop()
 
 
-def load(worker: Worker, path: str = "model") -> dict[str, Any]:
-    return worker.ask("load", path=path, threads=1, capacity=64, eos_token_ids=[2])
+def load(worker: Worker, path: str = "model", **more: Any) -> dict[str, Any]:
+    return worker.ask("load", path=path, threads=1, capacity=64, eos_token_ids=[2], **more)
 
 
 def test_a_worker_greets_loads_runs_and_quits(worker: Worker) -> None:
@@ -68,6 +75,19 @@ def test_a_worker_greets_loads_runs_and_quits(worker: Worker) -> None:
     assert answer["seconds"] > 0
     assert worker.ask("quit")["peak_rss_bytes"] > 1_000_000
     assert worker.process.wait(10) == 0
+
+
+def test_a_worker_answers_several_prompts(worker: Worker) -> None:
+    load(worker, slots=2)
+    answer = worker.ask("run_many", prompts=[[1, 2], [3], [4]], max_new_tokens=2)
+    assert answer["answers"] == [[3, 3], [3, 3], [4, 4]]
+    assert answer["seconds"] > 0
+
+
+def test_a_system_that_answers_one_at_a_time_says_so(worker: Worker) -> None:
+    load(worker)
+    with pytest.raises(PeerError, match="answers one prompt at a time here"):
+        worker.ask("run_many", prompts=[[1]], max_new_tokens=2)
 
 
 def test_what_a_library_prints_goes_to_the_log(worker: Worker) -> None:
@@ -127,6 +147,12 @@ class Talker:
                 raise PeerError("out of luck")
             tokens = [self.token] * count
             return {"token_ids": tokens, "seconds": self.seconds, "first_token_seconds": self.seconds / 5, "steps": None}
+        if what == "run_many":
+            queue = arguments["prompts"]
+            self.diary.append((self.name, len(queue)))
+            if len(queue) == self.fails_on:
+                raise PeerError("out of luck")
+            return {"answers": [[self.token] * arguments["max_new_tokens"] for _ in queue], "seconds": self.seconds}
         if what == "encode":
             return {"prompts": [[0], [1], [2], [3]], "eos_token_ids": [2], "manifest_sha256": "ab" * 32}
         return {"load": {"seconds": 0.5}, "quit": {"peak_rss_bytes": 7 << 20}}[what]
@@ -197,9 +223,10 @@ def test_the_report_and_the_table(
     assert report["settings"]["threads"] == 2
     assert report["settings"]["prompts"] == 4
     systems = report["systems"]
-    assert list(systems) == list(peers.DEFAULT_SYSTEMS)
+    assert list(systems) == list(ONE)
     assert systems["onnxruntime-genai"] == {
         "label": "onnxruntime-genai",
+        "precision": "fp32",
         "status": "not installed",
         "reason": "pip install onnxruntime-genai",
     }
@@ -218,7 +245,9 @@ def test_the_report_and_the_table(
     assert len(medusa["runs"]) == 4
 
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [row.split(" | ")[0] for row in rows[2:]] == [
+    shown = [row.split(" | ")[0] for row in rows[2:]]
+    assert {f"| {SYSTEMS[name].label}" for name in ONE if "lookup" in name} < set(shown), "with and without their speculation"
+    assert [name for name in shown if "lookup" not in name] == [
         "| medusa-deploy, Medusa",
         "| medusa-deploy, plain",
         "| llama.cpp (llama-cpp-python)",
@@ -228,9 +257,84 @@ def test_the_report_and_the_table(
     assert all((name, -1) in diary for name in seconds)
 
 
+SLOTS_RATES = {"llama.cpp": 2.0, "openvino-genai": 1.0, "ours-plain": 0.8, "ours-medusa": 0.5, "ours-int8-plain": 1.0}
+
+
+def run_slots(
+    model: Path, monkeypatch: pytest.MonkeyPatch, systems: str, *more: str, fails_on: int = -1
+) -> tuple[dict[str, Any], list[tuple[str, int]]]:
+    diary: list[tuple[str, int]] = []
+
+    def start(name: str, *_: object) -> Talker:
+        failing = fails_on if name == "openvino-genai" else -1
+        return Talker(name, diary, SLOTS_RATES.get(name, 1.0), token=6 if name == "llama.cpp" else 5, fails_on=failing)
+
+    monkeypatch.setattr(peers, "start", start)
+    monkeypatch.setattr(peers, "converted", lambda *_: model)
+    output = model.parent / "slots.json"
+    args = ["--slots", "2,4", "--count", "4", "--repeats", "3", "--systems", systems, "--json", str(output), *more]
+    assert peers.main(command_line(model, *args)) == 0
+    return json.loads(output.read_text()), diary
+
+
+def test_several_at_a_time_the_report_and_the_tables(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = "llama.cpp,openvino-genai,ours-plain,ours-medusa,ours-int8-plain"
+    report, diary = run_slots(model, monkeypatch, names)
+    assert [load["slots"] for load in report["slots"]] == [2, 4]
+    for load in report["slots"]:
+        systems = load["systems"]
+        assert list(systems) == names.split(",")
+        assert systems["ours-medusa"]["tokens_per_s"] == pytest.approx(4 * 10 / 0.5)
+        assert len(systems["ours-medusa"]["rounds"]) == 3
+        assert load["best"] == {
+            "fp32": {"peer": "openvino-genai", "of_best_peer": pytest.approx({"ours-plain": 1.25, "ours-medusa": 2.0})}
+        }, "no peer has 8 bits"
+        assert systems["llama.cpp"]["agreement"]["identical"] == 0
+        assert systems["openvino-genai"]["agreement"] == {"prompts": 4, "identical": 4, "prefix_share": 1.0}
+    queues = [name for name, count in diary if count == 4][:15]
+    assert len({"".join(queues[turn : turn + 5]) for turn in (0, 5, 10)}) == 3, "another system is first in each round"
+    shown = capsys.readouterr().out
+    assert "| medusa-deploy, Medusa | 80.0 | 2.00 | 4/4 | 80.0 | 2.00 | 4/4 |" in shown
+    assert shown.index("**fp32**") < shown.index("**8 bits**")
+
+
+def test_a_system_that_fails_with_several_is_listed_with_the_reason(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report, _ = run_slots(model, monkeypatch, "openvino-genai,ours-plain", "--ignore-eos", fails_on=4)
+    assert report["settings"]["ignore_eos"]
+    assert {load["systems"]["openvino-genai"]["status"] for load in report["slots"]} == {"failed"}
+    assert all(load["best"] == {} for load in report["slots"])
+    shown = capsys.readouterr().out
+    assert "exactly 10 new tokens" in shown
+    assert "- openvino-genai, N = 2: failed: out of luck" in shown
+
+
+def test_the_default_systems_are_those_that_can() -> None:
+    assert all(SYSTEMS[name].several for name in SEVERAL)
+    assert {SYSTEMS[name].precision for name in SEVERAL} == {"fp32", "8 bits"}
+    assert {SYSTEMS[name].precision for name in ONE} == {"fp32"}
+    assert {name.removesuffix("-lookup") for name in ONE if name.endswith("-lookup")} <= set(ONE)
+
+
+def test_ours_answers_several_prompts_as_one_at_a_time(tiny_bundle: Path) -> None:
+    from peer.base import Settings
+
+    prompts = [[1, 5, 9], [2, 4], [3, 3, 3, 3], [7], [8, 9]]
+    for name in ("ours-plain", "ours-medusa"):
+        peer = SYSTEMS[name].peer
+        peer.load(Settings(str(tiny_bundle), 1, 256, [2], ignore_eos=True))
+        alone = [peer.run(prompt, 7).token_ids for prompt in prompts]
+        peer.load(Settings(str(tiny_bundle), 1, 256, [2], slots=3, ignore_eos=True))
+        assert peer.run_many(prompts, 7) == alone
+        assert {len(tokens) for tokens in alone} == {7}
+
+
 def test_without_the_baseline_there_is_no_ratio(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "start", lambda name, *_: Talker(name, []))
-    args = peers.parser().parse_args(command_line(model, "--systems", "transformers"))
+    args = peers.arguments(command_line(model, "--systems", "transformers"))
     entry = peers.run_peers(args)["systems"]["transformers"]
     assert entry["ratio_to_llama_cpp"] is None
     assert entry["agreement"] is None
@@ -242,36 +346,46 @@ def test_a_conversion_is_done_once_and_a_failed_one_leaves_nothing(
 ) -> None:
     cache = tmp_path / "cache"
     program = "import pathlib, sys; print('no such operator'); sys.exit(3)"
-    monkeypatch.setattr(peers, "conversion", lambda *_: [sys.executable, "-c", program])
+    monkeypatch.setattr(convert, "conversion", lambda *_: [sys.executable, "-c", program])
     with pytest.raises(PeerError, match="status 3: no such operator"):
-        peers.converted("openvino", model, cache, {})
+        convert.converted("openvino", model, cache, {})
     assert not [path for path in cache.rglob("*") if path.name.startswith("openvino")]
 
     def write(_: str, __: Path, output: Path, ___: object) -> list[str]:
         return [sys.executable, "-c", f"open({str(output / 'done')!r}, 'x')"]
 
-    monkeypatch.setattr(peers, "conversion", write)
-    folder = peers.converted("openvino", model, cache, {})
+    monkeypatch.setattr(convert, "conversion", write)
+    folder = convert.converted("openvino", model, cache, {})
     assert (folder / "done").is_file()
-    monkeypatch.setattr(peers, "conversion", lambda *_: pytest.fail("converted twice"))
-    assert peers.converted("openvino", model, cache, {}) == folder
+    monkeypatch.setattr(convert, "conversion", lambda *_: pytest.fail("converted twice"))
+    assert convert.converted("openvino", model, cache, {}) == folder
 
     (model / "config.json").write_text('{"rope_theta": 1}')
-    assert peers.fingerprint(model) != folder.parent.name
+    assert convert.fingerprint(model) != folder.parent.name
 
 
 def test_interpreters_can_be_named_for_all_peers_or_for_one() -> None:
     pythons = dict([peers.interpreter(sys.executable), peers.interpreter("transformers=env")])
-    assert peers.python_for("llama.cpp", pythons) == sys.executable
-    assert peers.python_for("transformers", pythons) == "env"
-    assert peers.python_for("ours-plain", {"": "elsewhere"}) == sys.executable
+    assert convert.python_for("llama.cpp", pythons) == sys.executable
+    assert convert.python_for("transformers", pythons) == "env"
+    assert convert.python_for("ours-plain", {"": "elsewhere"}) == sys.executable
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--systems", "vllm"], ["--python", "vllm=env"], ["--python", "/no/such/python"], ["--count", "0"]]
+    "wrong",
+    [
+        ["--systems", "vllm"],
+        ["--python", "vllm=env"],
+        ["--python", "/no/such/python"],
+        ["--count", "0"],
+        ["--slots", "1,4"],
+        ["--slots", "4", "--systems", "transformers"],
+        ["--slots", "4", "--count", "3"],
+        ["--ignore-eos"],
+    ],
 )
 def test_wrong_arguments_are_usage_errors(model: Path, wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        peers.parser().parse_args(command_line(model, *wrong))
+        peers.arguments(command_line(model, *wrong))
     assert exit_.value.code == 2
     assert wrong[0] in capsys.readouterr().err

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import results_page
-from results_sections import markdown, speed
+from results_sections import markdown, slots, speed
 
 REPORTS = sorted(path.stem for path in markdown.RESULTS.glob("*.json"))
 # The table of families is docs/families.md, and the reports of the GPU are tables of docs/gpu.md; path_heads.py reads the costs
@@ -64,3 +64,59 @@ def test_ratios_are_medians_over_prompts_that_both_answered() -> None:
 def test_paragraphs_are_wrapped_and_tables_are_not() -> None:
     row = "| " + "a " * 100 + "|"
     assert markdown.wrapped(f"# {'b ' * 80}\n\n{row}\n\nc\nd\n\n- e\n  f\n- g") == f"# {'b ' * 80}\n\n{row}\n\nc d\n\n- e f\n- g"
+
+
+SIDE = {
+    "tokens_per_s": 81.23,
+    "of_plain": 1.5,
+    "request_tokens_per_s": {"median": 20.5, "worst": 10.25},
+    "first_token_s": {"p50": 0.125, "p99": 0.5},
+    "chunk_gap_s": {"p50": 0.05, "p99": 0.0625},
+}
+AT_ONCE = {
+    "prompts": 16,
+    "max_new_tokens": 128,
+    "repeats": 3,
+    "equal": {"prompts": 16, "of": 16, "different": []},
+    "slots": [{"slots": 4, "plain": SIDE, "rows_5": SIDE, "chosen": SIDE}],
+}
+DURING = {"chunk_gap_s": {"p50": 0.25, "p99": 0.375}}
+LONG_WAY = {"before": SIDE, "during": DURING, "limit_s": 0.5, "first_token_s": 2.5, "met": True}
+LONG = {"long_prompt": 1500, "streams": 4, "repeats": 10, "prefill_chunk": 256, "ways": {"plain": LONG_WAY}}
+
+
+def peer_entry(label: str, tokens_per_s: float, precision: str = "fp32") -> dict[str, object]:
+    same = {"prompts": 16, "identical": 15, "prefix_share": 0.99}
+    known = {"label": label, "precision": precision, "status": "measured", "versions": {"package": "1.2"}}
+    return {**known, "tokens_per_s": tokens_per_s, "agreement": same}
+
+
+BESIDE = {
+    "settings": {"prompts": 16, "max_new_tokens": 128, "threads": 2, "ignore_eos": False},
+    "slots": [
+        {
+            "slots": count,
+            "best": {"fp32": {"peer": "theirs", "of_best_peer": {"ours-plain": 1.5}}},
+            "systems": {
+                "theirs": peer_entry("Theirs", 100.0 * count),
+                "ours-plain": peer_entry("Ours", 150.0 * count),
+                "absent": {"label": "Absent", "precision": "fp32", "status": "not installed", "reason": "pip install it"},
+            },
+        }
+        for count in (4, 8)
+    ],
+}
+
+
+def test_sections_of_several_requests_follow_their_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(markdown, "RESULTS", tmp_path)
+    sections = (slots.at_once, slots.long_prompts, slots.beside)
+    assert [section() for section in sections] == ["", "", ""]
+    for name, found in (("slots-fp32", AT_ONCE), ("long-prompt-int8", LONG), (slots.PEERS, BESIDE)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(found), "utf-8")
+    assert "| 4 | rows chosen in each step | 81.2 | 1.50 | 20.5 | 10.2 | 125 | 50 | 62 |" in slots.at_once()
+    assert "8 bits" not in slots.at_once()
+    assert "| 8 bits | plain | 50 | 62 | 250 | 375 | 500 | 2500 | yes |" in slots.long_prompts()
+    told = slots.beside()
+    assert "| Ours | package 1.2 | 600.0 | 1.50 | 15 of 16 | 1200.0 | 1.50 | 15 of 16 |" in told
+    assert "Absent" not in told

@@ -66,6 +66,21 @@ def test_a_long_prompt_is_prefilled_in_chunks(smollm2: Session) -> None:
     assert smollm2.generate(token_ids=prompt, max_new_tokens=24).token_ids == plain.token_ids
 
 
+def test_a_second_turn_starts_at_least_five_times_sooner(smollm2_bundle: Path) -> None:
+    cold, warm = (load(smollm2_bundle, slots=2, check_hashes=False, prefix_cache=on) for on in (False, True))
+    text = "The harbour master wrote down every ship. " * 140 + "What did the harbour master write down?"
+    first = warm.encode(Request(messages=[{"role": "user", "content": text}]))
+    assert len(first) >= 1000
+    answer = warm.generate(token_ids=first, max_new_tokens=8).token_ids
+    turns = [[*first, *answer, *warm.encode(Request(prompt=ask))] for ask in (" Where?", " When?", " Who was there?")]
+    for second in turns:
+        before, after = (session.generate(token_ids=second, max_new_tokens=12) for session in (cold, warm))
+        assert after.token_ids == before.token_ids
+        assert after.stats.cached_tokens >= 1000 and before.stats.cached_tokens == 0
+        assert 5 * after.stats.prefill_seconds <= before.stats.prefill_seconds
+    assert warm.prefix_stats.hits == len(turns)
+
+
 def test_equal_seeds_give_equal_text_with_and_without_speculation(smollm2: Session) -> None:
     params = SamplingParams(mode="sample", temperature=0.7, top_p=0.95, repetition_penalty=1.1, seed=7)
     messages = [{"role": "user", "content": "Tell me about a walk by the sea."}]

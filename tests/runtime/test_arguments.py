@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from medusa_deploy.runtime import Request, SamplingParams, Session, load
+from medusa_deploy.runtime import Request, SamplingParams, Session, arguments, load
 from medusa_deploy.runtime.errors import DeployError, SamplingError, UsageError
 from medusa_deploy.runtime.request import Rows
 
@@ -99,3 +100,49 @@ def test_records_refuse_before_a_session_sees_them() -> None:
     with pytest.raises(DeployError):
         Rows(0)
     assert Request(token_ids=[1], max_new_tokens=np.int64(2)).max_new_tokens == 2  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True)
+class Knobs:
+    count: int = 3
+    share: float = 0.5
+    on: bool = False
+    name: str = "a"
+    most: int | None = None
+    place: Path | None = None
+
+    def __post_init__(self) -> None:
+        arguments.settle(self, {"count": (1, 9), "share": (0, 1)})
+
+
+def test_a_record_of_settings_settles_its_fields() -> None:
+    found = Knobs(np.int64(4), np.float32(0.25), np.True_, None, np.int32(7), "a/b")  # type: ignore[arg-type]
+    assert found == Knobs(4, 0.25, True, "a", 7, Path("a/b"))
+    assert [type(getattr(found, each.name)) for each in dataclasses.fields(found)][:5] == [int, float, bool, str, int]
+    assert Knobs(None, None, None, None, None, None) == Knobs()  # type: ignore[arg-type]
+    assert Knobs(share=1).share == 1.0 and type(Knobs(share=1).share) is float
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"count": 0}, {"count": 10}, {"count": 2.0}, {"count": "2"}, {"count": True}, {"share": 1.5}, {"share": "x"},
+     {"share": float("nan")}, {"on": 1}, {"name": 3}, {"most": 1.5}, {"most": -1}, {"place": 3}, {"place": ""}],
+    ids=str,
+)  # fmt: skip
+def test_a_field_of_another_type_or_size_is_refused_by_name(change: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"^{next(iter(change))} is ") as caught:
+        Knobs(**change)
+    assert caught.value.hint.startswith(next(iter(change)))
+
+
+@pytest.mark.parametrize("value", ["sm_89", b"x", 3, None, [1], ["a", None]], ids=str)
+def test_what_is_no_list_of_strings_is_refused(value: Any) -> None:
+    with pytest.raises(UsageError, match="names is"):
+        arguments.strings("names", value)
+
+
+@pytest.mark.parametrize("value", ["12", b"12", 3, None, ["1"], [True], [0], {1: 2}], ids=str)
+def test_what_is_no_list_of_integers_is_refused(value: Any) -> None:
+    assert arguments.integers("sizes", np.array([1, 2])) == (1, 2)
+    with pytest.raises(UsageError, match="sizes is"):
+        arguments.integers("sizes", value)

@@ -1,10 +1,11 @@
-"""Reads the project's documents: fenced blocks and the shell commands in them."""
+"""Reads the project's documents, fenced blocks and the shell commands in them, and HTML."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -43,3 +44,29 @@ def commands(path: Path) -> Iterator[list[str]]:
                     words = words[1:]
                 if words:
                     yield words
+
+
+class Reader(HTMLParser):
+    """Tags that are open, and what a browser would run or fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen += [tag, *(f"{tag} {name}" for name, _ in attrs)]
+        if tag not in ("meta", "rect", "circle", "line", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("rect", "circle", "line", "polyline"):
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen += [tag, *(f"{tag} {name}" for name, _ in attrs)]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)

@@ -193,6 +193,12 @@ class FakeRuntime:
         self._push(self._default, lambda: ctypes.memset(_pointer(self.bytes_at(address, nbytes)), value, nbytes) and None)
         return (cudaError_t.cudaSuccess,)
 
+    def cudaMemsetAsync(self, address: int, value: int, nbytes: int, stream: Handle) -> _Result:
+        self.calls["cudaMemsetAsync"] += 1
+        self.bytes_at(address, nbytes)
+        self._push(stream, lambda: ctypes.memset(_pointer(self.bytes_at(address, nbytes)), value, nbytes) and None)
+        return (cudaError_t.cudaSuccess,)
+
     def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: cudaMemcpyKind, stream: Handle) -> _Result:
         self.calls[f"copy {kind.name.removeprefix('cudaMemcpy')}"] += 1
         to_device = kind == cudaMemcpyKind.cudaMemcpyHostToDevice

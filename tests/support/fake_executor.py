@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from medusa_deploy.runtime import SamplingParams
 from medusa_deploy.runtime.executors.executor import Abilities, CacheLayout
 from medusa_deploy.runtime.executors.step_plan import SlotResult, SlotRows, StepPlan, StepResult
 from medusa_deploy.runtime.files.bundle import Bundle
 from medusa_deploy.runtime.files.manifest import Manifest, TextFacts
+from medusa_deploy.runtime.sampling import draw, scores, uniform, weights
 from medusa_deploy.runtime.session import Session
 from medusa_deploy.runtime.tree import Tree
 from support.records import manifest
@@ -79,7 +81,7 @@ class FakeExecutor:
         self.layout = CacheLayout(
             backbone.layers, slots, backbone.kv_heads, facts.limits.cache_rows, backbone.head_dim, facts.dtype
         )
-        self.abilities = Abilities(slots, heads.num_heads, padded=padded)
+        self.abilities = Abilities(slots, heads.num_heads, padded=padded, copies=True)
         self.engine_seconds = 0.0
         self.language = _language(backbone.vocab_size, heads.num_heads, heads.top_k, seed)
         self.calls = 0
@@ -106,6 +108,11 @@ class FakeExecutor:
     def propose(self, hidden: np.ndarray, root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         candidates = np.stack([self.language.propose(int(h[0]), int(r)) for h, r in zip(hidden, root, strict=True)])
         return candidates, np.zeros(candidates.shape, np.float32)
+
+    def copy(self, source: int, target: int, rows: int) -> None:
+        end = self._margin + rows
+        for cache in (self._tokens, self._positions):
+            cache[target, self._margin : end] = cache[source, self._margin : end]
 
     def took(self, seconds: float) -> None:
         """The newest call took so long; tests make it up."""
@@ -215,3 +222,16 @@ class FakeSession(Session):
     @property
     def language(self) -> FakeLanguage:
         return self.executor.language
+
+
+def plain_reference(language: FakeLanguage, params: SamplingParams, prompt: list[int], count: int) -> list[int]:
+    """One token at a time from the language itself: no engine, no slots, no cache."""
+    tokens = list(prompt)
+    for _ in range(count):
+        row = scores(params, language.table[language.state(tokens)], tokens, len(prompt))
+        if params.mode == "sample":
+            assert params.seed is not None
+            tokens.append(draw(weights(params, row), uniform(params.seed, len(tokens))))
+        else:
+            tokens.append(int(row.argmax()))
+    return tokens[len(prompt) :]

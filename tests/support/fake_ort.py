@@ -20,14 +20,22 @@ class DeviceValue:
     """A tensor on the device."""
 
     def __init__(self, array: np.ndarray, device: str) -> None:
-        self.array, self.device = array, device
+        self.array, self.device, self.read = array, device, 0
 
     def data_ptr(self) -> int:
         return int(self.array.ctypes.data)
 
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
     def numpy(self) -> np.ndarray:
-        assert self.device == "cpu", "a device tensor was read by the host"
-        return self.array
+        """A copy, where the tensor lies on the device; ``read`` counts them."""
+        self.read += self.device != "cpu"
+        return self.array if self.device == "cpu" else self.array.copy()
+
+    def update_inplace(self, array: np.ndarray) -> None:
+        assert (array.shape, array.dtype) == (self.array.shape, self.array.dtype)
+        self.array[...] = array
 
 
 class Binding:

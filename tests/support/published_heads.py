@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
+
+from medusa_deploy.export.heads.layouts import ReadHeads
+from medusa_deploy.export.heads.module import HeadStack
 
 HIDDEN = 16
 VOCAB = 40
@@ -140,3 +144,28 @@ def save_shards(folder: Path, tensors: dict[str, Tensor], place: Callable[[str],
     for file in set(names.values()):
         save(folder, file, {name: tensor for name, tensor in tensors.items() if names[name] == file})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+OUTPUT = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1)) * 0.3
+
+
+def check_same(read: ReadHeads, source: Source, *, exact: bool = True) -> None:
+    """The record holds the source's numbers, and proposes what the source's maker would."""
+    heads = read.heads
+    assert (heads.config.num_heads, heads.config.num_layers) == (len(source.blocks), len(source.blocks[0]))
+    assert heads.config.hidden_size == HIDDEN
+    tolerance = 0 if exact else 1e-6
+    for head, layers in enumerate(source.blocks):
+        for layer, (weight, bias) in enumerate(layers):
+            read_weight, read_bias = heads.layer(head, layer)
+            np.testing.assert_allclose(read_weight, weight.float().numpy(), atol=tolerance)
+            np.testing.assert_allclose(read_bias, np.zeros(HIDDEN) if bias is None else bias.float().numpy(), atol=tolerance)
+    output = torch.nn.Linear(HIDDEN, VOCAB, bias=False)
+    output.weight = torch.nn.Parameter(OUTPUT, requires_grad=False)
+    stack = HeadStack(heads, output, 5, torch.float32)
+    for seed in range(4):
+        state = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(seed))
+        candidates, log_probs = stack(state[None, None], torch.zeros(1, 1, HIDDEN))
+        expected, expected_log_probs = source.candidates(state, OUTPUT, 5)
+        torch.testing.assert_close(candidates[0], expected)
+        torch.testing.assert_close(log_probs[0], expected_log_probs, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Random candidate trees."""
+"""Candidate trees: random ones, and a wide one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from medusa_deploy.runtime.tree import RankPath, Tree
+
+WIDE = Tree.from_choices([(a, *rest) for a in range(3) for rest in [(), (0,), (1,), (0, 0)]])
 
 
 def grow(seeds: list[tuple[int, int]], *, depth: int, top_k: int) -> list[RankPath]:

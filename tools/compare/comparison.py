@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...runtime.arguments import MAX_INTEGER, integer, number, settings
 from ...runtime.errors import CapacityError, UsageError, VocabularyMismatchError
 from ...runtime.session import Session
 from ..console import Progress
@@ -49,6 +50,9 @@ def compare(
         MissingDependencyError: onnx, which reads the graphs, isn't installed.
     """
     require("calibrate")
+    max_new_tokens, rows = integer("max_new_tokens", max_new_tokens, 64), integer("rows", rows, None, low=-MAX_INTEGER)
+    tolerance, threads = number("tolerance", tolerance, None), integer("threads", threads, None)
+    budget = settings("budget", budget, QualityBudget)
     sessions = {"a": a, "b": b}
     rows = _check(sessions, prompts, max_new_tokens, rows)
     bar = progress or _silent()
@@ -84,7 +88,7 @@ def compare(
         "speed": speed,
         "size": _sizes(sessions),
     }
-    return {"verdict": judge(report, budget or QualityBudget()), **report}
+    return {"verdict": judge(report, budget), **report}
 
 
 def _check(sessions: Mapping[str, Session], prompts: Sequence[list[int]], max_new_tokens: int, rows: int | None) -> int:

@@ -11,40 +11,11 @@ from html import escape
 from typing import Any
 
 from ..console import human_bytes
-from .svg_chart import Series, bars, lines, percent, short
+from ..page.document import card, document, table
+from ..page.svg_chart import Series, bars, lines, percent, short
 from .table import check_words, rows, side_name, unexplained
 
 _LONGEST_PROMPT = 400
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --quiet: #5b6675; --page: #f5f6f8; --card: #ffffff; --edge: #dde1e7;
-  --good: #18794e; --bad: #c2321f; --blue: #2f6fde; --orange: #d9690f; --teal: #0f8a8a; --violet: #8a4fd0; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --quiet: #a0a9b6; --page: #14181e; --card: #1d232b; --edge: #343d49;
-  --good: #4cc38a; --bad: #ff7a66; --blue: #6ea5ff; --orange: #ff9f4a; --teal: #3fc6c6; --violet: #bd93f9; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 16px; max-width: 1180px; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.35rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 1.6rem 0 .5rem; } h3 { font-size: 1rem; margin: 0; }
-p { margin: .3rem 0; } .quiet { color: var(--quiet); font-size: .87rem; }
-.card { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; padding: 14px; min-width: 0; }
-.grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 350px), 1fr)); }
-.verdict { border-left: 6px solid var(--bad); } .verdict.pass { border-left-color: var(--good); }
-.verdict strong { color: var(--bad); } .verdict.pass strong, li.pass b { color: var(--good); } li b { color: var(--bad); }
-ul { margin: .4rem 0; padding-left: 0; list-style: none; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 4px 10px 4px 0; text-align: right; border-bottom: 1px solid var(--edge); }
-th:first-child, td:first-child { text-align: left; } td:last-child, th:last-child { padding-right: 0; }
-tbody tr:last-child td { border-bottom: 0; }
-svg { display: block; width: 100%; height: auto; max-width: 560px; } svg text { fill: var(--quiet); font-size: 11.5px; }
-.grid line, line.grid { stroke: var(--edge); stroke-width: 1; } .fill { fill: var(--c); }
-.line { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round; }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: .84rem; color: var(--quiet); }
-.legend i { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .4em; background: var(--c); }
-.a { --c: var(--blue); } .b { --c: var(--orange); } .c { --c: var(--teal); } .d { --c: var(--violet); } .soft { opacity: .5; }
-blockquote { margin: .4rem 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .9rem; }
-blockquote .same { color: var(--quiet); } blockquote mark { background: none; color: inherit; }
-details { margin-top: 12px; } pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; }
-@media (max-width: 560px) { body { padding: 10px; } th, td { padding-right: 7px; font-size: .84rem; } }
-"""
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -53,19 +24,13 @@ def page(report: Mapping[str, Any]) -> str:
     title = f"{names['b']} against {names['a']}"
     body = [
         _verdict(report, names),
-        f'<h2>In numbers</h2>\n<div class="card wide">{_table(["", "A", "B", "B against A"], rows(report))}</div>',
+        f'<h2>In numbers</h2>\n<div class="card wide">{table(["", "A", "B", "B against A"], rows(report))}</div>',
         _divergences(report),
         f'<h2>In pictures</h2>\n<div class="grid">{"".join(_charts(report))}</div>',
         f"<h2>Greedy answers side by side</h2>\n{_examples(report['greedy'])}",
         _details(report),
     ]
-    # The policy keeps a browser from fetching anything, whatever text the page shows.
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
-    )
+    return document(title, body)
 
 
 def _verdict(report: Mapping[str, Any], names: Mapping[str, str]) -> str:
@@ -90,27 +55,13 @@ def _divergences(report: Mapping[str, Any]) -> str:
     return f'<h2>Divergences from its own plain decoding</h2>\n<div class="card">{told}</div>' if told else ""
 
 
-def _table(headers: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(header)}</th>" for header in headers)
-    body = "".join(f"<tr>{_cells(line)}</tr>" for line in cells)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _cells(line: Sequence[str]) -> str:
-    """Cells of a line. The last one spans the empty ones before it, which gives it the room that a phone lacks."""
-    first, *rest = line
-    empty = next((index for index, cell in enumerate(rest) if cell), 0)
-    spanned = f'<td colspan="{empty + 1}">{escape(rest[empty])}</td>'
-    return f"<td>{escape(first)}</td>{spanned}" + "".join(f"<td>{escape(cell)}</td>" for cell in rest[empty + 1 :])
-
-
 def _charts(report: Mapping[str, Any]) -> list[str]:
     """Charts of the report, one card each."""
     texts = {name: report[name] for name in ("answers", "prose") if report[name] is not None}
     answers, heads, acceptance, layers = (report[name] for name in ("answers", "heads", "acceptance", "layers"))
     kl = answers["kl_nats"]
     found = [
-        _card(
+        card(
             "How far B's predictions are from A's",
             bars(
                 _between(kl["histogram"]["edges"]),
@@ -124,8 +75,8 @@ def _charts(report: Mapping[str, Any]) -> list[str]:
             ),
             f"Share of positions. On A's answers: mean {kl['mean']:.2g}, 99th percentile {kl['p99']:.2g} nats.",
         ),
-        _card("Same token, by position in the answer", *_agreement(report)),
-        _card("Are disagreements near ties?", *_margins(answers)),
+        card("Same token, by position in the answer", *_agreement(report)),
+        card("Are disagreements near ties?", *_margins(answers)),
     ]
     shown = [str(layer) for layer in range(len(layers["median"]))]
     missing = layers["not_comparable"]
@@ -136,7 +87,7 @@ def _charts(report: Mapping[str, Any]) -> list[str]:
     else:
         drawn, note = "<p>No layer is comparable: the graphs don't share their layers.</p>", ""
     told = "Error of a layer's output relative to its size, on the same tokens; a few huge positions decide the root mean square."
-    found.append(_card("Where the error comes from", drawn, told + note))
+    found.append(card("Where the error comes from", drawn, told + note))
     series = [
         Series(f"{side.upper()}, {words}", f"{side}{soft}", heads[side][rank])
         for rank, words, soft in (("top1", "first candidate", ""), ("top5", "first five", " soft"))
@@ -145,7 +96,7 @@ def _charts(report: Mapping[str, Any]) -> list[str]:
     told = f"At the same {heads['positions']} positions of A's answers, {heads['left_out']} left out: a side chose another token."
     numbers = [str(1 + head) for head in range(max(len(heads[side]["top1"]) for side in ("a", "b")))]
     padded = [each._replace(values=[*each.values, *[None] * (len(numbers) - len(each.values))]) for each in series]
-    found.append(_card("How often heads are right", bars(numbers, padded, "head", percent), told))
+    found.append(card("How often heads are right", bars(numbers, padded, "head", percent), told))
     accepted = {side: _shares(acceptance[side]["histogram"]) for side in ("a", "b")}
     numbers = [str(count) for count in range(max(map(len, accepted.values())))]
     series = [
@@ -153,7 +104,7 @@ def _charts(report: Mapping[str, Any]) -> list[str]:
         for side, shares in accepted.items()
     ]
     told = f"Share of steps. {report['rows']} rows in every step, of the heads alone."
-    found.append(_card("What a step accepts", bars(numbers, series, "drafted tokens accepted", percent), told))
+    found.append(card("What a step accepts", bars(numbers, series, "drafted tokens accepted", percent), told))
     return found
 
 
@@ -187,10 +138,6 @@ def _margins(answers: Mapping[str, Any]) -> tuple[str, str]:
     told = f"{count} of {answers['positions']} positions disagree; there A's margin is {margins['disagreeing']['median']:.2g} "
     drawn = bars(_between(histogram["edges"]), series, "A's best token ahead of its second, nats", percent)
     return drawn, f"{told}nats in the median, and at most {margins['disagreeing']['largest']:.2g}."
-
-
-def _card(title: str, drawn: str, told: str) -> str:
-    return f'<section class="card"><h3>{escape(title)}</h3>\n{drawn}\n<p class="quiet">{escape(told)}</p></section>\n'
 
 
 def _between(edges: Sequence[float]) -> list[str]:
@@ -235,6 +182,6 @@ def _details(report: Mapping[str, Any]) -> str:
     facts = json.dumps(report["environment"], indent=1, ensure_ascii=False)
     told = "Files of weights are shared by the graphs of a bundle; the table above counts what each graph reads of them."
     return (
-        f'<details class="card"><summary>Files and environment</summary>\n<div class="wide">{_table(["", "file", "size"], files)}'
+        f'<details class="card"><summary>Files and environment</summary>\n<div class="wide">{table(["", "file", "size"], files)}'
         f'</div>\n<p class="quiet">{told}</p>\n<pre>{escape(facts)}</pre></details>'
     )

@@ -7,11 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
+from ...runtime.arguments import flag, integer, number
+from ...runtime.request import Request
 from ...runtime.sampling import SamplingParams
 from ...runtime.session import Session
-from ...runtime.tree import Tree
+from ...runtime.tree import ROOT_ONLY, Tree
 from ..console import table
-from ..measure.timed_run import Way
+from ..measure.timed_run import GREEDY, Way
 from ..prompt_source import check_room
 from .first_divergence import DivergenceFinder, Tally, describe_divergence
 from .reference import Reference
@@ -20,6 +24,7 @@ from .rounding import tolerance_of
 Advance = Callable[[int, str], object]
 Save = Callable[[dict[str, Any]], object]
 BEST_ROWS, AUTOMATIC = "best-rows", "automatic"
+_TOGETHER = "together, "
 _COUNTS = ("prompts", "tokens_compared", "divergences", "explained", "unexplained")
 
 
@@ -41,6 +46,9 @@ def verify(
     ``best_rows`` adds two runs without a tree. Each of their steps takes the rows that promise most, prompt lookup included:
     as many as the bundle's tree has (``best-rows``), or as many as pay, as sessions draft by default (``automatic``).
 
+    A session of several slots also decodes all prompts together, in a random order, plainly and in those two ways. Whoever else
+    decodes must change no token: these runs, too, are compared with plain decoding alone.
+
     Sequences run to ``max_new_tokens``, past end-of-sequence tokens. Where a tree first differs from plain decoding, the
     position is computed again in several ways; their measured noise explains the difference or doesn't (:mod:`.rounding`).
     Tokens after a divergence aren't compared: their context differs.
@@ -54,6 +62,8 @@ def verify(
         CapacityError: a prompt and its answer don't fit.
         TreeError: a tree doesn't fit the bundle.
     """
+    best_rows, max_new_tokens = flag("best_rows", best_rows), integer("max_new_tokens", max_new_tokens, 64)
+    tolerance = number("tolerance", tolerance, None)
     check_room(session, list(prompts), max_new_tokens)
     finder = DivergenceFinder(session, tolerance_of(session) if tolerance is None else tolerance)
     ways = {name: Way(tree) for name, tree in trees.items()}
@@ -66,6 +76,11 @@ def verify(
     }
     depth = session.manifest.heads.num_heads
     shapes |= {BEST_ROWS: {"rows": session.tree.rows, "depth": depth}, AUTOMATIC: {"rows": None, "depth": depth}}
+    shared = {"plain": Way(ROOT_ONLY), **{name: way for name, way in ways.items() if name in (BEST_ROWS, AUTOMATIC)}}
+    shared = {f"{_TOGETHER}{name}": way for name, way in shared.items()} if session.slots.slots > 1 else {}
+    tallies |= {name: Tally() for name in shared}
+    shapes |= {name: {"rows": way.tree.rows if way.tree else way.rows, "depth": None} for name, way in shared.items()}
+    alone: list[list[int]] = []
     done, started = 0, time.perf_counter()
 
     def report_after(count: int) -> dict[str, Any]:
@@ -74,6 +89,7 @@ def verify(
             "prompts": count,
             "max_new_tokens": max_new_tokens,
             "tolerance": finder.tolerance,
+            "slots": session.slots.slots,
             "trees": {name: {**shapes[name], **tally.report()} for name, tally in tallies.items()},
         }
         if reference is not None:
@@ -83,12 +99,16 @@ def verify(
         report["seconds"] = time.perf_counter() - started
         return report
 
+    def params_of(index: int) -> SamplingParams | None:
+        return None if sample is None else replace(sample, seed=(sample.seed or 0) + index)
+
     for index, prompt in enumerate(prompts):
-        params = None if sample is None else replace(sample, seed=(sample.seed or 0) + index)
+        params = params_of(index)
         options: dict[str, Any] = {"token_ids": prompt, "max_new_tokens": max_new_tokens, "ignore_eos": True}
         if params is not None:
             options["params"] = params
         plain = session.generate(speculative=False, **options).token_ids
+        alone.append(plain)
         progress(done := done + 1, f"prompt {index + 1}, plain")
         for name, way in ways.items():
             run = session.generate(**{**way.options, **options})
@@ -99,6 +119,18 @@ def verify(
             finder.add(against, index, prompt, plain, reference.generate(prompt, max_new_tokens), params, reference)
             progress(done := done + 1, f"prompt {index + 1}, reference")
         save(report_after(index + 1))
+    for name, way in shared.items():
+        order = np.random.default_rng(0).permutation(len(prompts)).tolist()
+        fields = {**way.options, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+        requests = [Request(token_ids=prompts[index], **{**fields, "params": params_of(index) or GREEDY}) for index in order]
+        for at, run in session.generate_many(requests):
+            index = order[at]
+            tallies[name].count(run.stats)
+            finder.add(
+                tallies[name], index, prompts[index], alone[index], run.token_ids, params_of(index), way.tree or session.tree
+            )
+            progress(done := done + 1, f"prompt {index + 1}, {name}")
+        save(report_after(len(prompts)))
     return report_after(len(prompts))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .shapes import SIZES
 
-STAGES = ("doctor", "exact", "memory", "curve", "sizes", "overhead", "breakdown")
+STAGES = ("doctor", "exact", "memory", "curve", "batch", "sizes", "overhead", "breakdown")
 LIMIT_SECONDS = 480
 """The longest that a stage may take, its start included."""
 

@@ -82,6 +82,16 @@ def _curve(results: Mapping[str, Any]) -> str:
     return table(rows, ["curve: ms, size", "visible", *(f"{n} rows" for n in counts)]) if rows else ""
 
 
+def _batch(results: Mapping[str, Any]) -> str:
+    counts = sorted({int(n) for entry in results.values() for by_slots in entry["rows"].values() for n in by_slots})
+    rows = [
+        [backend, count, *(f"{by_slots[str(n)]['ms']:.2f}" if str(n) in by_slots else None for n in counts)]
+        for backend, entry in results.items()
+        for count, by_slots in entry["rows"].items()
+    ]
+    return table(rows, ["batch: ms, executor", "rows a slot", *(f"{n} slots" for n in counts)]) if rows else ""
+
+
 def _sizes(results: Mapping[str, Any]) -> str:
     shares = ("of_read_bandwidth", "host_fraction")
     rows = [
@@ -129,6 +139,7 @@ _SECTIONS = {
     "exact": _exact,
     "memory": _memory,
     "curve": _curve,
+    "batch": _batch,
     "sizes": _sizes,
     "overhead": _overhead,
     "breakdown": _breakdown,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...runtime.arguments import flag, integer, number, optional_path, path, settings
 from ...runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,9 +21,9 @@ DEFAULT_NEW_TOKENS = 64
 
 
 def calibrate(
-    bundle: Path,
-    output: Path,
-    data: Path | None = None,
+    bundle: Path | str,
+    output: Path | str,
+    data: Path | str | None = None,
     method: Method | None = None,
     *,
     samples: int | None = None,
@@ -55,9 +56,14 @@ def calibrate(
     from ..console import Progress
     from ..prompt_source import packaged_prompts
 
-    refuse_existing(output, force=force)
-    path, count = (packaged_prompts("train"), samples or DEFAULT_SAMPLES) if data is None else (data, samples)
-    alphas = ALPHAS if smooth == "auto" else () if smooth == "off" else (float(smooth),)
+    bundle, output, data = path("bundle", bundle), path("output", output), optional_path("data", data)
+    method, smooth = settings("method", method, Method), "auto" if smooth is None else smooth
+    samples = integer("samples", samples, DEFAULT_SAMPLES if data is None else None)
+    max_new_tokens, threads = integer("max_new_tokens", max_new_tokens, None), integer("threads", threads, None)
+    layer_by_layer = None if layer_by_layer is None else flag("layer_by_layer", layer_by_layer)
+    alphas = ALPHAS if smooth == "auto" else () if smooth == "off" else (number("smooth", smooth, 0.0, 0, 1),)
+    smooth = smooth if isinstance(smooth, str) else float(smooth)
+    refuse_existing(output, force=flag("force", force))
     progress_file = output.with_name(f"{output.name}.progress")
     with Progress("load") as bar:
         opened = open_bundle(bundle)
@@ -67,7 +73,8 @@ def calibrate(
                 f"layer by layer ({reason}) no prompt is answered, and {max_new_tokens} new tokens are asked for",
                 hint="leave --max-new-tokens out, or give --no-layer-by-layer where memory suffices",
             )
-        way = _Way(path, count, alphas, {"smooth": smooth, "alphas": list(alphas)}, method or Method(), threads)
+        smoothing = {"smooth": smooth, "alphas": list(alphas)}
+        way = _Way(data or packaged_prompts("train"), samples, alphas, smoothing, method, threads)
         if reason is None:
             scales = _with_answers(opened, way, max_new_tokens or DEFAULT_NEW_TOKENS, progress_file, bar)
         else:

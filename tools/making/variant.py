@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...runtime.arguments import choice, flag, integer, number, optional_path, path, settings
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -14,21 +16,22 @@ if TYPE_CHECKING:
     from ...runtime.files.bundle import Bundle
     from ...runtime.files.scales_file import Scales
     from ..console import Progress
-    from ..measure.divergence import Divergence
+    from ..measure.kl import Divergence
 
 BITS = (4, 8, 32)
+ROUNDINGS = ("gptq", "nearest")
 BUDGET_PROMPTS, BUDGET_TOKENS = 6, 48
 MOMENT_PROMPTS, MOMENT_TOKENS = 48, 48
 
 
 def quantise(
-    bundle: Path,
-    scales: Path | None = None,
+    bundle: Path | str,
+    scales: Path | str | None = None,
     *,
     name: str | None = None,
     precision: CpuPrecision | None = None,
     budget: float | None = None,
-    data: Path | None = None,
+    data: Path | str | None = None,
     samples: int | None = None,
     rounding: str = "gptq",
     threads: int | None = None,
@@ -62,15 +65,19 @@ def quantise(
     from ...runtime.files.scales_file import read_scales
     from ..console import Progress
 
-    precision = precision or CpuPrecision()
-    name = name or f"cpu-int{precision.layers}"
+    bundle, scales, data = path("bundle", bundle), optional_path("scales", scales), optional_path("data", data)
+    precision = settings("precision", precision, CpuPrecision)
+    name = f"cpu-int{precision.layers}" if name is None else name
+    budget, samples = number("budget", budget, None), integer("samples", samples, MOMENT_PROMPTS)
+    rounding = choice("rounding", rounding, ROUNDINGS, "gptq")
+    threads, force = integer("threads", threads, None), flag("force", force)
     with locked(bundle), Progress("load") as bar:
         opened = open_bundle(bundle)
         _check(opened, name, precision, force=force)
         found = None if scales is None else with_takers(read_scales(scales, opened.manifest), opened)
         moments = None
         if precision.layers == 4 and rounding == "gptq":
-            moments = _moments(opened, data, samples or MOMENT_PROMPTS, threads, bar)
+            moments = _moments(opened, data, samples, threads, bar)
         measured: dict[str, Any] = {}
         made: Made = {}
         source = opened.path(opened.manifest.variants["cpu"])
@@ -114,7 +121,7 @@ def _moments(bundle: Bundle, data: Path | None, samples: int, threads: int | Non
     from ..prompt_source import check_room, packaged_prompts
 
     bar.phase("answers for GPTQ", samples)
-    session = load(bundle.folder, threads=threads, check_hashes=False)
+    session = load(bundle.folder, threads=threads, check_hashes=False, prefix_cache=False)
     prompts = read_samples(session, data or packaged_prompts("train"), samples, MOMENT_TOKENS + 1)
     check_room(session, prompts, MOMENT_TOKENS + 1)
     texts = []
@@ -131,11 +138,11 @@ def _divergence(bundle: Bundle, data: Path | None, threads: int | None, bar: Pro
     from ...calibration.int8.samples import categories_in_turn
     from ...runtime.session import load
     from ...runtime.text.prompts import read_prompts
-    from ..measure.divergence import Divergence
+    from ..measure.kl import Divergence
     from ..prompt_source import packaged_prompts
 
     bar.phase("answers for the budget")
-    session = load(bundle.folder, variant="cpu", threads=threads, check_hashes=False)
+    session = load(bundle.folder, variant="cpu", threads=threads, check_hashes=False, prefix_cache=False)
     lines = categories_in_turn(read_prompts(data or packaged_prompts("train"))[::-1])[:BUDGET_PROMPTS]
     return Divergence(session, [session.encode(line.request()) for line in lines], BUDGET_TOKENS, threads)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ...runtime.arguments import integer, integers, number
 from ...runtime.errors import UsageError
 from ...runtime.sampling import SamplingParams
 from ...runtime.session import Session
@@ -58,6 +59,10 @@ def bench(
         CapacityError, TreeError: a prompt or the tree doesn't fit.
         UsageError: nothing to measure.
     """
+    rows, fixed_rows = integer("rows", rows, None), () if fixed_rows is None else integers("fixed_rows", fixed_rows)
+    max_new_tokens = integer("max_new_tokens", max_new_tokens, 128)
+    repeats, warmup = integer("repeats", repeats, 3, low=0), integer("warmup", warmup, 1, low=0)
+    temperature, seed = number("temperature", temperature, 0.0), integer("seed", seed, 0, low=0)
     if not prompts or repeats < 1 or max_new_tokens < 2:
         raise UsageError(
             f"{len(prompts)} prompts, {repeats} repeats, {max_new_tokens} tokens", hint="at least 1 prompt, 1 repeat and 2 tokens"

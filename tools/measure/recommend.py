@@ -8,7 +8,7 @@ from typing import Any
 
 from ...runtime.session import Session
 from ...runtime.tree import ROOT_ONLY
-from .divergence import Divergence
+from .kl import Divergence
 from .timed_run import Way, timed_run
 
 BUDGET = 0.005

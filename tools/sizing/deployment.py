@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ...runtime.arguments import MAX_INTEGER, integer, integers, number
 from ...runtime.errors import UsageError
 from ...runtime.files.heads import HeadConfig, HeadKind, Projection
 from .advice import commands_for, notes_for, suggestions_for
 from .capacity import PRECISIONS, Footprint, Heads, Limits, cache_bytes_per_token, footprint, heads_of
 from .gpus import Gpu, find_gpu
-from .source import Source, positions, source_of_bundle, source_of_model, source_of_size
+from .source import Source, source_of_bundle, source_of_model, source_of_size
 from .step_estimate import HeadsEstimate, StepEstimate, compare_heads, estimate_step
 
 GIB = 1 << 30
@@ -95,6 +96,11 @@ def plan_deployment(
         UsageError: an unknown size, GPU, precision or form of heads, or a number out of range.
         CheckpointError, UnsupportedArchitectureError, BundleError, MissingDependencyError: the model or bundle can't be read.
     """
+    any_integer = -MAX_INTEGER
+    capacity, batch = integer("capacity", capacity, None, any_integer), integer("batch", batch, None, any_integer)
+    num_heads, context = integer("num_heads", num_heads, 4, any_integer), integer("context", context, None, any_integer)
+    rows, reserve = None if rows is None else integers("rows", rows, any_integer), integer("reserve", reserve, GIB, low=0)
+    acceptance, precision = number("acceptance", acceptance, None), "fp16" if precision is None else precision
     found = None if gpu is None else find_gpu(gpu)
     source = _source(size, model, bundle)
     if precision not in PRECISIONS:
@@ -156,7 +162,7 @@ def _head_config(source: Source, form: str | None, num_heads: int, kind: HeadKin
 
 
 def _limits(source: Source, capacity: int | None, batch: int | None, rows: tuple[int, ...]) -> Limits:
-    largest = positions(source.backbone.shape)
+    largest = source.backbone.shape.max_position
     if min(rows[0], 1 if batch is None else batch, 1 if capacity is None else capacity) < 1:
         raise UsageError("rows, batch and capacity must be at least 1")
     if source.kind != "bundle" and capacity is not None and capacity > largest:
@@ -186,7 +192,7 @@ def _on_gpu(plan: DeploymentPlan, source: Source, heads: Heads, gpu: Gpu, accept
         estimate = step(rows, heads)
         speed = None if acceptance is None else limits.batch * acceptance / estimate.seconds
         steps.append(replace(estimate, ratio=estimate.seconds / plain.seconds, tokens_per_second=speed))
-    most = positions(source.backbone.shape)
+    most = source.backbone.shape.max_position
     capacities = sorted({limits.capacity, *(n for n in (1024, 2048, 4096, 8192, 16384) if n <= most)})
     fit = Fit(
         gpu,

@@ -17,15 +17,14 @@ from ...runtime.files.backbone import BackboneShape
 class ModelShape(BackboneShape):
     """Adds to a backbone's sizes what its weights and positions depend on: a decoder with gated MLPs and RMS norms.
 
+    ``max_position``: the trained positions. A sliding window limits nothing: caches hold what lies behind it, too.
     ``tied``: the vocabulary projection is the embedding. ``qkv_bias``: queries, keys and values have biases.
-    ``window``: tokens of a sliding attention window, 0 for none.
     """
 
     intermediate_size: int
     max_position: int
     tied: bool = False
     qkv_bias: bool = False
-    window: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,6 @@ class Preset:
             "max_position": shape.max_position,
             "tied": shape.tied,
             "qkv_bias": shape.qkv_bias,
-            "window": shape.window,
         }
         return {
             "name": self.name,
@@ -94,7 +92,7 @@ _QWEN_3B = ModelShape(_QWEN2, 36, 2048, 16, 2, 128, 151936, 11008, 32768, tied=T
 _LLAMA_1B = ModelShape(_LLAMA, 16, 2048, 32, 8, 64, 128256, 8192, 131072, tied=True)
 _LLAMA_3B = ModelShape(_LLAMA, 28, 3072, 24, 8, 128, 128256, 8192, 131072, tied=True)
 _VICUNA_7B = ModelShape(_LLAMA, 32, 4096, 32, 32, 128, 32000, 11008, 4096)
-_ZEPHYR_7B = ModelShape(_MISTRAL, 32, 4096, 32, 8, 128, 32000, 14336, 32768, window=4096)
+_ZEPHYR_7B = ModelShape(_MISTRAL, 32, 4096, 32, 8, 128, 32000, 14336, 32768)
 _LLAMA_8B = ModelShape(_LLAMA, 32, 4096, 32, 8, 128, 128256, 14336, 131072)
 _VICUNA_13B = ModelShape(_LLAMA, 40, 5120, 40, 40, 128, 32000, 13824, 4096)
 _VICUNA_33B = ModelShape(_LLAMA, 60, 6656, 52, 52, 128, 32000, 17920, 2048)

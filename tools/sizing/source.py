@@ -61,13 +61,11 @@ def source_of_model(folder: Path) -> Source:
     config = load_config(fetch_model(folder, weights=False).path, 1)
     module = empty_module(config)
     backbone_sizes = backbone_shape(module)
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     shape = ModelShape(
         **asdict(backbone_sizes),
         intermediate_size=int(getattr(config, "intermediate_size", 4 * backbone_sizes.hidden_size)),
         max_position=int(config.max_position_embeddings),
         tied=module.get_input_embeddings().weight is module.get_output_embeddings().weight,
-        window=int(window or 0),
     )
     tables = {id(module.get_input_embeddings().weight), id(module.get_output_embeddings().weight)}
     layers = norm = Weights()
@@ -81,7 +79,7 @@ def source_of_model(folder: Path) -> Source:
     backbone = Backbone(shape, layers, norm)
     large = backbone.parameters > 5 * 10**9
     rows, chunk = LARGE if large else EDGE
-    limits = Limits(min(4096 if large else 2048, positions(shape)), 1, rows[-1], chunk)
+    limits = Limits(min(4096 if large else 2048, shape.max_position), 1, rows[-1], chunk)
     return Source("model", f"{folder} ({shape.architecture})", str(folder), backbone, limits.at(), rows)
 
 
@@ -143,11 +141,6 @@ def _bundle_backbone(manifest: Manifest, step: Mapping[str, tuple[int, ...]], co
         max(0, total.others - head_weights.others - norm.others - tables_in_graph * table.others),
     )
     return Backbone(shape, layers, norm)
-
-
-def positions(shape: ModelShape) -> int:
-    """Largest capacity: the trained positions, within the attention window if there is one."""
-    return min(shape.max_position, shape.window or shape.max_position)
 
 
 def _weights(dims: tuple[int, ...]) -> Weights:

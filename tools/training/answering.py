@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ...runtime.arguments import MAX_INTEGER, numbers, settle
+
 if TYPE_CHECKING:
     from ...calibration.answers.answers import Answerer
     from ...runtime.text.encoder import PromptEncoder
@@ -34,6 +36,11 @@ class AnswerPlan:
     slots: int = 48
     device: str = "cpu"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        settle(self, dict.fromkeys(("max_new_tokens", "slots"), (1, MAX_INTEGER)))
+        temperatures = (0.0,) if self.temperatures is None else numbers("temperatures", self.temperatures)
+        object.__setattr__(self, "temperatures", temperatures)
 
 
 class Backbone(NamedTuple):
@@ -145,13 +152,14 @@ def _in_runtime(plan: AnswerPlan, heads: Path | None) -> Backbone:
     from ...calibration.answers.distill import RuntimeAnswerer
     from ...export.exporter import export_bundle
     from ...runtime.session import load
-    from ..console import Progress
+    from ..console import Progress, warn
 
     bundle = plan.work / ("backbone" if heads is None else "tuned-bundle")
     if heads is not None or not bundle.exists():
         with Progress("exporting") as progress:
             export_bundle(plan.model, heads, bundle, batch=plan.slots, capacity=_CAPACITY, force=True, report=progress.phase)
-    session = load(bundle, slots=plan.slots, variant="cpu")
+    session = load(bundle, slots=plan.slots, variant="cpu", prefix_cache=False)
+    warn(session.manifest.provenance.get("warnings", ()))
     return Backbone(RuntimeAnswerer(session), session.encoder)
 
 
@@ -162,11 +170,13 @@ def _in_torch(plan: AnswerPlan, heads: Path | None) -> Backbone:
     from ...export.backbone.tokenizer import write_text_files
     from ...export.heads.layouts import read_heads
     from ...runtime.text.encoder import PromptEncoder
+    from ..console import warn
 
     module = load_module(plan.model, "fp32")
     text_folder = plan.work / "text"
     text_folder.mkdir(exist_ok=True)
-    text, _ = write_text_files(plan.model, module.config, text_folder)
+    text, warnings = write_text_files(plan.model, module.config, text_folder)
+    warn(warnings)
     vocab_size = int(module.get_output_embeddings().weight.shape[0])
     adapter = None if heads is None else read_heads(heads).adapter
     weights = backbone_digest(module)

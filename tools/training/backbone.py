@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...runtime.arguments import flag, integer, number, path, settings
+from ...runtime.tree import MAX_ROWS
 from .hit_rates import TREE_ROWS, measure_heads
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from ...runtime.text.encoder import PromptEncoder
     from .answering import AnswerPlan
 
+QUALITY_BUDGET = 0.02
 _SHOWN_ANSWERS = 4
 _JUDGED_ANSWERS = 64
 _TUNED_ANSWERS = "tuned-heldout"
@@ -22,11 +25,11 @@ _TUNED_ANSWERS = "tuned-heldout"
 
 def train_backbone(
     plan: AnswerPlan,
-    output: Path,
+    output: Path | str,
     config: FinetuneConfig,
-    heads: Path,
+    heads: Path | str,
     *,
-    quality_budget: float = 0.02,
+    quality_budget: float = QUALITY_BUDGET,
     tree_rows: int = TREE_ROWS,
     force: bool = False,
 ) -> dict[str, Any]:
@@ -45,7 +48,7 @@ def train_backbone(
     """
     from ...calibration.answers.answers import answers_in_order
     from ...calibration.answers.sequences import load_sequences
-    from ...calibration.training.finetune import finetune
+    from ...calibration.training.finetune import FinetuneConfig, finetune
     from ...export.backbone.adapter import backbone_digest
     from ...export.backbone.backbone import load_module
     from ...export.backbone.logits import find_logit_change
@@ -55,8 +58,13 @@ def train_backbone(
     from ...runtime.files.heads_file import write_heads
     from ..console import Progress
     from ..prompt_source import heldout_prose
-    from .answering import answer_heldout, answer_prompts, claim, open_backbone
+    from .answering import AnswerPlan, answer_heldout, answer_prompts, claim, open_backbone
 
+    plan = settings("plan", plan, AnswerPlan, required=True)
+    config = settings("config", config, FinetuneConfig)
+    output, heads, force = path("output", output), path("heads", heads), flag("force", force)
+    quality_budget = number("quality_budget", quality_budget, QUALITY_BUDGET)
+    tree_rows = integer("tree_rows", tree_rows, TREE_ROWS, high=MAX_ROWS)
     refuse_existing(output, force=force)
     start = read_heads(heads)
     if start.adapter is not None:

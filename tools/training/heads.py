@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...runtime.arguments import flag, integer, optional_path, path, settings
+from ...runtime.tree import MAX_ROWS
 from .hit_rates import TREE_ROWS, measure_heads
 
 if TYPE_CHECKING:
@@ -21,9 +23,9 @@ FORM = ("kind", "num_heads", "num_layers", "draft_vocab_size")
 
 def train(
     plan: AnswerPlan,
-    output: Path,
+    output: Path | str,
     chosen: Mapping[str, Any],
-    start: Path | None = None,
+    start: Path | str | None = None,
     *,
     tree_rows: int = TREE_ROWS,
     force: bool = False,
@@ -37,6 +39,7 @@ def train(
         TrainingError: no data, a work folder of another run, or ``start`` has another form than what was chosen, or an adapter.
         BundleExistsError: the output exists and ``force`` is false.
         CheckpointError, UnsupportedArchitectureError: the backbone can't be exported.
+        UsageError: an argument of another type, or out of range.
     """
     from ...calibration.training.examples import load_examples
     from ...calibration.training.train import train_heads
@@ -45,8 +48,11 @@ def train(
     from ...runtime.files.bundle import refuse_existing
     from ...runtime.files.heads_file import write_heads
     from ..console import Progress
-    from .answering import answer_prompts, claim, open_backbone
+    from .answering import AnswerPlan, answer_prompts, claim, open_backbone
 
+    plan = settings("plan", plan, AnswerPlan, required=True)
+    output, start, force = path("output", output), optional_path("heads", start), flag("force", force)
+    tree_rows = integer("tree_rows", tree_rows, TREE_ROWS, high=MAX_ROWS)
     refuse_existing(output, force=force)
     before, config = _start(start, chosen)
     claim(plan)
@@ -79,8 +85,11 @@ def _start(heads: Path | None, chosen: Mapping[str, Any]) -> tuple[HeadSet | Non
     """Read the heads to go on from, if there are any, and make the config of their form and what was chosen."""
     from ...calibration.training.train import TrainConfig
     from ...export.heads.layouts import read_heads
-    from ...runtime.errors import TrainingError
+    from ...runtime.errors import TrainingError, UsageError
 
+    known = TrainConfig.__dataclass_fields__
+    if unknown := [name for name in chosen if name not in known]:
+        raise UsageError(f"unknown settings {', '.join(map(str, unknown))}", hint=f"settings: {', '.join(known)}")
     if heads is None:
         return None, TrainConfig(**chosen)
     read = read_heads(heads)

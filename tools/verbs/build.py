@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from ...export.engines.build import build_engines, plan_engines
     from ...export.engines.options import EngineOptions
     from ...export.quantise.w8a8 import Int8Options
-    from ..console import Progress, emit, say
+    from ..console import Progress, emit, warn
 
     options = EngineOptions(
         **{name: getattr(args, name) for name in ("backend", "precision", "weights", "rows", "prefill", "timing_cache")},
@@ -95,8 +95,7 @@ def run(args: argparse.Namespace) -> int:
         built = build_engines(
             bundle, args.target, options, force=args.force, resume=args.resume, report=shown.report, advance=shown.advance
         )
-    for warning in dict.fromkeys(warning for entry in built for warning in entry["record"].warnings if _is_news(warning)):
-        say(f"warning: {warning}")
+    warn(dict.fromkeys(warning for entry in built for warning in entry["record"].warnings if _is_news(warning)))
     emit(report_text(built), {"bundle": bundle, "backend": args.backend, "engines": built}, args.json)
     return 0
 
@@ -140,11 +139,10 @@ def _check_before_export(args: argparse.Namespace, options: EngineOptions) -> No
 
 def _export(args: argparse.Namespace, model: dict[str, Any], report: Callable[[str], None]) -> None:
     from ...export.exporter import export_bundle
-    from ..console import say
+    from ..console import warn
 
     exported = export_bundle(args.bundle, args.heads, args.output, **model, force=args.force, report=report)
-    for warning in exported["warnings"]:
-        say(f"warning: {warning}")
+    warn(exported["warnings"])
 
 
 def _dry_run_of_model(args: argparse.Namespace, options: EngineOptions, model: dict[str, Any]) -> None:

@@ -67,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
             refuse_existing(output, force=args.force)
     require("calibrate")
     with Progress("loading") as bar:
-        a = load(args.bundle_a, variant=args.variant_a, threads=args.threads)
-        b = load(args.bundle_b, variant=args.variant_b, threads=args.threads)
+        a = load(args.bundle_a, variant=args.variant_a, threads=args.threads, prefix_cache=False)
+        b = load(args.bundle_b, variant=args.variant_b, threads=args.threads, prefix_cache=False)
         facts = {"a": environment(a), "b": environment(b)}
         machine = {name: fact for name, fact in facts["a"].items() if name != "bundle"} | {"threads": args.threads}
         report = compare(

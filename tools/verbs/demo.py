@@ -38,11 +38,11 @@ def demo(root: Path, *, heads: Path | None = None, output: Path | None = None, s
     with Progress("setting up") as bar:
         bundle = ensure_bundle(root / "build", heads or root / HEADS, bar)
         bar.phase("loading")
-        session = load(bundle)
+        session = load(bundle, prefix_cache=False)
     output, screen = output or root / "build" / "demo", screen or sys.stdout
     reports = show(session, pick_prompts(), output, screen)
     ensure_int8(root / "build", bundle)
-    sessions = {"cpu": session, INT8: load(bundle, variant=INT8, check_hashes=False)}
+    sessions = {"cpu": session, INT8: load(bundle, variant=INT8, check_hashes=False, prefix_cache=False)}
     return {**reports, "recommend": _recommend(sessions, pick_prompts(), output, screen)}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export the bundle, or with ``--dry-run`` print the plan."""
-    from ..console import Progress, emit, say
+    from ..console import Progress, emit, say, warn
     from ..extras import quiet_libraries, require
 
     require("export")
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         from ...export.estimate import plan_export
 
         plan = plan_export(args.model, args.heads, **options)
-        _warn(plan.warnings)
+        warn(plan.warnings)
         emit(plan_text(plan, args.output), {"output": args.output, "dry_run": True, **asdict(plan)}, args.json)
         return 0
     from ...export.exporter import export_bundle
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         report = export_bundle(
             args.model, args.heads, args.output, **options, prefill_chunk=args.prefill_chunk, force=args.force, report=progress
         )
-    _warn(report["warnings"])
+    warn(report["warnings"])
     if args.no_heads:
         say("note: without heads this bundle decodes plainly")
     report["bytes"] = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
@@ -102,6 +101,9 @@ def report_text(report: dict[str, Any], output: Path) -> str:
             f"\nchecked: {ran} {weights['layers']} layers ran; the places of all {tensors} "
             f"weights hold the right tensors\nweights: {len(weights['files'])} files ({files})"
         )
+    windows = next(iter(report["check"].values()))["windows"]
+    if windows:
+        checked += f"\nchecked: past windows of {', '.join(map(str, windows))} tokens"
     if report["adapter"] is not None:
         adapter = report["adapter"]
         checked += f"\nbackbone: the heads' adapter (rank {adapter['rank']}) is merged into it"
@@ -124,10 +126,3 @@ def plan_text(plan: ExportPlan, output: Path) -> str:
             "cache": f"{human_bytes(plan.cache_bytes_per_slot)} a slot, {human_bytes(plan.cache_bytes)} in all",
         }
     )
-
-
-def _warn(warnings: Iterable[str]) -> None:
-    from ..console import say
-
-    for warning in warnings:
-        say(f"warning: {warning}")

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 def draw_figure(
     results: Sequence[Path],
-    output: Path,
+    output: Path | str,
     *,
     labels: Mapping[Path, str] | None = None,
     stages: Mapping[Path, int] | None = None,
@@ -87,7 +87,7 @@ def draw_figure(
     from ..figure.data import figure_data
     from ..figure.draw import draw
 
-    kind = _kind(output, force=force)
+    output, kind = _checked(output, force=force)
     stages = stages or {}
     for path, stage in stages.items():
         if stage not in (1, 2):
@@ -99,7 +99,7 @@ def draw_figure(
 
 
 def draw_projected(
-    results: Sequence[Path], output: Path, *, labels: Mapping[Path, str] | None = None, force: bool = False
+    results: Sequence[Path], output: Path | str, *, labels: Mapping[Path, str] | None = None, force: bool = False
 ) -> ProjectionData:
     """Draw the projections in reports of ``gpu_check``, at a published acceptance; else as :func:`draw_figure`.
 
@@ -113,23 +113,25 @@ def draw_projected(
     from ..extras import require
     from ..figure.projection import HINT, draw_projection, projection_data
 
-    kind = _kind(output, force=force)
+    output, kind = _checked(output, force=force)
     data = projection_data(_reports(results, HINT), labels)
     require("figure")
     write_whole(output, draw_projection(data, kind))
     return data
 
 
-def _kind(output: Path, *, force: bool) -> str:
-    """Check that the file may be written. Returns ``svg`` or ``png``."""
+def _checked(output: Path | str, *, force: bool) -> tuple[Path, str]:
+    """Check that the file may be written. Returns its path, and ``svg`` or ``png``."""
+    from ...runtime.arguments import flag, path
     from ...runtime.errors import UsageError
     from ...runtime.files.bundle import refuse_existing
 
+    output = path("output", output)
     kind = output.suffix.lower()
     if kind not in KINDS:
         raise UsageError(f"{output}: can't draw {kind or 'a file without a suffix'}", hint=f"name it {' or '.join(KINDS)}")
-    refuse_existing(output, force=force)
-    return kind[1:]
+    refuse_existing(output, force=flag("force", force))
+    return output, kind[1:]
 
 
 def _reports(results: Sequence[Path], hint: str) -> dict[Path, Any]:

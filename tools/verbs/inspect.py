@@ -38,9 +38,11 @@ def inspect_bundle(bundle: Path | str, *, check_hashes: bool = True) -> dict[str
     Raises:
         BundleError, BundleSchemaError, BundleIntegrityError: the bundle can't be used, and why.
     """
+    from ...runtime.arguments import flag, path
     from ...runtime.files.bundle import open_bundle
 
-    opened = open_bundle(bundle, check_hashes=check_hashes)
+    check_hashes = flag("check_hashes", check_hashes, default=True)
+    opened = open_bundle(path("bundle", bundle), check_hashes=check_hashes)
     manifest = opened.manifest
     trees = {name: {"rows": tree.rows, "depth": tree.depth} for name in manifest.trees for tree in [manifest.tree(name)]}
     slot = cache_bytes(manifest)

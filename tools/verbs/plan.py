@@ -72,7 +72,7 @@ def tables_text() -> str:
     sizes = [
         [preset.name, f"{preset.parameters / 1e9:.2f}", shape.layers, shape.hidden_size,
          shape.intermediate_size,
-         f"{shape.attention_heads}/{shape.kv_heads}", shape.head_dim, shape.vocab_size, shape.window or shape.max_position,
+         f"{shape.attention_heads}/{shape.kv_heads}", shape.head_dim, shape.vocab_size, shape.max_position,
          preset.capacity, ",".join(map(str, preset.rows)), " ".join(preset.aliases)]
         for preset in PRESETS for shape in [preset.shape]
     ]  # fmt: skip

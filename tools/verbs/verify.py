@@ -11,7 +11,7 @@ HELP = "compare speculative with plain decoding, token for token, over many tree
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    from ..console import add_json_argument
+    from ..console import add_json_argument, positive_int
     from ..engine_options import add_engine_arguments
     from ..prompt_source import add_prompt_arguments
 
@@ -41,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, help="of the random tree, random prompts and sampling (default: %(default)s)"
     )
     add_engine_arguments(parser)
+    parser.add_argument(
+        "--slots",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="also decode all prompts together, N at a time, and compare each with its run alone",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="engine threads (default: all cores)")
     add_json_argument(parser)
 
@@ -55,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from ..prompt_source import prompts_for
     from ..tree_set import TreeSet, trees_for
 
-    session = load_session(args)
+    session = load_session(args, slots=args.slots)
     names = [name for name in args.trees.split(",") if name]
     best_rows = BEST_ROWS in names or not names
     fixed = [name for name in names if name != BEST_ROWS]
@@ -74,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
         if args.json not in (None, STDOUT):
             write_json({"complete": False, "environment": machine, **part}, args.json)
 
-    runs = len(prompts) * (1 + len(chosen.trees) + 2 * best_rows)
+    together = (1 + 2 * best_rows) * (args.slots > 1)
+    runs = len(prompts) * (1 + len(chosen.trees) + 2 * best_rows + together)
     with Progress("verify", runs + len(prompts) * (reference is not None)) as bar:
         report = verify(session, prompts, reference=reference, progress=bar.update, save=save, **options)
         if args.sampled:

@@ -15,9 +15,17 @@ from ....runtime.errors import CheckpointError, UnsupportedArchitectureError
 from .metadata import OTHER_FORM, GgufFile
 
 FREQUENCIES, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
-ROTATION_TENSORS = frozenset({FREQUENCIES, SHORT, LONG})
 _LOCAL_BASE = 10000.0
 _FLOAT32 = 1e-6  # attention factors are stored in float32
+
+
+def rotation_tensors(file: GgufFile) -> frozenset[str]:
+    """Return the names of the tensors that llama.cpp reads for the rotation of this file."""
+    if file.architecture == "phi3":
+        return frozenset({SHORT, LONG})
+    if file.architecture != "llama":
+        return frozenset()
+    return frozenset({SHORT, LONG} if _kind(file) == "longrope" else {FREQUENCIES})
 
 
 def rope_parameters(file: GgufFile, head: int, *, partial: bool) -> dict[str, Any]:
@@ -43,32 +51,40 @@ def rope_parameters(file: GgufFile, head: int, *, partial: bool) -> dict[str, An
     return fields
 
 
+def _kind(file: GgufFile) -> str:
+    return file.text(f"{file.architecture}.rope.scaling.type", "linear")
+
+
 def _scaling(file: GgufFile, rotated: int, context: int) -> dict[str, Any]:
     factor = file.number("rope.scaling.factor", file.number("rope.scale_linear", 0)) or 1.0
-    kind = file.text(f"{file.architecture}.rope.scaling.type", "linear")
+    kind = _kind(file)
     original = int(file.number("rope.scaling.original_context_length", context)) or context
-    attention = file.number("rope.scaling.attn_factor", 1.0) * file.number("rope.scaling.yarn_attn_factor", 1.0)
-    if SHORT in file.tensors or LONG in file.tensors:
-        if kind not in ("longrope", "none", "linear") or (kind == "linear" and factor != 1):
-            raise _refusal(file, f"{SHORT} with {kind} scaling")
-        return _longrope(_factors(file, SHORT, rotated), _factors(file, LONG, rotated), original, attention)
+    attention = file.number("rope.scaling.attn_factor", 1.0)
+    stored = rotation_tensors(file) & file.tensors.keys()
+    if file.architecture == "gemma3" and abs(attention - 1) > _FLOAT32:
+        raise _refusal(file, f"an attention factor of {attention}")
     if kind == "yarn":
-        if FREQUENCIES in file.tensors or file.number("rope.scaling.yarn_ext_factor", 1.0) != 1:
-            raise _refusal(file, f"yarn scaling with {FREQUENCIES} or an extrapolation factor")
+        if stored:
+            raise _refusal(file, f"yarn scaling with {min(stored)}")
         return {
             "rope_type": "yarn",
             "factor": factor,
             "original_max_position_embeddings": original,
-            "attention_factor": attention * (1 + 0.1 * math.log(factor)),
-            "beta_fast": file.number("rope.scaling.yarn_beta_fast", 32.0),
-            "beta_slow": file.number("rope.scaling.yarn_beta_slow", 1.0),
+            "attention_factor": attention * (1 + 0.1 * math.log(max(factor, 1.0))),
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
         }
-    if kind not in ("none", "linear"):
-        raise _refusal(file, f"{kind} scaling without its tensors" if kind == "longrope" else f"{kind} scaling")
+    if kind not in ("none", "linear", "longrope"):
+        raise _refusal(file, f"{kind} scaling")
+    factor = 1.0 if kind == "none" else factor
+    if stored & {SHORT, LONG}:
+        short, long = (_factors(file, name, rotated) * np.float32(factor) for name in (SHORT, LONG))
+        return _longrope(short, long, original, attention)
+    if kind == "longrope":
+        raise _refusal(file, "longrope scaling without its tensors")
     if abs(attention - 1) > _FLOAT32:
         raise _refusal(file, f"{kind} scaling with an attention factor of {attention}")
-    factor = factor if kind == "linear" else 1.0
-    if FREQUENCIES in file.tensors:
+    if FREQUENCIES in stored:
         factors = _factors(file, FREQUENCIES, rotated) * np.float32(factor)
         return _longrope(factors, factors, context, 1.0)
     return {"rope_type": "default"} if factor == 1 else {"rope_type": "linear", "factor": factor}

@@ -7,11 +7,12 @@ from typing import Any
 from ....runtime.errors import CheckpointError
 from .metadata import GgufFile
 from .pre_tokenizers import RULES
-from .tokens import Kind, bos_token, read_kinds, read_tokens
+from .tokens import Kind, read_kinds, read_tokens, special_token
 
 _AGAIN = "download or convert the file again"
 _OTHER_TOKENIZER = "give the model as a folder of safetensors with its tokenizer.json instead"
 _SPACE = "▁"
+_WHOLE = (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED)  # types of tokens that are looked for before a text is split
 
 
 def gguf_tokenizer(file: GgufFile) -> str | None:
@@ -76,12 +77,12 @@ def _sentencepiece(file: GgufFile, tokens: list[str], vocab: dict[str, int], kin
     found = [
         (-scores[number], number, len(token[:cut]), token[:cut], token[cut:])
         for number, token in enumerate(tokens)
-        if kinds[number] == Kind.NORMAL
+        if kinds[number] not in _WHOLE
         for cut in range(1, len(token))
         if token[:cut] in vocab and token[cut:] in vocab
     ]
     merges = [(left, right) for *_, left, right in sorted(found)]
-    unknown = next((number for number, kind in enumerate(kinds) if kind == Kind.UNKNOWN), file.token("unknown"))
+    unknown = next((number for number, kind in enumerate(kinds) if kind == Kind.UNKNOWN), special_token(file, "unknown"))
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocab,
@@ -104,15 +105,13 @@ def _frame(tokenizer: Any, file: GgufFile, tokens: list[str], kind: str) -> None
     from tokenizers import processors
 
     begins = kind == "llama" or RULES[file.get("tokenizer.ggml.pre")].bos
-    around: list[tuple[str, int]] = []
-    template = "$A:0"
-    begin, end = bos_token(file), file.token("eos")
-    if file.flag("tokenizer.ggml.add_bos_token", begins) and begin is not None:
-        template, around = f"{tokens[begin]}:0 {template}", [(tokens[begin], begin)]
-    if file.flag("tokenizer.ggml.add_eos_token", False) and end is not None:
-        template, around = f"{template} {tokens[end]}:0", [*around, (tokens[end], end)]
-    if around:
-        tokenizer.post_processor = processors.TemplateProcessing(single=template.split(" "), special_tokens=list(set(around)))
+    begin, end = special_token(file, "bos"), special_token(file, "eos")
+    before = [begin] if file.flag("tokenizer.ggml.add_bos_token", begins) and begin is not None else []
+    behind = [end] if file.flag("tokenizer.ggml.add_eos_token", False) and end is not None else []
+    if before or behind:
+        single = [f"{tokens[number]}:0" for number in before] + ["$A:0"] + [f"{tokens[number]}:0" for number in behind]
+        around = [(tokens[number], number) for number in {*before, *behind}]
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=around)
 
 
 def _add_tokens(tokenizer: Any, file: GgufFile, tokens: list[str], kinds: list[int]) -> None:
@@ -120,13 +119,13 @@ def _add_tokens(tokenizer: Any, file: GgufFile, tokens: list[str], kinds: list[i
     from tokenizers import AddedToken
 
     control = {number for number, kind in enumerate(kinds) if kind in (Kind.CONTROL, Kind.UNKNOWN)}
-    strips = file.architecture == "phi3" and file.get("tokenizer.ggml.model") == "llama"
+    strips = any(part in file.text("general.name", "").lower() for part in ("phi-3", "phi3"))  # as llama.cpp decides it
     stays = {"<unk>", "<s>", "<|endoftext|>"}
     tokenizer.add_tokens(
         [
             AddedToken(token, special=number in control, normalized=False, rstrip=strips and token not in stays)
             for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
-            if (number in control or kind == Kind.USER_DEFINED) and token
+            if number in control or kind == Kind.USER_DEFINED
         ]
     )
 
@@ -134,7 +133,7 @@ def _add_tokens(tokenizer: Any, file: GgufFile, tokens: list[str], kinds: list[i
 def gguf_special_text(file: GgufFile) -> dict[str, str | None]:
     """Return the texts of the begin- and end-of-sequence tokens and the chat template, each if the file has it."""
     tokens = read_tokens(file)
-    names = {"bos_token": bos_token(file), "eos_token": file.token("eos")}
-    texts = {name: None if number is None or number >= len(tokens) else tokens[number] for name, number in names.items()}
+    names = {f"{name}_token": special_token(file, name) for name in ("bos", "eos")}
+    texts = {name: None if number is None or not tokens else tokens[number] for name, number in names.items()}
     template = file.get("tokenizer.chat_template")
     return {**texts, "chat_template": template if isinstance(template, str) and template else None}

@@ -11,7 +11,7 @@ import torch
 from ....runtime.errors import CheckpointError
 from .config import family_of
 from .metadata import OTHER_FORM, GgufFile
-from .rotation import ROTATION_TENSORS
+from .rotation import rotation_tensors
 
 _QUERIES, _KEYS = (".attn_q.weight", ".attn_q.bias"), (".attn_k.weight", ".attn_k.bias")
 
@@ -81,7 +81,7 @@ def gguf_places(file: GgufFile, empty: Any) -> dict[str, str]:
                 hint="download or convert it again",
             )
         places[name] = stored
-    unused = sorted(set(file.tensors) - set(places.values()) - ROTATION_TENSORS)
+    unused = sorted(set(file.tensors) - set(places.values()) - rotation_tensors(file))
     if unused:
         raise CheckpointError(
             f"{file.path.name} holds {len(unused)} tensors that {type(empty).__name__} has no place for, such as {unused[0]}",

@@ -166,6 +166,10 @@ class Cuda:
         """Enqueues a copy from device memory to pinned host memory. An event recorded after it tells when it is done."""
         self._copy(target, source, nbytes, "cudaMemcpyDeviceToHost", stream)
 
+    def clear(self, target: int, nbytes: int, stream: Any) -> None:
+        """Enqueues zeros for ``nbytes`` bytes of device memory."""
+        self._call("cudaMemsetAsync", target, 0, nbytes, stream)
+
     def _copy(self, target: int, source: int, nbytes: int, kind: str, stream: Any) -> None:
         self._call("cudaMemcpyAsync", target, source, nbytes, getattr(self._runtime.cudaMemcpyKind, kind), stream)
 

@@ -19,7 +19,7 @@ from ...files.manifest import Manifest
 from ...tree import Tree
 from .. import step_io
 from ..executor import Abilities, CacheLayout
-from ..step_plan import SlotResult, SlotRows, StepPlan, StepResult
+from ..step_plan import NanSlots, SlotResult, SlotRows, StepPlan, StepResult
 from .buffers import StepLayout
 from .context import Contexts, profiles_by_rows
 from .cuda import Cuda
@@ -40,7 +40,6 @@ class TrtExecutor:
 
     A plan becomes one step over all slots, padded to a profile's number of rows, and one call for each prefill chunk. Resting
     slots get padding behind the rows that they keep.
-
     ``contexts.graphs`` holds a CUDA graph for each repeated (rows, carried rows, visible rows, set).
     """
 
@@ -89,6 +88,7 @@ class TrtExecutor:
         self._began = (0,) * slots  # rows before that one's, in each slot
         self._flying: deque[Landing] = deque()  # launched, not waited for
         self._following: Following | None = None  # what the step in flight computes
+        self._with_nan = NanSlots()
         self._unsettled = False  # a run that failed has left something in the stream
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -103,6 +103,7 @@ class TrtExecutor:
         concerned: Sequence[SlotRows] = plan.active
         try:
             self._settle()
+            self._with_nan.clear_reused(plan, lambda slot: self._state.clear(slot, self._stream))
             self._optional.reserve(plan.active)
             concerned = decoding or plan.active
             found |= self._decode(plan, decoding)
@@ -116,7 +117,7 @@ class TrtExecutor:
             if rows.slot not in found:
                 found[rows.slot] = self._prefill(rows, plan.lengths[rows.slot])
         self._unsettled = any(isinstance(each, Exception) for each in found.values())
-        return StepResult(tuple([found[rows.slot] for rows in plan.active]))
+        return self._with_nan.noted(plan, StepResult(tuple([found[rows.slot] for rows in plan.active])))
 
     def propose(self, hidden: np.ndarray, root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Runs the heads at rows chosen by the host: hidden [b, H], root int64 [b] → candidates, log_probs [b, K, k]."""
@@ -285,7 +286,7 @@ class TrtExecutor:
         return min(-(-end // COLUMN_BUCKET) * COLUMN_BUCKET, self.layout.rows)
 
     def _fits(self, end: int) -> bool:
-        """Tells if a cache has room for a step's own rows below ``end``. The graph writes K rows past them.
+        """Tells if a cache has room for a step's own rows below ``end`` and for the K rows that the graph writes past them.
 
         A device would put rows past the end over valid ones.
         """

@@ -79,6 +79,12 @@ class DeviceState:
         self._cuda.synchronize(stream)
         self._cuda.free(memory)
 
+    def clear(self, slot: int, stream: Any) -> None:
+        """Enqueues zeros for the cache of ``slot``. Carried rows stay: a step takes over accepted ones only."""
+        nbytes = self._cache_rows * prod(self._row) * self._item
+        for index in range(2 * self._layers):
+            self._cuda.clear(self.caches.memory.address + index * self.caches.each + slot * nbytes, nbytes, stream)
+
     def bindings(self, layout: StepLayout, current: int, carried_rows: int, visible: int) -> Bindings:
         """Returns the bindings of a step on set ``current`` that reads ``visible`` cache rows.
 

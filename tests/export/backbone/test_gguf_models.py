@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from medusa_deploy.export.backbone.backbone import load_config, load_module
-from medusa_deploy.export.backbone.gguf_file.config import FAMILIES, gguf_config
+from medusa_deploy.export.backbone.backbone import check_architecture, load_config, load_module
+from medusa_deploy.export.backbone.gguf_file.config import FAMILIES
 from medusa_deploy.export.backbone.gguf_file.metadata import GgufFile
 from medusa_deploy.runtime.errors import CheckpointError, DeployError, UnsupportedArchitectureError
 from support.gguf_files import SIZES, random_model, sizes_of, tensors_of, write_file, write_model
@@ -22,6 +22,13 @@ TOKENS = torch.tensor([np.random.default_rng(0).integers(0, 128, 48).tolist()])
 WIDE = {"attention__key_length": 32, "attention__value_length": 32}
 CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
 ROPE = {"rope_type": "default", "rope_theta": 5e5}
+GEMMA3 = {
+    "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "num_hidden_layers": 7,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}  # fmt: skip
 
 
 def logits(module: Any) -> torch.Tensor:
@@ -80,18 +87,39 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, **CAPS},
         {**WIDE, "attention__sliding_window": 16, **CAPS},
     ),
+    "gemma 2 with a pattern": (
+        "gemma2",
+        "Gemma2Config",
+        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "num_hidden_layers": 3, **CAPS,
+         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+        {**WIDE, "attention__sliding_window": 16, "attention__sliding_window_pattern": 3, **CAPS},
+    ),
     "gemma 3": (
-        "gemma3",
-        "Gemma3TextConfig",
-        {
-            "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "num_hidden_layers": 7,
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            },
-        },
+        "gemma3", "Gemma3TextConfig", GEMMA3,
         {**WIDE, "attention__sliding_window": 16, "rope__freq_base": 1e6,
          "rope__scaling__type": "linear", "rope__scaling__factor": 8.0},
+    ),
+    "gemma 3 with a flag for each layer": (
+        "gemma3", "Gemma3TextConfig", {**GEMMA3, "layer_types": ["full_attention", "sliding_attention"] * 3 + ["full_attention"]},
+        {**WIDE, "attention__sliding_window": 16, "rope__freq_base": 1e6, "rope__scaling__factor": 8.0,
+         "attention__sliding_window_pattern": [False, True] * 3 + [False]},
+    ),
+    "gemma 3, all layers slide": (
+        "gemma3", "Gemma3TextConfig", {**GEMMA3, "layer_types": ["sliding_attention"] * 7},
+        {**WIDE, "attention__sliding_window": 16, "attention__sliding_window_pattern": 0},
+    ),
+    "gemma 3 without a window": (
+        "gemma3", "Gemma3TextConfig", {**GEMMA3, "layer_types": ["full_attention"] * 7},
+        {**WIDE, "rope__freq_base": 1e6, "rope__scaling__factor": 8.0},
+    ),
+    "phi 3, whose windows llama.cpp doesn't trust": ("phi3", "Phi3Config", {}, {"attention__sliding_window": 16}),
+    "yarn that shrinks": (
+        "qwen2",
+        "Qwen2Config",
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 0.5, "original_max_position_embeddings": 64,
+                             "attention_factor": 1.5}},
+        {"rope__scaling__type": "yarn", "rope__scaling__factor": 0.5, "rope__scaling__original_context_length": 64,
+         "rope__scaling__attn_factor": 1.5},
     ),
 }  # fmt: skip
 
@@ -114,6 +142,7 @@ def test_frequencies_are_divided_by_the_file_s_tensor(factor: float, tmp_path: P
         tmp_path / "a.gguf", model, "llama", more={"rope_freqs.weight": factors / factor}, rope__scaling__factor=factor
     )
     check_same(path, model)
+    load_config(path, 10_000)  # longer than its context_length: the divisors hold at any length
 
 
 def test_long_and_short_factors_of_phi_3(tmp_path: Path) -> None:
@@ -129,10 +158,24 @@ def test_long_and_short_factors_of_phi_3(tmp_path: Path) -> None:
         load_config(path, 65)
 
 
-def test_windows_and_caps_reach_the_config(tmp_path: Path) -> None:
-    model = random_model("Phi3Config")
-    path = write_model(tmp_path / "phi.gguf", model, "phi3", attention__sliding_window=32)
-    assert gguf_config(GgufFile(path)).sliding_window == 32
+@pytest.mark.parametrize(("kind", "factor"), [("longrope", 2.0), ("none", 1.0), ("linear", 2.0)])
+def test_a_factor_of_phi_3_scales_long_and_short_factors_too(kind: str, factor: float, tmp_path: Path) -> None:
+    stored = np.linspace(1, 1.7, 8, dtype=np.float32)
+    scaled = (stored * factor).tolist()
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": scaled, "long_factor": scaled, "attention_factor": 1.0}
+    model = random_model("Phi3Config", original_max_position_embeddings=64, rope_parameters=rope)
+    tensors = {"rope_factors_short.weight": stored, "rope_factors_long.weight": stored}
+    fields = {"rope__scaling__original_context_length": 64, "rope__scaling__type": kind, "rope__scaling__factor": 2.0}
+    check_same(write_model(tmp_path / "a.gguf", model, "phi3", more=tensors, **fields), model)
+
+
+def test_equal_long_and_short_factors_hold_at_any_length() -> None:
+    rope = {"rope_type": "longrope", "short_factor": [2.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 1e4}
+    config = random_model("LlamaConfig", rope_parameters={**rope, "original_max_position_embeddings": 64}).config
+    check_architecture(config, 10_000)
+    config.rope_parameters["long_factor"] = [2.0] * 7 + [3.0]
+    with pytest.raises(UnsupportedArchitectureError, match="beyond 64 tokens"):
+        check_architecture(config, 65)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "F16", "BF16"])
@@ -183,10 +226,39 @@ def check_refused(path: Path, message: str, error: type[DeployError] = Unsupport
         ({"rope__scaling__type": "longrope"}, "longrope scaling without its tensors"),
         ({"rope__scaling__type": "ntk"}, "ntk scaling"),
         ({"rope__scaling__attn_factor": 1.5}, "attention factor of 1.5"),
+        ({"rope__scaling__yarn_beta_fast": 16.0}, r"isn't read: llama\.rope\.scaling\.yarn_beta_fast is 16"),
+        ({"rope__scaling__yarn_attn_factor": 1.5}, r"yarn_attn_factor is 1\.5"),
+        ({"attention__key_length": 32}, "keys of a.gguf have 32 numbers a head, values 16"),
     ],
 )
 def test_fields_that_cannot_be_mapped_are_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     check_refused(write_model(tmp_path / "a.gguf", random_model("LlamaConfig"), "llama", **fields), message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"attn_logit_softcapping": 3.0}, r"isn't read: gemma3\.attn_logit_softcapping is 3"),
+        ({"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__scaling__attn_factor": 1.5}, "factor of 1.5"),
+    ],
+)
+def test_what_gemma_3_can_t_compute_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    model = random_model("Gemma3TextConfig", **GEMMA3)
+    check_refused(write_model(tmp_path / "a.gguf", model, "gemma3", **WIDE, attention__sliding_window=16, **fields), message)
+
+
+@pytest.mark.parametrize("pattern", [[True], [1, 0, 1, 0, 1, 0, 1], True, "2"])
+def test_a_pattern_of_windows_that_says_nothing_is_refused(pattern: Any, tmp_path: Path) -> None:
+    fields = {**WIDE, "attention__sliding_window": 16, "attention__sliding_window_pattern": pattern}
+    path = write_model(tmp_path / "a.gguf", random_model("Gemma3TextConfig", **GEMMA3), "gemma3", **fields)
+    check_refused(path, "sliding_window_pattern is .*7 flags", CheckpointError)
+
+
+@pytest.mark.parametrize(("architecture", "config"), [("qwen2", "Qwen2Config"), ("phi3", "Phi3Config")])
+def test_frequencies_are_read_only_where_llama_cpp_reads_them(architecture: str, config: str, tmp_path: Path) -> None:
+    more = {"rope_freqs.weight": np.ones(8, np.float32)}
+    path = write_model(tmp_path / "a.gguf", random_model(config), architecture, more=more)
+    check_refused(path, "no place for, such as rope_freqs.weight", CheckpointError)
 
 
 def test_sizes_that_differ_between_layers_are_refused(tmp_path: Path) -> None:
@@ -221,9 +293,7 @@ def test_damaged_files_and_parts_are_refused(tmp_path: Path) -> None:
     whole = write_model(tmp_path / "a.gguf", model, "llama").read_bytes()
     (tmp_path / "b.gguf").write_bytes(whole[:2000])
     check_refused(tmp_path / "b.gguf", "can't be read", CheckpointError)
-    part = write_file(
-        tmp_path / "c.gguf", "llama", sizes_of(model), {}, lambda writer: writer.add_uint16("split.count", 3)
-    )
+    part = write_file(tmp_path / "c.gguf", "llama", sizes_of(model), {}, lambda writer: writer.add_uint16("split.count", 3))
     check_refused(part, "one of 3 parts", CheckpointError)
     check_refused(write_file(tmp_path / "d.gguf", "llama", {}, {}), r"attention\.head_count .* is None", CheckpointError)
 

@@ -20,7 +20,7 @@ from medusa_deploy.runtime.errors import CheckpointError
 from support.gguf_files import bytes_vocabulary, write_file
 
 pytest.importorskip("gguf")
-NORMAL, UNKNOWN, CONTROL, OWN, BYTE = 1, 2, 3, 4, 6
+NORMAL, UNKNOWN, CONTROL, OWN, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 TENSORS = {"token_embd.weight": np.ones((4, 4), np.float32)}
 MERGES = ("1 2", "12 3", "123 4", "Ċ Ċ", "a b", "ab C", "abC d", "' S", "' s", "Ġ a")
 
@@ -136,6 +136,59 @@ def test_every_id_that_ends_a_turn_or_an_answer_is_found(tmp_path: Path) -> None
         stop_tokens(byte_level(tmp_path, "llama-bpe", eos_token_id=9999))
 
 
+@pytest.mark.parametrize(
+    ("special", "fields", "expected"),
+    [
+        (["<PAD>"], {}, (0, 1)),
+        (["[PAD]", "<REPO>", "[e~["], {}, (0, 1, 2, 3)),
+        (["<PAD>"], {"fim_pad_token_id": 0}, (0,)),
+        (["<|eot|>", "< EOT >", "<|end_of_turn|>", "<|end▁of▁sentence|>"], {}, (0,)),
+        (["<|end|>"], {}, (0, 1)),
+        (["<|end|>", "<|return|>", "<|call|>"], {}, (0, 2, 3)),
+        (["<|end|>", "<|flush|>", "<|calls|>"], {}, (0, 2, 3)),
+        (["<|end|>", "<|flush|>", "<|return|>"], {}, (0, 1, 2, 3)),
+        (["</s>", "<|tool_response>"], {}, (0, 2)),
+        (["<fim_prefix>", "<|code_suffix|>", "<MID>", "<|channel|>"], {}, (0,)),
+    ],
+)
+def test_texts_end_an_answer_as_in_llama_cpp(
+    special: list[str], fields: dict[str, int], expected: tuple[int, ...], tmp_path: Path
+) -> None:
+    file = byte_level(tmp_path, "qwen2", {"<x>": CONTROL, **dict.fromkeys(special, CONTROL)}, eos_token_id=0, **fields)
+    assert stop_tokens(file) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "others", "whole"),
+    [
+        ("<fim_prefix>", [], True), ("▁<SUF>", [], True), ("<｜fim▁end｜>", [], True), ("[PAD]", [], True),
+        ("<|channel|>", [], True), ("<|end|>", ["<|call|>", "<|return|>"], True), ("</s>", [], True),
+        ("</s>", ["<|tool_response>"], False), ("<|eot|>", [], False),
+    ],
+)  # fmt: skip
+def test_tokens_are_whole_by_their_text_whatever_their_type(text: str, others: list[str], whole: bool, tmp_path: Path) -> None:
+    special = {"<x>": CONTROL, text: NORMAL, **dict.fromkeys(others, CONTROL)}
+    file = byte_level(tmp_path, "qwen2", special, eos_token_id=0)
+    assert (1 in built(file).encode(f"a{text}b", add_special_tokens=False).ids) == whole
+
+
+def test_special_ids_that_no_token_has_are_refused(tmp_path: Path) -> None:
+    for name in ("bos", "eos", "eot"):
+        file = byte_level(tmp_path, "llama-bpe", **{f"{name}_token_id": 9999})
+        with pytest.raises(CheckpointError, match=rf"tokens and names the token 9999 \({name}\)"):
+            stop_tokens(file) if name == "eot" else gguf_tokenizer(file)
+
+
+def test_empty_tokens_get_names_of_their_own(tmp_path: Path) -> None:
+    def vocabulary(writer: Any) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(["a", "", ""])
+
+    file = GgufFile(write_file(tmp_path / "a.gguf", "llama", {}, TENSORS, vocabulary))
+    assert built(file).get_vocab() == {"a": 0, "[EMPTY_1]": 1, "[EMPTY_2]": 2}
+
+
 def test_the_bundle_s_text_is_the_file_s_alone(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 77}')
     (tmp_path / "tokenizer.json").write_text("{")
@@ -168,15 +221,26 @@ PIECES = {
 }  # fmt: skip
 
 
-def sentencepiece(path: Path, kind: str = "llama", architecture: str = "llama", **fields: Any) -> GgufFile:
+def sentencepiece(
+    path: Path,
+    kind: str = "llama",
+    *,
+    name: str = "",
+    named: bool = True,
+    kinds: dict[str, int] | None = None,
+    **fields: Any,
+) -> GgufFile:
+    """A file with PIECES. ``named``: it names the begin- and end-of-sequence tokens. ``kinds``: other types of tokens."""
+
     def vocabulary(writer: Any) -> None:
+        writer.add_name(name)
         writer.add_tokenizer_model(kind)
         writer.add_token_list(list(PIECES))
-        writer.add_token_types([kind for kind, _ in PIECES.values()])
+        writer.add_token_types([(kinds or {}).get(piece, own) for piece, (own, _) in PIECES.items()])
         writer.add_token_scores([score for _, score in PIECES.values()])
-        add_fields(writer, {"bos_token_id": 1, "eos_token_id": 2, **fields})
+        add_fields(writer, ({"bos_token_id": 1, "eos_token_id": 2} if named else {}) | fields)
 
-    return GgufFile(write_file(path / "a.gguf", architecture, {}, TENSORS, vocabulary))
+    return GgufFile(write_file(path / "a.gguf", "llama", {}, TENSORS, vocabulary))
 
 
 def test_neighbours_with_the_highest_score_merge_first(tmp_path: Path) -> None:
@@ -200,9 +264,21 @@ def test_what_is_no_token_becomes_bytes_and_own_tokens_stay_whole(tmp_path: Path
 
 
 def test_phi_3_s_special_tokens_take_the_spaces_behind_them(tmp_path: Path) -> None:
-    for architecture, expected in (("llama", ["<end>", "▁", "▁a"]), ("phi3", ["<end>", "▁a"])):
-        ids = built(sentencepiece(tmp_path, architecture=architecture)).encode("<end> a", add_special_tokens=False).ids
+    """llama.cpp knows Phi 3 by its name."""
+    for name, expected in (("Llama", ["<end>", "▁", "▁a"]), ("Phi-3 Mini", ["<end>", "▁a"]), ("phi3", ["<end>", "▁a"])):
+        ids = built(sentencepiece(tmp_path, name=name)).encode("<end> a", add_special_tokens=False).ids
         assert [list(PIECES)[number] for number in ids] == expected
+
+
+def test_ids_of_sentencepiece_s_own_tokens_have_defaults(tmp_path: Path) -> None:
+    file = sentencepiece(tmp_path, named=False, add_eos_token=True)
+    assert pieces(built(file), "a", special=True) == ["<s>", "▁a", "</s>"]
+    assert stop_tokens(file) == (2,)
+
+
+def test_unused_tokens_are_made_by_merging(tmp_path: Path) -> None:
+    file = sentencepiece(tmp_path, kinds={"abc": UNUSED, "bc": UNUSED}, add_space_prefix=False)
+    assert pieces(built(file), "abc") == ["abc"]
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5", "rwkv", "plamo2"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from medusa_deploy.export.backbone.backbone import backbone_shape, load_config
-from medusa_deploy.export.backbone.refusals import skeleton
+from medusa_deploy.export.backbone.refusal.refusals import skeleton
 from medusa_deploy.export.exporter import export_bundle
 from medusa_deploy.runtime.errors import CheckpointError, UnsupportedArchitectureError
 from support.families import Family, make_config

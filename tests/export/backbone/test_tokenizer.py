@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig
 
-from medusa_deploy.export.backbone import sentencepiece_check
+from medusa_deploy.export.backbone import sentencepiece_check, tokenizer_files
 from medusa_deploy.export.backbone.tokenizer import write_text_files
 from medusa_deploy.runtime.errors import CheckpointError, MissingDependencyError
 from medusa_deploy.runtime.files.manifest import TextFacts
@@ -128,6 +129,100 @@ def test_what_has_no_tokenizer_json_is_refused_by_name(tmp_path: Path, files: di
     with pytest.raises(CheckpointError, match=message) as caught:
         written(tmp_path / "model")
     assert caught.value.hint
+
+
+# -- tekken and tiktoken --------------------------------------------------------------------------------------------------
+
+TOKENS = [*(bytes([byte]) for byte in range(256)), b"ab", b" ab", b"12", b"abC", b"Cd", b"\n\n"]
+TEKKEN = (  # Mistral's rule
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def tekken(folder: Path, settings: dict[str, Any] | None = None, *, padding: int = 3) -> Path:
+    """A tekken.json with 3 special tokens in 5 places; ``padding``: tokens that its config doesn't count."""
+    tokens = [*TOKENS, *(bytes([byte, byte]) for byte in range(padding))]
+    size = {"default_vocab_size": len(TOKENS) + 5, "default_num_special_tokens": 5, "num_vocab_tokens": len(tokens)}
+    special = [{"rank": rank, "token_str": token, "is_control": True} for rank, token in enumerate(["<unk>", "<s>", "</s>"])]
+    encoded = [base64.b64encode(token).decode() for token in tokens]
+    listed = [{"rank": rank, "token_bytes": token, "token_str": None} for rank, token in enumerate(encoded)]
+    config = {"pattern": TEKKEN, "version": "v3", **size}
+    folder.mkdir()
+    (folder / "tekken.json").write_text(json.dumps({"config": config, "vocab": listed, "special_tokens": special}))
+    if settings is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("name", [None, "PreTrainedTokenizerFast", "LlamaTokenizer"])
+def test_tekken_reads_text_as_mistral_common_does(tmp_path: Path, name: str | None) -> None:
+    """The ids are those that mistral-common 1.13 gives, the begin-of-sequence token in front among them."""
+    facts, warnings, output = written(tekken(tmp_path / "model", None if name is None else {"tokenizer_class": name}))
+    assert not warnings and facts.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    codec = TextCodec(output / "tokenizer.json")
+    for text, ids in {
+        "ab": [1, 261],
+        " ab ab": [1, 262, 262],
+        "abCd": [1, 261, 265],
+        "12\n\n": [1, 54, 55, 266],
+        "é\x00\x00": [1, 200, 174, 5, 5],
+        "a</s>": [1, 102, 2],
+    }.items():
+        assert codec.encode(text) == ids, text
+    assert codec.decode(codec.encode("abCd é 12\n\n")) == "abCd é 12\n\n"
+
+
+def tiktoken(folder: Path, name: str, settings: dict[str, Any]) -> Path:
+    folder.mkdir()
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(TOKENS)]
+    (folder / name).write_text("\n".join(lines))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_tiktoken_s_format_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_files.importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(MissingDependencyError, match="tiktoken") as caught:
+        written(tiktoken(tmp_path / "model", "tokenizer.model", {"tokenizer_class": "LlamaTokenizer"}))
+    assert "pip install tiktoken" in caught.value.hint
+
+
+def test_llama_3_s_format_reads_text_as_tiktoken_does(tmp_path: Path) -> None:
+    package = pytest.importorskip("tiktoken")
+    _, _, output = written(tiktoken(tmp_path / "model", "tokenizer.model", {"tokenizer_class": "LlamaTokenizer"}))
+    rule = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ranks = {token: rank for rank, token in enumerate(TOKENS)}
+    own = package.Encoding("own", pat_str=rule, mergeable_ranks=ranks, special_tokens={})
+    codec = TextCodec(output / "tokenizer.json")
+    for text in ("ab abCd 12345\n\nx", "It's  a\r\n\t b", "Grüße 日本 ١٢٣ ½ 👋🏽", "", "def f(x):\n    return {'a': 1}\n"):
+        assert codec.encode(text) == own.encode(text), text
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer_class", "message"),
+    [
+        ("qwen.tiktoken", "LlamaTokenizer", r"lacks \d+ of 262 tokens of its file"),
+        ("tokenizer.model", "Qwen2Tokenizer", "nothing says how its tokenizer splits text"),
+    ],
+)
+def test_a_vocabulary_that_transformers_doesn_t_read_is_refused(
+    tmp_path: Path, name: str, tokenizer_class: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "tokenizer.model":
+        pytest.importorskip("tiktoken")
+    monkeypatch.setattr(tokenizer_files.importlib.util, "find_spec", lambda _name: object())
+    with pytest.raises(CheckpointError, match=message) as caught:
+        written(tiktoken(tmp_path / "model", name, {"tokenizer_class": tokenizer_class}))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["", "AA== x", "not base64! 1", "AA=="])
+def test_a_damaged_file_of_tiktoken_is_a_named_error(tmp_path: Path, text: str) -> None:
+    folder = tiktoken(tmp_path / "model", "tokenizer.model", {"tokenizer_class": "LlamaTokenizer"})
+    (folder / "tokenizer.model").write_text(text)
+    with pytest.raises(CheckpointError):
+        written(folder)
 
 
 # -- SentencePiece models alone ----------------------------------------------------------------------------------------

@@ -4,22 +4,22 @@ import json
 from collections import OrderedDict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from medusa_deploy.export.estimate import bundle_trees
 from medusa_deploy.export.heads.layouts import ReadHeads, check_fit, read_heads
-from medusa_deploy.export.heads.module import HeadStack
 from medusa_deploy.runtime.errors import HeadsError, TreeError
 from medusa_deploy.runtime.files.heads import HeadConfig, HeadSet
 from medusa_deploy.runtime.files.heads_file import write_heads
 from medusa_deploy.runtime.tree import chain
 from support.published_heads import (
     HIDDEN,
+    OUTPUT,
     VOCAB,
     Source,
     backbone_names,
+    check_same,
     random_source,
     reference_names,
     save,
@@ -29,31 +29,6 @@ from support.published_heads import (
     vllm_names,
     write_config,
 )
-
-OUTPUT = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1)) * 0.3
-
-
-def check_same(read: ReadHeads, source: Source, *, exact: bool = True) -> None:
-    """The record holds the source's numbers, and proposes what the source's maker would."""
-    heads = read.heads
-    assert (heads.config.num_heads, heads.config.num_layers) == (len(source.blocks), len(source.blocks[0]))
-    assert heads.config.hidden_size == HIDDEN
-    tolerance = 0 if exact else 1e-6
-    for head, layers in enumerate(source.blocks):
-        for layer, (weight, bias) in enumerate(layers):
-            read_weight, read_bias = heads.layer(head, layer)
-            np.testing.assert_allclose(read_weight, weight.float().numpy(), atol=tolerance)
-            np.testing.assert_allclose(read_bias, np.zeros(HIDDEN) if bias is None else bias.float().numpy(), atol=tolerance)
-    output = torch.nn.Linear(HIDDEN, VOCAB, bias=False)
-    output.weight = torch.nn.Parameter(OUTPUT, requires_grad=False)
-    stack = HeadStack(heads, output, 5, torch.float32)
-    for seed in range(4):
-        state = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(seed))
-        candidates, log_probs = stack(state[None, None], torch.zeros(1, 1, HIDDEN))
-        expected, expected_log_probs = source.candidates(state, OUTPUT, 5)
-        torch.testing.assert_close(candidates[0], expected)
-        torch.testing.assert_close(log_probs[0], expected_log_probs, atol=1e-5, rtol=1e-5)
-
 
 # -- one test a layout ---------------------------------------------------------------------------------------------
 
@@ -274,57 +249,3 @@ def test_a_bundle_has_the_heads_trees_and_a_chain() -> None:
     assert trees["default"] == chain(2), "the user's tree wins"
     assert bundle_trees(None, ReadHeads(heads, "a"), 3, 10)["default"] == chain(3)
     assert {name: tree.rows for name, tree in bundle_trees(None, None, 1, 10).items()} == {"default": 1}
-
-
-# -- number formats ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-def test_floating_point_types_keep_their_values(tmp_path: Path, dtype: str) -> None:
-    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in reference_names(random_source()).items()}
-    save(tmp_path, "medusa_lm_head.safetensors", tensors)
-    heads = read_heads(tmp_path).heads
-    weight = heads.tensors["head.1.layer.0.weight"]
-    assert weight.dtype == (np.float16 if dtype == "float16" else np.float32)
-    np.testing.assert_array_equal(weight, tensors["1.0.linear.weight"].float().numpy())
-
-
-# -- odd configs ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("config", "warning"),
-    [
-        ('{"medusa_num_heads": 2}', "says medusa_num_heads 2; their tensors have 3 heads"),
-        ('{"medusa_num_heads": "3"}', "says medusa_num_heads '3'"),
-        ('{"medusa_num_layers": 4}', "says medusa_num_layers 4; their tensors have 1 layers a head"),
-        ('{"medusa": {"num_medusa_heads": 9}}', "says num_medusa_heads 9"),
-        ('{"medusa": [], "hidden_size": 4096}', "says hidden_size 4096; their tensors have 16 as the hidden size"),
-        ('{"medusa_num_heads": ', "config is ignored"),
-        ("[3]", "config is ignored"),
-        ("[" * 100_000, "config is ignored"),
-    ],
-)
-def test_a_wrong_config_is_a_warning(tmp_path: Path, config: str, warning: str) -> None:
-    source = random_source()
-    save(tmp_path, "medusa_lm_head.safetensors", reference_names(source))
-    (tmp_path / "config.json").write_text(config)
-    read = read_heads(tmp_path)
-    assert len(read.warnings) == 1
-    assert warning in read.warnings[0]
-    check_same(read, source)
-
-
-def test_a_backbones_config_beside_merged_heads_is_no_contradiction(tmp_path: Path) -> None:
-    save(tmp_path, "model.safetensors", {**backbone_names(), **reference_names(random_source(), "medusa_head.")})
-    write_config(tmp_path, model_type="llama", num_hidden_layers=32, num_heads=8, hidden_size=HIDDEN, vocab_size=VOCAB)
-    assert read_heads(tmp_path).warnings == ()
-
-
-def test_missing_biases_are_counted(tmp_path: Path) -> None:
-    tensors = reference_names(random_source())
-    del tensors["1.0.linear.bias"]
-    save(tmp_path, "medusa_lm_head.safetensors", tensors)
-    read = read_heads(tmp_path)
-    assert read.warnings == ("1 of 3 blocks have no bias: taken as zero",)
-    assert not read.heads.tensors["head.1.layer.0.bias"].any()

@@ -32,7 +32,7 @@ from medusa_deploy.runtime.executors.step_plan import Wanted
 from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.runtime.files.scales_file import Layer, Scales, Smoothing, Taker
 from medusa_deploy.runtime.session import load
-from medusa_deploy.tools.measure.divergence import Divergence, taken_apart
+from medusa_deploy.tools.measure.kl import Divergence, taken_apart
 from medusa_deploy.tools.prompt_source import random_prompts
 from support.plans import prefill
 from support.tiny import VOCAB

@@ -11,7 +11,7 @@ import torch
 from transformers.models.llama import modeling_llama
 
 from medusa_deploy.export import graphs
-from medusa_deploy.export.backbone.causes import deepest, first_line
+from medusa_deploy.export.backbone.refusal.causes import deepest, first_lines
 from medusa_deploy.export.exporter import export_bundle
 from medusa_deploy.runtime.errors import TraceError, UnsupportedArchitectureError
 from medusa_deploy.tools import cli
@@ -105,7 +105,15 @@ def test_a_pass_that_fails_is_named_and_the_program_ends_with_1(
     ],
 )
 def test_the_first_line_says_something(text: str, shown: str) -> None:
-    assert first_line(ValueError(text)) == shown
+    assert first_lines(ValueError(text)) == shown
+
+
+def test_several_lines_are_counted_and_a_report_speaks_for_the_message_that_refers_to_it() -> None:
+    report = "model: done\na.weight | MISMATCH | [1] and [2] \nb | MISSING | it is\n"
+    error = RuntimeError("see the \x1b[1mreport above\x1b[0m")
+    assert first_lines(error, 4, report) == "RuntimeError: a.weight: mismatch, [1] and [2] b: missing, it is"
+    assert first_lines(error, 4) == "RuntimeError: see the report above"
+    assert first_lines(ValueError("a\n--\nb\nc:\nd\ne"), 3) == "ValueError: a b c: d … (1 more lines)"
 
 
 def test_the_deepest_error_is_the_first_cause() -> None:

@@ -14,8 +14,9 @@ from medusa_deploy.runtime import Request, SamplingParams
 from medusa_deploy.runtime.drafting.row_budget import _best
 from medusa_deploy.runtime.drafting.step_cost import StepCost, Track
 from medusa_deploy.runtime.executors.step_plan import SlotResult, StepPlan, StepResult
+from medusa_deploy.runtime.loop.sequence import Sequence
 from support.fake_executor import FakeSession, fake_session
-from support.simulated import Simulation, heads
+from support.simulated import PackedSimulation, Simulation, heads
 from support.tiny import VOCAB
 
 SIZES = (1, 2, 3, 4, 5, 6, 8, 12, 16)
@@ -141,6 +142,53 @@ def test_rows_that_cost_more_than_they_bring_are_not_taken() -> None:
     assert simulation.sequence.stats.rows_histogram == {1: 128}
 
 
+# -- rows of several sequences -------------------------------------------------------------------------------------
+
+
+def packed_cost(rows: int) -> float:
+    """A step whose weights cost 1 and each row 0.06."""
+    return 1 + 0.06 * rows
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_useless_heads_make_shared_steps_hardly_slower(count: int) -> None:
+    simulation = PackedSimulation(packed_cost)
+    first, *others = [simulation.run([heads(0.9, right=0.0)] * count) for _ in range(3)]
+    assert first > 0.9, "the first ones pay for finding out"
+    assert min(others) > 0.975
+
+
+def test_rows_go_to_the_sequences_that_make_most_of_them() -> None:
+    simulation = PackedSimulation(packed_cost)
+    for _ in range(2):
+        speedup = simulation.run([heads(0.8, right=0.8), heads(0.8, right=0.8), heads(0.05, right=0.05), heads(0.05, right=0.05)])
+    of_four = np.array([rows for rows in simulation.rows if len(rows) == 4])
+    assert of_four[:, :2].mean() > of_four[:, 2:].mean() + 1.5
+    assert speedup > 1.1
+
+
+def test_a_request_that_is_late_gets_rows_first() -> None:
+    """Two equal sequences; the budget lets rows pay that a deadline needs and that probability alone would not take."""
+    simulation = PackedSimulation(lambda rows: 1 + 0.5 * rows)
+    simulation.run([heads(0.3, right=0.3)] * 2)
+    budget = simulation.row_budget
+    budget.clock = lambda: 100.0
+    sequences = []
+    for deadline in (None, 100.5):
+        sequence = Sequence([0], 0, SamplingParams(), 200, frozenset(), budget.drafter(None, on_host=False), deadline=deadline)
+        sequence.candidates = heads(0.3, right=0.3)(simulation.rng, [1, 2, 3, 4])
+        sequences.append(sequence)
+    for _ in range(40):
+        budget.choose(sequences)
+        if sum(sequence.drafter.rows for sequence in sequences) > 2:
+            break
+        for sequence in sequences:
+            sequence.draft = sequence.drafter.draft(sequence.candidates)
+        budget.learn(sequences, [[1], [1]], [0.06, 0.06])
+    easy, late = (sequence.drafter.rows for sequence in sequences)
+    assert late > easy
+
+
 # -- what is emitted -----------------------------------------------------------------------------------------------
 
 
@@ -223,7 +271,8 @@ def learnt_costs(padded: bool, *, chunks: bool) -> dict[str, float]:
     session.executor.run = timed  # type: ignore[method-assign]
     answer = session.submit(Request(token_ids=[1, 2, 3], max_new_tokens=200))
     while not answer.done:
-        others = session.submit(Request(token_ids=[7] * 160, max_new_tokens=1)) if chunks else answer
+        prompt = rng.integers(0, VOCAB, 160).tolist()  # another one each time: none is cached
+        others = session.submit(Request(token_ids=prompt, max_new_tokens=1)) if chunks else answer
         while not (answer.done or others.done):
             assert session.loop.tick()
     gaps = [any(rows.forced > 1 for rows in plan.active) for plan in session.executor.plans[1:]]

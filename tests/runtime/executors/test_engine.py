@@ -261,8 +261,9 @@ def test_only_what_is_wanted_is_computed(tiny_session: Session) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"slots": 0}, "0 slots, the bundle allows 1 to 4"),
-        ({"slots": 5}, "5 slots, the bundle allows 1 to 4"),
+        ({"slots": 0}, "0 slots, the bundle allows 1 to 16"),
+        ({"slots": 17}, "17 slots, the bundle allows 1 to 16"),
+        ({"slots": 5, "variant": "standard"}, "5 slots, the bundle allows 1 to 4"),
         ({"variant": "gpu"}, "no variant 'gpu'"),
     ],
     ids=str,

@@ -265,18 +265,21 @@ def test_nan_is_noticed_in_every_kind_of_step_and_in_its_own_slot_only(tiny_bund
         assert (good.finite, bad.finite) == (True, False), wanted
 
 
-@pytest.mark.parametrize("variant", ["cpu", "standard"])
-def test_a_slot_that_held_nan_serves_its_next_prompt(tiny_bundle: Path, variant: str) -> None:
-    executor = OrtExecutor(ort_model(open_bundle(tiny_bundle), 1, variant), threads=1)
-    expected = prefill(executor, 0, [5, 6, 7]).next_token
-    poison(executor, 0)
-    assert not run(executor, plain_plan(1, 0, 8, 3))[0].finite
-    again = prefill(executor, 0, [5, 6, 7])
-    assert again.finite and again.next_token == expected
+@pytest.mark.parametrize("name", NAMES)
+def test_a_slot_that_held_nan_serves_its_next_prompt(tiny_bundle: Path, name: str) -> None:
+    model = ort_model(open_bundle(tiny_bundle), 2, "cpu" if name == "cpu" else "standard")
+    executor = OrtDeviceExecutor(model, "cpu", threads=1) if name == "device" else OrtExecutor(model, threads=1)
+    expected = [prefill(executor, slot, [5, 6, 7 + slot]).next_token for slot in range(2)]
+    poison(executor, 1)
+    assert not run(executor, plain_plan(2, 1, 8, 3))[0].finite
+    neighbour = caches_of(executor)[:, 0].tobytes()
+    again = prefill(executor, 1, [5, 6, 8])
+    assert again.finite and again.next_token == expected[1]
+    assert caches_of(executor)[:, 0].tobytes() == neighbour
 
 
 def test_a_call_that_fails_fails_its_own_slot_alone(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    executor = OrtExecutor(ort_model(open_bundle(tiny_bundle), 3, "cpu"), threads=1)
+    executor = OrtExecutor(ort_model(open_bundle(tiny_bundle), 3, "standard"), threads=1)  # one call a slot
     for slot in range(3):
         prefill(executor, slot, [5, 6, 7])
     plan = StepPlan(tuple([SlotRows(slot, np.array([8 + slot]), ROOT_ONLY) for slot in range(3)]), (3, 3, 3), ((), (), ()))

@@ -90,6 +90,21 @@ def test_logits_and_hidden_states_are_the_cpu_executors(bundle: Bundle, referenc
     np.testing.assert_array_equal(first.hidden, second.hidden)
 
 
+def test_a_second_turn_starts_from_the_rows_of_the_first(bundle: Bundle, reference: Session) -> None:
+    session = Session(bundle, OrtDeviceExecutor(model_of(bundle, 2), "cpu", threads=1))
+    turn = [3 + place % 40 for place in range(45)]
+    for _ in range(3):
+        asked: dict[str, Any] = {"token_ids": turn, "max_new_tokens": 14, "ignore_eos": True}
+        expected = reference.generate(**asked).token_ids
+        other = session.stream(token_ids=[9, 8, 7], max_new_tokens=30, ignore_eos=True)
+        next(other)
+        found = session.generate(**asked)
+        other.close()  # type: ignore[attr-defined]
+        assert found.token_ids == expected
+        assert (found.stats.cached_tokens > 40) == (len(turn) > 45)
+        turn = [*turn, *expected, 1]
+
+
 def test_caches_stay_where_they_are(bundle: Bundle, fake: FakeOrt) -> None:
     executor = OrtDeviceExecutor(model_of(bundle, 2), threads=1)
     session = Session(bundle, executor)

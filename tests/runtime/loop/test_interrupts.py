@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
-import linecache
-import sys
+import itertools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from types import FrameType
 from typing import Any
 
 from medusa_deploy.runtime import Request
 from medusa_deploy.runtime.errors import StepError
 from medusa_deploy.runtime.loop.handle import Handle
 from support.fake_executor import FakeSession, fake_session
+from support.interrupts import Interrupt, interrupt_at
 
-_OURS = ("medusa_deploy/runtime/loop/", "medusa_deploy/runtime/session.py", "threading.py")
 PROMPTS = ([1, 2, 3], [4] * 6, [5, 6])
 TOKENS = 3
-
-
-class Interrupt(BaseException):
-    """Stands for KeyboardInterrupt, which pytest would take for its own."""
-
-
-@contextmanager
-def interrupt_at(place: int = 0) -> Iterator[list[str]]:
-    """Raises at the ``place``-th line of the session's own code that this thread runs. Yields the lines that it has run."""
-    lines: list[str] = []
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        file = frame.f_code.co_filename
-        if not any(part in file for part in _OURS):
-            return None
-        if linecache.getline(file, frame.f_lineno).lstrip().startswith("with "):
-            return trace  # the end of a block counts as its first line, and no interrupt comes before the lock is free again
-        lines.append(f"{file}:{frame.f_lineno}")
-        if len(lines) == place:
-            raise Interrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield lines
-    finally:
-        sys.settrace(before)
 
 
 def in_time(work: Callable[[], Any], where: str) -> Any:
@@ -105,6 +75,24 @@ def test_an_interrupt_between_any_two_lines_hangs_nobody_and_loses_nothing() -> 
         assert in_time(partial(session.generate, token_ids=[1], max_new_tokens=2), lines[-1]).error is None
         assert session.slots.free == 1 and not session.loop._handles
     assert ended_well > len(places) / 2, "most interrupts end the request that was running, and not the one that waited"
+
+
+def test_who_waits_to_be_told_hears_of_the_end_whatever_is_interrupted() -> None:
+    def interrupted(place: int, *, cancelled: bool) -> list[str]:
+        session, told, asked = fake_session(2), list[bool](), itertools.count()
+        request = Request(token_ids=[8, 9], max_new_tokens=TOKENS, rows=3, cancel=lambda: cancelled and next(asked) > 1)
+        handle = session.prepare(request, notify=lambda: told.append(handle.done))
+        session.loop.submit(handle)
+        with interrupt_at(place) as lines, suppress(Interrupt):
+            session.generate(token_ids=[1], max_new_tokens=5, rows=1)
+        session.generate(token_ids=[1], max_new_tokens=5)
+        assert handle.done and told[-1], f"nobody was told of the end after an interrupt at {lines[-1:]}"
+        return lines
+
+    for cancelled in (False, True):
+        lines = interrupted(0, cancelled=cancelled)
+        for line in {line for line in lines if "handle.py" in line or "loop/loop.py" in line}:
+            interrupted(lines.index(line) + 1, cancelled=cancelled)
 
 
 def test_an_interrupt_of_one_thread_leaves_the_others_their_steps() -> None:

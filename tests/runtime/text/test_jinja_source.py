@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from medusa_deploy.runtime.text.jinja_source import rewrite
+from medusa_deploy.runtime.text.jinja_source import UnsupportedError, rewrite
 
 
 @pytest.mark.parametrize(
@@ -14,10 +14,19 @@ from medusa_deploy.runtime.text.jinja_source import rewrite
         ("{{ a.b.title() }}", '{{ (a.b|_method("title")) }}'),
         ("{{ 'a b'.split(sep=' ')[0].zfill(3) }}", """{{ (('a b'|_method("split", sep=' '))[0]|_method("zfill", 3)) }}"""),
         ("{{ f(x.title(), y.z['k'].split()) }}", '{{ f((x|_method("title")), (y.z[\'k\']|_method("split"))) }}'),
-        ("{{ '%s, %s' % (a, b.c) ~ d }}", "{{ ('%s, %s' |_percent( (a, b.c) ))~ d }}"),
+        ("{{ '%s, %s' % (a, b.c) ~ d }}", "{{ ('%s, %s' |_percent( (a, b.c) |default(_undefined)))~ d }}"),
         ("{% if x % 2 and 'a' %}", "{% if x % 2 and 'a' %}"),
         ("{{ x | default('a', boolean=true) }}", "{{ x | default('a', true) }}"),
         ("{{ f(boolean=true) }}", "{{ f(boolean=true) }}"),
+        ("{{ x | sort | first }}", "{{ x |default(_undefined)| sort | first }}"),
+        ("{% if a.b is not iterable and c is sequence %}",
+         "{% if a.b |default(_undefined) is not iterable and c |default(_undefined) is sequence %}"),
+        ("{{ x | tojson(indent=2) }}", "{{ x |default(_no_json)| tojson|_json(indent=2) }}"),
+        ("{{ x | map('tojson', indent=2) }}", '{{ x | map("tojson")|map("_json", indent=2) }}'),
+        ("{% filter tojson %}a{% endfilter %}", "{% filter tojson|_json %}a{% endfilter %}"),
+        ("{{ range is callable }}", "{{ range is defined }}"),
+        ("{% set kwargs = 1 %}{% macro m(varargs) %}{{ varargs ~ kwargs }}{% endmacro %}{{ kwargs }}",
+         "{% set kwargs = 1 %}{% macro m(varargs) %}{{ varargs ~ kwargs }}{% endmacro %}{{ kwargs }}"),
         ("{{ +1 - +2 }}", "{{ 1 - 2 }}"),
         ("{%- generation -%}a{% endgeneration %}", "{%- with -%}a{% endwith %}"),
         ("{{ '{% generation %}' }}{# {% generation %} #}", "{{ '{% generation %}' }}{# {% generation %} #}"),
@@ -29,9 +38,25 @@ from medusa_deploy.runtime.text.jinja_source import rewrite
         ("{# a", "{# a"),
         ("{% if a is not none and b is defined %}", "{% if a is not none and b is defined %}"),
     ],
-)
+)  # fmt: skip
 def test_what_is_rewritten(source: str, written: str) -> None:
     assert rewrite(source) == written
+
+
+@pytest.mark.parametrize(
+    ("tag", "reason"),
+    [
+        ("{{ 1e20 }}", "has the number 1e20"),
+        ("{{ x * 0.00001 }}", "has the number 0.00001"),
+        ("{{ 1e999 }}", "has the number 1e999"),
+        ("{% macro m(a) %}\n{{ varargs }}{% endmacro %}", "reads varargs in a macro"),
+        ("{% macro m() %}{% for k in kwargs %}{% endfor %}{% endmacro %}", "reads kwargs in a macro"),
+    ],
+)
+def test_what_no_rewriting_helps_is_named_with_its_line(tag: str, reason: str) -> None:
+    with pytest.raises(UnsupportedError, match=reason) as caught:
+        rewrite("a\n" + tag)
+    assert str(caught.value).startswith(f"line {3 if 'a) %}' in tag else 2} of the chat template")
 
 
 PARTS = st.sampled_from(

@@ -129,6 +129,7 @@ WHOLE = [
     "  {%- raw -%}  a  {%- endraw -%}  b",
     "a\r\nb\r{{ 'c\r\nd' }}\n",
     "{# a comment {{ x }} #}\n  {#- another -#}  x {# end #}",
+    "{% filter tojson %}<{{ messages[0].content }}{% endfilter %}",
     "    {% if true %}\n  a\n    {% endif %}\n  b\n{%+ if true %}c{%+ endif %}\n",
     "{% set a, b = 1, 2 %}{{ a }}{{ b }}{% set c = [1, 2] + [3] %}{{ c }}",
     "{% set d = {'x': {'y': 1}} %}{{ d.x.y }}{{ d['x']['y'] }}",
@@ -148,6 +149,10 @@ none is iterable ¦ 'ab' is iterable ¦ messages is iterable ¦ 3 is iterable ¦
 true is boolean ¦ messages[0].nothing is none ¦ none is none ¦ 1 is number and 1.5 is float ¦ 2 is even and 3 is odd
 4 is divisibleby 2 ¦ 'a' is in 'abc' ¦ true is true and false is false ¦ 1 is sameas 1 ¦ 'a' is eq 'a'
 'A' is upper and 'a' is lower ¦ nothing is undefined ¦ not nothing ¦ messages[0].content is not string ¦ nothing or 'other'
+nothing is iterable ¦ nothing is sequence ¦ nothing | sort ¦ nothing | int ¦ nothing | wordcount
+'%s' % nothing ¦ raise_exception is callable
+1.0 | tojson ¦ [1.0, {'a': 2.0}] | tojson(indent=1) ¦ [1.0, 2] | map('tojson') | join(',') ¦ 'x' | float ¦ 'a\tb'.expandtabs(4)
+messages | wordwrap ¦ messages.title() ¦ messages[0].capitalize() ¦ nothing | tojson ¦ range is callable ¦ 0.001 ¦ 1e15
 '' or none or 0 or 'x' ¦ 1 if false ¦ 'a' if messages else 'b' ¦ nothing ¦ nothing | default('d') ¦ none | default('d')
 '' | default('d', true) ¦ none | default('d', boolean=true) ¦ nothing | d(default_value='e') ¦ 'a' ~ 1 ~ none ~ true ~ 1.5
 [1, 'a', none, true, 1.5, {'b': []}] ¦ {'a': 1, 'b': [none]} ¦ (1, 'x') ¦ (1,) ¦ () ¦ 'it\'s' ¦ ["it's"] ¦ 1 + 2 * 3 ¦ 7 // 2
@@ -189,9 +194,20 @@ messages[-1].content | string  ¦ 'a' | format ¦ '%s' | format('x')
 '{} {}'.format('a', 1) ¦ 'a' | attr('x') is defined ¦ [1, [2]] | string
 """
 """Expressions, parted by bars and lines."""
+KINDS = (
+    "nothing", "messages[0].nothing", "none", "''", "'a b'", "'12'", "3", "2.0", "true", "[]", "['b', 'a']", "{'b': 1.0}",
+    "(1, 2)", "messages",
+)  # fmt: skip
+FORMS = (
+    "{} is iterable", "{} is sequence", "{} is mapping", "{} is not iterable", "{} is string", "{} is number", "{} is defined",
+    "{} | int", "{} | float", "{} | tojson", "{} | tojson(indent=1)", "{} | wordcount", "{} | center(9)", "{} | string",
+    "{} | default('d')", "{} | default('d', true)", "{} | length", "{} | first", "{} | trim", "{} ~ 'x'", "{} or 'x'", "not {}",
+)  # fmt: skip
+"""Values of every kind in the forms in which minijinja hands them to Python, and some that it keeps."""
 
 
 SOURCES = [*WHOLE, *(f"{{{{ {cell} }}}}" for line in EXPRESSIONS.strip().splitlines() for cell in line.split(" ¦ "))]
+CROSSED = [f"{{{{ {form.replace('{}', kind)} }}}}" for kind in KINDS for form in FORMS]
 
 
 def result(make: Any) -> Any:
@@ -212,6 +228,13 @@ def test_a_construct_renders_as_jinja2_renders_it(source: str) -> None:
         )
         ours = result(lambda shape=shape: ChatTemplate(source, SPECIAL).render(shape))
         assert ours == theirs, [message["role"] for message in shape]
+
+
+@pytest.mark.parametrize("source", CROSSED)
+def test_a_value_of_any_kind_is_treated_as_by_jinja2(source: str) -> None:
+    chat = SHAPES[3]
+    theirs = result(lambda: utils.render_jinja_template([chat], chat_template=source, **SPECIAL)[0][0])
+    assert result(lambda: ChatTemplate(source, SPECIAL).render(chat)) == theirs
 
 
 def test_most_of_the_corpus_renders() -> None:

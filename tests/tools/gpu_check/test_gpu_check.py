@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from medusa_deploy.tools.gpu_check import runner, worker
+from medusa_deploy.tools.gpu_check import worker
 from medusa_deploy.tools.gpu_check.machine import machine_facts
 from medusa_deploy.tools.gpu_check.options import STAGES, Options, command_line, parse
 from medusa_deploy.tools.gpu_check.report import OutOfTimeError, Report
@@ -53,7 +53,7 @@ def test_every_stage_measures_what_it_can(measured: dict[str, Any]) -> None:
     stages = measured["stages"]
     assert {name: (stage["error"], stage["wrong"]) for name, stage in stages.items()} == dict.fromkeys(STAGES, (None, {}))
     assert [name for name, stage in stages.items() if stage["status"] == "ok"] == ["memory", "sizes", "overhead", "breakdown"]
-    for name in ("doctor", "exact", "curve"):
+    for name in ("doctor", "exact", "curve", "batch"):
         assert "executor cuda" in stages[name]["skipped"], "the executor for a GPU is skipped, with the reason"
     results = {name: stage["results"] for name, stage in stages.items()}
     assert "cpu" in results["doctor"]["executors"] and results["doctor"]["imports"]["torch"] == "ok"
@@ -66,6 +66,9 @@ def test_every_stage_measures_what_it_can(measured: dict[str, Any]) -> None:
     assert results["exact"]["executors"]["cpu"]["against_expected"]["tokens_compared"] == 4 * 32
     assert set(results["curve"]["tiny"]["lengths"]["128"]) == {"1", "16", "64"}
     assert set(results["curve"]["executors"]["cpu"]) == {"context", "rounds", "ms_by_rows"}
+    rows = results["batch"]["cpu"]["rows"]
+    assert {count: set(by_slots) for count, by_slots in rows.items()} == {"1": {"1", "4"}, "16": {"1", "4"}}
+    assert rows["1"]["4"]["tokens_per_s"] == pytest.approx(4e3 / rows["1"]["4"]["ms"])
     assert results["memory"]["tiny"]["weights_bytes"] == 4 * (SIZES["tiny"].step_parameters + (128 + 5) * 64)
     assert set(results["overhead"]["tiny"]["heads"]) == {"own", "shared", "pruned"}
     assert {"step", "attention", "projections", "mlp", "vocabulary", "rest", "heads own, one row"} <= set(
@@ -85,6 +88,7 @@ def test_the_table_shows_every_stage_and_why_something_is_missing(measured: dict
         "exact: executor",
         "memory: size",
         "curve: ms",
+        "batch: ms",
         "sizes: plain",
         "overhead: size",
         "breakdown: ms",
@@ -129,53 +133,6 @@ def test_wrong_tokens_are_called_wrong(tiny_bundle: Path, tmp_path: Path) -> Non
     (tmp_path / "other.json").write_text("[]")
     refused = worker.run_stage("exact", dataclasses.replace(options, expected=tmp_path / "other.json"))
     assert refused.error is not None and refused.error["exception"] == "PromptFileError"
-
-
-# -- the runner ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_calls_add_to_one_report_and_write_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out"
-    for stage in ("memory", "sizes"):
-        assert runner.main(["--out", str(out), *BASIC, "--stages", stage, "--strict"]) == 0
-    report = json.loads((out / "gpu_check.json").read_text())
-    assert {name: stage["status"] for name, stage in report["stages"].items()} == {"memory": "ok", "sizes": "ok"}
-    assert report["schema_version"] == 1 and report["machine"]["cores"] >= 1
-    assert sorted(path.name for path in out.iterdir()) == ["gpu_check.json", "gpu_check.txt"]
-    assert capsys.readouterr().out.endswith((out / "gpu_check.txt").read_text())
-
-
-def test_a_stage_that_takes_too_long_is_stopped_and_the_others_go_on(tmp_path: Path) -> None:
-    arguments = ["--out", str(tmp_path), *BASIC, "--stages", "memory,curve", "--limit", "0.3"]
-    assert runner.main(arguments) == 0
-    stages = json.loads((tmp_path / "gpu_check.json").read_text())["stages"]
-    for name in ("memory", "curve"):
-        assert (stages[name]["status"], stages[name]["error"]["message"]) == ("failed", "stopped after 0.3 s")
-    assert runner.main([*arguments, "--strict"]) == 1
-
-
-def test_what_a_stage_found_before_it_ended_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = options_for(tmp_path)
-
-    def died(found: Options, stage: str) -> list[str]:
-        report = {"status": "running", "results": {"7b": 1}, "skipped": {}, "wrong": {}, "error": None}
-        program = (
-            f"import json, pathlib; pathlib.Path({str(tmp_path)!r}, '.{stage}.json').write_text({json.dumps(report)!r}); exit(9)"
-        )
-        return ["-c", program]
-
-    monkeypatch.setattr(runner, "command_line", died)
-    monkeypatch.setattr(runner, "_PROGRAM", [])
-    entry = runner._run_apart("curve", options)
-    assert (entry["status"], entry["results"]) == ("partial", {"7b": 1})
-    assert entry["error"] == {"exception": "StageEnded", "message": "the process ended with code 9"}
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").write_text("")
-    assert runner.main(["--out", str(tmp_path / "file"), *BASIC, "--stages", "memory"]) == 1
-    assert "error: can't write" in capsys.readouterr().err
 
 
 # -- one stage -----------------------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ def test_transformers_makes_the_same_model_of_a_shape(preset: Preset) -> None:
     from medusa_deploy.export.estimate import empty_module
 
     shape = preset.shape
-    window = {"sliding_window": shape.window} if shape.window else {}
     config = getattr(transformers, preset.config)(
         num_hidden_layers=shape.layers,
         hidden_size=shape.hidden_size,
@@ -37,7 +36,6 @@ def test_transformers_makes_the_same_model_of_a_shape(preset: Preset) -> None:
         vocab_size=shape.vocab_size,
         max_position_embeddings=shape.max_position,
         tie_word_embeddings=shape.tied,
-        **window,
     )
     check_architecture(config, preset.capacity)
     module = empty_module(config)
@@ -57,7 +55,7 @@ def test_suggestions_obey_the_rules_of_bundles_and_engines(preset: Preset) -> No
     rows = preset.rows
     assert rows == tuple(sorted(set(rows)))
     assert rows[0] == 1
-    assert preset.prefill_chunk <= preset.capacity <= (preset.shape.window or preset.shape.max_position)
+    assert preset.prefill_chunk <= preset.capacity <= preset.shape.max_position
     limits = {"capacity": preset.capacity, "max_rows": rows[-1], "prefill_chunk": preset.prefill_chunk}
     profiles = profiles_for(manifest(batch=1, **limits), rows)
     assert len(profiles) == len(rows) + 1

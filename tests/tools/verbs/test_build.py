@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,16 @@ def test_the_verb_builds_and_reports(bundle: Path, made: type[FakeTensorRT], cap
     assert "exists" in capsys.readouterr().err
     assert cli.main(["inspect", str(bundle)]) == 0
     assert "sm_86 (engines/sm_86/engine.json)" in capsys.readouterr().out
+
+
+def test_a_copy_of_hard_links_gets_engines_and_its_original_none(bundle: Path, made: type[FakeTensorRT], tmp_path: Path) -> None:
+    assert cli.main(["build", str(bundle), "--target", "sm_89", "--rows", "1"]) == 0
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy", copy_function=os.link))
+    before = state(bundle)
+    assert cli.main(["build", str(copy), "--target", "sm_86", "--rows", "1"]) == 0
+    assert cli.main(["build", str(copy), "--target", "sm_89", "--rows", "1,8", "--force"]) == 0
+    assert state(bundle) == before
+    assert cli.main(["inspect", str(bundle)]) == cli.main(["inspect", str(copy)]) == 0
 
 
 def test_a_dry_run_builds_nothing(bundle: Path, made: type[FakeTensorRT], capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -30,38 +29,13 @@ from medusa_deploy.tools.measure import layer_errors as layers_module
 from medusa_deploy.tools.measure.agreement import Agreement
 from medusa_deploy.tools.measure.hit_table import count_hits
 from medusa_deploy.tools.prompt_source import random_prompts
-from support.faulty import wrong_next_tokens
+from support.documents import Reader
 from support.text import text_bundle
 from support.tiny import VOCAB
 
 PROMPTS = random_prompts(VOCAB, 256, 3, seed=5)
 TOKENS = 24
 OPTIONS = ["--count", "2", "--max-new-tokens", "8", "--threads", "1"]
-
-
-@pytest.fixture(scope="module")
-def other_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``tiny_model`` with noise on its weights, as a coarse quantisation would leave them."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    module = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(3)
-    for name, weight in module.named_parameters():
-        if "proj" in name:
-            weight.data += 0.1 * weight.std() * torch.randn(weight.shape, generator=generator)
-    folder = tmp_path_factory.mktemp("noisy") / "model"
-    module.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def other_bundle(other_model: Path, tiny_heads: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from medusa_deploy.export.exporter import export_bundle
-
-    output = tmp_path_factory.mktemp("noisy") / "bundle"
-    export_bundle(other_model, tiny_heads, output, capacity=256, batch=4, top_k=4, max_rows=16, prefill_chunk=16)
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -257,90 +231,6 @@ def test_other_vocabularies_and_what_does_not_fit_are_refused_before_anything_ru
         compare(tiny_session, tiny_session, PROMPTS, rows=17)
     with pytest.raises(UsageError, match="0 prompts"):
         compare(tiny_session, tiny_session, [])
-
-
-class Reader(HTMLParser):
-    """Tags that are open, and what a browser would run or fetch."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.seen: list[str] = []
-        self.words: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen += [tag, *(f"{tag} {name}" for name, _ in attrs)]
-        if tag not in ("meta", "rect", "circle", "line", "polyline"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in ("rect", "circle", "line", "polyline"):
-            assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen += [tag, *(f"{tag} {name}" for name, _ in attrs)]
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-
-def test_the_verb_writes_one_page_and_one_report(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    bundle = text_bundle(tiny_bundle, tmp_path / "a <b>bundle")
-    prompts = tmp_path / "prompts.jsonl"
-    evil = "<script>alert('x')</script>&amp;"
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in (evil, "hello")), "utf-8")
-    html, output = tmp_path / "out" / "report.html", tmp_path / "out" / "report.json"
-    command = ["compare", str(bundle), str(bundle), "--variant-b", "standard", "--prompts", str(prompts), "--limit", "2"]
-    command += ["--max-new-tokens", "8", "--threads", "1", "--rows", "4", "--html", str(html), "--json", str(output)]
-    assert cli.main(command) == 0
-    shown = capsys.readouterr()
-    assert shown.out.startswith("within budget: perplexity ")
-    assert shown.err == ""
-    found = json.loads(output.read_text("utf-8"))
-    sides = [found["environment"][side] for side in ("a", "b")]
-    assert [side["variant"] for side in sides] == ["cpu", "standard"]
-    assert found["environment"]["cpu"] and found["environment"]["threads"] == 1 and sides[0]["manifest_sha256"]
-    assert (found["rows"], found["prompts"], found["max_new_tokens"]) == (4, 2, 8)
-    assert found["prose"]["positions"] > 1000
-    assert found["speed"]["a"]["plain"]["tokens_per_s"] > 0 and found["speed"]["medusa_ratio"] > 0
-    read = Reader(html.read_text("utf-8"))
-    assert read.open == []
-    assert not {"script", "link", "img", "iframe", "a href", "svg onload"} & set(read.seen)
-    assert read.seen.count("svg") == 5, "six charts, but nothing disagrees"
-    assert evil in "".join(read.words), "shown as it is"
-    assert not re.search(r"(?:src|href|url\()\s*=?\s*[\"']?\w+:", html.read_text("utf-8"))
-    assert sorted(path.name for path in html.parent.iterdir()) == ["report.html", "report.json"]
-
-    before = html.read_bytes(), output.read_bytes()
-    assert cli.main(command) == 1
-    assert "report.html exists" in capsys.readouterr().err
-    assert (html.read_bytes(), output.read_bytes()) == before
-    assert cli.main([*command[: command.index("--html")], "--json", str(output)]) == 1
-    assert "report.json exists" in capsys.readouterr().err
-    assert cli.main([*command, "--force"]) == 0
-    assert output.read_bytes() != before[1], "at least its date"
-
-
-def test_the_verb_exits_with_1_over_the_budget(tiny_bundle: Path, other_bundle: Path, capsys: pytest.CaptureFixture[str]):
-    command = ["compare", str(tiny_bundle), str(other_bundle), *OPTIONS, "--json", "-"]
-    assert cli.main(command) == 1
-    found = json.loads(capsys.readouterr().out)
-    assert not found["verdict"]["passed"]
-    assert cli.main([*command[:-2], "--max-perplexity-increase", "1e6", "--min-acceptance-ratio", "0"]) == 0
-    assert capsys.readouterr().out.startswith("within budget")
-
-
-def test_the_verb_exits_with_1_when_a_divergence_is_unexplained(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    wrong_next_tokens(
-        monkeypatch, lambda turn: turn.sequence.drafter.rows > 1 and len(turn.sequence.emitted) == 5, VOCAB
-    )
-    assert cli.main(["compare", str(tiny_bundle), str(tiny_bundle), *OPTIONS, "--min-acceptance-ratio", "0"]) == 1
-    shown = capsys.readouterr().out
-    assert re.match(r"OVER BUDGET: [1-9]\d* unexplained divergences \(none\)", shown)
-    assert re.search(r"^B with 4 rows: prompt 1, token 6: \d+ plain, \d+ here; gap [\d.]+, noise", shown, re.MULTILINE)
 
 
 def test_a_graph_whose_rows_depend_on_each_other_is_told_apart(report: dict[str, Any]):

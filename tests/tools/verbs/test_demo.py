@@ -130,7 +130,11 @@ def test_demo_sets_up_then_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert calls.pop() == (tmp_path / "build", tmp_path)
     session, prompts, output, shown_on = calls[1]
     assert calls[0] == (tmp_path / "build", tmp_path / HEADS)
-    assert (session, output, shown_on) == (f"session of {tmp_path} {{}}", tmp_path / "build" / "demo", screen)
+    assert (session, output, shown_on) == (
+        f"session of {tmp_path} {{'prefix_cache': False}}",
+        tmp_path / "build" / "demo",
+        screen,
+    )
     assert len(prompts) == len({line.category for line in prompts}) == module.PROMPTS
 
 

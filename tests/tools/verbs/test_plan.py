@@ -18,6 +18,7 @@ from medusa_deploy.tools.sizing.deployment import plan_deployment
 from medusa_deploy.tools.sizing.gpus import GPUS, find_gpu
 from medusa_deploy.tools.sizing.model_sizes import PRESETS
 from support.documents import ROOT, blocks
+from support.families import FAMILIES, make_family
 
 
 def test_the_worked_example_of_the_document_is_what_the_program_prints(capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,6 +166,14 @@ def test_a_bundle_brings_its_heads_and_limits(tiny_bundle: Path) -> None:
 def test_a_models_folder_is_planned_without_its_weights(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", str(tiny_model), "--capacity", "512"]) == OK
     assert "LlamaForCausalLM" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["mistral: windows", "gemma2: windows, soft caps of scores and of logits"])
+def test_a_window_limits_no_capacity(name: str, tmp_path: Path) -> None:
+    plan = plan_deployment(model=make_family(FAMILIES[name], tmp_path / "model"), capacity=200)
+    assert plan.limits.capacity == 200
+    with pytest.raises(UsageError, match="the model attends to 256"):
+        plan_deployment(model=tmp_path / "model", capacity=257)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from medusa_deploy.export.quantise.cpu import BLOCKS, PRECISIONS
 from medusa_deploy.runtime.files.bundle import locked, open_bundle
 from medusa_deploy.runtime.session import load
 from medusa_deploy.tools.cli import main
-from medusa_deploy.tools.measure.divergence import Divergence
+from medusa_deploy.tools.measure.kl import Divergence
 from medusa_deploy.tools.prompt_source import random_prompts
 from medusa_deploy.tools.verbs import quantise as verb
 from support.tiny import VOCAB
@@ -36,6 +38,18 @@ def scales(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = ["--data", str(folder / "prompts.jsonl"), "--max-new-tokens", "16", "--threads", "1"]
     assert main(["calibrate", str(tiny_bundle), *options, "-o", str(folder / "scales.json")]) == 0
     return folder / "scales.json"
+
+
+def test_a_copy_of_hard_links_changes_and_its_original_does_not(tiny_bundle: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy", copy_function=os.link))
+    before = {path: (path.read_bytes(), path.stat().st_mode) for path in sorted(tiny_bundle.rglob("*")) if path.is_file()}
+    for options in ([], ["--force"]):
+        assert main(["quantise", str(copy), "--threads", "1", *options]) == 0
+    prompt = PROMPTS[0][:8]
+    assert load(copy, variant="cpu-int8", threads=1).generate(token_ids=prompt, max_new_tokens=4).token_ids
+    assert main(["inspect", str(copy)]) == 0 and main(["inspect", str(tiny_bundle)]) == 0
+    after = {path: (path.read_bytes(), path.stat().st_mode) for path in sorted(tiny_bundle.rglob("*")) if path.is_file()}
+    assert after == before
 
 
 def test_the_choices_of_the_help_are_those_that_there_are():

@@ -12,7 +12,7 @@ import pytest
 from medusa_deploy.export.heads.layouts import check_fit, read_heads
 from medusa_deploy.runtime.errors import BundleExistsError, TrainingError
 from medusa_deploy.tools.cli import main
-from medusa_deploy.tools.training.answering import AnswerPlan
+from medusa_deploy.tools.training.answering import AnswerPlan, open_backbone
 from medusa_deploy.tools.training.heads import train
 
 
@@ -182,3 +182,13 @@ def test_temperatures_are_numbers_from_zero(arguments: list[str], capsys: pytest
 def _without(arguments: list[str], option: str) -> list[str]:
     at = arguments.index(option)
     return arguments[:at] + arguments[at + 2 :]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"], ids=["runtime", "torch"])
+def test_what_a_tokenizer_or_model_lacks_is_said(
+    device: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = AnswerPlan(tiny_model, tmp_path, slots=2, device=device)
+    for _ in range(2):  # the second run finds a bundle
+        open_backbone(plan)
+        assert capsys.readouterr().err.count("warning: the model has no tokenizer") == 1

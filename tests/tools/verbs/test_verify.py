@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from medusa_deploy.runtime import load
 from medusa_deploy.runtime.errors import CapacityError
 from medusa_deploy.runtime.executors.step_plan import StepPlan
 from medusa_deploy.runtime.sampling import SamplingParams
@@ -169,6 +170,22 @@ def test_the_verb_exits_with_1_when_something_is_unexplained(
     shown = capsys.readouterr().out
     assert "1 UNEXPLAINED" in shown
     assert "gap" in shown
+
+
+def test_prompts_together_are_compared_with_each_alone(tiny_bundle: Path):
+    session = load(tiny_bundle, slots=3, threads=1)
+    report = verify(session, PROMPTS, trees={}, best_rows=True, max_new_tokens=TOKENS)
+    assert report["unexplained"] == 0
+    together = [name for name in report["trees"] if name.startswith("together, ")]
+    assert together == ["together, plain", "together, best-rows", "together, automatic"]
+    assert all(report["trees"][name]["tokens_compared"] == len(PROMPTS) * TOKENS for name in together), "fp32 is exact"
+
+
+def test_what_company_changes_is_found(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch):
+    session = load(tiny_bundle, slots=3, threads=1)
+    wrong_next_tokens(monkeypatch, lambda turn: session.slots.free < 2, 128)
+    report = verify(session, PROMPTS, trees={}, max_new_tokens=TOKENS)
+    assert report["trees"]["together, plain"]["unexplained"] > 0
 
 
 def test_transformers_agrees(tiny_session: Session, tiny_model: Path):

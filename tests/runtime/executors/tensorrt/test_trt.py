@@ -63,6 +63,22 @@ def test_both_packages_decode_as_the_cpu_does(
         assert config.cuda_graph_strategy is either_gpu.CudaGraphStrategy.DISABLED and config.cache is not None
 
 
+def test_a_second_turn_starts_from_the_rows_of_the_first(on_gpu: Load, tiny_session: Session) -> None:
+    session = on_gpu(slots=2)
+    for first in (3, 50):  # the second conversation begins beside the first one's rows
+        turn = [first + place % 40 for place in range(45)]
+        for options in ({}, {"tree": WIDE}, {"params": SamplingParams(mode="sample", seed=3)}):
+            asked: dict[str, Any] = {"max_new_tokens": 14, "ignore_eos": True, **options}
+            expected = tiny_session.generate(token_ids=turn, **asked, cache_salt=str(asked)).token_ids
+            other = session.stream(token_ids=[9, 8, 7], max_new_tokens=30, ignore_eos=True)
+            next(other)
+            found = session.generate(token_ids=turn, **asked)
+            other.close()  # type: ignore[attr-defined]
+            assert found.token_ids == expected
+            assert (found.stats.cached_tokens > 40) == (len(turn) > 45)
+            turn = [*turn, *expected, 1]
+
+
 def test_sampling_on_the_host_draws_the_cpus_tokens(on_gpu: Load, tiny_session: Session) -> None:
     session = on_gpu()
     for params in (SamplingParams(mode="sample", temperature=0.8, seed=5), SamplingParams(presence_penalty=0.4)):

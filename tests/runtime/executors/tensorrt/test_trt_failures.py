@@ -121,6 +121,41 @@ def test_nan_ends_the_sequence_that_has_it_and_no_other(
     assert session.slots.free == 2 and not session.loop.tick()
 
 
+@pytest.mark.parametrize("follow", [True, False])
+def test_a_slot_that_held_nan_serves_its_next_prompt(
+    engine_bundle: Path, gpu: FakeTrt, monkeypatch: pytest.MonkeyPatch, follow: bool
+) -> None:
+    """NaN lies in the slot's cache and among the rows that the next step takes over; a step may be in flight."""
+    caller = Caller(load_fake(engine_bundle, monkeypatch, gpu, slots=2).executor)
+    prompt, other = [4, 5, 6], [9] * 10
+    first = caller.prompt(1, prompt)
+    expected = [first, *caller.greedy(1, WIDE, 8)]
+    caller.prompt(0, other)
+    fresh = Caller(load_fake(engine_bundle, monkeypatch, slots=2).executor)
+    fresh.prompt(0, other)
+    alone = fresh.greedy(0, WIDE, 30)
+
+    def spoil(outputs: dict[str, np.ndarray]) -> None:
+        if len(outputs[step_io.LAST_ROW]) == 2:
+            for name in [*step_io.present_names(2), *step_io.new_names(2)]:
+                outputs[name][1] = np.nan
+            outputs[step_io.LOG_PROBS][1] = np.nan
+
+    gpu.outputs = spoil
+    plan = caller.plan([caller.verifies(0, WIDE), caller.verifies(1, WIDE)], WIDE if follow else None)
+    results = succeeded(caller.executor.run(plan))
+    assert [each.finite for each in results] == [True, False]
+    gpu.outputs = lambda _found: None
+    emitted = caller.commit(plan, results)[0]
+    caller.lengths[1], caller.moves[1] = 0, ()
+    emitted += caller.step(caller.verifies(0, WIDE), chunk(1, prompt, Wanted(heads=True)))[0]
+    caller.lengths[1], caller.moves[1] = 0, ()
+    assert caller.prompt(1, prompt) == first
+    emitted += caller.greedy(0, WIDE, 8)
+    assert [first, *caller.greedy(1, WIDE, 8)] == expected
+    assert emitted == alone[: len(emitted)]
+
+
 def test_a_chunk_that_fails_ends_its_slot_alone(
     engine_bundle: Path, gpu: FakeTrt, reference: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:

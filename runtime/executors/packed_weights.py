@@ -1,0 +1,199 @@
+"""Opens several graphs of one model over one file of packed weights.
+
+ONNX Runtime packs the weights of a session for the processor, and each session packs its own. It can also save an optimised graph
+whose weights lie packed in a file, and map that file when the graph is opened. This module saves a graph's twins that way, lets
+all of them refer to the file of the first one, and keeps them in a cache: the sessions then share one copy in memory.
+
+A cache entry belongs to one graph, one version of ONNX Runtime and one kind of processor. It is made whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+CACHE_VARIABLE = "MEDUSA_DEPLOY_CACHE"
+"""Environment variable that names the cache's folder."""
+
+_UNUSED_DAYS = 14
+_LOCATION = "session.optimized_model_external_initializers_file_name"
+_SAVING = {
+    "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+    "session.save_external_prepacked_constant_initializers": "1",
+}
+
+
+def shared_graphs(
+    graphs: Mapping[int, Path], identity: str, save: Callable[[Path, Path, Mapping[str, str]], None]
+) -> dict[int, Path]:
+    """Return the cached twin of each of ``graphs``, made where it is missing; all read one file of packed weights.
+
+    ``graphs``: by any number; the smallest one's weights are kept. ``identity``: what the weights depend on besides the machine.
+    ``save`` opens a graph, writes it optimised to a path, and passes entries of the session's configuration on.
+
+    Raises:
+        OSError: the cache can't be written.
+    """
+    root = cache_folder()
+    root.mkdir(parents=True, exist_ok=True)
+    _remove_unused(root)
+    entry = root / hashlib.sha256(f"{identity}\n{_processor()}".encode()).hexdigest()[:32]
+    found = {number: entry / f"{number}.onnx" for number in graphs}
+    missing = [number for number in sorted(graphs) if not found[number].is_file()]
+    if missing:
+        first = min(graphs)
+        with _staged(root) as staging:
+            known = None if first in missing else _places(found[first].read_bytes())
+            for number in missing:
+                graph, weights = staging / f"{number}.onnx", staging / f"{number}.bin"
+                save(graphs[number], graph, {_LOCATION: weights.name, **_SAVING})
+                if known is None:
+                    known = _places(graph.read_bytes())
+                elif (changed := _with_places(graph.read_bytes(), known)) is not None:
+                    graph.write_bytes(changed)
+                    weights.unlink()
+            entry.mkdir(exist_ok=True)
+            for file in sorted(staging.iterdir()):  # weights before the graph that reads them
+                file.replace(entry / file.name)
+    os.utime(entry)
+    return found
+
+
+def cache_folder() -> Path:
+    """The folder of the cache: ``CACHE_VARIABLE``, or else the user's own folder for caches."""
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medusa-deploy"
+
+
+@contextlib.contextmanager
+def _staged(root: Path) -> Iterator[Path]:
+    staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=root))
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _remove_unused(root: Path) -> None:
+    oldest = time.time() - _UNUSED_DAYS * 24 * 3600
+    for entry in root.iterdir():
+        with contextlib.suppress(OSError):
+            if entry.is_dir() and entry.stat().st_mtime < oldest:
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+def _processor() -> str:
+    """What packing depends on: the kind of processor and the instructions that it has."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").split("\n\n")[0].splitlines()
+            kinds = ("model name", "flags", "Features", "CPU part")
+            return "\n".join(line for line in lines if line.startswith(kinds))
+    return f"{platform.machine()} {platform.processor()}"
+
+
+# -- where a saved graph's weights lie: protocol buffers, read as far as that takes ----------------------------------
+
+_GRAPH, _INITIALIZER, _NAME, _EXTERNAL, _KEY = 7, 5, 8, 13, 1  # field numbers in ModelProto, GraphProto, TensorProto, its entries
+
+
+def _places(model: bytes) -> dict[str, list[bytes]]:
+    """Return, for each tensor with data in a file, the encoded entries that say where."""
+    found: dict[str, list[bytes]] = {}
+    for graph in _all(model, _GRAPH):
+        for tensor in _all(graph, _INITIALIZER):
+            entries = _all(tensor, _EXTERNAL)
+            if entries:
+                found[_all(tensor, _NAME)[0].decode()] = entries
+    return found
+
+
+def _with_places(model: bytes, places: Mapping[str, list[bytes]]) -> bytes | None:
+    """Return ``model`` with its tensors at ``places``; None if those aren't the same tensors, packed the same way."""
+
+    def tensor_at(tensor: bytes) -> bytes:
+        entries = _all(tensor, _EXTERNAL)
+        if not entries:
+            return tensor
+        there = places[_all(tensor, _NAME)[0].decode()]
+        if _contents(entries) != _contents(there):
+            raise KeyError
+        kept = [_field(number, kind, value) for number, kind, value in _fields(tensor) if number != _EXTERNAL]
+        return b"".join(kept) + b"".join(_field(_EXTERNAL, 2, entry) for entry in there)
+
+    def graph_at(graph: bytes) -> bytes:
+        return b"".join(
+            _field(number, kind, tensor_at(value) if number == _INITIALIZER and isinstance(value, bytes) else value)
+            for number, kind, value in _fields(graph)
+        )
+
+    try:
+        return b"".join(
+            _field(number, kind, graph_at(value) if number == _GRAPH and isinstance(value, bytes) else value)
+            for number, kind, value in _fields(model)
+        )
+    except KeyError:
+        return None
+
+
+def _contents(entries: list[bytes]) -> set[tuple[bytes, ...]]:
+    """What entries say of the data itself: lengths, and names of packed forms, which hold a hash of the data."""
+    pairs = [(_all(entry, 1)[0], _all(entry, 2)[0]) for entry in entries]
+    lengths = {(key, value) for key, value in pairs if key == b"length"}
+    return lengths | {(b"packed", value.split(b"|")[0]) for key, value in pairs if key.startswith(b"prepacked")}
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int, bytes | int]]:
+    """Yield a message's fields: number, wire type, and value."""
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        number, kind = tag >> 3, tag & 7
+        value: bytes | int
+        if kind == 0:
+            value, at = _varint(message, at)
+        elif kind == 2:
+            size, at = _varint(message, at)
+            value, at = message[at : at + size], at + size
+        else:
+            size = {1: 8, 5: 4}[kind]
+            value, at = message[at : at + size], at + size
+        yield number, kind, value
+
+
+def _all(message: bytes, number: int) -> list[bytes]:
+    return [value for found, _, value in _fields(message) if found == number and isinstance(value, bytes)]
+
+
+def _field(number: int, kind: int, value: bytes | int) -> bytes:
+    if isinstance(value, int):
+        return _encoded(number << 3 | kind) + _encoded(value)
+    return _encoded(number << 3 | kind) + (_encoded(len(value)) if kind == 2 else b"") + value
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+
+
+def _encoded(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])

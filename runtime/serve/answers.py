@@ -1,0 +1,129 @@
+"""The shapes of answers: chats and completions, whole and in pieces."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import TYPE_CHECKING, Any
+
+from ..request import TokenLogprob
+from .fields import Fields
+from .metrics import acceptance_of
+from .service import Choice
+
+if TYPE_CHECKING:
+    from ..text.tokenizer import TextCodec
+
+
+class Answer:
+    """Makes the JSON of one answer. ``codec``: spells tokens."""
+
+    kind = "text_completion"
+    piece_kind = "text_completion"
+    prefix = "cmpl"
+
+    def __init__(self, fields: Fields, name: str, codec: TextCodec | None, *, metrics: bool) -> None:
+        self._fields, self._codec = fields, codec
+        self._metrics = metrics or bool(fields.include_metrics)
+        self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
+        self._offsets: dict[int, int] = {}
+
+    def piece(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """One event of a stream; its usage is null where a last event has it."""
+        usage = {"usage": None} if self._fields.include_usage else {}
+        return {**self._head, "object": self.piece_kind, "choices": choices, **usage, **more}
+
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
+        """The first event of a choice, if it has one before its first text."""
+
+    def delta(
+        self, choice: Choice, text: str, ids: list[int], logprobs: list[TokenLogprob] | None, reason: str | None
+    ) -> dict[str, Any]:
+        """A choice in an event."""
+        return self._choice(choice, {"text": text}, ids, logprobs, reason)
+
+    def whole(self, choices: list[tuple[Choice, str, list[TokenLogprob] | None]]) -> dict[str, Any]:
+        """The answer in one piece."""
+        said = [
+            self._choice(choice, self._content(text), choice.token_ids, logprobs, choice.finish_reason)
+            for choice, text, logprobs in choices
+        ]
+        every = [choice for choice, _, _ in choices]
+        return {**self._head, "object": self.kind, "choices": said, "usage": self.usage(every), **self.acceptance(every)}
+
+    def usage(self, choices: list[Choice]) -> dict[str, Any]:
+        """Counts of tokens; a prompt with several answers counts once."""
+        prompts = sum(len(choice.prompt) for choice in choices if choice.index % self._fields.choices == 0)
+        emitted = sum(len(choice.token_ids) for choice in choices)
+        return {"prompt_tokens": prompts, "completion_tokens": emitted, "total_tokens": prompts + emitted}
+
+    def acceptance(self, choices: list[Choice]) -> dict[str, Any]:
+        """The field ``metrics``, where it is asked for."""
+        if not self._metrics:
+            return {}
+        return {"metrics": {"speculative_decoding": acceptance_of(*[each.stats for each in choices if each.stats is not None])}}
+
+    # -- parts -----------------------------------------------------------------------------------------------------
+
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _choice(
+        self, choice: Choice, content: dict[str, Any], ids: list[int], logprobs: list[TokenLogprob] | None, reason: str | None
+    ) -> dict[str, Any]:
+        said = {"index": choice.index, **content, "finish_reason": reason}
+        said["logprobs"] = None if self._fields.top is None else self._logprobs(choice, logprobs or [])
+        if self._fields.return_token_ids:
+            said["token_ids"] = ids
+        return said
+
+    def _logprobs(self, choice: Choice, entries: list[TokenLogprob]) -> dict[str, Any]:
+        offset, offsets = self._offsets.get(choice.index, 0), list[int]()
+        for each in entries:
+            offsets.append(offset)
+            offset += len(self._spelt(each.token_id)[0])
+        self._offsets[choice.index] = offset
+        return {
+            "tokens": [self._spelt(each.token_id)[0] for each in entries],
+            "token_logprobs": [each.logprob for each in entries],
+            "top_logprobs": [{self._spelt(token)[0]: value for token, value in reversed(each.top)} for each in entries],
+            "text_offset": offsets,
+        }
+
+    def _spelt(self, token: int) -> tuple[str, list[int]]:
+        """A token's text and bytes. Bytes that are no character by themselves are U+FFFD in the text."""
+        spelt = b"" if self._codec is None else self._codec.token_bytes(token)
+        return spelt.decode("utf-8", "replace"), list(spelt)
+
+
+class ChatAnswer(Answer):
+    """Makes the JSON of an assistant's message."""
+
+    kind = "chat.completion"
+    piece_kind = "chat.completion.chunk"
+    prefix = "chatcmpl"
+
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
+        """Name the role first."""
+        return self._choice(choice, {"delta": {"role": "assistant", "content": ""}}, [], None, None)
+
+    def delta(
+        self, choice: Choice, text: str, ids: list[int], logprobs: list[TokenLogprob] | None, reason: str | None
+    ) -> dict[str, Any]:
+        """A choice in an event."""
+        return self._choice(choice, {"delta": {"content": text} if text or reason is None else {}}, ids, logprobs, reason)
+
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _logprobs(self, choice: Choice, entries: list[TokenLogprob]) -> dict[str, Any]:
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text, spelt = self._spelt(token)
+            return {"token": text, "logprob": logprob, "bytes": spelt}
+
+        tops = [[entry(*pair) for pair in each.top] for each in entries]
+        pairs = zip(entries, tops, strict=True)
+        return {
+            "content": [{**entry(each.token_id, each.logprob), "top_logprobs": top} for each, top in pairs],
+            "refusal": None,
+        }

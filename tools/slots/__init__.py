@@ -1,0 +1,1 @@
+"""Measures several requests at a time, as their users see them."""
