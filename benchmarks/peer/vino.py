@@ -39,7 +39,6 @@ class OpenVino(Peer):
         if self.fp32:
             properties |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
         if settings.slots > 1:
-            scheduler.max_num_seqs = settings.slots
             self.pipeline = openvino_genai.ContinuousBatchingPipeline(settings.path, scheduler, "CPU", properties)
             return
         if self.lookup:
@@ -70,14 +69,20 @@ class OpenVino(Peer):
         return Answer([int(token) for token in result.tokens[0]], metrics.get_ttft().mean / 1000, steps)
 
     def run_many(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """Queue all prompts; the scheduler takes as many as there are slots."""
+        """Queue a prompt for each slot, and another one whenever an answer has ended.
+
+        The scheduler itself takes all that are queued: ``max_num_seqs`` of 4 and 8 made no difference to 16 of them.
+        """
         import numpy as np
         import openvino
 
-        tensors = [openvino.Tensor(np.array([prompt], np.int64)) for prompt in prompts]
-        handles = [
-            self.pipeline.add_request(index, tensor, self._config(max_new_tokens)) for index, tensor in enumerate(tensors)
-        ]
-        while self.pipeline.has_non_finished_requests():
+        handles: list[Any] = []
+        running: list[Any] = []
+        while running or len(handles) < len(prompts):
+            while len(running) < self.settings.slots and len(handles) < len(prompts):
+                prompt = openvino.Tensor(np.array([prompts[len(handles)]], np.int64))
+                handles.append(self.pipeline.add_request(len(handles), prompt, self._config(max_new_tokens)))
+                running.append(handles[-1])
             self.pipeline.step()
+            running = [handle for handle in running if handle.get_status() == self.library.GenerationStatus.RUNNING]
         return [[int(token) for token in handle.read_all()[0].generated_ids] for handle in handles]
