@@ -23,6 +23,7 @@ from medusa_deploy.export.proof import linked_check
 from medusa_deploy.export.proof.linked_check import check_places
 from medusa_deploy.runtime import load
 from medusa_deploy.runtime.errors import CheckpointError, ExportMismatchError, UnlinkableError
+from medusa_deploy.runtime.executors import step_io
 from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.runtime.session import Session
 from support.families import FAMILIES, make_family
@@ -86,7 +87,7 @@ def test_the_rules_that_are_left_out_would_change_nothing(
     monkeypatch.setattr(link, "optimise", lambda model, keeps: optimizer.optimize_ir(model, should_fold=keeps))
     export_bundle(sharded, tiny_heads, tmp_path / "bundle", weights="linked", **OPTIONS)
     graphs = sorted(path.name for path in (bundle / "onnx").glob("*.onnx"))
-    assert len(graphs) == 5
+    assert len(graphs) == 5 + len(step_io.PACKED_SLOTS)
     for name in graphs:
         assert (tmp_path / "bundle" / "onnx" / name).read_bytes() == (bundle / "onnx" / name).read_bytes()
 
