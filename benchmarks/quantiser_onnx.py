@@ -24,16 +24,15 @@ class Graph:
     """The standard graph of a bundle: its inputs for a text, and the backbone's matmuls in it."""
 
     def __init__(self, bundle: Bundle) -> None:
-        import onnx_ir as ir
-
         from medusa_deploy.export.quantise.w8a8 import parts
+        from medusa_deploy.export.weights import read_graph
 
         self.path = bundle.path(bundle.manifest.variants["standard"])
         layout = ort_model(bundle, 1, "standard").layout
         cache = np.zeros((1, layout.kv_heads, layout.rows, layout.head_dim), layout.dtype)
         self._caches = dict.fromkeys(step_io.past_names(layout.layers), cache)
         self._margin = bundle.manifest.heads.num_heads
-        found = parts(ir.load(self.path).graph)
+        found = parts(read_graph(self.path).graph)
         self.others = [name for name, part in found.items() if part != "backbone"]
         # Every seventh matmul of the backbone is a layer's down matmul; names of nodes don't say so.
         self.down = [name for name, part in found.items() if part == "backbone"][6::7]

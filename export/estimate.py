@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..runtime.arguments import choice, integer, optional_path, path, shown
-from ..runtime.errors import UsageError
+from ..runtime.arguments import choice, integer, optional_path, shown
+from ..runtime.errors import UnlinkableError, UsageError
 from ..runtime.executors import step_io
 from ..runtime.files.adapter_file import Adapter
 from ..runtime.files.heads import HeadConfig, HeadSet
 from ..runtime.tree import MAX_ROWS, ROOT_ONLY, Tree, chain
 from .backbone.backbone import backbone_shape, load_config
+from .backbone.checkpoint import placed_bytes
 from .backbone.linked import stored_parameters
+from .backbone.model_folder import find_model
 from .backbone.record import DTYPES
 from .backbone.refusal.positions import check_positions
-from .heads.layouts import ReadHeads, check_fit, read_heads
+from .heads.layouts import ReadHeads, check_fit, named_base, read_heads
+from .hub import Fetched, fetch_heads, fetch_model, hub_name
 from .quantise.cpu_heads import narrow_size
 from .quantise.screen import screen_size
 from .weights import ALIGNMENT
 
 DEFAULT_TREE = "default"
-WEIGHTS = ("copied", "linked")
+WEIGHTS = ("auto", "linked", "copied")
 _LARGEST = {"capacity": 1 << 24, "batch": 4096, "top_k": 1024, "max_rows": MAX_ROWS, "prefill_chunk": 1 << 16}
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 _TEXT_FILES = ("tokenizer.json", "chat_template.jinja")
 # Measured on Llama graphs, over all variants of the step graph.
 _GRAPH_BYTES_PER_LAYER = 27_000
@@ -57,11 +62,11 @@ class ExportPlan:
 
 
 def plan_export(
-    model: Path | str,
+    model: Path | str | None,
     heads: Path | str | None,
     *,
     dtype: str = "fp32",
-    weights: str = "copied",
+    weights: str = "auto",
     capacity: int = 2048,
     batch: int = 1,
     tree: Tree | None = None,
@@ -70,31 +75,33 @@ def plan_export(
 ) -> ExportPlan:
     """Check what :func:`.exporter.export_bundle` checks before it loads weights, and size what it would write.
 
+    Weights of safetensors on a hub stay there; they count as linked.
+
     Raises:
+        DownloadError: a name on a hub that can't be fetched.
         CheckpointError, UnsupportedArchitectureError: the backbone's config can't be read or expressed.
         HeadsError, HeadsMismatchError, TreeError: heads or tree don't fit.
     """
-    model, heads = path("model", model), optional_path("heads", heads)
     dtype, weights = checked_choices(dtype, weights, tree)
     capacity, batch = checked_limit("capacity", capacity, 2048), checked_limit("batch", batch, 1)
     top_k, max_rows = checked_limit("top_k", top_k, 10), checked_limit("max_rows", max_rows, 64)
-    read = None if heads is None else read_heads(heads)
-    module, head_config, trees = check_before_weights(model, read, weights, capacity, tree, top_k)
+    found, found_heads, notes = find_sources(model, heads, lambda phase: None, weights=False)
+    source = found.path
+    read = None if found_heads is None else read_heads(found_heads.path)
+    module, head_config, trees = check_before_weights(source, read, weights, capacity, tree, top_k)
     shape = backbone_shape(module)
     default = trees[DEFAULT_TREE]
     rows = step_io.cache_rows(capacity, head_config.num_heads, tree_rows(max_rows, trees, head_config.num_heads))
     item = DTYPES[dtype].itemsize
     sizes = [parameter.numel() for parameter in module.parameters()]
     head_sizes = [shape.hidden_size**2] if read is None else _head_sizes(read.heads)
-    linked = 0
-    if weights == "linked":
-        files = {tensor.file for tensor in stored_parameters(model, dtype, capacity)[1].values()}
-        linked = sum(file.stat().st_size for file in files)
+    copied = weights == "copied" or (read is not None and read.adapter is not None)
+    linked = 0 if copied else _linked_bytes(source, dtype, capacity, weights, sizes)
     written = head_sizes if linked else [*sizes, *head_sizes]
     written_bytes = sum(-(-size * item // ALIGNMENT) * ALIGNMENT for size in written)
     if dtype == "fp32":  # the CPU graph stores these for itself
         written_bytes += narrow_size(head_config) + screen_size((shape.vocab_size, shape.hidden_size))
-    text = sum((model / name).stat().st_size for name in _TEXT_FILES if (model / name).is_file())
+    text = sum((source / name).stat().st_size for name in _TEXT_FILES if (source / name).is_file())
     slot = shape.cache_bytes(rows, item)
     return ExportPlan(
         architecture=shape.architecture,
@@ -112,8 +119,61 @@ def plan_export(
         cache_rows=rows,
         cache_bytes_per_slot=slot,
         cache_bytes=slot * batch,
-        warnings=read.warnings if read is not None else (),
+        warnings=(*notes, *(read.warnings if read is not None else ())),
     )
+
+
+def find_sources(
+    model: Path | str | None, heads: Path | str | None, report: Callable[[str], object], *, weights: bool = True
+) -> tuple[Fetched, Fetched | None, list[str]]:
+    """Find model and heads, on a hub if they are names there. Returns both, and notes for the user.
+
+    Heads may name their backbone. Then the model may be left out, and one of another name is worth a note.
+
+    Raises:
+        UsageError: no model, and no heads that name one; or something that is neither a path nor a name.
+        DownloadError: see :func:`.hub.fetch_model`.
+    """
+    model, heads = _source("model", model), _source("heads", heads)
+    of_heads = None if heads is None else fetch_heads(heads, report)
+    base = None if of_heads is None else named_base(of_heads.path)
+    if model is None and base is None:
+        raise UsageError("no model is given, and no heads that name theirs", hint="give MODEL: a folder, a file or org/name")
+    source = base if model is None else model
+    assert source is not None
+    found = fetch_model(source, report, weights=weights)
+    asked, named = (None if each is None else hub_name(each) for each in (source, base))
+    notes = []
+    if asked is not None and named is not None and asked.repo != named.repo:
+        notes.append(f"the heads name {named.repo} as their backbone, and {asked.repo} was given")
+    return found, of_heads, notes
+
+
+def _source(name: str, value: Any) -> Path | str | None:
+    """Return what may be a path or a name on a hub. A string stays one: ``./org/name`` is no name, and ``org/name`` is.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    found = optional_path(name, value)
+    return value if isinstance(value, str) else found
+
+
+def _linked_bytes(model: Path, dtype: str, capacity: int, weights: str, sizes: list[int]) -> int:
+    """Sum the sizes of the files that linked weights would bring into the bundle; 0 if ``auto`` would copy the weights.
+
+    ``sizes``: numbers of the backbone's parameters. A folder without weights counts as one whose weights are linked.
+    """
+    absent = not any(next(model.glob(pattern), None) for pattern in _WEIGHT_FILES)
+    if find_model(model)[1] is not None or (absent and weights == "auto"):
+        return sum(sizes) * DTYPES[dtype].itemsize
+    try:
+        needed = stored_parameters(model, dtype, capacity)[1].values()
+    except UnlinkableError:
+        if weights == "linked":
+            raise
+        return 0
+    return placed_bytes(needed, DTYPES[dtype])
 
 
 def check_before_weights(
@@ -164,14 +224,14 @@ def refuse_linked_adapter(weights: str, adapter: Adapter | None) -> None:
 
 
 def checked_choices(dtype: str | None, weights: str | None, tree: Tree | None) -> tuple[str, str]:
-    """Return the dtype and the kind of weights of an export, by default fp32 and copied.
+    """Return the dtype and the kind of weights of an export, by default fp32 and auto.
 
     Raises:
         UsageError: names the argument, its value and what it may be.
     """
     if not isinstance(tree, (Tree, type(None))):
         raise UsageError(f"tree is {shown(tree)}", hint="tree is a Tree: Tree.from_choices makes one")
-    return choice("dtype", dtype, tuple(DTYPES), "fp32"), choice("weights", weights, WEIGHTS, "copied")
+    return choice("dtype", dtype, tuple(DTYPES), "fp32"), choice("weights", weights, WEIGHTS, "auto")
 
 
 def checked_limit(name: str, value: int | None, default: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,28 +14,29 @@ import numpy as np
 import onnx_ir as ir
 
 from .. import __version__
-from ..runtime.arguments import flag, optional_path, path
+from ..runtime.arguments import flag, path
+from ..runtime.errors import UnlinkableError
 from ..runtime.executors import step_io
 from ..runtime.executors.executor import CacheLayout
-from ..runtime.executors.ort import OrtExecutor, OrtModel
-from ..runtime.files.bundle import record_files, sha256, staged_folder
+from ..runtime.files.adapter_file import Adapter
+from ..runtime.files.bundle import record_files, refuse_existing, sha256, staged_folder
 from ..runtime.files.heads import HeadConfig, HeadSet, PlattScaling
 from ..runtime.files.manifest import MANIFEST_NAME, HeadFacts, Limits, Manifest, TextFacts
 from ..runtime.tree import Tree
 from .backbone.backbone import load_backbone
-from .backbone.linked import load_linked_backbone, prune_projection
+from .backbone.linked import LinkedWeights, load_linked_backbone, prune_projection
 from .backbone.record import Backbone
 from .backbone.refusal.positions import check_positions
 from .backbone.tokenizer import write_text_files
-from .estimate import DEFAULT_TREE, check_before_weights, checked_choices, checked_limit, tree_rows
+from .estimate import DEFAULT_TREE, check_before_weights, checked_choices, checked_limit, find_sources, tree_rows
 from .graphs import HEADS_GRAPH, write_graphs
 from .heads.layouts import check_fit, read_heads
 from .heads.module import HeadStack
+from .hub import Fetched
 from .passes.matmuls import plain_step_bytes
-from .proof.check import CheckReport, check_executor, graph_windows
-from .proof.device_executor import DeviceGraphExecutor
-from .proof.linked_check import check_linked
-from .trace.failures import named_failures
+from .proof.check import CheckReport
+from .proof.linked_check import check_linked, check_variants
+from .quantise.screen import Rounded
 
 Report = Callable[[str], None]
 ONNX = "onnx"
@@ -43,12 +44,12 @@ _NUMPY_DTYPES = {"fp32": "float32", "fp16": "float16"}
 
 
 def export_bundle(
-    model: Path | str,
+    model: Path | str | None,
     heads: Path | str | None,
     output: Path | str,
     *,
     dtype: str = "fp32",
-    weights: str = "copied",
+    weights: str = "auto",
     capacity: int = 2048,
     batch: int = 1,
     tree: Tree | None = None,
@@ -60,21 +61,23 @@ def export_bundle(
 ) -> dict[str, Any]:
     """Write a bundle and return what was measured on the way.
 
+    ``model`` and ``heads``: a path, or a name on a hub (:mod:`.hub`). Without ``model`` it is the backbone that the heads name.
     ``heads``: a file or folder in any layout of :mod:`.heads.layouts`; None exports the backbone alone, which decodes plainly.
     An adapter that the heads were trained with is merged into the backbone.
-    ``weights``: ``copied`` or ``linked``. Copied weights enter the bundle in the layout that engines like best. Linked weights
-    are the checkpoint's own safetensors: they become files of the bundle (hard links where the file system has them) and are
-    never in memory as a whole.
+    ``weights``: ``linked``, ``copied``, or ``auto``, which links what can be linked. Linked weights are safetensors: the
+    checkpoint's own become files of the bundle (hard links where the file system has them), others are converted to such files.
+    They are never in memory as a whole. Copied weights are. An adapter and what transformers converts while loading need them.
     ``capacity``: tokens a slot holds, prompt and answer together. ``batch``: slots at most. ``report`` receives each phase.
 
     Raises:
+        DownloadError: a name on a hub that can't be fetched.
         CheckpointError, UnsupportedArchitectureError: the backbone can't be loaded or expressed.
         HeadsError, HeadsMismatchError, TreeError: heads or tree don't fit.
         TraceError: a library failed on the backbone's modules.
         ExportMismatchError: the graph doesn't reproduce the torch module; no bundle is written.
         BundleExistsError, OutputError: the output can't be written.
     """
-    model, heads, output = path("model", model), optional_path("heads", heads), path("output", output)
+    output = path("output", output)
     dtype, weights = checked_choices(dtype, weights, tree)
     limits_given = {"capacity": (capacity, 2048), "batch": (batch, 1), "top_k": (top_k, 10)}
     limits_given |= {"max_rows": (max_rows, 64), "prefill_chunk": (prefill_chunk, 256)}
@@ -82,42 +85,43 @@ def export_bundle(
         checked_limit(name, value, default) for name, (value, default) in limits_given.items()
     )
     force = flag("force", force)
+    refuse_existing(output, force=force)
+    model_from, heads_from, notes = find_sources(model, heads, report)
     started = time.perf_counter()
     with staged_folder(output, force=force) as staging, ThreadPoolExecutor(1) as beside:
         folder = staging / ONNX
         folder.mkdir()
-        read = None if heads is None else read_heads(heads)
+        read = None if heads_from is None else read_heads(heads_from.path)
         adapter = None if read is None else read.adapter
-        _, _, trees = check_before_weights(model, read, weights, capacity, tree, top_k)
+        _, _, trees = check_before_weights(model_from.path, read, weights, capacity, tree, top_k)
         report("loading the backbone" if adapter is None else "loading the backbone and merging its adapter")
-        hashes: dict[Path, Future[str]] = {}
-        if weights == "linked":
-            backbone = load_linked_backbone(model, dtype, capacity, folder, report)
-            # Hashing the 13 GB of a 7B takes a tenth of the time of the rest, and the rest keeps one processor busy.
-            hashes = {path: beside.submit(sha256, path) for path in folder.glob("*.safetensors")}
-        else:
-            backbone = load_backbone(model, dtype, capacity, adapter)
-        text, warnings = write_text_files(model, backbone.module.config, staging)
+        backbone = _load(model_from.path, dtype, capacity, weights, adapter, folder, report)
+        linked = isinstance(backbone.weights, LinkedWeights)
+        # Hashing the 13 GB of a 7B takes a tenth of the time of the rest, and the rest keeps one processor busy.
+        hashes = {path: beside.submit(sha256, path) for path in folder.glob("*.safetensors")}
+        text, warnings = write_text_files(model_from.path, backbone.module.config, staging)
         head_set = identity_heads(backbone) if read is None else read.heads
         check_positions(backbone.module, capacity, head_set.config.num_heads)
         check_fit(head_set, hidden_size=backbone.shape.hidden_size, vocab_size=backbone.shape.vocab_size, top_k=top_k)
         head_set = prune_projection(backbone, head_set)
-        warnings += [*backbone.warnings, *(() if read is None else read.warnings)]
+        warnings += [*notes, *backbone.warnings, *(() if read is None else read.warnings)]
         max_rows = tree_rows(max_rows, trees, head_set.config.num_heads)
         stack = HeadStack(head_set, backbone.module.get_output_embeddings(), top_k, backbone.dtype, backbone.logits)
         rows = step_io.cache_rows(capacity, head_set.config.num_heads, max_rows)
         report("tracing")
-        graphs = write_graphs(backbone, stack, rows, capacity, folder, report)
+        screened: Rounded = {}
+        graphs = write_graphs(backbone, stack, rows, capacity, folder, report, screened=screened)
         scaling = () if read is None else read.platt_scaling
         manifest = _manifest(backbone, head_set, scaling, top_k, text, graphs, _NUMPY_DTYPES[dtype])
         limits = Limits(capacity, rows, max_rows, batch, min(prefill_chunk, capacity))
         shape = backbone.shape
         places: dict[str, Any] = {}
         layout = CacheLayout(shape.layers, 1, shape.kv_heads, rows, shape.head_dim, _NUMPY_DTYPES[dtype])
-        if weights == "linked":
-            checks, places = check_linked(folder, graphs, layout, capacity, backbone, stack, report)
+        if linked:
+            checks, places = check_linked(folder, graphs, layout, capacity, backbone, stack, report, screened)
         else:
-            checks = _check(folder, graphs, layout, capacity, backbone, stack, report)
+            sizes = (stack.config.num_heads, top_k, shape.hidden_size, shape.vocab_size)
+            checks = check_variants(folder, graphs, layout, capacity, sizes, backbone, stack, report)
         warnings += _missed(checks)
         report("hashing")
         known = {path: future.result() for path, future in hashes.items()}
@@ -125,10 +129,11 @@ def export_bundle(
             "created_by": f"medusa-deploy {__version__}",
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnx", "onnxruntime")},
             "check": {name: asdict(check) for name, check in checks.items()},
+            "model": model_from.origin,
             "plain_step_bytes": plain_step_bytes(ir.load(folder / graphs["cpu"])),
-            "weights": {"kind": weights, **places},
+            "weights": {"kind": "linked" if linked else "copied", **places},
             "warnings": warnings,
-            "heads": None if read is None else {"layout": read.layout, **read.measured},
+            "heads": None if read is None else {"layout": read.layout, **read.measured, **_origin(heads_from)},
             "adapter": None if adapter is None else {"files": dict(adapter.files), **asdict(adapter.shape)},
         }
         complete = Manifest(
@@ -139,6 +144,23 @@ def export_bundle(
         (staging / MANIFEST_NAME).write_text(complete.to_json(), "utf-8")
     measured = {name: provenance[name] for name in ("check", "weights", "warnings", "adapter")}
     return {"seconds": time.perf_counter() - started, **measured}
+
+
+def _origin(fetched: Fetched | None) -> dict[str, Any]:
+    return {} if fetched is None or fetched.origin is None else {"origin": fetched.origin}
+
+
+def _load(
+    model: Path, dtype: str, capacity: int, weights: str, adapter: Adapter | None, folder: Path, report: Report
+) -> Backbone:
+    """Load a backbone with its weights linked from ``folder``, or copied where that was asked for or nothing else works."""
+    if weights == "linked" or (weights == "auto" and adapter is None):
+        try:
+            return load_linked_backbone(model, dtype, capacity, folder, report)
+        except UnlinkableError:
+            if weights == "linked":
+                raise
+    return load_backbone(model, dtype, capacity, adapter)
 
 
 def identity_heads(backbone: Backbone) -> HeadSet:
@@ -169,28 +191,6 @@ def _manifest(
         "variants": {name: f"{ONNX}/{file}" for name, file in graphs.items()},
         "heads_graph": f"{ONNX}/{HEADS_GRAPH}",
     }
-
-
-@named_failures("run")
-def _check(
-    folder: Path,
-    graphs: dict[str, str],
-    layout: CacheLayout,
-    capacity: int,
-    backbone: Backbone,
-    stack: HeadStack,
-    report: Report,
-) -> dict[str, CheckReport]:
-    """Run every variant against the torch module."""
-    windows = graph_windows(folder / graphs["cpu"])
-    sizes = (stack.config.num_heads, stack.top_k, backbone.shape.hidden_size, backbone.shape.vocab_size)
-    reports = {}
-    for name, file in graphs.items():
-        report(f"checking the {name} graph")
-        model = OrtModel(folder / file, folder / HEADS_GRAPH, layout, *sizes)
-        executor = DeviceGraphExecutor(model) if name == "device" else OrtExecutor(model)
-        reports[name] = check_executor(executor, backbone, stack, capacity, windows)
-    return reports
 
 
 def _missed(checks: dict[str, CheckReport]) -> list[str]:

@@ -11,7 +11,7 @@ from .heads.module import HeadStack
 from .passes.lower import drop_closing, lower_cpu, lower_device, lower_standard
 from .passes.pack import write_packed
 from .quantise.cpu_heads import narrow_heads
-from .quantise.screen import screen
+from .quantise.screen import Rounded, screen
 from .trace.failures import named_failures
 from .trace.trace import trace_heads, trace_step
 from .weights import WeightsFile
@@ -28,11 +28,12 @@ def write_graphs(
     folder: Path,
     report: Callable[[str], None],
     prefix: str = "",
+    screened: Rounded | None = None,
 ) -> dict[str, str]:
     """Write every variant of the step, the heads, and the weights that no other file holds into ``folder``.
 
-    ``rows``: of a cache. ``capacity``: tokens of a slot. ``prefix``: the start of their names. Returns the file name of each
-    variant.
+    ``rows``: of a cache. ``capacity``: tokens of a slot. ``prefix``: the start of their names. ``screened`` keeps the
+    rounded projection from call to call. Returns the file name of each variant.
     """
     for_device = trace_step(backbone, stack, rows, capacity)
     standard = for_device.clone()
@@ -43,7 +44,7 @@ def write_graphs(
     lower_cpu(for_cpu)
     shared = stack.shared is not None
     narrow_heads(for_cpu, shared=shared)
-    screen(for_cpu)
+    screen(for_cpu, screened)
     graphs = {"standard": standard, "cpu": for_cpu, "device": for_device}
     names = {"standard": f"{prefix}step.onnx", "cpu": f"{prefix}step.cpu.onnx", "device": f"{prefix}step.device.onnx"}
     report("writing graphs")

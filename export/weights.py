@@ -16,7 +16,7 @@ ALIGNMENT = 65536
 _SMALLEST_EXTERNAL = 1024
 
 
-class _BundleTensor(ir.ExternalTensor):
+class BundleTensor(ir.ExternalTensor):
     """A tensor in a file of the bundle, whose files may have several hard links.
 
     A copy made with ``cp -al`` has such files, and so has a bundle of linked weights. onnx_ir refuses them.
@@ -36,7 +36,7 @@ def read_graph(path: Path) -> ir.Model:
         if isinstance(tensor, ir.ExternalTensor):
             shape = ir.Shape(tensor.shape.numpy())
             place = (tensor.location, tensor.offset, tensor.length, tensor.dtype)
-            value.const_value = _BundleTensor(*place, shape=shape, name=tensor.name or "", base_dir=tensor.base_dir)
+            value.const_value = BundleTensor(*place, shape=shape, name=tensor.name or "", base_dir=tensor.base_dir)
     return model
 
 

@@ -28,6 +28,10 @@ class CheckpointError(DeployError):
     """A backbone checkpoint can't be read, or holds non-finite weights."""
 
 
+class UnlinkableError(CheckpointError):
+    """A bundle can't read the weights of this checkpoint where they lie: they have to be copied."""
+
+
 class DownloadError(DeployError):
     """A known model can't be fetched, or the fetched files are other ones."""
 

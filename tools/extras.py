@@ -69,7 +69,11 @@ def require(extra: str) -> None:
 
 def quiet_libraries() -> None:
     """Keep other libraries' progress bars and advice off stderr: a verb shows its own. Call it before they are imported."""
-    quiet = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"}
+    from ..export.hub import OWN_SILENCE
+
+    quiet = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if not {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"} & set(os.environ):
+        quiet |= {"HF_HUB_OFFLINE": "1", OWN_SILENCE: "1"}
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
     if not sys.warnoptions:

@@ -7,6 +7,7 @@ GPU. A run that was interrupted goes on after the last shard.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -26,7 +27,9 @@ class RuntimeAnswerer:
     def __init__(self, session: Session) -> None:
         self._session = session
         files = session.manifest.files.items()
-        self.weights = next(record.sha256 for name, record in files if name.endswith("weights.bin"))
+        linked = sorted(record.sha256 for name, record in files if name.endswith(".safetensors"))
+        copied = next(record.sha256 for name, record in files if name.endswith("weights.bin"))
+        self.weights = hashlib.sha256("".join(linked).encode()).hexdigest() if linked else copied
 
     def answer(self, questions: Sequence[Question], max_new_tokens: int) -> Iterator[Answer]:
         """Yield the answers as they are finished. Each is chosen with its question's own seed."""

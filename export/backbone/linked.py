@@ -17,14 +17,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ...runtime.errors import CheckpointError, UnsupportedArchitectureError
+from ...runtime.errors import CheckpointError, UnlinkableError
 from ...runtime.files.heads import HeadSet
 from .backbone import backbone_shape, freeze_rope, load_config, transformers_errors
-from .checkpoint import Report, find_stored, place
+from .checkpoint import STORED_DTYPES, Placed, Report, find_stored, place, write_tensors
+from .gguf_file.metadata import GgufFile
+from .gguf_file.weights import gguf_places, read_pieces
 from .logits import find_logit_change
 from .model_folder import check_unused, find_model, folder_notes
 from .record import DTYPES, Backbone
-from .safetensors_header import StoredTensor
+from .safetensors_header import StoredTensor, read_header
 
 CHECKED_LAYERS, MOST_CHECKED_LAYERS = 2, 8
 
@@ -53,12 +55,19 @@ def load_linked_backbone(source: Path, dtype: str, capacity: int, folder: Path, 
     """Load a backbone without weights, and bring the files that hold them into ``folder``.
 
     Raises:
-        CheckpointError: no folder of safetensors, a missing tensor, a damaged shard, or values that aren't finite.
+        UnlinkableError: no folder of safetensors, names or types that transformers converts, or a missing tensor.
+        CheckpointError: a damaged shard, other shapes than the config's, or values that aren't finite.
         UnsupportedArchitectureError: see :func:`.backbone.check_architecture`.
         OSError: ``folder`` can't be written.
     """
-    config, needed, notes = stored_parameters(source, dtype, capacity)
-    placed = place(needed, DTYPES[dtype], folder, report)
+    found, gguf = find_model(source)
+    if gguf is None:
+        config, needed, notes = stored_parameters(source, dtype, capacity)
+        placed = place(needed, DTYPES[dtype], folder, report)
+    else:
+        config, notes = load_config(source, capacity), []
+        placed = _place_gguf(GgufFile(found / gguf), config, DTYPES[dtype], folder, report)
+        needed = dict(placed.tensors)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     module = empty_module(config, DTYPES[dtype], mode)
     stored = {name: placed.tensors[tensor.name] for name, tensor in needed.items()}
@@ -66,18 +75,37 @@ def load_linked_backbone(source: Path, dtype: str, capacity: int, folder: Path, 
     return Backbone(module, backbone_shape(module), DTYPES[dtype], weights, tuple(notes), find_logit_change(module))
 
 
+def _place_gguf(file: GgufFile, config: Any, dtype: torch.dtype, folder: Path, report: Report) -> Placed:
+    """Dequantise the weights of a GGUF file into a file of safetensors in ``folder``."""
+    report(f"dequantising {file.path.name}")
+    target = folder / "model.safetensors"
+    write_gguf_tensors(file, config, dtype, target)
+    return Placed(read_header(target), {target.name: f"dequantised to {STORED_DTYPES[dtype]}"})
+
+
+def write_gguf_tensors(file: GgufFile, config: Any, dtype: torch.dtype, target: Path) -> None:
+    """Dequantise the weights of a GGUF file into the safetensors file ``target``, a few rows at a time.
+
+    Raises:
+        CheckpointError: a tensor is missing, has no place in the model, another shape or type, or values that aren't finite.
+        OSError: the file can't be written.
+    """
+    with transformers_errors(file.path):
+        places = gguf_places(file, empty_module(config, dtype, None))
+    tensors = {name: (file.tensors[stored].shape, read_pieces(file, config, stored)) for name, stored in places.items()}
+    write_tensors(target, STORED_DTYPES[dtype], tensors)
+
+
 def stored_parameters(source: Path, dtype: str, capacity: int) -> tuple[Any, dict[str, StoredTensor], list[str]]:
     """Read the config of a model folder, the place of each parameter of its causal LM, and what else it holds. Reads no weights.
 
     Raises:
-        CheckpointError, UnsupportedArchitectureError: as :func:`load_linked_backbone`.
+        UnlinkableError, CheckpointError, UnsupportedArchitectureError: as :func:`load_linked_backbone`.
     """
-    folder, gguf = find_model(source)
-    if gguf is not None:
-        raise CheckpointError(f"{source} is a GGUF file", hint="its weights can't be linked: export with --weights copied")
+    folder, _ = find_model(source)
     config = load_config(source, capacity)
     if getattr(config, "transformers_weights", None):
-        raise CheckpointError(
+        raise UnlinkableError(
             f"config.json of {source} names its weights itself: {config.transformers_weights!r}",
             hint="such weights can't be linked: export with --weights copied",
         )
@@ -85,13 +113,13 @@ def stored_parameters(source: Path, dtype: str, capacity: int) -> tuple[Any, dic
     module = empty_module(config, DTYPES[dtype], None)
     kept = sorted(set(module.state_dict()) - {name for name, _ in module.named_parameters(remove_duplicate=False)})
     if kept:
-        raise UnsupportedArchitectureError(
+        raise UnlinkableError(
             f"{type(module).__name__} keeps {kept[0]} in its checkpoint beside weights", hint="export with --weights copied"
         )
     parameters = dict(module.named_parameters())
     missing = sorted(set(parameters) - set(available))
     if missing:
-        raise CheckpointError(
+        raise UnlinkableError(
             f"{source} lacks {len(missing)} tensors of {type(module).__name__}, such as {missing[0]}",
             hint="check that config.json belongs to these weights and that the download is complete; or export with "
             "--weights copied, which also reads checkpoints with older names",
@@ -117,7 +145,7 @@ def _check_tied(module: nn.Module, available: Mapping[str, StoredTensor]) -> Non
             one, two = (available[each].mapped().reshape(-1).view("u1") for each in (other, name))
             step = 1 << 24
             if len(one) != len(two) or any((one[at : at + step] != two[at : at + step]).any() for at in range(0, len(one), step)):
-                raise CheckpointError(
+                raise UnlinkableError(
                     f"config.json says that {name} is {other}, and the checkpoint holds other numbers for it",
                     hint="set tie_word_embeddings to false in config.json if the checkpoint is right",
                 )

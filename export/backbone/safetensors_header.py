@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.errors import CheckpointError
+from ...runtime.errors import CheckpointError, UnlinkableError
 
 # The format's own limit.
 MAX_HEADER_BYTES = 100_000_000
@@ -83,7 +83,7 @@ def _stored(path: Path, name: str, entry: Any, start: int, size: int) -> StoredT
     if not valid:
         raise CheckpointError(f"{path} describes {name!r} as {str(entry)[:100]}", hint=_DAMAGED)
     if dtype not in ITEM_BYTES:
-        raise CheckpointError(
+        raise UnlinkableError(
             f"{name} in {path} is {dtype!r}, a type that isn't known here",
             hint="export with --weights copied, or give the checkpoint in float16, bfloat16 or float32",
         )

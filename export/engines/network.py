@@ -52,8 +52,6 @@ def check_source(bundle: Bundle, precision: str, weights: str, int8: Int8Options
         raise UsageError(
             f"weights as inputs in {precision}: they would be dequantised in every step", hint="use --weights inside, or fp16"
         )
-    if precision == "int8" and manifest.provenance.get("weights", {}).get("kind") == "linked":
-        raise UsageError("the bundle's weights are linked, and can't be made int8", hint="export with --weights copied")
     if manifest.dtype != "float16":
         raise UsageError(f"the bundle's graph is {manifest.dtype}", hint="TensorRT engines are built of: export --dtype fp16")
     if VARIANT not in manifest.variants:

@@ -93,6 +93,13 @@ def read_heads(source: Path | str) -> ReadHeads:
     return ReadHeads(heads, names.layout, tuple(warnings))
 
 
+def named_base(source: Path | str) -> str | None:
+    """Return the backbone that published heads name as theirs: a name on a hub, or a path; None if they name none."""
+    source = Path(source)
+    base = _config(source if source.is_dir() else source.parent)[0].get("base_model_name_or_path")
+    return base if isinstance(base, str) and base else None
+
+
 def check_fit(heads: HeadSet, *, hidden_size: int, vocab_size: int, top_k: int = 1) -> None:
     """Check that heads belong to a backbone of these sizes, and can give ``top_k`` candidates.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -12,6 +13,11 @@ from torch.nn import functional
 from ...runtime.files.heads import HeadSet
 
 Change = Callable[[Tensor], Tensor]
+
+
+def _tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """Take numbers as they lie in memory or in a mapped file, if they have the right type: nobody changes them."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy()).to(dtype)
 
 
 class HeadStack(nn.Module):
@@ -38,7 +44,7 @@ class HeadStack(nn.Module):
         for head in range(config.num_heads):
             layers = nn.ModuleList()
             for layer in range(config.num_layers):
-                weight, bias = (torch.from_numpy(array.copy()).to(dtype) for array in heads.layer(head, layer))
+                weight, bias = (_tensor(array, dtype) for array in heads.layer(head, layer))
                 linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
                 linear.weight, linear.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
                 layers.append(linear)
@@ -59,9 +65,9 @@ class HeadStack(nn.Module):
             return nn.ParameterList()
         if config.projection == "own":
             arrays = [heads.tensors[f"head.{head}.projection.weight"] for head in range(config.num_heads)]
-            tensors = [torch.from_numpy(array.copy()).to(dtype) for array in arrays]
+            tensors = [_tensor(array, dtype) for array in arrays]
         elif "projection.weight" in heads.tensors:
-            tensors = [torch.from_numpy(heads.tensors["projection.weight"].copy()).to(dtype)]
+            tensors = [_tensor(heads.tensors["projection.weight"], dtype)]
         else:
             weight = cast(Tensor, output_embedding.weight).detach()
             tensors = [weight[torch.from_numpy(heads.tensors["token_map"])].to(dtype).clone()]

@@ -7,7 +7,9 @@ runtime, and that knows neither onnx nor onnx_ir.
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +21,7 @@ from .patterns import producer_if
 MATMULS = ("MatMul", "Gemm")
 _MULTIPLY = ("MatMul", "MatMulNBits")
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+NUMBERS_AT_A_TIME = 1 << 19
 _CACHE = re.compile(step_io.past_names(1)[0].replace("0", r"(\d+)"))
 
 
@@ -103,10 +106,33 @@ class CpuMatmul:
 
     def matrix(self) -> np.ndarray:
         """Return W as float32 [N, K], multipliers and divisors taken in."""
-        parts = [weight.const_value.numpy() for weight in self.weights if weight.const_value is not None]
-        whole = np.concatenate([part if self.transposed else part.T for part in parts])
-        matrix: np.ndarray = np.ascontiguousarray(whole, np.float32) * self.multipliers / self.divisors[:, None]
+        matrix, at = np.empty(self.shape, np.float32), 0
+        for piece in self.pieces():
+            matrix[at : at + len(piece)] = piece
+            at += len(piece)
         return matrix
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """Yield the rows of :meth:`matrix` in order, a few at a time: the whole is only where its tensors are.
+
+        A file that a tensor lies in is unmapped behind it: pages that were read count as this process's memory.
+        """
+        outputs, size = self.shape
+        divisors = np.broadcast_to(self.divisors, (outputs,))[:, None]
+        step, at = max(1, NUMBERS_AT_A_TIME // size), 0
+        for weight, width in zip(self.weights, self.widths, strict=True):
+            tensor = weight.const_value
+            assert tensor is not None
+            stored = tensor.numpy()
+            for first in range(0, width, step):
+                rows = stored[first : first + step] if self.transposed else stored[:, first : first + step].T
+                yield np.ascontiguousarray(rows, np.float32) * self.multipliers / divisors[at : at + len(rows)]
+                at += len(rows)
+                del rows
+            del stored
+            if isinstance(tensor, ir.ExternalTensor):
+                with contextlib.suppress(BufferError):  # somebody else reads it, too
+                    tensor.release()
 
 
 def find_matmuls(model: ir.Model) -> list[CpuMatmul]:

@@ -1,7 +1,7 @@
 """Proves what can be proven about a linked export without its weights in memory.
 
-Its first layers, with the real weights and through the same code, are compared with the torch module. And every place that the
-whole graphs point to has to hold the tensor that its initializer is named after.
+The first layers of a big one, with the real weights and through the same code, are compared with the torch module; small ones are
+compared whole. And every place that the whole graphs point to has to hold the tensor that its initializer is named after.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from ...runtime.errors import ExportMismatchError
 from ...runtime.executors.executor import CacheLayout
 from ...runtime.executors.ort import OrtExecutor, OrtModel
 from ..backbone.checkpoint import Report
-from ..backbone.linked import LinkedWeights, first_layers
+from ..backbone.linked import CHECKED_LAYERS, LinkedWeights, first_layers
 from ..backbone.record import Backbone
 from ..backbone.safetensors_header import StoredTensor, read_header
 from ..graphs import HEADS_GRAPH, write_graphs
 from ..heads.module import HeadStack
+from ..quantise.screen import Rounded
 from ..trace.failures import named_failures
 from .check import (
     CheckReport,
     Observed,
     Reference,
+    check_executor,
     checked_steps,
     compare,
     eager_reference,
@@ -42,6 +44,7 @@ from .run_order import run_matmuls_in_turn
 # Rows of the prompt. Each takes part in matmuls as wide as the backbone, on a CPU and in fp16.
 _PROMPT_ROWS = 8
 _PREFIX = "check."
+WHOLE_BYTES = 1 << 30
 _DTYPES = {"F16": onnx.TensorProto.FLOAT16, "F32": onnx.TensorProto.FLOAT}
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 _TOP = {"embedding": "embed", "heads.shared": "lm_head|embed", "projection": "lm_head|embed", "decoder.norm": "norm"}
@@ -64,9 +67,11 @@ def check_linked(
     backbone: Backbone,
     stack: HeadStack,
     report: Report,
+    screened: Rounded | None = None,
 ) -> tuple[dict[str, CheckReport], dict[str, Any]]:
-    """Compare every variant of the first layers with the torch module, and look up every place in the whole graphs.
+    """Compare every variant with the torch module, and look up every place in the whole graphs.
 
+    Of a backbone of more than a GiB, the first layers are compared. Smaller ones are compared whole.
     ``folder`` holds the graphs and the linked files, and for a while those of the first layers. ``variants``: file names in it.
     ``layout``: of the whole backbone. ``capacity``: tokens of a slot. ``stack`` is used up: it reads the real weights from now
     on. Returns reports by variant, and the facts about weights for the bundle's provenance.
@@ -76,33 +81,81 @@ def check_linked(
     """
     weights = backbone.weights
     assert isinstance(weights, LinkedWeights)
-    cut, real = first_layers(backbone)
-    stack.project_through(cut.module.get_output_embeddings())
-    report(f"tracing {cut.shape.layers} layers for the check")
-    graphs = write_graphs(cut, stack, layout.rows, capacity, folder, lambda _phase: None, _PREFIX)
+    whole = sum(tensor.nbytes for tensor in weights.tensors.values()) <= WHOLE_BYTES
+    cut, real = first_layers(backbone, layout.layers if whole else CHECKED_LAYERS)
     sizes = (stack.config.num_heads, stack.top_k, cut.shape.hidden_size, cut.shape.vocab_size)
     few = replace(layout, layers=cut.shape.layers)
-    windows, steps = graph_windows(folder / graphs["cpu"]), checked_steps(stack.config.num_heads)
-    prompt_rows = prompt_length(real, windows, capacity, steps, _PROMPT_ROWS)
-    observed = {}
-    for name, path in graphs.items():
-        report(f"checking {few.layers} layers of the {name} graph")
-        run_matmuls_in_turn(folder / path)
-        model = OrtModel(folder / path, folder / f"{_PREFIX}{HEADS_GRAPH}", few, *sizes)
-        executor = DeviceGraphExecutor(model, frugal_options()) if name == "device" else _FrugalExecutor(model)
-        observed[name] = observe(executor, stack.config.num_heads, cut.shape.vocab_size, prompt_rows=prompt_rows)
-        del executor  # its weights leave memory before the next one's enter it
-    report(f"checking {few.layers} layers of the torch module")
-    stack.project_through(real.get_output_embeddings())
-    checks = _compare_all(observed, replace(cut, module=real), stack)
-    whole = {name: with_windows(each, windows, prompt_rows + steps) for name, each in checks.items()}
-    for written in folder.glob(f"{_PREFIX}*"):
-        written.unlink()
+    if whole:
+        stack.project_through(real.get_output_embeddings())
+        checks = check_variants(folder, variants, few, capacity, sizes, replace(cut, module=real), stack, report)
+    else:
+        checks = _check_cut(folder, few, capacity, sizes, cut, real, stack, report, screened)
     report("checking where all weights lie")
     needed = {tensor.name: tensor for tensor in weights.tensors.values()}
     places = {name: asdict(check_places(folder / path, needed, layout.layers)) for name, path in variants.items()}
     files = dict(weights.files)
-    return whole, {"files": files, "checked_layers": few.layers, "layers": layout.layers, "places": places}
+    return checks, {"files": files, "checked_layers": few.layers, "layers": layout.layers, "places": places}
+
+
+def _check_cut(
+    folder: Path,
+    layout: CacheLayout,
+    capacity: int,
+    sizes: tuple[int, int, int, int],
+    cut: Backbone,
+    real: Any,
+    stack: HeadStack,
+    report: Report,
+    screened: Rounded | None,
+) -> dict[str, CheckReport]:
+    """Compare every variant of the layers of ``cut`` with ``real``, the same with its weights."""
+    stack.project_through(cut.module.get_output_embeddings())
+    report(f"tracing {layout.layers} layers for the check")
+    graphs = write_graphs(cut, stack, layout.rows, capacity, folder, lambda _phase: None, _PREFIX, screened)
+    if screened is not None:
+        screened.clear()  # the engines' turn for the memory
+    windows, steps = graph_windows(folder / graphs["cpu"]), checked_steps(stack.config.num_heads)
+    prompt_rows = prompt_length(real, windows, capacity, steps, _PROMPT_ROWS)
+    observed = {}
+    for name, path in graphs.items():
+        report(f"checking {layout.layers} layers of the {name} graph")
+        run_matmuls_in_turn(folder / path)
+        model = OrtModel(folder / path, folder / f"{_PREFIX}{HEADS_GRAPH}", layout, *sizes)
+        executor = DeviceGraphExecutor(model, frugal_options()) if name == "device" else _FrugalExecutor(model)
+        observed[name] = observe(executor, stack.config.num_heads, cut.shape.vocab_size, prompt_rows=prompt_rows)
+        del executor  # its weights leave memory before the next one's enter it
+    report(f"checking {layout.layers} layers of the torch module")
+    stack.project_through(real.get_output_embeddings())
+    checks = _compare_all(observed, replace(cut, module=real), stack)
+    for written in folder.glob(f"{_PREFIX}*"):
+        written.unlink()
+    return {name: with_windows(each, windows, prompt_rows + steps) for name, each in checks.items()}
+
+
+@named_failures("run")
+def check_variants(
+    folder: Path,
+    variants: dict[str, str],
+    layout: CacheLayout,
+    capacity: int,
+    sizes: tuple[int, int, int, int],
+    backbone: Backbone,
+    stack: HeadStack,
+    report: Report,
+) -> dict[str, CheckReport]:
+    """Run every variant, whole, against the torch module. ``sizes``: heads, candidates, hidden size and vocabulary.
+
+    Raises:
+        NumericsError, ExportMismatchError: as :func:`.check.check_executor`.
+    """
+    windows = graph_windows(folder / variants["cpu"])
+    reports = {}
+    for name, file in variants.items():
+        report(f"checking the {name} graph")
+        model = OrtModel(folder / file, folder / HEADS_GRAPH, layout, *sizes)
+        executor = DeviceGraphExecutor(model) if name == "device" else OrtExecutor(model)
+        reports[name] = check_executor(executor, backbone, stack, capacity, windows)
+    return reports
 
 
 def frugal_options() -> Any:

@@ -82,7 +82,7 @@ def values(codes: np.ndarray, grid: Grid) -> np.ndarray:
 def packed(codes: np.ndarray, bits: int) -> np.ndarray:
     """Pack codes into uint8 [..., n · bits / 8]. The first of two 4-bit codes is the low half; an odd count gets a zero more."""
     if bits == 8:
-        return codes.astype(np.uint8)
+        return codes.astype(np.uint8, copy=False)
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], -1)
     pairs = codes.astype(np.uint8)

@@ -29,7 +29,6 @@ BLOCKS = (16, 32, 64, 128)
 DEFAULT_BLOCKS = {4: 32, 8: 64}
 """Block by bits. A step of a few rows takes a ninth less with 64 than with 32; 4 bits can't afford the coarser scales."""
 _ROUND_ACTIVATIONS_TO_INT8 = 4  # MatMulNBits' accuracy_level
-_ROUNDED_AT_A_TIME = 1 << 22  # weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,25 +165,32 @@ def rounded(matmul: CpuMatmul, bits: int, block: int, moments: np.ndarray | None
     Raises:
         QuantisationError: the weight holds NaN or infinity.
     """
-    matrix = matmul.matrix()
-    if not np.isfinite(matrix).all():
-        raise QuantisationError(f"the weight of {matmul.name} holds NaN or infinity", hint="the checkpoint's weights are broken")
     if bits != 4 or moments is None:
-        return _rounded_alone(matrix, bits, block)
+        return _rounded_alone(matmul, bits, block)
+    matrix = matmul.matrix()
+    _check_finite(matmul, matrix)
     grid = make_grid(matrix, bits, block)
     # Moments of x / s are those of x, divided by both factors.
     factors = np.broadcast_to(matmul.multipliers, (matmul.shape[1],))
     return grid, compensated(matrix, grid, moments / np.outer(factors, factors))
 
 
-def _rounded_alone(matrix: np.ndarray, bits: int, block: int) -> tuple[Grid, np.ndarray]:
+def _rounded_alone(matmul: CpuMatmul, bits: int, block: int) -> tuple[Grid, np.ndarray]:
     """Round each value to the nearest, a few rows at a time: the search for scales takes several times their memory."""
-    count = max(1, _ROUNDED_AT_A_TIME // matrix.shape[1])
-    parts = [matrix[start : start + count] for start in range(0, len(matrix), count)]
-    grids = [make_grid(part, bits, block) for part in parts]
-    codes = np.concatenate([nearest(part, grid) for part, grid in zip(parts, grids, strict=True)])
+    outputs, size = matmul.shape
+    codes, grids, at = np.empty((outputs, size // block, block), np.uint8), [], 0
+    for piece in matmul.pieces():
+        _check_finite(matmul, piece)
+        grids.append(make_grid(piece, bits, block))
+        codes[at : at + len(piece)] = nearest(piece, grids[-1])
+        at += len(piece)
     scales, zeros = (np.concatenate([getattr(grid, name) for grid in grids]) for name in ("scales", "zero_points"))
     return Grid(bits, scales, zeros), codes
+
+
+def _check_finite(matmul: CpuMatmul, values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise QuantisationError(f"the weight of {matmul.name} holds NaN or infinity", hint="the checkpoint's weights are broken")
 
 
 def put_bits(graph: ir.Graph, matmul: CpuMatmul, grid: Grid, codes: np.ndarray, rescored: int = 0) -> int:

@@ -126,6 +126,7 @@ def write_quantised(
         OSError: the file system refused.
     """
     model = read_graph(source)
+    _turn_apart(model.graph)
     report = quantise(model)
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -133,6 +134,18 @@ def write_quantised(
             value.const_value = lazy(value, partial(_copied, tensor), tensor.dtype, tensor.shape)
     weights.save(model, output)
     return report
+
+
+def _turn_apart(graph: ir.Graph) -> None:
+    """Give every product a Transpose of its own where several share one: heads may share the projection's."""
+    for turn in list(graph):
+        if turn.op_type == "Transpose" and turn.inputs[0] is not None and turn.inputs[0].is_initializer():
+            for number, use in enumerate(list(turn.outputs[0].uses())[1:], 1):
+                own = ir.node("Transpose", [turn.inputs[0]], turn.attributes, name=f"{turn.name}/{number}")
+                own.outputs[0].name = f"{turn.outputs[0].name}/{number}"
+                own.outputs[0].type, own.outputs[0].shape = turn.outputs[0].type, turn.outputs[0].shape
+                graph.insert_after(turn, [own])
+                use.node.replace_input_with(use.idx, own.outputs[0])
 
 
 def holds_8_bits(node: ir.Node) -> bool:

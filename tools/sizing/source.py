@@ -44,7 +44,7 @@ def source_of_size(name: str) -> Source:
 
 
 def source_of_model(folder: Path) -> Source:
-    """Read a folder or GGUF file that export reads. Its config decides; its weights stay on disk.
+    """Read a folder or GGUF file that export reads, or a name on a hub. Its config decides; its weights stay on disk.
 
     Raises:
         CheckpointError, UnsupportedArchitectureError: no such model, or one that can't be exported.
@@ -56,8 +56,9 @@ def source_of_model(folder: Path) -> Source:
     quiet_libraries()
     from ...export.backbone.backbone import backbone_shape, load_config
     from ...export.estimate import empty_module
+    from ...export.hub import fetch_model
 
-    config = load_config(folder, 1)
+    config = load_config(fetch_model(folder, weights=False).path, 1)
     module = empty_module(config)
     backbone_sizes = backbone_shape(module)
     shape = ModelShape(

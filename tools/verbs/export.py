@@ -17,15 +17,22 @@ HELP = "trace a checkpoint with its Medusa heads into a bundle, and check it aga
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of safetensors with config.json, or a .gguf file")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL",
+        help="folder of safetensors with config.json, a .gguf file, or org/name[@revision][:file.gguf] of a hub (default: the "
+        "backbone that the heads name)",
+    )  # fmt: skip
     heads = parser.add_mutually_exclusive_group(required=True)
-    heads.add_argument("--heads", type=Path, metavar="HEADS", help="Medusa heads: a folder or a file in any published layout")
+    heads.add_argument(
+        "--heads", metavar="HEADS", help="Medusa heads in any published layout: a folder, a file, or org/name of a hub"
+    )
     heads.add_argument("--no-heads", action="store_true", help="export the backbone alone: it decodes plainly")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write")
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of weights and caches (default: fp32)")
     parser.add_argument(
-        "--weights", choices=("copied", "linked"), default="copied",
-        help="linked: the checkpoint's safetensors become the bundle's, and are never in memory as a whole (default: copied)",
+        "--weights", choices=("auto", "linked", "copied"), default="auto",
+        help="linked: the checkpoint's safetensors become the bundle's, and are never in memory as a whole; copied: the bundle "
+        "has its own (default: auto, linked where it can be)",
     )  # fmt: skip
     parser.add_argument("--capacity", type=positive_int, default=2048, help="tokens a slot holds (default: 2048)")
     parser.add_argument("--batch", type=positive_int, default=1, help="slots at most (default: 1)")
@@ -89,8 +96,9 @@ def report_text(report: dict[str, Any], output: Path) -> str:
     if weights["kind"] == "linked":
         tensors = next(iter(weights["places"].values()))["tensors"]
         files = ", ".join(sorted(set(weights["files"].values())))
+        ran = "all" if weights["checked_layers"] == weights["layers"] else f"the first {weights['checked_layers']} of"
         checked = (
-            f"\nchecked: the first {weights['checked_layers']} of {weights['layers']} layers ran; the places of all {tensors} "
+            f"\nchecked: {ran} {weights['layers']} layers ran; the places of all {tensors} "
             f"weights hold the right tensors\nweights: {len(weights['files'])} files ({files})"
         )
     windows = next(iter(report["check"].values()))["windows"]

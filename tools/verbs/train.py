@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     from ..console import add_json_argument, non_negative
 
-    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of safetensors, or a .gguf file")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of safetensors, a .gguf file, or org/name of a hub")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="HEADS", help="folder for the trained heads")
     parser.add_argument("--work", type=Path, help="folder for answers and checkpoints (default: HEADS.work)")
     parser.add_argument("--prompts", type=Path, help="JSONL of training prompts (default: those of the package)")
@@ -86,8 +87,9 @@ def run(args: argparse.Namespace) -> int:
     require("export" if args.stage == 1 else "train")
     quiet_libraries()
     from ...calibration.training.finetune import FinetuneConfig
+    from ...export.hub import fetch_model
     from ...runtime.errors import UsageError
-    from ..console import emit
+    from ..console import emit, say
     from ..training.answering import AnswerPlan
     from ..training.backbone import quality_table, train_backbone
     from ..training.heads import train
@@ -102,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
             f"--{next(iter(foreign)).replace('_', '-')} belongs to the other stage, this is stage {args.stage}",
             hint="see the groups of: medusa-deploy train --help",
         )
+    plan = replace(plan, model=fetch_model(plan.model, say).path)
     keep = {"tree_rows": args.tree_rows, "force": args.force}
     if args.stage == 1:
         report = train(plan, args.output, given, args.heads, **keep)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from ....runtime.errors import CheckpointError
 from .header import read_header
 
 OTHER_FORM = "give the model as a folder of safetensors with config.json instead"
+_VALUES_AT_A_TIME = 1 << 19
 _AGAIN = "download or copy the file again, or convert the model again"
 
 
@@ -86,6 +89,16 @@ class GgufFile:
         Raises:
             CheckpointError: a format of weights that can't be read.
         """
+        return np.concatenate(list(self.pieces(name))).reshape(self.tensors[name].shape)
+
+    def pieces(self, name: str, unit: int = 1) -> Iterator[np.ndarray]:
+        """Dequantise a tensor to float32 a few rows at a time: pieces [rows, columns] of a multiple of ``unit`` rows.
+
+        Pages of the file that were read leave memory behind the tensor.
+
+        Raises:
+            CheckpointError: a format of weights that can't be read.
+        """
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -95,13 +108,20 @@ class GgufFile:
         try:
             if kind is None:
                 raise NotImplementedError
-            block, size = GGML_QUANT_SIZES[kind]
+            if 0 in tensor.shape or not tensor.shape:
+                raise ValueError(f"its shape is {list(tensor.shape)}")
             rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1]
-            stored = np.frombuffer(self._data, np.uint8, rows * columns // block * size, tensor.offset)
-            values = dequantize(stored.reshape(rows, -1), kind)
+            step = max(unit, _VALUES_AT_A_TIME // columns // unit * unit)
+            block, size = GGML_QUANT_SIZES[kind]
+            if columns % block:
+                raise ValueError(f"rows of {columns} numbers aren't whole blocks of {block}")
+            stored = np.frombuffer(self._data, np.uint8, rows * columns // block * size, tensor.offset).reshape(rows, -1)
+            for first in range(0, rows, step):
+                yield np.asarray(dequantize(stored[first : first + step], kind), np.float32)
         except (NotImplementedError, ValueError, IndexError) as error:
             raise CheckpointError(
                 f"{name} in {self.path} has the type {kind.name if kind else tensor.kind}, which can't be read: {error}",
                 hint="give a file in a usual format: F16, BF16, Q8_0, Q4_K_M …",
             ) from error
-        return np.asarray(values, np.float32).reshape(tensor.shape)
+        finally:
+            self._data.madvise(mmap.MADV_DONTNEED)

