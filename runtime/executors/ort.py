@@ -93,7 +93,7 @@ class OrtExecutor(OrtBase):
         for slot, moves in enumerate(plan.moves):
             if moves and slot not in in_graph:
                 self._move(slot, plan.lengths[slot], moves)
-        most = max(self._packed_sessions, default=1) if not self._are_neighbours(plan.active) else len(plan.active)
+        most = len(plan.active) if self._are_neighbours(plan.active) else max(self._packed_sessions, default=1)
         groups = [plan.active[start : start + most] for start in range(0, len(plan.active), most)]
         return StepResult(tuple([found for index, group in enumerate(groups) for found in self._group(plan, group, index)]))
 
@@ -111,7 +111,9 @@ class OrtExecutor(OrtBase):
     def _are_neighbours(self, active: tuple[SlotRows, ...]) -> bool:
         """Whether the slots lie side by side and have one row each: then the attention takes all of them in one call."""
         slots = sorted(rows.slot for rows in active)
-        return bool(self._packed_sessions) and slots[-1] - slots[0] < len(slots) and all(rows.count == 1 for rows in active)
+        if len(slots) < 2 or not self._packed_sessions:
+            return False
+        return slots[-1] - slots[0] < len(slots) and all(rows.count == 1 for rows in active)
 
     def _together(self, plan: StepPlan, active: tuple[SlotRows, ...], index: int) -> list[SlotResult]:
         places = min(places for places in self._packed_sessions if places >= len(active))
