@@ -94,7 +94,8 @@ class PackedStep:
 
     def results(self, active: Sequence[SlotRows], seconds: float) -> list[SlotResult]:
         """The results of these slots. Arrays are views, valid until the next call."""
-        return [self._result(self._order.index(rows), rows, seconds) for rows in active]
+        place_of = {rows.slot: place for place, rows in enumerate(self._order) if rows is not None}
+        return [self._result(place_of[rows.slot], rows, seconds) for rows in active]
 
     # -- inputs ----------------------------------------------------------------------------------------------------
 
