@@ -53,9 +53,12 @@ class Answer:
 
     def usage(self, choices: list[Choice]) -> dict[str, Any]:
         """Counts of tokens; a prompt with several answers counts once."""
-        prompts = sum(len(choice.prompt) for choice in choices if choice.index % self._fields.choices == 0)
+        firsts = [choice for choice in choices if choice.index % self._fields.choices == 0]
+        prompts = sum(len(choice.prompt) for choice in firsts)
         emitted = sum(len(choice.token_ids) for choice in choices)
-        return {"prompt_tokens": prompts, "completion_tokens": emitted, "total_tokens": prompts + emitted}
+        cached = sum(choice.stats.cached_tokens for choice in firsts if choice.stats is not None)
+        counts = {"prompt_tokens": prompts, "completion_tokens": emitted, "total_tokens": prompts + emitted}
+        return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
 
     def acceptance(self, choices: list[Choice]) -> dict[str, Any]:
         """The field ``metrics``, where it is asked for."""

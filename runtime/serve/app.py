@@ -90,7 +90,8 @@ class _Routes:
         session = self._service.session
         answer = kind(fields, self._options.name, session.codec, metrics=self._options.acceptance_metrics)
         async with AsyncExitStack() as owned:
-            choices = await owned.enter_async_context(self._service.admitted(fields, fields.prompts))
+            admitted = self._service.admitted(fields, fields.prompts, request.scope.get("medusa_salt", ""))
+            choices = await owned.enter_async_context(admitted)
             owned.callback(_note, request, choices)
             if not fields.stream:
                 return json_response(await while_connected(request, whole(answer, choices)))
@@ -173,6 +174,7 @@ def _note(request: HttpRequest, choices: list[Choice]) -> None:
     firsts = [choice.first - choice.arrived for choice in choices if choice.first is not None]
     request.scope["medusa"] |= {
         "prompt_tokens": len(choices[0].prompt),
+        "cached_tokens": sum(choice.stats.cached_tokens for choice in choices if choice.stats is not None),
         "completion_tokens": sum(len(choice.token_ids) for choice in choices),
         "finish_reasons": [choice.finish_reason or "abort" for choice in choices],
         "first_token_seconds": round(min(firsts), 6) if firsts else None,

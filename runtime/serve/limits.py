@@ -93,6 +93,7 @@ class Gate:
             known = [hmac.compare_digest(digest, one) for one in options.keys]
             if kind.lower() != "bearer" or not any(known):
                 raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+            request.scope["medusa_salt"] = digest.hex()  # whoever has another key shares no cache
         if self._running > options.max_concurrency:
             message = f"{options.max_concurrency} requests are under way, and no more may be"
             raise ApiError(429, message, code="too_many_requests", retry_after=1)

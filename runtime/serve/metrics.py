@@ -29,6 +29,8 @@ class Metrics:
         running.set_function(of("running"))
         self._new(Gauge, "num_requests_waiting", "Requests that wait for a slot.").set_function(of("waiting"))
         self._prompt = self._new(Counter, "prompt_tokens", "Tokens of prompts.")
+        self._queried = self._new(Counter, "prefix_cache_queries", "Prompt tokens that were looked up in the cache.")
+        self._hits = self._new(Counter, "prefix_cache_hits", "Prompt tokens that were found there.")
         self._generated = self._new(Counter, "generation_tokens", "Tokens that were emitted.")
         self._success = self._new(Counter, "request_success", "Requests that ended.", ("finished_reason",))
         self._refused = self._new(Counter, "request_refused", "Requests that were refused.", ("status",))
@@ -66,6 +68,8 @@ class Metrics:
         self._prompt.inc(prompt_tokens)
         self._whole.observe(time.monotonic() - arrived)
         if stats is not None:
+            self._queried.inc(prompt_tokens)
+            self._hits.inc(stats.cached_tokens)
             acceptance = acceptance_of(stats)
             self._drafts.inc(acceptance["num_spec_steps"])
             self._drafted.inc(acceptance["num_draft_tokens"])

@@ -144,8 +144,10 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._pool, partial(work, *arguments))
 
     @asynccontextmanager
-    async def admitted(self, fields: Fields, prompts: list[dict[str, Any]]) -> AsyncIterator[list[Choice]]:
+    async def admitted(self, fields: Fields, prompts: list[dict[str, Any]], salt: str = "") -> AsyncIterator[list[Choice]]:
         """Check, encode and queue all that a request asks for; nothing of it is left behind afterwards.
+
+        ``salt``: of the client, beside the request's own: prompts share a cache where both are equal.
 
         Raises:
             ApiError: the request is refused.
@@ -159,7 +161,7 @@ class Service:
         self._admitted += count
         try:
             for number, prompt in enumerate(prompts):
-                choices += await self._submit(fields, prompt, number * fields.choices, arrived)
+                choices += await self._submit(fields, prompt, number * fields.choices, arrived, salt)
                 self._open.update(choices)
             yield choices
         finally:
@@ -189,7 +191,7 @@ class Service:
             raise ApiError(400, f"deadline is {fields.deadline}; it is positive", param="deadline", code="invalid_value")
         return prompts * fields.choices
 
-    async def _submit(self, fields: Fields, prompt: dict[str, Any], first: int, arrived: float) -> list[Choice]:
+    async def _submit(self, fields: Fields, prompt: dict[str, Any], first: int, arrived: float, salt: str) -> list[Choice]:
         served = self._served
         assert served is not None
         where = "messages" if "messages" in prompt else "prompt"
@@ -208,6 +210,7 @@ class Service:
                     priority=fields.priority,  # type: ignore[arg-type]
                     deadline=self._deadline(fields, arrived),
                     logprobs=fields.top,
+                    cache_salt=f"{salt}:{fields.cache_salt or ''}",
                 )
                 choices.append(Choice(index, await served.submit(request), ids, arrived, self.metrics))
         except BaseException as error:

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     behaviour.add_argument(
         "--drain", type=_seconds, default=30.0, metavar="SECONDS", help="for running requests after SIGTERM (default: 30)"
     )
+    behaviour.add_argument("--no-prefix-cache", action="store_true", help="read every prompt from its first token on")
     behaviour.add_argument("--acceptance-metrics", action="store_true", help="report the acceptance of every answer in it")
 
 
@@ -92,7 +93,7 @@ def _load(args: argparse.Namespace) -> Session:
     from ...runtime.files.bundle import open_bundle
 
     slots = args.slots or min(4, most_slots(open_bundle(args.bundle, check_hashes=False), args.backend, args.variant))
-    return load_session(args, slots=slots, check_hashes=not args.no_hashes)
+    return load_session(args, slots=slots, check_hashes=not args.no_hashes, prefix_cache=not args.no_prefix_cache)
 
 
 def _port(text: str) -> int:

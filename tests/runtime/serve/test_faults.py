@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("starlette")
 
 from medusa_deploy.runtime.executors.step_plan import StepPlan, StepResult
+from medusa_deploy.runtime.serve.limits import read_keys
 from support.fake_executor import FakeSession, fake_session
 from support.server import Running, drafting, serving
 from support.text import SPECIAL, decode, encode
@@ -229,8 +230,25 @@ def test_12_known_fields_that_cannot_be_honoured_are_refused(server: Running) ->
 def test_13_conversations_do_not_mix(server: Running) -> None:
     assert isinstance(server.session, FakeSession)
     for text in ("abc", "abd", "abc", "ab"):
-        found = server.complete(text, max_tokens=12, temperature=0, ignore_eos=True, cache_salt=text).json()
+        found = server.complete(text, max_tokens=12, temperature=0, ignore_eos=True).json()
         assert found["choices"][0]["text"] == decode(server.session.language.greedy(encode(text), 12))
+
+
+def test_13_a_cache_is_shared_by_equal_salts_and_keys_alone(text_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("one\nother\n", "utf-8")
+    prompt = "a long prompt " * 8
+    with serving(fake_session(1, text_folder=text_folder), keys=read_keys(tmp_path / "keys")) as server:
+
+        def cached(key: str, **body: Any) -> int:
+            server.http.headers["Authorization"] = f"Bearer {key}"
+            usage = server.complete(prompt, max_tokens=4, temperature=0, **body).json()["usage"]
+            return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+        assert cached("one") == 0 and cached("one") > 0
+        assert cached("other") == 0 and cached("other") > 0
+        assert cached("one", cache_salt="x") == 0 and cached("one", cache_salt="x") > 0
+        assert cached("other", cache_salt="x") == 0
+        assert "medusa_prefix_cache_hits_total 0.0" not in server.http.get("/metrics").text
 
 
 def test_14_unknown_fields_are_accepted_and_logged(server: Running, caplog: pytest.LogCaptureFixture) -> None:

@@ -45,6 +45,7 @@ def test_a_chat(client: Any, session: FakeSession) -> None:
     assert found.choices[0].message.content == wanted(session, 20) and found.choices[0].finish_reason == "length"
     assert found.usage.model_dump(exclude_none=True) == {
         "prompt_tokens": len(PROMPT), "completion_tokens": 20, "total_tokens": len(PROMPT) + 20,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }  # fmt: skip
     assert found.object == "chat.completion" and found.model == "tiny" and found.choices[0].message.role == "assistant"
 
