@@ -28,6 +28,9 @@ from .quantise.screen import screen_size
 from .weights import ALIGNMENT
 
 DEFAULT_TREE = "default"
+COPIED_BYTES = 1 << 30
+"""Backbones of up to so many bytes are copied unless linking is asked for: they fit memory, and copies have the best layout."""
+
 WEIGHTS = ("auto", "linked", "copied")
 _LARGEST = {"capacity": 1 << 24, "batch": 4096, "top_k": 1024, "max_rows": MAX_ROWS, "prefill_chunk": 1 << 16}
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin")
@@ -95,6 +98,8 @@ def plan_export(
     item = DTYPES[dtype].itemsize
     sizes = [parameter.numel() for parameter in module.parameters()]
     head_sizes = [shape.hidden_size**2] if read is None else _head_sizes(read.heads)
+    if weights == "auto":
+        weights = by_size(module, dtype)
     copied = weights == "copied" or (read is not None and read.adapter is not None)
     linked = 0 if copied else _linked_bytes(source, dtype, capacity, weights, sizes)
     written = head_sizes if linked else [*sizes, *head_sizes]
@@ -174,6 +179,12 @@ def _linked_bytes(model: Path, dtype: str, capacity: int, weights: str, sizes: l
             raise
         return 0
     return placed_bytes(needed, DTYPES[dtype])
+
+
+def by_size(module: Any, dtype: str) -> str:
+    """Say what ``auto`` means for a backbone: ``copied`` up to ``COPIED_BYTES``, and above ``auto``, linked where it can be."""
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    return "copied" if parameters * DTYPES[dtype].itemsize <= COPIED_BYTES else "auto"
 
 
 def check_before_weights(

@@ -26,11 +26,10 @@ from ..runtime.tree import Tree
 from .backbone.backbone import load_backbone
 from .backbone.linked import LinkedWeights, load_linked_backbone, prune_projection
 from .backbone.record import Backbone
-from .backbone.refusal.positions import check_positions
 from .backbone.tokenizer import write_text_files
-from .estimate import DEFAULT_TREE, check_before_weights, checked_choices, checked_limit, find_sources, tree_rows
+from .estimate import DEFAULT_TREE, by_size, check_before_weights, checked_choices, checked_limit, find_sources, tree_rows
 from .graphs import HEADS_GRAPH, write_graphs
-from .heads.layouts import check_fit, read_heads
+from .heads.layouts import read_heads
 from .heads.module import HeadStack
 from .hub import Fetched
 from .passes.matmuls import plain_step_bytes
@@ -64,9 +63,10 @@ def export_bundle(
     ``model`` and ``heads``: a path, or a name on a hub (:mod:`.hub`). Without ``model`` it is the backbone that the heads name.
     ``heads``: a file or folder in any layout of :mod:`.heads.layouts`; None exports the backbone alone, which decodes plainly.
     An adapter that the heads were trained with is merged into the backbone.
-    ``weights``: ``linked``, ``copied``, or ``auto``, which links what can be linked. Linked weights are safetensors: the
-    checkpoint's own become files of the bundle (hard links where the file system has them), others are converted to such files.
-    They are never in memory as a whole. Copied weights are. An adapter and what transformers converts while loading need them.
+    ``weights``: ``linked``, ``copied``, or ``auto``, which copies backbones of up to 1 GiB and links larger ones where it can.
+    Linked weights are safetensors: the checkpoint's own become files of the bundle (hard links where the file system has
+    them), others are converted to such files. They are never in memory as a whole. Copied weights are. An adapter and what
+    transformers converts while loading need them.
     ``capacity``: tokens a slot holds, prompt and answer together. ``batch``: slots at most. ``report`` receives each phase.
 
     Raises:
@@ -93,16 +93,15 @@ def export_bundle(
         folder.mkdir()
         read = None if heads_from is None else read_heads(heads_from.path)
         adapter = None if read is None else read.adapter
-        _, _, trees = check_before_weights(model_from.path, read, weights, capacity, tree, top_k)
+        empty, _, trees = check_before_weights(model_from.path, read, weights, capacity, tree, top_k)
         report("loading the backbone" if adapter is None else "loading the backbone and merging its adapter")
+        weights = by_size(empty, dtype) if weights == "auto" else weights
         backbone = _load(model_from.path, dtype, capacity, weights, adapter, folder, report)
         linked = isinstance(backbone.weights, LinkedWeights)
         # Hashing the 13 GB of a 7B takes a tenth of the time of the rest, and the rest keeps one processor busy.
         hashes = {path: beside.submit(sha256, path) for path in folder.glob("*.safetensors")}
         text, warnings = write_text_files(model_from.path, backbone.module.config, staging)
         head_set = identity_heads(backbone) if read is None else read.heads
-        check_positions(backbone.module, capacity, head_set.config.num_heads)
-        check_fit(head_set, hidden_size=backbone.shape.hidden_size, vocab_size=backbone.shape.vocab_size, top_k=top_k)
         head_set = prune_projection(backbone, head_set)
         warnings += [*notes, *backbone.warnings, *(() if read is None else read.warnings)]
         max_rows = tree_rows(max_rows, trees, head_set.config.num_heads)

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", choices=("auto", "linked", "copied"), default="auto",
         help="linked: the checkpoint's safetensors become the bundle's, and are never in memory as a whole; copied: the bundle "
-        "has its own (default: auto, linked where it can be)",
+        "has its own (default: auto, copied up to 1 GiB, and linked above where it can be)",
     )  # fmt: skip
     parser.add_argument("--capacity", type=positive_int, default=2048, help="tokens a slot holds (default: 2048)")
     parser.add_argument("--batch", type=positive_int, default=1, help="slots at most (default: 1)")

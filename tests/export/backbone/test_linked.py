@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from medusa_deploy.export import estimate
 from medusa_deploy.export.backbone import checkpoint
 from medusa_deploy.export.backbone.checkpoint import find_stored
 from medusa_deploy.export.backbone.linked import stored_parameters
@@ -127,6 +128,7 @@ def test_other_families_are_linked_and_their_first_layers_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linked_check, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(estimate, "COPIED_BYTES", 0)
     model = make_family(FAMILIES[name], tmp_path / "model")
     report = export_bundle(model, None, tmp_path / "bundle", **OPTIONS)
     assert report["weights"]["kind"] == "linked"
@@ -150,8 +152,14 @@ def test_another_type_is_converted_a_chunk_at_a_time(tiny_model: Path, tiny_head
         export_bundle(model, None, tmp_path / "other", dtype="fp16", weights="linked", **OPTIONS)
 
 
-def test_what_cannot_be_linked_is_copied(tiny_model: Path, tmp_path: Path) -> None:
+def test_small_backbones_are_copied_unless_linking_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    assert export_bundle(tiny_model, None, tmp_path / "bundle", **OPTIONS)["weights"] == {"kind": "copied"}
+    assert plan_export(tiny_model, None, dtype="fp32").linked_bytes == 0
+
+
+def test_what_cannot_be_linked_is_copied(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights in torch's own format, and older names that transformers converts."""
+    monkeypatch.setattr(estimate, "COPIED_BYTES", 0)
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     tensors = load_file(model / "model.safetensors")
     save_file({name.removeprefix("model."): array for name, array in tensors.items()}, model / "model.safetensors")
