@@ -33,8 +33,8 @@ class StopChecker:
         self._shown: list[bool] = []  # of each character of the held text
 
     def meets(self, literal: str) -> bool:
-        """Says whether a special token's ``literal`` can be a stop string, a part of one, or hold one."""
-        return any(literal in stop or stop in literal for stop in self.stops)
+        """Says whether a special token's ``literal`` is a stop string or a part of one. A stop string inside it doesn't count."""
+        return any(literal in stop for stop in self.stops)
 
     def push(self, text: str, *, hidden: bool = False) -> str:
         """Adds text. Returns the text that became certain; nothing after a stop string.

@@ -119,7 +119,7 @@ def test_the_verb_reports_every_way_at_every_load(tiny_bundle: Path, tmp_path: P
     options = ["--slots", "1,3", "--fixed-rows", "4", "--count", "3", "--max-new-tokens", "8", "--repeats", "2"]
     assert cli.main(["bench", str(tiny_bundle), *options, "--json", str(output), "--html", str(page)]) == 0
     shown = capsys.readouterr().out
-    assert "with 3 requests at a time" in shown.splitlines()[0]
+    assert "with 3 at a time" in shown.splitlines()[0]
     report = json.loads(output.read_text())
     assert report["equal"] == {"prompts": 3, "of": 3, "different": []}
     assert [entry["slots"] for entry in report["slots"]] == [1, 3]
