@@ -236,7 +236,7 @@ def _session(bundle: Path, *patches: Patch, hazard: bool = False, fast: bool = F
             each(patch)
         runtime = FakeRuntime(fast=fast)
         try:
-            yield load_fake(bundle, patch, FakeTrt(runtime, hazard=hazard), slots=2)
+            yield load_fake(bundle, patch, FakeTrt(runtime, hazard=hazard), slots=2, prefix_cache=False)
         finally:
             for handle in runtime.handles.values():
                 handle.queue.clear()  # what a fault has left there runs when the memory is given back, and fails again
