@@ -10,6 +10,7 @@ A cache entry belongs to one graph, one version of ONNX Runtime and one kind of 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import platform
@@ -47,8 +48,9 @@ def shared_graphs(
     _remove_unused(root)
     entry = root / hashlib.sha256(f"{identity}\n{_processor()}".encode()).hexdigest()[:32]
     found = {number: entry / f"{number}.onnx" for number in graphs}
-    missing = [number for number in sorted(graphs) if not found[number].is_file()]
+    missing = [number for number in sorted(graphs) if not _is_whole(found[number])]
     if missing:
+        _check_room(root, graphs[min(graphs)].parent)
         first = min(graphs)
         with _staged(root) as staging:
             known = None if first in missing else _places(found[first].read_bytes())
@@ -73,6 +75,28 @@ def cache_folder() -> Path:
     if named:
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medusa-deploy"
+
+
+def _is_whole(graph: Path) -> bool:
+    """Whether a cached graph is there, and with it all bytes of weights that it reads."""
+    try:
+        ends: dict[str, int] = {}
+        for entries in _places(graph.read_bytes()).values():
+            place = {_all(entry, 1)[0]: _all(entry, 2)[0] for entry in entries}
+            file = place[b"location"].decode()
+            blobs = [value.split(b"|")[1].split(b";")[:2] for key, value in place.items() if key.startswith(b"prepacked")]
+            spans = [(place[b"offset"], place[b"length"]), *blobs]
+            ends[file] = max([ends.get(file, 0), *(int(offset) + int(length) for offset, length in spans)])
+        return all((graph.parent / file).stat().st_size >= end for file, end in ends.items())
+    except (OSError, LookupError, ValueError):
+        return False
+
+
+def _check_room(root: Path, folder: Path) -> None:
+    """Refuse to begin what the disk can't hold: ONNX Runtime writes on without a word."""
+    needed = 3 * sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if shutil.disk_usage(root).free < needed:
+        raise OSError(errno.ENOSPC, f"{needed >> 20} MiB may be needed, and less is free", str(root))
 
 
 @contextlib.contextmanager
@@ -154,7 +178,7 @@ def _contents(entries: list[bytes]) -> set[tuple[bytes, ...]]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int, bytes | int]]:
-    """Yield a message's fields: number, wire type, and value."""
+    """Yield a message's fields: number, wire type, and value. Raises ValueError or IndexError where it ends too early."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
@@ -168,6 +192,8 @@ def _fields(message: bytes) -> Iterator[tuple[int, int, bytes | int]]:
         else:
             size = {1: 8, 5: 4}[kind]
             value, at = message[at : at + size], at + size
+        if at > len(message):
+            raise ValueError("a message ends within a field")
         yield number, kind, value
 
 

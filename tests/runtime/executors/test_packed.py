@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -214,6 +215,31 @@ def test_all_graphs_read_one_file_of_packed_weights(tiny_bundle: Path, tmp_path:
     assert sorted(file.name for file in entry.iterdir()) == ["1.bin", "1.onnx", "2.onnx", "4.onnx"]
     asked = [Request(token_ids=[token], max_new_tokens=5) for token in range(4)]
     assert all(len(generation.token_ids) == 5 for _, generation in session.generate_many(asked))
+
+
+@pytest.mark.parametrize("name", ["1.bin", "1.onnx", "2.onnx"])
+def test_what_was_cut_short_is_made_anew(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: Session, name: str
+) -> None:
+    monkeypatch.setenv("MEDUSA_DEPLOY_CACHE", str(tmp_path / "cache"))
+    load(tiny_bundle, slots=2, threads=1)
+    file = entry_of(tmp_path / "cache") / name
+    whole = file.read_bytes()
+    file.unlink()  # a running session may have mapped it
+    file.write_bytes(whole[: len(whole) // 2])
+    session = load(tiny_bundle, slots=2, threads=1)
+    assert len(file.read_bytes()) == len(whole)
+    asked = [Request(token_ids=[token, 5], max_new_tokens=6, rows=4) for token in range(2)]
+    for index, generation in session.generate_many(asked):
+        assert generation.token_ids == alone.submit(asked[index]).result().token_ids
+
+
+def test_a_disk_without_room_is_not_filled(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDUSA_DEPLOY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+    with pytest.warns(RuntimeWarning, match="may be needed, and less is free"):
+        load(tiny_bundle, slots=2, threads=1)
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_one_slot_writes_no_cache(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
