@@ -295,11 +295,15 @@ def test_an_export_whose_layers_are_wrong_is_not_committed(
     assert not any(tmp_path.iterdir())
 
 
-def test_a_dry_run_says_what_would_be_linked(sharded: Path, broken: Path, tiny_heads: Path) -> None:
+def test_a_dry_run_says_what_would_be_linked(
+    sharded: Path, broken: Path, tiny_heads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copied = plan_export(sharded, tiny_heads, dtype="fp32", weights="copied")
     linked = plan_export(sharded, tiny_heads, dtype="fp32", weights="linked")
     assert linked.linked_bytes == sum(path.stat().st_size for path in sharded.glob("*.safetensors"))
     assert copied.linked_bytes == 0
+    assert plan_export(sharded, tiny_heads, dtype="fp32") == copied, "small backbones are copied"
+    monkeypatch.setattr(estimate, "COPIED_BYTES", 0)
     assert plan_export(sharded, tiny_heads, dtype="fp32") == linked, "what can be linked is linked"
     assert linked.weights_bytes < copied.weights_bytes
     _truncate(broken)
