@@ -13,6 +13,7 @@ _VERIFIED = {
     "verify-medusa-2": "Medusa-2",
     "verify-medusa": "heads of the paper's form",
 }
+_TOGETHER = "verify-slots-fp32"
 
 
 def exactness() -> str:
@@ -33,6 +34,16 @@ def exactness() -> str:
         )
         for way, entry in ways.items()
     ]
+    together = report(_TOGETHER)
+    each = [
+        (
+            way.removeprefix("together, "),
+            *(str(entry[key]) for key in ("tokens_compared", "divergences")),
+            f"{entry['mean_acceptance_length']:.3f}",
+        )
+        for way, entry in together["trees"].items()
+        if way.startswith("together, ")
+    ]
     return f"""## Exactness
 
 `medusa-deploy verify` compares every way of drafting with plain decoding, token for token,
@@ -43,7 +54,13 @@ plain decoding:
 
 The ways and their mean acceptance lengths, in the same order of reports:
 
-{table(("way", "rows", *_VERIFIED.values()), lengths)}"""
+{table(("way", "rows", *_VERIFIED.values()), lengths)}
+
+{together["prompts"]} prompts decoded together in {together["slots"]} slots, in random order, against each alone, plainly
+({link(_TOGETHER)}); the two ways of the table gave {together["trees"]["automatic"]["divergences"]} and
+{together["trees"]["best-rows"]["divergences"]} divergences alone:
+
+{table(("together", "tokens compared", "divergences", "mean acceptance length"), each)}"""
 
 
 _HEADS = {"medusa": "paper's form", "grounded": "grounded", "medusa-2": "Medusa-2"}
