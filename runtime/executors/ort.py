@@ -1,12 +1,13 @@
-"""ONNX Runtime on the CPU: one call a slot, over caches that are bound once and updated in place."""
+"""ONNX Runtime on the CPU: one call for all slots that can share it, over caches that are bound once and updated in place."""
 
 from __future__ import annotations
 
 import logging
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from .ort_base import CPU_PROVIDER, OrtBase, OrtModel, fetched, import_onnxrunti
 from .packed import SPARE_ROWS, PackedStep
 from .packed_weights import CACHE_VARIABLE, shared_graphs
 from .step_arrays import Recent, StepInputs, StepOutputs, visible_rows
-from .step_plan import SlotResult, SlotRows, StepPlan, StepResult, Wanted
+from .step_plan import NanSlots, SlotResult, SlotRows, StepPlan, StepResult, Wanted, wanted_by_any
 
 __all__ = ["Bound", "OrtExecutor", "OrtModel"]
 
@@ -77,36 +78,31 @@ class OrtExecutor(OrtBase):
         self._margin = model.num_heads
         self._bound: Recent[Bound] = Recent()
         self._packed: Recent[PackedStep] = Recent()
-        spare = np.zeros((2 * layout.layers, 1, layout.kv_heads, SPARE_ROWS, layout.head_dim), layout.dtype)
-        self._packed_caches = [*self._cache_values, [self._value(cache) for cache in spare]] if self._packed_sessions else []
-        self._with_nan: set[int] = set()  # slots whose cache may hold NaN
+        self._packed_caches = self._cache_values
+        if self._packed_sessions:
+            spare = np.zeros((2 * layout.layers, 1, layout.kv_heads, SPARE_ROWS, layout.head_dim), layout.dtype)
+            self._packed_caches = [*self._cache_values, [self._value(cache) for cache in spare]]
+        self._with_nan = NanSlots()
         self._columns = np.arange(layout.rows, dtype=np.int64)
         self._truth = np.array([False, True])
         self._answers = [self._value(self._truth[answer : answer + 1].reshape(())) for answer in range(2)]
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Run the plan, one call for each active slot; see :class:`.executor.Executor`."""
-        for slot in [rows.slot for rows in plan.active if rows.slot in self._with_nan and not plan.lengths[rows.slot]]:
-            self.caches[:, slot] = 0  # masks hide stale rows by weights of 0, and 0 · NaN is NaN
-            self._with_nan.remove(slot)
-        in_graph = {rows.slot for rows in plan.active} if self._graph_moves else ()
+        """Run the plan, active slots together where they can share a call; see :class:`.executor.Executor`."""
+        self._with_nan.clear_reused(plan, self._clear)
+        active = plan.active
+        in_graph = {rows.slot for rows in active} if self._graph_moves else ()
         for slot, moves in enumerate(plan.moves):
             if moves and slot not in in_graph:
                 self._move(slot, plan.lengths[slot], moves)
-        most = len(plan.active) if self._are_neighbours(plan.active) else max(self._packed_sessions, default=1)
-        groups = [plan.active[start : start + most] for start in range(0, len(plan.active), most)]
-        return StepResult(tuple([found for index, group in enumerate(groups) for found in self._group(plan, group, index)]))
-
-    def _group(self, plan: StepPlan, active: tuple[SlotRows, ...], index: int) -> list[SlotResult | Exception]:
-        """Run some of the plan's slots, in one call if there are several. Each group, by ``index``, has its own buffers."""
-        if len(active) > 1:
-            try:
-                return [*(self._call_over(plan, active) if self._are_neighbours(active) else self._together(plan, active, index))]
-            except AssertionError:
-                raise
-            except Exception as error:  # noqa: BLE001 - one by one, those that fail fail alone
-                _LOG.warning("a step of %d slots failed; each runs alone: %s", len(active), error)
-        return [self._alone(plan, rows) for rows in active]
+        if self._are_neighbours(active):
+            found = self._shared(plan, active, partial(self._call_over, plan, active))
+        else:
+            found, most = [], max(self._packed_sessions, default=1)
+            for index, start in enumerate(range(0, len(active), most)):
+                group = active[start : start + most]
+                found += self._shared(plan, group, partial(self._packed_call, plan, group, index))
+        return self._with_nan.noted(plan, StepResult(tuple(found)))
 
     def _are_neighbours(self, active: tuple[SlotRows, ...]) -> bool:
         """Whether the slots lie side by side and have one row each: then the attention takes all of them in one call."""
@@ -115,29 +111,47 @@ class OrtExecutor(OrtBase):
             return False
         return slots[-1] - slots[0] < len(slots) and all(rows.count == 1 for rows in active)
 
-    def _together(self, plan: StepPlan, active: tuple[SlotRows, ...], index: int) -> list[SlotResult]:
+    def _shared(
+        self, plan: StepPlan, active: tuple[SlotRows, ...], call: Callable[[], list[SlotResult]]
+    ) -> list[SlotResult | Exception]:
+        """Run some of the plan's slots by ``call``; one by one if there is one, or if the call that they share fails."""
+        if len(active) > 1:
+            try:
+                return [*call()]
+            except AssertionError:
+                raise
+            except Exception as error:  # noqa: BLE001 - one by one, those that fail fail alone
+                _LOG.warning("a step of %d slots failed; each runs alone: %s", len(active), error)
+        return [self._alone(plan, rows) for rows in active]
+
+    def _packed_call(self, plan: StepPlan, active: tuple[SlotRows, ...], index: int) -> list[SlotResult]:
+        """Run a packed graph. ``index``: of the call in its step; each has buffers of its own."""
         places = min(places for places in self._packed_sessions if places >= len(active))
-        session = self._packed_sessions[places]
-        wanted = Wanted(*(any(choices) for choices in zip(*(rows.wanted for rows in active), strict=True)))
+        session, wanted = self._packed_sessions[places], wanted_by_any(active)
         step = self._packed.get(
             (places, wanted, index), lambda: PackedStep(session, self._value, self.model, places, wanted, self._packed_caches)
         )
         step.fill(active, plan.lengths)
+        return step.results(active, self._timed(lambda: session.run_with_iobinding(step.binding, self._run_options)))
+
+    def _timed(self, call: Callable[[], object]) -> float:
+        """Call the engine. Returns the seconds that it took."""
         started = time.perf_counter()
-        session.run_with_iobinding(step.binding, self._run_options)
+        call()
         seconds = time.perf_counter() - started
         self.engine_seconds += seconds
-        results = step.results(active, seconds)
-        self._with_nan.update(rows.slot for rows, result in zip(active, results, strict=True) if not result.finite)
-        return results
+        return seconds
 
     def copy(self, source: int, target: int, rows: int) -> None:
         """Copy the first rows of a slot to another; see :class:`.executor.CopyingExecutor`."""
         if target in self._with_nan:
-            self.caches[:, target] = 0
+            self._clear(target)
             self._with_nan.remove(target)
         end = self._margin + rows
         self.caches[:, target, :, self._margin : end] = self.caches[:, source, :, self._margin : end]
+
+    def _clear(self, slot: int) -> None:
+        self.caches[:, slot] = 0
 
     def _alone(self, plan: StepPlan, rows: SlotRows) -> SlotResult | Exception:
         try:
@@ -151,7 +165,7 @@ class OrtExecutor(OrtBase):
     def _call_over(self, plan: StepPlan, active: tuple[SlotRows, ...]) -> list[SlotResult]:
         """Run the graph for one slot over the rows of one, or over one row of each of several neighbours."""
         first, slots = min(active, key=lambda rows: rows.slot), len(active)
-        wanted = first.wanted if slots == 1 else Wanted(*(any(each) for each in zip(*(r.wanted for r in active), strict=True)))
+        wanted = first.wanted if slots == 1 else wanted_by_any(active)
         key = (first.slot, slots, first.count, first.prefills, wanted)
         bound = self._bound.get(key, lambda: self._bind(first, slots, wanted))
         end = max([plan.lengths[rows.slot] for rows in active]) + first.count
@@ -160,13 +174,8 @@ class OrtExecutor(OrtBase):
             self._show(bound, visible)
         for rows in active:
             bound.inputs.fill(rows, plan.lengths[rows.slot], plan.moves[rows.slot], rows.slot - first.slot)
-        started = time.perf_counter()
-        self._call(bound, first, plan.lengths[first.slot])
-        seconds = time.perf_counter() - started
-        self.engine_seconds += seconds
-        results = [bound.outputs.result(rows.slot - first.slot, rows, seconds) for rows in active]
-        self._with_nan.update(rows.slot for rows, result in zip(active, results, strict=True) if not result.finite)
-        return results
+        seconds = self._timed(lambda: self._call(bound, first, plan.lengths[first.slot]))
+        return [bound.outputs.result(rows.slot - first.slot, rows, seconds) for rows in active]
 
     def _graph(self, path: Path, options: Any) -> str | bytes:
         twin = self._twins.get(path)

@@ -16,7 +16,7 @@ from . import step_io
 from .executor import Abilities
 from .ort_base import CPU_PROVIDER, OrtBase, OrtModel, fetched, import_onnxruntime
 from .step_arrays import Recent, StepInputs, StepOutputs, visible_rows
-from .step_plan import NanSlots, SlotResult, SlotRows, StepPlan, StepResult, Wanted
+from .step_plan import NanSlots, SlotResult, SlotRows, StepPlan, StepResult, Wanted, wanted_by_any
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 # Without TF32 an fp32 bundle is decoded in fp32; without growth by powers of two the arena takes what it needs.
@@ -128,7 +128,7 @@ class OrtDeviceExecutor(OrtBase):
     def _batch(self, plan: StepPlan, active: list[SlotRows], first: int, end: int) -> dict[int, SlotResult | Exception]:
         """One call over the slots [first, end); results of ``active`` by slot."""
         count = max((rows.count for rows in active), default=1)
-        wanted = Wanted(*(any(flags) for flags in zip(*(rows.wanted for rows in active), strict=True))) if active else Wanted()
+        wanted = wanted_by_any(active)
         prefills = any(rows.prefills for rows in active)
         try:
             key = (first, end, count, prefills, wanted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from . import step_io
 from .cpu_inputs import fill_mask
 from .ort_base import OrtModel, fetched
-from .step_arrays import visible_rows
+from .step_arrays import slot_result, visible_rows
 from .step_plan import SlotResult, SlotRows, Wanted
 
 SPARE_ROWS = 64
@@ -152,12 +151,14 @@ class PackedStep:
         return rows
 
     def _array(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """The array that is bound to the input ``name``, of this shape."""
+        """The array that is bound to the input or output ``name``, of this shape."""
         found = self._arrays.get(name)
         if found is None or found.shape != shape:
             self._arrays[name] = found = np.zeros(shape, dtype)
             if name in self._inputs:
                 self._io.bind_ortvalue_input(name, self._value(found))
+            elif name in self._outputs:
+                self._io.bind_ortvalue_output(name, self._value(found))
         return found
 
     @property
@@ -179,30 +180,23 @@ class PackedStep:
             step_io.HIDDEN: ((1, logits, model.hidden_size), model.layout.dtype),
         }
         for name in self._outputs:
-            shape, dtype = shapes[name]
-            found = self._arrays.get(name)
-            if found is None or found.shape != shape:
-                self._arrays[name] = found = np.zeros(shape, dtype)
-                self._io.bind_ortvalue_output(name, self._value(found))
+            self._array(name, *shapes[name])
 
     def _result(self, place: int, rows: SlotRows, seconds: float) -> SlotResult:
-        arrays, wanted = self._arrays, rows.wanted
-        kept = slice(self._first_kept[place], self._first_kept[place] + (1 if rows.prefills else rows.count))
-        last = int(arrays[step_io.LAST_ROW][place]) - self._first[place]
-        if step_io.HIDDEN in self._outputs:
-            state = arrays[step_io.HIDDEN][0, kept][0 if rows.prefills else last]
-            finite = math.isfinite(state.sum(dtype=np.float32))
-        else:
-            finite = not math.isnan(arrays[step_io.LOG_PROBS][place, 0, 0])
-        return SlotResult(
-            last_row=last,
-            next_token=int(arrays[step_io.NEXT_TOKEN][place]),
-            finite=finite,
-            candidates=arrays[step_io.CANDIDATES][place] if wanted.heads else None,
-            log_probs=arrays[step_io.LOG_PROBS][place] if wanted.heads else None,
-            logits=arrays[step_io.LOGITS][0, kept] if wanted.logits else None,
-            hidden=arrays[step_io.HIDDEN][0, kept] if wanted.hidden else None,
-            seconds=seconds,
+        first = self._first_kept[place]
+        kept = (0, slice(first, first + (1 if rows.prefills else rows.count)))
+        found = {name: self._arrays[name] for name in self._outputs}
+        parts = {name: found[name][place] for name in (step_io.CANDIDATES, step_io.LOG_PROBS) if name in found}
+        parts |= {name: found[name][kept] for name in (step_io.LOGITS, step_io.HIDDEN) if name in found}
+        return slot_result(
+            rows,
+            seconds,
+            last_row=int(found[step_io.LAST_ROW][place]) - self._first[place],
+            next_token=int(found[step_io.NEXT_TOKEN][place]),
+            candidates=parts.get(step_io.CANDIDATES),
+            log_probs=parts.get(step_io.LOG_PROBS),
+            logits=parts.get(step_io.LOGITS),
+            hidden=parts.get(step_io.HIDDEN),
         )
 
 

@@ -120,23 +120,50 @@ class StepOutputs:
 
     def result(self, index: int, rows: SlotRows, seconds: float) -> SlotResult:
         """Entry ``index`` of the batch as the result of ``rows``. Arrays are views, valid until the next call."""
-        wanted, last = rows.wanted, int(self.last_row[index])
-        kept = self.hidden.shape[1]
-        if kept:
-            finite = math.isfinite(self.hidden[index, min(last, kept - 1)].sum(dtype=np.float32))
-        else:  # the call ran the heads, for this slot or for another one
-            finite = not math.isnan(self.log_probs[index, 0, 0])
-        delivered = 1 if rows.prefills else rows.count
-        return SlotResult(
-            last_row=last,
+        delivered = slice(1 if rows.prefills else rows.count)
+        return slot_result(
+            rows,
+            seconds,
+            last_row=int(self.last_row[index]),
             next_token=int(self.next_token[index]),
-            finite=finite,
-            candidates=self.candidates[index] if wanted.heads else None,
-            log_probs=self.log_probs[index] if wanted.heads else None,
-            logits=self.logits[index, :delivered] if wanted.logits else None,
-            hidden=self.hidden[index, :delivered] if wanted.hidden else None,
-            seconds=seconds,
+            candidates=self.candidates[index],
+            log_probs=self.log_probs[index],
+            logits=self.logits[index, delivered],
+            hidden=self.hidden[index, delivered],
         )
+
+
+def slot_result(
+    rows: SlotRows,
+    seconds: float,
+    *,
+    last_row: int,
+    next_token: int,
+    candidates: np.ndarray | None,
+    log_probs: np.ndarray | None,
+    logits: np.ndarray | None,
+    hidden: np.ndarray | None,
+) -> SlotResult:
+    """Give ``rows`` what they want of one slot's outputs. ``logits`` and ``hidden`` hold the slot's own rows.
+
+    ``hidden`` may be None or empty if the call ran the heads, for this slot or for another one: ``log_probs`` tell NaN then.
+    """
+    wanted = rows.wanted
+    if hidden is not None and len(hidden):
+        finite = math.isfinite(hidden[min(last_row, len(hidden) - 1)].sum(dtype=np.float32))
+    else:
+        assert log_probs is not None
+        finite = not math.isnan(log_probs[0, 0])
+    return SlotResult(
+        last_row,
+        next_token,
+        finite,
+        candidates=candidates if wanted.heads else None,
+        log_probs=log_probs if wanted.heads else None,
+        logits=logits if wanted.logits else None,
+        hidden=hidden if wanted.hidden else None,
+        seconds=seconds,
+    )
 
 
 class Sized(Protocol):

@@ -6,7 +6,7 @@ executor turns a plan into masks, buffers and engine calls; nothing above it kno
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +24,11 @@ class Wanted(NamedTuple):  # a tuple, because executors look their buffers up by
 
 
 NO_OUTPUTS = Wanted()
+
+
+def wanted_by_any(active: Sequence[SlotRows]) -> Wanted:
+    """The outputs that one call over these rows must deliver."""
+    return Wanted(*map(any, zip(*[rows.wanted for rows in active], strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
