@@ -12,6 +12,7 @@ probability that their path is right. A step takes its first ones, as many as pa
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Protocol
@@ -156,15 +157,15 @@ class RowBudget:
                     stats.expect(min(max(gain, 0.0), 1.0))
             goes_on = goes_on or sequence.remaining > 1
         paths, needed = self._in_order(open_ones, cost) if self._packed else ([], 0)
-        expected = _sum_of(drafters) if self._padded else list(accumulate([chance for chance, _ in paths], initial=0.0))
-        if not (self._padded or self._packed):
-            expected = drafters[0].expected
+        expected = list(accumulate([chance for chance, _ in paths], initial=0.0)) if self._packed else _sum_of(drafters)
         rows, heads, probing = self._choose(drafters, expected, throughput, cost, base, goes_on=goes_on, alone=not fixed)
         heads = heads or any(drafter.heads for drafter in fixed)
-        rows = max([rows, *(drafter.rows for drafter in fixed)]) if self._padded else max(rows, base + needed)
-        taken = [which for _, which in paths[: rows - base]]
+        if self._packed:
+            taken = Counter([which for _, which in paths[: max(rows - base, needed)]])
+        elif self._padded:
+            rows = max([rows, *(drafter.rows for drafter in fixed)])
         for index, drafter in enumerate(drafters):
-            drafter.rows = 1 + taken.count(index) if self._packed else rows
+            drafter.rows = 1 + taken[index] if self._packed else rows
             drafter.heads, drafter.probing = heads, probing
 
     def _choose(
@@ -277,6 +278,8 @@ class RowBudget:
 
 def _sum_of(drafters: list[AdaptiveDrafter]) -> list[float]:
     """Expected tokens of all sequences by rows below the root of each."""
+    if len(drafters) == 1:
+        return drafters[0].expected
     longest = max(len(drafter.expected) for drafter in drafters)
     return [sum(drafter.expected[min(rows, len(drafter.expected) - 1)] for drafter in drafters) for rows in range(longest)]
 
