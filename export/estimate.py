@@ -13,6 +13,7 @@ from ..runtime.arguments import choice, integer, optional_path, shown
 from ..runtime.errors import UnlinkableError, UsageError
 from ..runtime.executors import step_io
 from ..runtime.files.adapter_file import Adapter
+from ..runtime.files.backbone import BackboneShape
 from ..runtime.files.heads import HeadConfig, HeadSet
 from ..runtime.tree import MAX_ROWS, ROOT_ONLY, Tree, chain
 from .backbone.backbone import backbone_shape, load_config
@@ -206,10 +207,14 @@ def check_before_weights(
         check_fit(read.heads, hidden_size=shape.hidden_size, vocab_size=shape.vocab_size, top_k=top_k)
     elif top_k > shape.vocab_size:
         raise UsageError(f"top_k is {top_k}, and the vocabulary has {shape.vocab_size} tokens", hint="give a smaller --top-k")
-    identity = HeadConfig("medusa", 1, 1, shape.hidden_size, shape.vocab_size, "shared")
-    head_config = identity if read is None else read.heads.config
+    head_config = identity_config(shape) if read is None else read.heads.config
     check_positions(module, capacity, head_config.num_heads)
     return module, head_config, bundle_trees(tree, read, head_config.num_heads, top_k)
+
+
+def identity_config(shape: BackboneShape) -> HeadConfig:
+    """The form of the one head that stands in for heads where a backbone is exported alone."""
+    return HeadConfig("medusa", 1, 1, shape.hidden_size, shape.vocab_size, "shared")
 
 
 def _head_sizes(heads: HeadSet) -> list[int]:

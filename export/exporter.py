@@ -20,14 +20,23 @@ from ..runtime.executors import step_io
 from ..runtime.executors.executor import CacheLayout
 from ..runtime.files.adapter_file import Adapter
 from ..runtime.files.bundle import record_files, refuse_existing, sha256, staged_folder
-from ..runtime.files.heads import HeadConfig, HeadSet, PlattScaling
+from ..runtime.files.heads import HeadSet, PlattScaling
 from ..runtime.files.manifest import MANIFEST_NAME, HeadFacts, Limits, Manifest, TextFacts
 from ..runtime.tree import Tree
 from .backbone.backbone import load_backbone
 from .backbone.linked import LinkedWeights, load_linked_backbone, prune_projection
 from .backbone.record import Backbone
 from .backbone.tokenizer import write_text_files
-from .estimate import DEFAULT_TREE, by_size, check_before_weights, checked_choices, checked_limit, find_sources, tree_rows
+from .estimate import (
+    DEFAULT_TREE,
+    by_size,
+    check_before_weights,
+    checked_choices,
+    checked_limit,
+    find_sources,
+    identity_config,
+    tree_rows,
+)
 from .graphs import HEADS_GRAPH, write_graphs
 from .heads.layouts import read_heads
 from .heads.module import HeadStack
@@ -167,7 +176,7 @@ def identity_heads(backbone: Backbone) -> HeadSet:
     hidden = backbone.shape.hidden_size
     zeros = np.zeros((hidden, hidden), np.float32)
     tensors = {"head.0.layer.0.weight": zeros, "head.0.layer.0.bias": zeros[0]}
-    return HeadSet(HeadConfig("medusa", 1, 1, hidden, backbone.shape.vocab_size, "shared"), tensors)
+    return HeadSet(identity_config(backbone.shape), tensors)
 
 
 def _manifest(

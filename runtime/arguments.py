@@ -55,7 +55,7 @@ def integers(name: str, value: Any, low: int = 1) -> tuple[int, ...]:
     Raises:
         UsageError: it isn't a list of integers, or one is below ``low``.
     """
-    found: list[Any] = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)) else [None]
+    found = _listed(value)
     if not all(is_integer(each) and each >= low for each in found):
         raise UsageError(f"{name} is {shown(value)}", hint=f"{name} is a list of integers from {low}")
     return tuple(map(int, found))
@@ -81,10 +81,15 @@ def numbers(name: str, value: Any, low: float = 0.0) -> tuple[float, ...]:
     Raises:
         UsageError: it isn't a list of finite numbers, or one is below ``low``.
     """
-    found: list[Any] = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)) else [None]
+    found = _listed(value)
     if not all(is_number(each) and each >= low for each in found):
         raise UsageError(f"{name} is {shown(value)}", hint=f"{name} is a list of numbers from {low:g}")
     return tuple(map(float, found))
+
+
+def _listed(value: Any) -> list[Any]:
+    """Returns what a list holds; for anything else a list of None, which is no number."""
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)) else [None]
 
 
 def choice(name: str, value: Any, known: Collection[str], default: str) -> str:

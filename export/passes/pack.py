@@ -27,14 +27,14 @@ def write_packed(graph: Path) -> list[Path]:
 
     Returns their paths; none where the graph's attention isn't GroupQueryAttention.
     """
-    if not any(node.op_type == ATTENTION for node in read_graph(graph).graph):
+    model, written = read_graph(graph), []
+    if not any(node.op_type == ATTENTION for node in model.graph):
         return []
-    written = []
     for slots in step_io.PACKED_SLOTS:
-        model = read_graph(graph)
-        pack(model, slots)
+        packed = model.clone()
+        pack(packed, slots)
         path = graph.with_name(packed_twin(graph.name, slots))
-        ir.save(model, path)
+        ir.save(packed, path)
         written.append(path)
     return written
 

@@ -52,7 +52,8 @@ def shared_graphs(
     if missing:
         _check_room(root, graphs[min(graphs)].parent)
         first = min(graphs)
-        with _staged(root) as staging:
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=root, ignore_cleanup_errors=True) as name:
+            staging = Path(name)
             known = None if first in missing else _places(found[first].read_bytes())
             for number in missing:
                 graph, weights = staging / f"{number}.onnx", staging / f"{number}.bin"
@@ -97,15 +98,6 @@ def _check_room(root: Path, folder: Path) -> None:
     needed = 3 * sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if shutil.disk_usage(root).free < needed:
         raise OSError(errno.ENOSPC, f"{needed >> 20} MiB may be needed, and less is free", str(root))
-
-
-@contextlib.contextmanager
-def _staged(root: Path) -> Iterator[Path]:
-    staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=root))
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _remove_unused(root: Path) -> None:
