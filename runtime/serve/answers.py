@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from ..request import TokenLogprob
@@ -81,13 +82,11 @@ class Answer:
         return said
 
     def _logprobs(self, choice: Choice, entries: list[TokenLogprob]) -> dict[str, Any]:
-        offset, offsets = self._offsets.get(choice.index, 0), list[int]()
-        for each in entries:
-            offsets.append(offset)
-            offset += len(self._spelt(each.token_id)[0])
-        self._offsets[choice.index] = offset
+        texts = [self._spelt(each.token_id)[0] for each in entries]
+        offsets = list(accumulate(map(len, texts), initial=self._offsets.get(choice.index, 0)))
+        self._offsets[choice.index] = offsets.pop()
         return {
-            "tokens": [self._spelt(each.token_id)[0] for each in entries],
+            "tokens": texts,
             "token_logprobs": [each.logprob for each in entries],
             "top_logprobs": [{self._spelt(token)[0]: value for token, value in reversed(each.top)} for each in entries],
             "text_offset": offsets,
