@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 def loaded_sessions(options: Options, report: Report, slots: Sequence[int] = (1,)) -> Iterator[tuple[str, Session]]:
     """Yield (backend, session) for every backend that loads the bundle. The report says why the others don't.
 
-    The CPU's comes first. It runs the graph that CUDA runs, too. A session has as many of ``slots`` as the backend allows: the
-    largest number is tried first.
+    The CPU's comes first. It runs the graph that CUDA runs, too. A session has the largest of ``slots`` that the bundle allows.
     """
     if options.bundle is None:
         report.skip("executors", "no --bundle was given")
@@ -27,16 +26,16 @@ def loaded_sessions(options: Options, report: Report, slots: Sequence[int] = (1,
     with contextlib.suppress(ImportError):
         importlib.import_module("torch")
     from ...runtime.backends import BACKENDS
+    from ...runtime.files.bundle import open_bundle
     from ...runtime.session import load
 
     for backend in BACKENDS:
         variant = "standard" if backend == "cpu" else None
-        for count in sorted(slots, reverse=True):
-            try:
-                session = load(options.bundle, backend=backend, variant=variant, slots=count, prefix_cache=False)
-            except Exception as error:
-                if count == min(slots):
-                    report.skip(f"executor {backend}", error)
-            else:
-                yield backend, session
-                break
+        try:
+            allowed = open_bundle(options.bundle, check_hashes=False).manifest.limits.batch
+            most = max(count for count in slots if count <= allowed)
+            session = load(options.bundle, backend=backend, variant=variant, slots=most, prefix_cache=False)
+        except Exception as error:
+            report.skip(f"executor {backend}", error)
+        else:
+            yield backend, session
