@@ -21,7 +21,7 @@ from medusa_deploy.runtime.files.heads_file import read_heads_folder, write_head
 from medusa_deploy.runtime.tree import ROOT_ONLY
 from medusa_deploy.tools.console import write_json
 from medusa_deploy.tools.environment import environment
-from medusa_deploy.tools.measure.timed_run import TimedRun, Way, timed_run
+from medusa_deploy.tools.measure.timed_run import TimedRun, Way, in_turn, timed_run
 from medusa_deploy.tools.prompt_source import heldout_prompts
 
 FIXED = (3, 4, 5, 6, 8, 16)
@@ -54,8 +54,7 @@ def interleaved(session: Session, prompts: list[list[int]], ways: dict[str, Way]
     for way in ways.values():
         timed_run(session, prompts[0], way, 24)
     for index, prompt in enumerate(prompts):
-        first = index % len(ways)
-        for name in [*ways, *ways][first : first + len(ways)]:
+        for name in in_turn(ways, index):
             runs[name].append(timed_run(session, prompt, ways[name], tokens))
         print(f"{session.bundle.folder.name}: prompt {index + 1} of {len(prompts)}", file=sys.stderr)
     rates = {name: [run.decoded / run.decode_seconds for run in each] for name, each in runs.items()}

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from medusa_deploy.tools.measure.timed_run import in_turn
+
 Job = TypeVar("Job")
 Done = TypeVar("Done")
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -115,12 +117,6 @@ def last_line(log: Path) -> str:
     return lines[-1] if lines else "no message"
 
 
-def rotated(names: Sequence[str], turn: int) -> list[str]:
-    """``names`` from the ``turn``-th on, then those before it: everyone is first equally often."""
-    start = turn % len(names)
-    return [*names[start:], *names[:start]]
-
-
 def measure(
     workers: Mapping[str, Talker],
     prompts: Sequence[Sequence[int]],
@@ -148,7 +144,7 @@ def in_turns(
     found: dict[str, list[Done]] = {name: [] for name in workers}
     failed: dict[str, str] = {}
     for turn, job in enumerate(jobs):
-        for name in rotated(list(workers), turn):
+        for name in in_turn(workers, turn):
             if name in failed:
                 continue
             progress(turn, name)

@@ -14,7 +14,7 @@ from ...runtime.tree import ROOT_ONLY, Tree
 from ..environment import plain_step_bytes, rounds_activations, variant
 from ..prompt_source import check_room
 from .bench_report import summarise
-from .timed_run import TimedRun, Way, timed_run
+from .timed_run import TimedRun, Way, in_turn, timed_run
 
 Advance = Callable[[int, str], object]
 _WARMUP_TOKENS = 16
@@ -76,8 +76,7 @@ def bench(
     done = 0
     for repeat in range(repeats):
         for index, prompt in enumerate(prompts):
-            first = (repeat + index) % len(ways)
-            for name in [*ways, *ways][first : first + len(ways)]:
+            for name in in_turn(ways, repeat + index):
                 runs[name][index].append(timed_run(session, prompt, ways[name], max_new_tokens))
                 progress(done := done + 1, f"prompt {index + 1}, {name}")
     report = summarise(runs)

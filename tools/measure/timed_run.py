@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,13 @@ class Way:
     def options(self) -> dict[str, Any]:
         """The way as fields of a request."""
         return {"tree": self.tree, "rows": self.rows, "lookup": self.lookup, "params": self.params}
+
+
+def in_turn(names: Iterable[str], turn: int) -> list[str]:
+    """List the names from the ``turn``-th on, then those before it: each is first equally often."""
+    found = list(names)
+    start = turn % len(found)
+    return found[start:] + found[:start]
 
 
 @dataclass(slots=True)

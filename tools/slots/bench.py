@@ -10,7 +10,7 @@ from ...runtime.request import Request
 from ...runtime.session import Session
 from ...runtime.tree import ROOT_ONLY
 from ..environment import rounds_activations
-from ..measure.timed_run import Way
+from ..measure.timed_run import Way, in_turn
 from ..prompt_source import check_room
 from .report import summarise
 from .users import Block, serve
@@ -58,8 +58,7 @@ def slots_bench(
     done = 0
     for repeat in range(repeats):
         for place, count in enumerate(slots):
-            first = (repeat + place) % len(ways)
-            for name in [*ways, *ways][first : first + len(ways)]:
+            for name in in_turn(ways, repeat + place):
                 progress(done, f"{count} at a time, {name}")
                 blocks[count][name].append(serve(session, _requests(prompts, ways[name], max_new_tokens), count))
                 progress(done := done + 1, f"{count} at a time, {name}")

@@ -14,7 +14,7 @@ from ...runtime.errors import CapacityError, UsageError
 from ...runtime.request import Request
 from ...runtime.session import Session
 from ..console import table
-from ..measure.timed_run import Way
+from ..measure.timed_run import Way, in_turn
 from .bench import Advance, check_users, slot_ways
 from .report import chunks_after_first, gaps, title
 from .users import Answer, read
@@ -74,8 +74,7 @@ def long_prompt_bench(
         _arrival(session, prompts[:streams], way, long_prompt(), 0.0)
     arrivals: dict[str, list[Arrival]] = {name: [] for name in ways}
     for repeat in range(repeats):
-        first = repeat % len(ways)
-        for place, name in enumerate([*ways, *ways][first : first + len(ways)]):
+        for place, name in enumerate(in_turn(ways, repeat)):
             progress(repeat * len(ways) + place, name)
             alone = read(session, 0, long_prompt()).first_token_seconds
             arrivals[name].append(_arrival(session, prompts[:streams], ways[name], long_prompt(), alone))
