@@ -174,7 +174,8 @@ def _group(names: tuple[str, str, str, str], found: Sequence[tuple[int, Mapping[
         steps.append(_medusa_step(next(bar.label for bar in bars if bar.stage == stage and bar.lookup), report, looked_up))
         equal = report["equal"]
         if equal["different"]:
-            notes.append(f"{names[0]}, Medusa-{stage}: {len(equal['different'])} of {equal['of']} outputs differ between the ways")
+            which = f"{len(equal['different'])} of {equal['of']}"
+            notes.append(f"{names[0]}, Medusa-{stage}: {which} outputs differ between the ways")
     return Group(*names, tuple(bars), tuple(steps), tuple(notes))
 
 
