@@ -95,7 +95,7 @@ class _Routes:
             choices = await owned.enter_async_context(admitted)
             owned.callback(_note, request, choices)
             if not fields.stream:
-                return json_response(await while_connected(request, whole(answer, choices)))
+                return json_response(await while_connected(request, whole(answer, choices, self._service)))
             return EventStream(events(answer, fields, choices), owned.pop_all())
 
     # -- text ------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def api_error(error: Exception, *, param: str | None = None) -> ApiError:
         message = f"{error.message}; try again in {error.retry_after:.1f} s"
         return ApiError(429, message, code="queue_full", retry_after=error.retry_after)
     if isinstance(error, SessionClosedError):
-        return ApiError(503, "the server is shutting down", code=_UNAVAILABLE, retry_after=1)
+        return shutting_down()
     if isinstance(error, CapacityError):
         return ApiError(400, _with_hint(error), param=param, code="context_length_exceeded")
     if isinstance(error, TemplateError):
@@ -94,6 +94,11 @@ def api_error(error: Exception, *, param: str | None = None) -> ApiError:
 def not_ready() -> ApiError:
     """Return the refusal of a server that is still loading."""
     return ApiError(503, "the model is being loaded", code=_UNAVAILABLE, retry_after=1)
+
+
+def shutting_down() -> ApiError:
+    """Return the refusal of a server that stops."""
+    return ApiError(503, "the server is shutting down", code=_UNAVAILABLE, retry_after=1)
 
 
 def _with_hint(error: DeployError) -> str:

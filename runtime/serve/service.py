@@ -15,7 +15,7 @@ from ..async_session import AsyncSession
 from ..errors import CapacityError, GrammarError, QueueFullError
 from ..grammar import Grammar
 from ..request import Chunk, Request, Stats
-from .errors import ApiError, api_error, not_ready
+from .errors import ApiError, api_error, not_ready, shutting_down
 from .fields import Fields
 from .metrics import Metrics
 
@@ -30,9 +30,10 @@ class Options:
 
     ``name``: the model's name. ``keys``: SHA-256 of the API keys; empty asks for none. ``max_waiting``: requests that may wait
     for a slot. ``max_concurrency``: HTTP requests at a time. ``max_tokens``: new tokens of a request; None: what fits.
-    ``deadline``: seconds of a request, from its arrival; None: no limit. ``stall_seconds``: a step that takes longer makes the
-    server unready. ``drain_seconds``: what running requests have left when the server is told to stop. ``acceptance_metrics``:
-    every answer reports its acceptance.
+    ``deadline``: seconds of a request, from its arrival; None: no limit. ``body_seconds``: for a body to arrive.
+    ``client_seconds``: for the head of a request to arrive, and for a client that doesn't read to read on. ``stall_seconds``: a
+    step that takes longer makes the server unready. ``drain_seconds``: what running requests have left when the server is told to
+    stop. ``acceptance_metrics``: every answer reports its acceptance.
     """
 
     name: str = "model"
@@ -44,6 +45,7 @@ class Options:
     max_stops: int = 16
     deadline: float | None = None
     body_seconds: float = 30.0
+    client_seconds: float = 30.0
     stall_seconds: float = 60.0
     drain_seconds: float = 30.0
     acceptance_metrics: bool = False
@@ -116,7 +118,7 @@ class Service:
             ApiError: it isn't loaded, or the server is going down.
         """
         if self.draining:
-            raise ApiError(503, "the server is shutting down", code="service_unavailable", retry_after=1)
+            raise shutting_down()
         if self._served is None:
             raise not_ready()
         return self._served.session
