@@ -17,7 +17,10 @@ pytest.importorskip("llguidance", reason="grammars need llguidance")
 
 UNICODE = {
     "type": "object",
-    "properties": {"größe": {"enum": ["klein", "groß", "日本語", "😀😃"]}, "naïve": {"type": "string", "pattern": "^[à-ÿ]{1,3}$"}},
+    "properties": {
+        "größe": {"enum": ["klein", "groß", "日本語", "😀😃"]},
+        "naïve": {"type": "string", "pattern": "^[à-ÿ]{1,3}$"},
+    },
     "required": ["größe", "naïve"],
     "additionalProperties": False,
 }
@@ -91,12 +94,9 @@ def test_a_tool_is_called(smollm2: Session) -> None:
 
 
 def test_forced_tokens_raise_acceptance(smollm2: Session) -> None:
-    schema = {
-        "type": "object",
-        "properties": {name: {"type": "integer", "maximum": 99, "minimum": 0} for name in ("temperature_in_degrees", "wind_speed")},
-        "required": ["temperature_in_degrees", "wind_speed"],
-        "additionalProperties": False,
-    }
+    names = ["temperature_in_degrees", "wind_speed"]
+    properties = {name: {"type": "integer", "maximum": 99, "minimum": 0} for name in names}
+    schema = {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
     options: dict[str, Any] = {"messages": _messages(schema), "max_new_tokens": 60, "rows": Rows(8).count}
     answer = smollm2.generate(grammar=Grammar.json(schema), **options)
     assert answer.stats.mean_acceptance_length > 3

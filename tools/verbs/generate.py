@@ -176,7 +176,8 @@ def _grammar(args: argparse.Namespace) -> Grammar | None:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise GrammarError(f"can't read {path}: {getattr(error, 'strerror', 'it is not UTF-8')}", hint="name a text file") from None
+        reason = getattr(error, "strerror", "it is not UTF-8")
+        raise GrammarError(f"can't read {path}: {reason}", hint="name a text file") from None
     return Grammar("lark" if args.json_schema is None else "json_schema", text)
 
 
