@@ -180,6 +180,10 @@ class SamplingError(DeployError):
     """A sampling parameter is out of its range."""
 
 
+class GrammarError(DeployError):
+    """A grammar or JSON schema is malformed, asks for what isn't supported, exceeds a limit, or leaves no token to emit."""
+
+
 class TemplateError(DeployError):
     """A chat template is missing, fails, or exceeds its budget."""
 

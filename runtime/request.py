@@ -10,6 +10,7 @@ import numpy as np
 
 from .arguments import flag, is_integer, is_number, shown
 from .errors import UsageError
+from .grammar import Grammar
 from .sampling import SamplingParams
 from .tree import Tree
 
@@ -56,6 +57,9 @@ class Request:
     backbone's hidden state behind every emitted token. ``logprobs``: wants the log-probability of every emitted token, and of so
     many most likely ones at its place; they are the model's own, before temperature, penalties and filters.
 
+    ``grammar``: every emitted token is one that it allows. The answer ends where nothing can follow, or where it may end and the
+    model says so. Needs the extra ``guided``.
+
     None is the default of every field. Numbers may be numpy's.
 
     Raises:
@@ -77,6 +81,7 @@ class Request:
     keep_hidden: bool = False
     cache_salt: str = ""
     logprobs: int | None = None
+    grammar: Grammar | None = None
     tree: InitVar[Tree | None] = None
     rows: InitVar[int | None] = None
     lookup: InitVar[bool | None] = None
@@ -127,6 +132,7 @@ class Request:
             ("deadline", self.deadline is None or is_number(self.deadline), "a deadline is in seconds from now, and positive"),
             ("cache_salt", isinstance(self.cache_salt, str), "cache_salt is a string, such as the user's name"),
             ("logprobs", self.logprobs is None or _is_count(self.logprobs), f"logprobs is an integer from 0 to {MAX_LOGPROBS}"),
+            ("grammar", isinstance(self.grammar, (Grammar, type(None))), "grammar is a Grammar, such as Grammar.json(schema)"),
             ("cancel", self.cancel is None or callable(self.cancel), "cancel is a function without arguments"),
         ):
             if not right:
