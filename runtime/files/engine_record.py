@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import BundleIntegrityError, BundleSchemaError
+from .json_file import is_int, is_strings, record
 from .plan_file import Compression, parse_compression
 from .weight_inputs import WeightInput, parse_weight_inputs
 
@@ -130,7 +131,9 @@ def parse_engine_record(text: str | bytes) -> EngineRecord:
     try:
         raw: dict[str, Any] = json.loads(text)
         version = raw["record_version"]
-        if isinstance(version, int) and version > RECORD_VERSION:
+        if not is_int(version) or version < 1:
+            raise ValueError(f"record_version is {version!r}")
+        if version > RECORD_VERSION:
             raise BundleSchemaError(
                 f"{RECORD_NAME} has version {version}; this program reads up to {RECORD_VERSION}", hint="upgrade medusa-deploy"
             )
@@ -140,31 +143,40 @@ def parse_engine_record(text: str | bytes) -> EngineRecord:
         if version in (1, 2):
             raw = {"compression": {}, **raw}
         if version in (1, 2, 3):
-            raw = {**raw, "int8": {}, "record_version": RECORD_VERSION}
+            raw = {**raw, "record_version": RECORD_VERSION}
         read = {
-            "profiles": tuple(Profile(entry["name"], *(_range(entry[axis]) for axis in _AXES)) for entry in raw["profiles"]),
+            "profiles": tuple(record(Profile, {**entry, **_ranges(entry)}) for entry in raw["profiles"]),
             "inputs": _tensors(raw["inputs"]),
             "outputs": _tensors(raw["outputs"]),
-            "warnings": tuple(raw["warnings"]),
-            "features": tuple(raw["features"]),
-            "sources": {str(name): str(digest) for name, digest in raw["sources"].items()},
-            "versions": {str(name): str(version) for name, version in raw["versions"].items()},
+            "warnings": _strings(raw["warnings"]),
+            "features": _strings(raw["features"]),
             "weight_inputs": parse_weight_inputs(raw["weight_inputs"]),
-            "logs": {name: BuildLog(**entry) for name, entry in raw["logs"].items()},
+            "logs": {name: record(BuildLog, entry) for name, entry in raw["logs"].items()},
             "compression": parse_compression(raw["compression"]),
-            "int8": dict(raw["int8"]),
         }
-        return EngineRecord(**{**raw, **read})
+        found: EngineRecord = record(EngineRecord, {**raw, **read}, defaults=True)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise BundleSchemaError(f"{RECORD_NAME} can't be read: {error}", hint="build the engine again") from None
+    return found
 
 
-def _tensors(raw: list[dict[str, Any]]) -> tuple[TensorRecord, ...]:
-    return tuple(TensorRecord(entry["name"], entry["dtype"], tuple(map(int, entry["shape"]))) for entry in raw)
+def _strings(value: Any) -> tuple[str, ...]:
+    if not is_strings(value):
+        raise ValueError(f"{value!r:.80} is no list of strings")
+    return tuple(value)
+
+
+def _tensors(raw: Any) -> tuple[TensorRecord, ...]:
+    if not isinstance(raw, list) or not all(isinstance(entry["shape"], list) for entry in raw):
+        raise ValueError(f"{raw!r:.80} is no list of tensors")
+    return tuple(record(TensorRecord, {**entry, "shape": tuple(entry["shape"])}) for entry in raw)
+
+
+def _ranges(profile: Any) -> dict[str, Range]:
+    return {axis: _range(profile[axis]) for axis in _AXES}
 
 
 def _range(value: Any) -> Range:
-    smallest, best, largest = map(int, value)
-    if not 1 <= smallest <= best <= largest:
-        raise ValueError(f"{value} is no range")
-    return smallest, best, largest
+    if not isinstance(value, list) or len(value) != 3 or not all(map(is_int, value)) or not 1 <= value[0] <= value[1] <= value[2]:
+        raise ValueError(f"{value!r:.80} is no range")
+    return value[0], value[1], value[2]
