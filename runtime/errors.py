@@ -3,11 +3,18 @@
 The message has the numbers; ``hint`` says what to do. The command line prints both and exits with 1.
 """
 
+_MOST_CHARS = 1500
+
 
 class DeployError(Exception):
-    """Base of all errors that the user can fix. ``hint`` is one sentence: what to do."""
+    """Base of all errors that the user can fix. ``hint`` is one sentence: what to do.
+
+    The middle of a long message is left out: it may quote what somebody sent or wrote into a file.
+    """
 
     def __init__(self, message: str, hint: str = "") -> None:
+        if len(message) > _MOST_CHARS:
+            message = f"{message[: _MOST_CHARS - 300]} … {message[-250:]}"
         super().__init__(message)
         self.message = message
         self.hint = hint

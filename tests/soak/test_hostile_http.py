@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 pytest.importorskip("starlette")
 
-from soak.conftest import FULL
 from support.raw_http import Connection, ask
 from support.served import Served
+from support.soaking import FULL
 
 _CLIENT_SECONDS = 1.0
 _CASES = 2500 if FULL else 120
