@@ -214,7 +214,7 @@ def main() -> int:
     }
     facts = {"bundle": args.bundle.name, "variant": args.variant or "cpu", "tasks": args.tasks, "sampled": args.sampled}
     report = {**facts, "acceptance_ratio": ratio, **found}
-    write_json(args.output, report)
+    write_json(report, args.output)
     print(json.dumps(report, indent=1))
     return int(found["differing"] + found["invalid"] > 0)
 

@@ -109,12 +109,19 @@ class Sequence:
                 break
         self.tokens.extend(kept)
         if self.matcher is not None and kept:
-            self.matcher.advance(kept)
-            if self.finish_reason is None and self.matcher.finished():
-                self.finish_reason = "stop"
+            self._follow(self.matcher, kept)
         if self.finish_reason is None and self.remaining <= 0:
             self.finish_reason = "length"
         return kept
+
+    def _follow(self, matcher: Matcher, tokens: list[int]) -> None:
+        """Take emitted tokens through the grammar. The sequence ends where nothing can follow."""
+        try:
+            matcher.advance(tokens)
+            if self.finish_reason is None and matcher.finished():
+                self.finish_reason = "stop"
+        except Exception as error:  # noqa: BLE001 - a grammar's failure ends its own request
+            self.fail(error)
 
     def cut(self, count: int) -> None:
         """Take back the last ``count`` tokens: a stop string was complete before them, so plain decoding never emits them."""

@@ -23,7 +23,7 @@ _LIMITS = {
     "max_lexer_states": 20_000,  # 1 to 2 kB each
     "max_grammar_size": 200_000,
 }
-_KEPT = 32
+_KEPT = 16
 _SHOWN = 400
 
 
