@@ -62,14 +62,14 @@ class GrammarCompiler:
             ) from None
         if self._tokenizer is None:
             self._tokenizer = _tokenizer(llguidance, self._encoder)
-        make = llguidance.LLMatcher
+        make: Any = llguidance.LLMatcher
+        limit: Any = llguidance.LLParserLimits
         try:
             if grammar.kind == "json_schema":
                 source = make.grammar_from_json_schema(_object(grammar.source), overrides=AS_DUMPED)
             else:
                 source = (make.grammar_from_regex if grammar.kind == "regex" else make.grammar_from_lark)(grammar.source)
-            limits = llguidance.LLParserLimits(verbose_errors=False, **_LIMITS)
-            found = make(self._tokenizer, source, limits=limits, log_level=0)
+            found = make(self._tokenizer, source, limits=limit(verbose_errors=False, **_LIMITS), log_level=0)
             found.compute_bitmask()  # some limits are exceeded by the first mask only
             reason = found.get_error()
         except ValueError as error:
