@@ -21,7 +21,11 @@ class DeployError(Exception):
 
 
 class UsageError(DeployError):
-    """An argument has a value that the called function can't take."""
+    """An argument has a value that the called function can't take. ``argument``: its name, where it is one of a request."""
+
+    def __init__(self, message: str, hint: str = "", *, argument: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.argument = argument
 
 
 class MissingDependencyError(DeployError):
@@ -185,7 +189,11 @@ class GrammarError(DeployError):
 
 
 class TemplateError(DeployError):
-    """A chat template is missing, fails, or exceeds its budget."""
+    """A chat template is missing, fails, exceeds its budget, or can't express what ``argument`` of a request asks for."""
+
+    def __init__(self, message: str, hint: str = "", *, argument: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.argument = argument
 
 
 class NumericsError(DeployError):

@@ -16,6 +16,8 @@ KINDS = ("json_schema", "regex", "lark")
 
 MAX_CHARS = 1 << 18
 MAX_CHOICES = 4096
+AS_DUMPED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""How JSON is written: llguidance's names for what ``json.dumps`` does."""
 
 
 @dataclass(frozen=True, slots=True)

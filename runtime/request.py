@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence as SequenceOf
 from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,9 @@ from .tree import Tree
 if TYPE_CHECKING:
     from .drafting.draft import Drafter
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
+"""``role`` and ``content``, and what else the chat template reads: all texts but ``tool_calls``, which are JSON."""
+
 MAX_LOGPROBS = 20
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -58,7 +60,7 @@ class Request:
     many most likely ones at its place; they are the model's own, before temperature, penalties and filters.
 
     ``grammar``: every emitted token is one that it allows. The answer ends where nothing can follow, or where it may end and the
-    model says so. Needs the extra ``guided``.
+    model says so. Needs the extra ``guided``. ``tools``: functions that the chat template shows to the model, in OpenAI's form.
 
     None is the default of every field. Numbers may be numpy's.
 
@@ -82,6 +84,7 @@ class Request:
     cache_salt: str = ""
     logprobs: int | None = None
     grammar: Grammar | None = None
+    tools: SequenceOf[Mapping[str, Any]] | None = None
     tree: InitVar[Tree | None] = None
     rows: InitVar[int | None] = None
     lookup: InitVar[bool | None] = None
@@ -136,7 +139,7 @@ class Request:
             ("cancel", self.cancel is None or callable(self.cancel), "cancel is a function without arguments"),
         ):
             if not right:
-                raise UsageError(f"{name} is {shown(getattr(self, name))}", hint=hint)
+                raise UsageError(f"{name} is {shown(getattr(self, name))}", hint=hint, argument=name)
 
 
 def _is_count(value: object) -> bool:

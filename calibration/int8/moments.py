@@ -11,10 +11,12 @@ from .collect import Calibrator, Progress
 
 MOST_BYTES = 6 << 30
 FEWEST_ROWS = 256
+TILE = 2048
+"""The most channels of a tile: of wider activations only the tiles along the diagonal are kept. A multiple of every block."""
 
 
 class Moments:
-    """Sums xᵀx over the rows x [C] of activations, by name: float32 [C, C]."""
+    """Sums xᵀx over the rows x [C] of activations, by name: float32 tiles along the diagonal of [C, C]."""
 
     def __init__(self, channels: Mapping[str, int]) -> None:
         """Start with zeros. ``channels``: of each activation.
@@ -22,13 +24,14 @@ class Moments:
         Raises:
             CalibrationError: the matrices would take more than 6 GiB.
         """
-        size = sum(4 * count**2 for count in channels.values())
+        sizes = {name: [min(TILE, count - at) for at in range(0, count, TILE)] for name, count in channels.items()}
+        size = sum(4 * tile**2 for tiles in sizes.values() for tile in tiles)
         if size > MOST_BYTES:
             raise CalibrationError(
                 f"second moments of {len(channels)} activations take {size / 2**30:.1f} GiB",
                 hint="4-bit weights of a model this large are rounded to the nearest: give --rounding nearest",
             )
-        self.sums = {name: np.zeros((count, count), np.float32) for name, count in channels.items()}
+        self.sums = {name: [np.zeros((tile, tile), np.float32) for tile in tiles] for name, tiles in sizes.items()}
         self.rows = dict.fromkeys(channels, 0)
 
     def take(self, values: Iterable[tuple[str, np.ndarray]], _positions: np.ndarray, *, prefill: bool) -> None:
@@ -38,14 +41,16 @@ class Moments:
         for name, value in values:
             if name in self.sums:
                 rows = value.reshape(-1, value.shape[-1]).astype(np.float32, copy=False)
-                self.sums[name] += rows.T @ rows
+                for at, total in zip(range(0, rows.shape[1], TILE), self.sums[name], strict=True):
+                    part = rows[:, at : at + TILE]
+                    np.add(total, part.T @ part, out=total)
                 self.rows[name] += len(rows)
 
 
 def collect_moments(
     calibrator: Calibrator, texts: Sequence[Sequence[int]], progress: Progress = lambda _done, _note: None
-) -> dict[str, np.ndarray]:
-    """Measure E[xᵀx] of the backbone's activations in prefills of ``texts`` (token ids): float32 [C, C] by name of the weight.
+) -> dict[str, list[np.ndarray]]:
+    """Measure E[xᵀx] of the backbone's activations in prefills of ``texts`` (token ids): tiles by name of the weight.
 
     The vocabulary projection reads one row a prefill. With fewer than 256 rows it is left out.
 
@@ -61,5 +66,9 @@ def collect_moments(
     most = max(moments.rows.values())
     if most < FEWEST_ROWS:
         raise CalibrationError(f"the data gave {most} rows, GPTQ needs {FEWEST_ROWS}", hint="give more or longer prompts")
-    means = {name: moments.sums[name] / np.float32(rows) for name, rows in moments.rows.items() if rows >= FEWEST_ROWS}
+    means = {
+        name: [tile / np.float32(rows) for tile in moments.sums[name]]
+        for name, rows in moments.rows.items()
+        if rows >= FEWEST_ROWS
+    }
     return {matmul.weight: means[matmul.activation] for matmul in matmuls if matmul.activation in means}

@@ -17,7 +17,7 @@ from .plan_file import Compression, parse_compression
 from .weight_inputs import WeightInput, parse_weight_inputs
 
 RECORD_NAME = "engine.json"
-RECORD_VERSION = 4
+RECORD_VERSION = 5
 MAX_RECORD_BYTES = 1 << 20
 
 Range = tuple[int, int, int]
@@ -53,7 +53,8 @@ class BuildLog:
 
     ``network_sha256``: sha256 of the ONNX file that was parsed; int8 makes that file at build time. ``layers``: layers of the
     network. ``attention_calls``: number of fused attention kernels, counted by the names in the plan. It is layers × profiles if
-    all are fused: a hint, not a contract. ``peak_rss_bytes``: peak memory of the building process, mapped files included.
+    all are fused: a hint, not a contract. ``kernels``: calls by the kernel's name, over all profiles. ``constants``:
+    bytes that the plan stores, by type. ``peak_rss_bytes``: peak memory of the building process, mapped files included.
     """
 
     network_sha256: str
@@ -63,6 +64,8 @@ class BuildLog:
     build_seconds: float
     peak_rss_bytes: int
     plan_bytes: int
+    kernels: Mapping[str, int] = field(default_factory=dict)
+    constants: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +77,10 @@ class EngineRecord:
     that the builder was asked for, by name. ``logs``: measurements by plan. ``compression``: by plan; a plan without an entry is
     stored as TensorRT wrote it.
 
-    ``precision``: ``fp16`` or ``int8``. Weights of ``int8`` have 8 bits. Its activations are fp16, unless the field ``int8`` has
-    ``scales_sha256``: then the backbone's have 8 bits too, except in the layers of ``keep`` (``auto``: layers whose error is too
-    large). ``int8`` also names which of ``projection`` and ``heads`` stays ``fp16``.
+    ``precision``: of the backbone's weights: ``fp16``, ``int8``, ``int4`` or ``fp8``. ``quantised`` says what else there is:
+    ``projection`` and ``heads`` where they differ from the rule (``PrecisionOptions`` of the exporter); ``block`` and
+    ``rounding`` of int4 (with ``data_sha256`` of the texts for GPTQ); ``scales_sha256``, with which int8 and fp8 have the
+    backbone's activations in 8 bits too, except in the layers of ``keep`` (``auto``: layers whose error is too large).
 
     ``weight_inputs``: the weights of both plans if ``weights`` is ``streamed``. A plan takes those that it has an input for.
     """
@@ -100,7 +104,7 @@ class EngineRecord:
     logs: Mapping[str, BuildLog]
     weight_inputs: tuple[WeightInput, ...] = ()
     compression: Mapping[str, Compression] = field(default_factory=dict)
-    int8: Mapping[str, Any] = field(default_factory=dict)
+    quantised: Mapping[str, Any] = field(default_factory=dict)
     record_version: int = RECORD_VERSION
 
     def to_json(self) -> str:
@@ -143,7 +147,11 @@ def parse_engine_record(text: str | bytes) -> EngineRecord:
         if version in (1, 2):
             raw = {"compression": {}, **raw}
         if version in (1, 2, 3):
-            raw = {**raw, "record_version": RECORD_VERSION}
+            raw = {**raw, "int8": {}}
+        if version in (1, 2, 3, 4):
+            raw = {**raw, "quantised": raw["int8"]}
+            del raw["int8"]
+        raw = {**raw, "record_version": RECORD_VERSION}
         read = {
             "profiles": tuple(record(Profile, {**entry, **_ranges(entry)}) for entry in raw["profiles"]),
             "inputs": _tensors(raw["inputs"]),

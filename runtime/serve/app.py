@@ -19,8 +19,9 @@ from starlette.routing import Route
 from ..request import Request
 from .answers import Answer, ChatAnswer
 from .errors import ApiError, api_error, json_response
-from .fields import ChatFields, CompletionFields, DetokenizeFields, Parsed, TokenizeFields, parse, texts_of
+from .fields import ChatFields, CompletionFields, DetokenizeFields, Parsed, TokenizeFields, parse
 from .limits import Gate, read_body
+from .messages import plain_messages
 from .page import page
 from .service import Choice, Service
 from .stream import ClientGoneError, EventStream, events, while_connected, whole
@@ -108,7 +109,7 @@ class _Routes:
             raise ApiError(400, "the model has no tokenizer", code="no_tokenizer")
         try:
             if fields.messages is not None:
-                ids = await self._service.in_thread(session.encode, Request(messages=texts_of(fields.messages)))
+                ids = await self._service.in_thread(session.encode, Request(messages=plain_messages(fields.messages)))
             else:
                 special = fields.add_special_tokens is not False
                 ids = await self._service.in_thread(lambda: session.codec.encode(fields.prompt, add_special_tokens=special))

@@ -12,7 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..async_session import AsyncSession
-from ..errors import CapacityError, QueueFullError
+from ..errors import CapacityError, GrammarError, QueueFullError
+from ..grammar import Grammar
 from ..request import Chunk, Request, Stats
 from .errors import ApiError, api_error, not_ready, shutting_down
 from .fields import Fields
@@ -199,7 +200,7 @@ class Service:
         where = "messages" if "messages" in prompt else "prompt"
         choices: list[Choice] = []
         try:
-            ids = await self.in_thread(self._encode, prompt)
+            ids, grammar = await self.in_thread(self._encode, fields, prompt)
             count = self._new_tokens(fields, len(ids), chat=where == "messages")
             for index in range(first, first + fields.choices):
                 request = Request(
@@ -212,6 +213,7 @@ class Service:
                     priority=fields.priority,  # type: ignore[arg-type]
                     deadline=self._deadline(fields, arrived),
                     logprobs=fields.top,
+                    grammar=grammar,
                     cache_salt=f"{salt}:{fields.cache_salt or ''}",
                 )
                 choices.append(Choice(index, await served.submit(request), ids, arrived, self.metrics))
@@ -220,11 +222,12 @@ class Service:
                 choice.handle.cancel()
             if not isinstance(error, Exception):
                 raise
-            raise api_error(error, param="stop" if "stop is" in str(error) else where) from error
+            raise api_error(error, param=fields.grammar_field if isinstance(error, GrammarError) else where) from error
         return choices
 
-    def _encode(self, prompt: dict[str, Any]) -> list[int]:
-        return self.session.encode(Request(**prompt))
+    def _encode(self, fields: Fields, prompt: dict[str, Any]) -> tuple[list[int], Grammar | None]:
+        session = self.session
+        return session.encode(Request(**prompt)), fields.grammar(session.encoder)
 
     def _new_tokens(self, fields: Fields, prompt_tokens: int, *, chat: bool) -> int:
         """Return how many tokens may be emitted: what is asked for, or what fits."""

@@ -85,6 +85,8 @@ async def events(answer: Answer, fields: Fields, choices: list[Choice]) -> Async
                 running -= reason is not None
                 if chunk.text or reason is not None or (chunk.token_ids and (fields.return_token_ids or chunk.logprobs)):
                     piece = answer.delta(choice, chunk.text, chunk.token_ids, chunk.logprobs, reason)
+                    if piece is None:
+                        continue
                     last = {} if running or fields.include_usage else answer.acceptance(choices)
                     yield _event(answer.piece([piece], **last))
         if fields.include_usage:

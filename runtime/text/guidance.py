@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import GrammarError, MissingDependencyError
-from ..grammar import Grammar
+from ..grammar import AS_DUMPED, Grammar
 
 if TYPE_CHECKING:
     from .encoder import PromptEncoder
     from .tokenizer import TextCodec
 
-_WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _LIMITS = {
     "initial_lexer_fuel": 1_000_000,  # about 20 ms
     "step_lexer_fuel": 200_000,  # about 14 ms
@@ -66,7 +65,7 @@ class GrammarCompiler:
         make = llguidance.LLMatcher
         try:
             if grammar.kind == "json_schema":
-                source = make.grammar_from_json_schema(_object(grammar.source), overrides=_WRITTEN)
+                source = make.grammar_from_json_schema(_object(grammar.source), overrides=AS_DUMPED)
             else:
                 source = (make.grammar_from_regex if grammar.kind == "regex" else make.grammar_from_lark)(grammar.source)
             limits = llguidance.LLParserLimits(verbose_errors=False, **_LIMITS)
