@@ -61,7 +61,8 @@ class Session:
         sizes = tuple(sorted({rows for rows in (1, *(step_rows or SIZES)) if rows <= self.max_rows}))
         shared = {"padded": abilities.padded, "packed": abilities.packed}
         self.row_budget = RowBudget(sizes, heads.num_heads, heads.platt_scaling, **shared)
-        self.loop = Loop(executor, self.slots, self.row_budget, limits.prefill_chunk)
+        chunk = min(limits.prefill_chunk, abilities.prompt_rows or limits.prefill_chunk)
+        self.loop = Loop(executor, self.slots, self.row_budget, chunk)
         self.driver = Driver(self.loop)
 
     # -- text ------------------------------------------------------------------------------------------------------

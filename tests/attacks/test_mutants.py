@@ -23,8 +23,10 @@ from medusa_deploy.runtime.files.engine_record import BuildLog, EngineRecord, Pr
 from medusa_deploy.runtime.files.heads_file import open_heads_folder, write_heads
 from medusa_deploy.runtime.files.manifest import parse_manifest
 from medusa_deploy.runtime.files.scales_file import ActivationScale, Layer, Scales, Smoothing, model_digest, read_scales
+from medusa_deploy.runtime.grammar import Grammar, GrammarKind
 from medusa_deploy.runtime.text.template import ChatTemplate
 from medusa_deploy.runtime.tree import Tree
+from support.fake_executor import fake_session
 from support.records import manifest, write_stub_bundle
 from support.text import TEMPLATE
 from support.tiny import tiny_head_set
@@ -175,6 +177,36 @@ def _read_api(data: bytes) -> Any:
         raise UsageError(error.message, hint="400" if error.status == 400 else "") from None
 
 
+def _read_grammar(folder: Path, kind: GrammarKind) -> Callable[[bytes], Any]:
+    """Compile it, and go some steps."""
+    pytest.importorskip("llguidance")
+    session = fake_session(text_folder=folder)
+
+    def read(data: bytes) -> Any:
+        matcher = session.grammars.matcher(Grammar(kind, data.decode("utf-8", "replace")), frozenset({2}))
+        for step in range(30):
+            allowed = np.flatnonzero(matcher.allowed())
+            token = int(allowed[step % len(allowed)])
+            if token == 2 or matcher.finished():
+                break
+            matcher.advance([token])
+
+    return read
+
+
+_SCHEMA = json.dumps({
+    "type": "object", "required": ["a"], "additionalProperties": False,
+    "$defs": {"n": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/n"}]}},
+    "properties": {
+        "a": {"type": "string", "pattern": "^[a-z]{1,5}$", "maxLength": 4}, "b": {"enum": ["x", 1, None]},
+        "c": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 3},
+        "d": {"$ref": "#/$defs/n"},
+    },
+}).encode()  # fmt: skip
+_LARK = b'start: greeting ("," name)* "!"\ngreeting: "hello" | "good" /[a-z]+/\nname: /[A-Z][a-z]{1,10}/ | "(" name ")"\n'
+_REGEX = rb"(ab|c[d-f]{2,5})*(x+y?|[^a-z]{3})(?:foo|bar)\d{1,3}"
+
+
 def _safetensors() -> bytes:
     pytest.importorskip("safetensors")
     from safetensors.numpy import save
@@ -202,7 +234,7 @@ _CHAT = {
 
 def subjects(folder: Path) -> list[Subject]:
     """All of them; ``folder`` is for their files."""
-    names = ("scales", "tree", "heads", "tensors", "header", "bundle", "file")
+    names = ("scales", "tree", "schema", "lark", "regex", "heads", "tensors", "header", "bundle", "file")
     places = {name: folder / name for name in names}
     for place in places.values():
         place.mkdir()
@@ -222,6 +254,9 @@ def subjects(folder: Path) -> list[Subject]:
         Subject("heads config", config, mutate_any_json, _read_heads(places["heads"], "config.json"), 80, 2000),
         Subject("heads tensors", tensors, mutate_header, _read_heads(places["tensors"], "heads.safetensors"), 60, 1500),
         Subject("engine record", _engine_record(), mutate_any_json, _read_engine_record, 80, 2000),
+        Subject("schema", _SCHEMA, mutate_any_json, _read_grammar(places["schema"], "json_schema"), 60, 2000),
+        Subject("lark grammar", _LARK, mutate_text, _read_grammar(places["lark"], "lark"), 40, 1000),
+        Subject("regular expression", _REGEX, mutate_text, _read_grammar(places["regex"], "regex"), 40, 1000),
         Subject("chat request", json.dumps(_CHAT).encode(), mutate_any_json, _read_api, 150, 4000),
     ]
 
@@ -243,7 +278,7 @@ def _read_engine_record(data: bytes) -> Any:
 
 _NAMES = [
     "manifest", "bundle", "file of a bundle", "tree", "scales", "template", "safetensors header", "heads config", "heads tensors",
-    "engine record", "chat request",
+    "engine record", "schema", "lark grammar", "regular expression", "chat request",
 ]  # fmt: skip
 
 

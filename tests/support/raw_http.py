@@ -51,7 +51,7 @@ class Connection:
     async def parts(self) -> AsyncIterator[bytes]:
         """Read the body as it comes."""
         if "chunked" not in self.headers.get("transfer-encoding", ""):
-            yield await self.reader.readexactly(int(self.headers["content-length"]))
+            yield await self.reader.readexactly(int(self.headers.get("content-length", 0)))
             return
         while size := int(await self.reader.readline(), 16):
             yield (await self.reader.readexactly(size + 2))[:-2]
