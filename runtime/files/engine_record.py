@@ -22,12 +22,17 @@ MAX_RECORD_BYTES = 1 << 20
 Range = tuple[int, int, int]
 """Smallest, best and largest size."""
 
+OLDEST_TARGETS = {"int8": 75, "int4": 80, "fp8": 89}
+"""The oldest GPU architecture that has the numbers of a precision, as TensorRT-RTX 1.7.1 takes them."""
 _AXES = ("rows", "logit_rows", "slots", "columns", "carried")
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Sizes that a plan was optimised for: rows N, rows with logits R, slots B, visible cache rows T, carried rows P."""
+    """Sizes that a plan was optimised for: rows N, rows with logits R, slots B, visible cache rows T, carried rows P.
+
+    ``head_rows``: rows W that the heads run at, in engines whose graph has that input.
+    """
 
     name: str
     rows: Range
@@ -35,6 +40,7 @@ class Profile:
     slots: Range
     columns: Range
     carried: Range
+    head_rows: Range = (1, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +156,7 @@ def parse_engine_record(text: str | bytes) -> EngineRecord:
             del raw["int8"]
         raw["record_version"] = RECORD_VERSION
         read = {
-            "profiles": tuple(Profile(entry["name"], *(_range(entry[axis]) for axis in _AXES)) for entry in raw["profiles"]),
+            "profiles": tuple(_profile(entry) for entry in raw["profiles"]),
             "inputs": _tensors(raw["inputs"]),
             "outputs": _tensors(raw["outputs"]),
             "warnings": tuple(raw["warnings"]),
@@ -171,8 +177,12 @@ def _tensors(raw: list[dict[str, Any]]) -> tuple[TensorRecord, ...]:
     return tuple(TensorRecord(entry["name"], entry["dtype"], tuple(map(int, entry["shape"]))) for entry in raw)
 
 
-def _range(value: Any) -> Range:
+def _profile(raw: Mapping[str, Any]) -> Profile:
+    return Profile(raw["name"], *(_range(raw[axis]) for axis in _AXES), _range(raw.get("head_rows", (1, 1, 1)), least=0))
+
+
+def _range(value: Any, least: int = 1) -> Range:
     smallest, best, largest = map(int, value)
-    if not 1 <= smallest <= best <= largest:
+    if not least <= smallest <= best <= largest:
         raise ValueError(f"{value} is no range")
     return smallest, best, largest
