@@ -17,6 +17,7 @@ EXTRAS = {
     "debug": (*_CPU, "onnx", "onnx-graphsurgeon", "onnx-ir", "polygraphy"),
     "export": _EXPORT,
     "figure": ("matplotlib",),
+    "guided": ("llguidance",),
     "serve": (*_CPU, "msgspec", "prometheus-client", "starlette", "uvicorn"),
     "train": (*_EXPORT, "peft"),
     "tensorrt": ("tensorrt", "cuda-bindings", "tokenizers", "minijinja"),

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import BundleIntegrityError, BundleSchemaError
+from .json_file import is_int, is_strings, record
 from .plan_file import Compression, parse_compression
 from .weight_inputs import WeightInput, parse_weight_inputs
 
@@ -140,7 +141,9 @@ def parse_engine_record(text: str | bytes) -> EngineRecord:
     try:
         raw: dict[str, Any] = json.loads(text)
         version = raw["record_version"]
-        if isinstance(version, int) and version > RECORD_VERSION:
+        if not is_int(version) or version < 1:
+            raise ValueError(f"record_version is {version!r}")
+        if version > RECORD_VERSION:
             raise BundleSchemaError(
                 f"{RECORD_NAME} has version {version}; this program reads up to {RECORD_VERSION}", hint="upgrade medusa-deploy"
             )
@@ -154,35 +157,43 @@ def parse_engine_record(text: str | bytes) -> EngineRecord:
         if version in (1, 2, 3, 4):
             raw = {**raw, "quantised": raw["int8"]}
             del raw["int8"]
-        raw["record_version"] = RECORD_VERSION
+        raw = {**raw, "record_version": RECORD_VERSION}
         read = {
-            "profiles": tuple(_profile(entry) for entry in raw["profiles"]),
+            "profiles": tuple(record(Profile, {**entry, **_ranges(entry)}, defaults=True) for entry in raw["profiles"]),
             "inputs": _tensors(raw["inputs"]),
             "outputs": _tensors(raw["outputs"]),
-            "warnings": tuple(raw["warnings"]),
-            "features": tuple(raw["features"]),
-            "sources": {str(name): str(digest) for name, digest in raw["sources"].items()},
-            "versions": {str(name): str(version) for name, version in raw["versions"].items()},
+            "warnings": _strings(raw["warnings"]),
+            "features": _strings(raw["features"]),
             "weight_inputs": parse_weight_inputs(raw["weight_inputs"]),
-            "logs": {name: BuildLog(**entry) for name, entry in raw["logs"].items()},
+            "logs": {name: record(BuildLog, entry, defaults=True) for name, entry in raw["logs"].items()},
             "compression": parse_compression(raw["compression"]),
-            "quantised": dict(raw["quantised"]),
         }
-        return EngineRecord(**{**raw, **read})
+        found: EngineRecord = record(EngineRecord, {**raw, **read}, defaults=True)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise BundleSchemaError(f"{RECORD_NAME} can't be read: {error}", hint="build the engine again") from None
+    return found
 
 
-def _tensors(raw: list[dict[str, Any]]) -> tuple[TensorRecord, ...]:
-    return tuple(TensorRecord(entry["name"], entry["dtype"], tuple(map(int, entry["shape"]))) for entry in raw)
+def _strings(value: Any) -> tuple[str, ...]:
+    if not is_strings(value):
+        raise ValueError(f"{value!r:.80} is no list of strings")
+    return tuple(value)
 
 
-def _profile(raw: Mapping[str, Any]) -> Profile:
-    return Profile(raw["name"], *(_range(raw[axis]) for axis in _AXES), _range(raw.get("head_rows", (1, 1, 1)), least=0))
+def _tensors(raw: Any) -> tuple[TensorRecord, ...]:
+    if not isinstance(raw, list) or not all(isinstance(entry["shape"], list) for entry in raw):
+        raise ValueError(f"{raw!r:.80} is no list of tensors")
+    return tuple(record(TensorRecord, {**entry, "shape": tuple(entry["shape"])}) for entry in raw)
+
+
+def _ranges(profile: Any) -> dict[str, Range]:
+    heads = {} if "head_rows" not in profile else {"head_rows": _range(profile["head_rows"], least=0)}
+    return {**{axis: _range(profile[axis]) for axis in _AXES}, **heads}
 
 
 def _range(value: Any, least: int = 1) -> Range:
-    smallest, best, largest = map(int, value)
-    if not least <= smallest <= best <= largest:
-        raise ValueError(f"{value} is no range")
-    return smallest, best, largest
+    if not isinstance(value, list) or len(value) != 3 or not all(map(is_int, value)):
+        raise ValueError(f"{value!r:.80} is no range")
+    if not least <= value[0] <= value[1] <= value[2]:
+        raise ValueError(f"{value!r:.80} is no range")
+    return value[0], value[1], value[2]

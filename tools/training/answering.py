@@ -23,7 +23,7 @@ class AnswerPlan:
 
     ``self_prompts``: the number of prompts that the backbone tries to write besides. ``temperatures``: each training prompt is
     answered once at each; 0 is greedy, as held-out answers always are. ``slots``: answers generated at a time. ``device``: on a
-    CPU the runtime answers, elsewhere torch.
+    CPU the runtime answers, elsewhere torch. ``autocast``: on a CPU torch answers the training prompts in bfloat16.
     """
 
     model: Path
@@ -36,6 +36,7 @@ class AnswerPlan:
     slots: int = 48
     device: str = "cpu"
     seed: int = 0
+    autocast: bool = False
 
     def __post_init__(self) -> None:
         settle(self, dict.fromkeys(("max_new_tokens", "slots"), (1, MAX_INTEGER)))
@@ -44,9 +45,10 @@ class AnswerPlan:
 
 
 class Backbone(NamedTuple):
-    """``answerer`` answers prompts; ``encoder`` makes token ids of them."""
+    """``answerer`` answers training prompts, ``exact`` held-out ones; ``encoder`` makes token ids of them."""
 
     answerer: Answerer
+    exact: Answerer
     encoder: PromptEncoder
 
 
@@ -75,7 +77,10 @@ def claim(plan: AnswerPlan) -> None:
 
 def open_backbone(plan: AnswerPlan, heads: Path | None = None) -> Backbone:
     """Open the model, with the adapter of ``heads`` merged if they are given, ready to answer many prompts at a time."""
-    return _in_runtime(plan, heads) if plan.device == "cpu" else _in_torch(plan, heads)
+    if plan.device != "cpu":
+        return _in_torch(plan, heads)
+    backbone = _in_runtime(plan, heads)
+    return backbone._replace(answerer=_in_torch(plan, heads).answerer) if plan.autocast else backbone
 
 
 def answer_prompts(backbone: Backbone, plan: AnswerPlan) -> Answered:
@@ -84,10 +89,14 @@ def answer_prompts(backbone: Backbone, plan: AnswerPlan) -> Answered:
 
     lines = [*_lines(plan, "train"), *_self_written(backbone, plan)]
     prompts, tokens = {}, {}
-    prompts["train"], tokens["train"] = _answer(backbone, plan, lines, "train", plan.temperatures, plan.seed)
+    prompts["train"], tokens["train"] = _answer(
+        backbone.answerer, backbone.encoder, plan, lines, "train", plan.temperatures, plan.seed
+    )
     prompts["train"] *= len(plan.temperatures)
     # Held-out answers are the same whatever training is done with.
-    prompts["heldout"], tokens["heldout"] = _answer(backbone, plan, _lines(plan, "heldout"), "heldout", GREEDY, 0)
+    prompts["heldout"], tokens["heldout"] = _answer(
+        backbone.exact, backbone.encoder, plan, _lines(plan, "heldout"), "heldout", GREEDY, 0
+    )
     return Answered(prompts, tokens)
 
 
@@ -98,19 +107,25 @@ def answer_heldout(backbone: Backbone, plan: AnswerPlan, folder: str) -> None:
     from ...calibration.answers.distill import GREEDY
 
     shutil.rmtree(plan.work / folder, ignore_errors=True)
-    _answer(backbone, plan, _lines(plan, "heldout"), folder, GREEDY, 0)
+    _answer(backbone.exact, backbone.encoder, plan, _lines(plan, "heldout"), folder, GREEDY, 0)
 
 
 def _answer(
-    backbone: Backbone, plan: AnswerPlan, lines: list[PromptLine], folder: str, temperatures: tuple[float, ...], seed: int
+    answerer: Answerer,
+    encoder: PromptEncoder,
+    plan: AnswerPlan,
+    lines: list[PromptLine],
+    folder: str,
+    temperatures: tuple[float, ...],
+    seed: int,
 ) -> tuple[list[list[int]], int]:
     from ...calibration.answers.distill import distill
     from ..console import Progress
 
-    prompts = [backbone.encoder.encode(line.request()) for line in lines]
+    prompts = [encoder.encode(line.request()) for line in lines]
     with Progress(f"answering {folder} prompts", len(prompts) * len(temperatures)) as progress:
         count = distill(
-            backbone.answerer,
+            answerer,
             prompts,
             plan.work / folder,
             max_new_tokens=plan.max_new_tokens,
@@ -160,7 +175,8 @@ def _in_runtime(plan: AnswerPlan, heads: Path | None) -> Backbone:
             export_bundle(plan.model, heads, bundle, batch=plan.slots, capacity=_CAPACITY, force=True, report=progress.phase)
     session = load(bundle, slots=plan.slots, variant="cpu", prefix_cache=False)
     warn(session.manifest.provenance.get("warnings", ()))
-    return Backbone(RuntimeAnswerer(session), session.encoder)
+    answerer = RuntimeAnswerer(session)
+    return Backbone(answerer, answerer, session.encoder)
 
 
 def _in_torch(plan: AnswerPlan, heads: Path | None) -> Backbone:
@@ -182,5 +198,5 @@ def _in_torch(plan: AnswerPlan, heads: Path | None) -> Backbone:
     weights = backbone_digest(module)
     if adapter is not None:
         module, weights = merge_adapter(module, adapter), "+".join([weights, *adapter.files.values()])
-    answerer = TorchAnswerer(module, weights, text.eos_token_ids, plan.slots, plan.device)
-    return Backbone(answerer, PromptEncoder(text, vocab_size, text_folder.joinpath))
+    answerer = TorchAnswerer(module, weights, text.eos_token_ids, plan.slots, plan.device, bfloat16=plan.autocast)
+    return Backbone(answerer, answerer, PromptEncoder(text, vocab_size, text_folder.joinpath))
