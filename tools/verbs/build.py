@@ -42,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_precision_arguments(parser)
     parser.add_argument(
-        "--backend", choices=("tensorrt-rtx", "tensorrt"), default="tensorrt-rtx", help="default: tensorrt-rtx, needs no GPU here"
+        "--backend",
+        choices=("tensorrt-rtx", "tensorrt"),
+        default="tensorrt-rtx",
+        help="default: tensorrt-rtx, which needs no GPU here; tensorrt: never run",
     )
     parser.add_argument("--weights", choices=("inside", "streamed"), default="inside", help="in the plan, or inputs of it")
     parser.add_argument(
