@@ -52,6 +52,7 @@ GROUPS = {
         Verb("bench", "measure plain against Medusa decoding"),
         Verb("compare", "measure quality and speed of a bundle or variant against a reference"),
         Verb("inspect", "say what a bundle holds and check its files"),
+        Verb("debug", "write a kit to debug an engine with polygraphy, or say which layer left first"),
     ),
     "advise": (
         Verb("plan", "say which size fits on which GPU, and what to run next"),
