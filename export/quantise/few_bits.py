@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...runtime.errors import QuantisationError
+from ...runtime.files.backbone import BackboneShape
 from ...runtime.files.bundle import Bundle, record_files
 from ...runtime.files.manifest import MANIFEST_NAME, cpu_twin
 from ...runtime.files.scales_file import Scales
@@ -19,7 +21,7 @@ from ..passes.matmuls import find_matmuls
 from ..passes.pack import write_packed
 from ..passes.patterns import new_node, replace_uses
 from ..weights import WeightsFile, read_graph
-from .cpu import Advance, CpuPrecision, CpuReport, quantise_cpu
+from .cpu import DEFAULT_BLOCKS, Advance, CpuPrecision, CpuReport, few_bits_size, quantise_cpu
 from .screen import load_whole
 
 _WEIGHTS = "weights.bin"
@@ -78,6 +80,15 @@ def write_few_bits(
         provenance={**facts, "weights": {"kind": "few bits"}, "quantised": {name: dict(describe(report, precision))}},
     )
     (folder / MANIFEST_NAME).write_text(complete.to_json(), "utf-8")
+
+
+def few_bits_bytes(shape: BackboneShape, parameters: int, bits: int, *, tied: bool) -> int:
+    """Estimate the weights of a bundle in few bits: layers, projection in 8 bits, embedding in float16."""
+    table = (shape.vocab_size, shape.hidden_size)
+    layers = parameters - (1 if tied else 2) * math.prod(table)
+    rounded = few_bits_size((layers, 1), bits, DEFAULT_BLOCKS[bits])
+    zero_points = layers // DEFAULT_BLOCKS[bits] // 2 if bits == 4 else 0
+    return rounded + zero_points + few_bits_size(table, 8, DEFAULT_BLOCKS[8]) + 2 * math.prod(table)
 
 
 def _is_embedding(step: ir.Model) -> bool:

@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         from ...export.estimate import plan_export
 
-        plan = plan_export(args.model, args.heads, **options)
+        bits = None if args.precision is None else int(args.precision.removeprefix("int"))
+        plan = plan_export(args.model, args.heads, **options, bits=bits)
         warn(plan.warnings)
         emit(plan_text(plan, args.output), {"output": args.output, "dry_run": True, **asdict(plan)}, args.json)
         return 0

@@ -61,6 +61,21 @@ def test_it_holds_one_graph_and_no_float32_matrix(few_bits: Path) -> None:
             assert tensor is None or scales or rotation or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) < 2, name
 
 
+def test_a_dry_run_knows_its_size(
+    few_bits: Path, tiny_model: Path, tiny_heads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    precision = next(iter(open_bundle(few_bits).manifest.variants)).removeprefix("cpu-")
+    command = ["export", str(tiny_model), "--heads", str(tiny_heads), "--precision", precision, "--dry-run", "--json", "-"]
+    assert main([*command, *SIZES, "-o", str(tmp_path / "bundle")]) == 0
+    told = json.loads(capsys.readouterr().out)["weights_bytes"]
+    tensors = {
+        (tensor.offset, tensor.nbytes)
+        for value in ir.load(next((few_bits / "onnx").glob("step.cpu-int?.onnx"))).graph.initializers.values()
+        if isinstance(tensor := value.const_value, ir.ExternalTensor)
+    }
+    assert told == pytest.approx(sum(size for _, size in tensors), rel=0.15)
+
+
 def test_load_takes_its_only_graph_and_every_mode_runs(few_bits: Path) -> None:
     session = load(few_bits, threads=1)
     plain = session.generate(token_ids=PROMPT, max_new_tokens=24, speculative=False).token_ids
