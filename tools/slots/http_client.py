@@ -80,7 +80,7 @@ class Server:
             piece = json.loads(event)
             if "error" in piece:
                 break
-            choice = next(iter(piece["choices"]), {})
+            choice: dict[str, Any] = next(iter(piece["choices"]), {})
             size = len(choice["token_ids"]) if "token_ids" in choice else int(bool(choice.get("text")))
             if size:
                 found.arrivals.append(time.perf_counter())
