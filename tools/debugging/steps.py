@@ -79,7 +79,7 @@ def run_network(network: Path, feeds: Feeds, outputs: Sequence[str]) -> dict[str
     return dict(zip(outputs, found, strict=True))
 
 
-def exact_options() -> object:
+def exact_options() -> Any:
     """Options of a session that executes quantising operators as they are written.
 
     Optimised, ONNX Runtime makes products of them that round activations, too.
