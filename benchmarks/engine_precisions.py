@@ -60,7 +60,7 @@ class Network:
         self._manifest = bundle.manifest
         options = exact_options()
         if threads is not None:
-            options.intra_op_num_threads = threads  # type: ignore[attr-defined]
+            options.intra_op_num_threads = threads
         providers = ["CPUExecutionProvider"]
         self._step = onnxruntime.InferenceSession(str(step), options, providers=providers)
         self._heads = onnxruntime.InferenceSession(str(heads), options, providers=providers)

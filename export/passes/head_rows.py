@@ -50,6 +50,7 @@ def take_head_rows(model: ir.Model) -> None:
     build = Nodes(graph, "head_rows/sum")
     exact = build.add("Cast", [states[0]], {"to": int(ir.DataType.FLOAT)})
     total = build.add("ReduceSum", [exact, build.constant("axes", [1, 2])], {"keepdims": 0})
+    assert hidden.shape is not None
     total.name, total.type, total.shape = step_io.STATE_SUM, ir.TensorType(ir.DataType.FLOAT), ir.Shape([hidden.shape[0]])
     producer = states[0].producer()
     assert producer is not None
