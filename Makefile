@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test soak lint clean
 
 help:
 	@echo "make demo    get the real model, export it with its heads, generate, measure: build/demo/"
 	@echo "make test    run all tests"
+	@echo "make soak    run tests/soak and tests/attacks in full, half an hour, and write benchmarks/results/soak.json"
 	@echo "make lint    ruff, mypy, import direction"
 	@echo "make setup   install everything that developing needs into $(VENV)"
 	@echo "make clean   remove $(VENV), build/ and caches"
@@ -24,6 +25,9 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m "not model and not tensorrt and not slow"
 	$(BIN)/python -m pytest -m "model or tensorrt or slow"
+
+soak: $(VENV)/dev.stamp
+	MEDUSA_DEPLOY_SOAK=full MEDUSA_DEPLOY_SOAK_REPORT=benchmarks/results/soak.json $(BIN)/python -m pytest tests/soak tests/attacks
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check

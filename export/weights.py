@@ -83,12 +83,13 @@ class WeightsFile:
 
     def _store(self, tensor: ir.TensorProtocol) -> int:
         data = np.ascontiguousarray(tensor.numpy())
-        digest = hashlib.sha256(data.data if data.ndim else data.tobytes()).hexdigest()
-        key = (digest, str(tensor.dtype), tuple(data.shape))
+        # Numbers that numpy lacks have no buffer, and two of 4 bits share a byte.
+        raw = data.data if data.ndim and data.dtype.kind in "biuf" else ir.tensor(data, dtype=tensor.dtype).tobytes()
+        key = (hashlib.sha256(raw).hexdigest(), str(tensor.dtype), tuple(data.shape))
         if key not in self._offsets:
             padding = -self._end % ALIGNMENT
             self._file.write(b"\0" * padding)
-            self._file.write(data.data if data.ndim else data.tobytes())
+            self._file.write(raw)
             self._offsets[key] = self._end + padding
-            self._end += padding + data.nbytes
+            self._end += padding + memoryview(raw).nbytes
         return self._offsets[key]

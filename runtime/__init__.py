@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .errors import DeployError
+from .grammar import Grammar
 from .request import Chunk, Generation, Request, Rows
 from .sampling import SamplingParams
 from .session import Session, load
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
     from .async_session import AsyncSession
 
 __all__ = [
-    "ROOT_ONLY", "AsyncSession", "Chunk", "DeployError", "Generation", "Request", "Rows", "SamplingParams", "Session", "Tree",
-    "chain", "load",
+    "ROOT_ONLY", "AsyncSession", "Chunk", "DeployError", "Generation", "Grammar", "Request", "Rows", "SamplingParams", "Session",
+    "Tree", "chain", "load",
 ]  # fmt: skip
 
 

@@ -3,18 +3,29 @@
 The message has the numbers; ``hint`` says what to do. The command line prints both and exits with 1.
 """
 
+_MOST_CHARS = 1500
+
 
 class DeployError(Exception):
-    """Base of all errors that the user can fix. ``hint`` is one sentence: what to do."""
+    """Base of all errors that the user can fix. ``hint`` is one sentence: what to do.
+
+    The middle of a long message is left out: it may quote what somebody sent or wrote into a file.
+    """
 
     def __init__(self, message: str, hint: str = "") -> None:
+        if len(message) > _MOST_CHARS:
+            message = f"{message[: _MOST_CHARS - 300]} … {message[-250:]}"
         super().__init__(message)
         self.message = message
         self.hint = hint
 
 
 class UsageError(DeployError):
-    """An argument has a value that the called function can't take."""
+    """An argument has a value that the called function can't take. ``argument``: its name, where it is one of a request."""
+
+    def __init__(self, message: str, hint: str = "", *, argument: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.argument = argument
 
 
 class MissingDependencyError(DeployError):
@@ -173,8 +184,16 @@ class SamplingError(DeployError):
     """A sampling parameter is out of its range."""
 
 
+class GrammarError(DeployError):
+    """A grammar or JSON schema is malformed, asks for what isn't supported, exceeds a limit, or leaves no token to emit."""
+
+
 class TemplateError(DeployError):
-    """A chat template is missing, fails, or exceeds its budget."""
+    """A chat template is missing, fails, exceeds its budget, or can't express what ``argument`` of a request asks for."""
+
+    def __init__(self, message: str, hint: str = "", *, argument: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.argument = argument
 
 
 class NumericsError(DeployError):

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence as SequenceOf
 from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from .arguments import flag, is_integer, is_number, shown
 from .errors import UsageError
+from .grammar import Grammar
 from .sampling import SamplingParams
 from .tree import Tree
 
 if TYPE_CHECKING:
     from .drafting.draft import Drafter
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
+"""``role`` and ``content``, and what else the chat template reads: all texts but ``tool_calls``, which are JSON."""
+
 MAX_LOGPROBS = 20
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -56,6 +59,9 @@ class Request:
     backbone's hidden state behind every emitted token. ``logprobs``: wants the log-probability of every emitted token, and of so
     many most likely ones at its place; they are the model's own, before temperature, penalties and filters.
 
+    ``grammar``: every emitted token is one that it allows. The answer ends where nothing can follow, or where it may end and the
+    model says so. Needs the extra ``guided``. ``tools``: functions that the chat template shows to the model, in OpenAI's form.
+
     None is the default of every field. Numbers may be numpy's.
 
     Raises:
@@ -77,6 +83,8 @@ class Request:
     keep_hidden: bool = False
     cache_salt: str = ""
     logprobs: int | None = None
+    grammar: Grammar | None = None
+    tools: SequenceOf[Mapping[str, Any]] | None = None
     tree: InitVar[Tree | None] = None
     rows: InitVar[int | None] = None
     lookup: InitVar[bool | None] = None
@@ -127,10 +135,11 @@ class Request:
             ("deadline", self.deadline is None or is_number(self.deadline), "a deadline is in seconds from now, and positive"),
             ("cache_salt", isinstance(self.cache_salt, str), "cache_salt is a string, such as the user's name"),
             ("logprobs", self.logprobs is None or _is_count(self.logprobs), f"logprobs is an integer from 0 to {MAX_LOGPROBS}"),
+            ("grammar", isinstance(self.grammar, (Grammar, type(None))), "grammar is a Grammar, such as Grammar.json(schema)"),
             ("cancel", self.cancel is None or callable(self.cancel), "cancel is a function without arguments"),
         ):
             if not right:
-                raise UsageError(f"{name} is {shown(getattr(self, name))}", hint=hint)
+                raise UsageError(f"{name} is {shown(getattr(self, name))}", hint=hint, argument=name)
 
 
 def _is_count(value: object) -> bool:

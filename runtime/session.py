@@ -12,6 +12,7 @@ from .arguments import flag, integer, path, shown
 from .drafting.adaptive import AdaptiveDrafter
 from .drafting.checked import CheckedDrafter
 from .drafting.draft import BestRows, Drafter, FixedTree
+from .drafting.guide import Guide, GuidedDrafter
 from .drafting.lookup import PromptLookup
 from .drafting.row_budget import SIZES, RowBudget
 from .errors import CapacityError, DeployError, PromptError, UsageError
@@ -23,6 +24,7 @@ from .loop.sequence import Sequence
 from .loop.slots import PrefixStats, SlotPool
 from .request import Chunk, Generation, Message, Request, Rows, Stats
 from .text.encoder import PromptEncoder
+from .text.guidance import GrammarCompiler
 from .text.output import TextOutput
 from .text.stops import StopChecker
 from .tree import ROOT_ONLY, Tree
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .files.bundle import Bundle
+    from .grammar import Matcher
 
 __all__ = ["Chunk", "Generation", "Message", "Request", "Session", "load"]
 
@@ -51,13 +54,15 @@ class Session:
         self.slots = SlotPool(
             abilities.slots, limits.capacity, keep=prefix_cache, copies=abilities.copies, together=abilities.padded
         )
+        self.grammars = GrammarCompiler(self.encoder)
         self.tree = self.manifest.tree()
         step_rows = abilities.step_rows
         self.max_rows = limits.max_rows if step_rows is None else min(step_rows[-1], limits.max_rows)
         sizes = tuple(sorted({rows for rows in (1, *(step_rows or SIZES)) if rows <= self.max_rows}))
         shared = {"padded": abilities.padded, "packed": abilities.packed}
         self.row_budget = RowBudget(sizes, heads.num_heads, heads.platt_scaling, **shared)
-        self.loop = Loop(executor, self.slots, self.row_budget, limits.prefill_chunk)
+        chunk = min(limits.prefill_chunk, abilities.prompt_rows or limits.prefill_chunk)
+        self.loop = Loop(executor, self.slots, self.row_budget, chunk)
         self.driver = Driver(self.loop)
 
     # -- text ------------------------------------------------------------------------------------------------------
@@ -166,23 +171,25 @@ class Session:
             raise PromptError("stop strings need a tokenizer, and the bundle has no tokenizer", hint="drop stop=…")
         eos = frozenset(() if request.ignore_eos else manifest.text.eos_token_ids)
         output = TextOutput(self.codec, StopChecker(request.stop, include_stop=request.include_stop), eos)
+        matcher = None if request.grammar is None else self.grammars.matcher(request.grammar, eos)
         sequence = Sequence(
             tokens=ids,
             prompt_length=len(ids),
             params=request.params.resolved(),
             max_new_tokens=request.max_new_tokens,
             eos_token_ids=eos,
-            drafter=self._drafter(request, ids),
+            drafter=self._drafter(request, ids, matcher),
             keep_hidden=request.keep_hidden,
             salt=request.cache_salt,
             top_logprobs=None if request.logprobs is None else int(request.logprobs),
+            matcher=matcher,
             priority=request.priority,
             deadline=None if request.deadline is None else since + request.deadline,
             cancel=request.cancel,
         )
         return Handle(sequence, output, self.driver, notify)
 
-    def _drafter(self, request: Request, tokens: list[int]) -> Drafter:
+    def _drafter(self, request: Request, tokens: list[int], matcher: Matcher | None) -> Drafter:
         """The drafter that the request asks for.
 
         Greedy requests that leave it open take the bundle's tree where the executor runs ahead: a tree known beforehand needs no
@@ -190,14 +197,16 @@ class Session:
         """
         heads, asked = self.manifest.heads, request.drafting
         drafter: Drafter
+        deepest = self.executor.abilities.deepest
+        guide = None if matcher is None else Guide(matcher, deepest)
         if isinstance(asked, Rows):
-            rows, greedy = asked.count, request.params.plain_argmax and request.logprobs is None
+            rows, greedy = asked.count, request.params.plain_argmax and request.logprobs is None and guide is None
             if rows is None and not asked.lookup and self.executor.abilities.ahead and greedy and not request.keep_hidden:
                 return self._drafter_of(self.tree)
-            lookup = None if asked.lookup is False else PromptLookup(tokens, self.executor.abilities.deepest)
+            lookup = None if asked.lookup is False else PromptLookup(tokens, deepest)
             if rows is None and request.params.mode != "typical":  # whose text must not depend on the machine's load
-                return self.row_budget.drafter(lookup, on_host=not greedy)
-            drafter = BestRows(rows or self.tree.rows, heads.platt_scaling, lookup)
+                return self.row_budget.drafter(lookup, on_host=not greedy, guide=guide)
+            drafter = BestRows(rows or self.tree.rows, heads.platt_scaling, lookup, guide)
         else:
             drafter = self._drafter_of(asked) if isinstance(asked, Tree) else asked
             if not all(hasattr(drafter, name) for name in ("rows", "heads", "draft")):
@@ -208,9 +217,11 @@ class Session:
                 f"a step of {drafter.rows} rows, the {limit} {self.max_rows}",
                 hint="use fewer rows or a smaller tree; or export with a larger --max-rows, and build engines with more --rows",
             )
-        if isinstance(drafter, (FixedTree, BestRows, AdaptiveDrafter)):
+        if isinstance(drafter, (BestRows, AdaptiveDrafter)):
             return drafter
-        return CheckedDrafter(drafter, self.max_rows, self.executor.abilities.deepest, self.manifest.backbone.vocab_size)
+        if not isinstance(drafter, FixedTree):
+            drafter = CheckedDrafter(drafter, self.max_rows, deepest, self.manifest.backbone.vocab_size)
+        return drafter if guide is None else GuidedDrafter(drafter, guide)
 
     def _drafter_of(self, tree: Tree) -> FixedTree:
         tree.check_fits(self.manifest.heads.num_heads, self.manifest.heads.top_k)

@@ -24,10 +24,12 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from .arguments import shown
 from .errors import TreeError
 
 RankPath = tuple[int, ...]
 MAX_ROWS = 512
+_HIGHEST_RANK = 2**31 - 1
 _KEPT_ROWS = 64
 """Shapes of more rows are made anew each time: a thousand of the largest would take gigabytes."""
 
@@ -174,6 +176,8 @@ def _checked_path(choice: Sequence[int]) -> RankPath:
         raise TreeError(f"{choice!r} is not a path", hint="a path is a non-empty list of ranks such as [0, 2]")
     if not all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0 for rank in choice):
         raise TreeError(f"path {list(choice)} holds something other than ranks (0, 1, 2 …)", hint="ranks are integers from 0")
+    if max(choice) > _HIGHEST_RANK:
+        raise TreeError(f"path {shown(list(choice))} holds a rank over {_HIGHEST_RANK}", hint="no vocabulary is that large")
     return tuple(choice)
 
 

@@ -16,6 +16,7 @@ EXTRAS = {
     "calibrate": (*_CPU, "onnx", "onnx-ir"),
     "export": _EXPORT,
     "figure": ("matplotlib",),
+    "guided": ("llguidance",),
     "serve": (*_CPU, "msgspec", "prometheus-client", "starlette", "uvicorn"),
     "train": (*_EXPORT, "peft"),
     "tensorrt": ("tensorrt", "cuda-bindings", "tokenizers", "minijinja"),

@@ -11,10 +11,12 @@ from .collect import Calibrator, Progress
 
 MOST_BYTES = 6 << 30
 FEWEST_ROWS = 256
+TILE = 2048
+"""The most channels of a tile: of wider activations only the tiles along the diagonal are kept. A multiple of every block."""
 
 
 class Moments:
-    """Sums xᵀx over the rows x [C] of activations, by name: float32 [C, C]."""
+    """Sums xᵀx over the rows x [C] of activations, by name: float32 tiles along the diagonal of [C, C]."""
 
     def __init__(self, channels: Mapping[str, int]) -> None:
         """Start with zeros. ``channels``: of each activation.
@@ -22,13 +24,14 @@ class Moments:
         Raises:
             CalibrationError: the matrices would take more than 6 GiB.
         """
-        size = sum(4 * count**2 for count in channels.values())
+        sizes = {name: [min(TILE, count - at) for at in range(0, count, TILE)] for name, count in channels.items()}
+        size = sum(4 * tile**2 for tiles in sizes.values() for tile in tiles)
         if size > MOST_BYTES:
             raise CalibrationError(
                 f"second moments of {len(channels)} activations take {size / 2**30:.1f} GiB",
                 hint="4-bit weights of a model this large are rounded to the nearest: give --rounding nearest",
             )
-        self.sums = {name: np.zeros((count, count), np.float32) for name, count in channels.items()}
+        self.sums = {name: [np.zeros((tile, tile), np.float32) for tile in tiles] for name, tiles in sizes.items()}
         self.rows = dict.fromkeys(channels, 0)
 
     def take(self, values: Iterable[tuple[str, np.ndarray]], _positions: np.ndarray, *, prefill: bool) -> None:
@@ -38,10 +41,12 @@ class Moments:
         for name, value in values:
             if name in self.sums:
                 rows = value.reshape(-1, value.shape[-1]).astype(np.float32, copy=False)
-                self.sums[name] += rows.T @ rows
+                for at, total in zip(range(0, rows.shape[1], TILE), self.sums[name], strict=True):
+                    part = rows[:, at : at + TILE]
+                    np.add(total, part.T @ part, out=total)
                 self.rows[name] += len(rows)
 
-    def means(self) -> dict[str, np.ndarray]:
+    def means(self) -> dict[str, list[np.ndarray]]:
         """Return E[xᵀx] of each activation with at least 256 rows.
 
         Raises:
@@ -51,21 +56,21 @@ class Moments:
         if most < FEWEST_ROWS:
             raise CalibrationError(f"the data gave {most} rows, GPTQ needs {FEWEST_ROWS}", hint="give more or longer prompts")
         enough = [name for name, rows in self.rows.items() if rows >= FEWEST_ROWS]
-        return {name: np.divide(self.sums[name], np.float32(self.rows[name]), out=self.sums[name]) for name in enough}
+        return {name: [np.divide(tile, np.float32(self.rows[name]), out=tile) for tile in self.sums[name]] for name in enough}
 
 
-class StagedMoments(Mapping[str, np.ndarray]):
+class StagedMoments(Mapping[str, list[np.ndarray]]):
     """Moments by the weight's name, measured stage by stage: one stage's are in memory.
 
     Weights must be asked for in the order of their stages.
     """
 
-    def __init__(self, stage_of: Mapping[str, int], stages: Iterator[Mapping[str, np.ndarray]]) -> None:
+    def __init__(self, stage_of: Mapping[str, int], stages: Iterator[Mapping[str, list[np.ndarray]]]) -> None:
         """``stage_of``: index of each weight's stage. ``stages``: moments of each stage, measured as the iterator goes on."""
         self._stage_of, self._stages = stage_of, stages
-        self._at, self._found = -1, dict[str, np.ndarray]()
+        self._at, self._found = -1, dict[str, list[np.ndarray]]()
 
-    def __getitem__(self, weight: str) -> np.ndarray:
+    def __getitem__(self, weight: str) -> list[np.ndarray]:
         wanted = self._stage_of[weight]
         assert wanted >= self._at, f"{weight} is asked for behind its stage"
         while self._at < wanted:
@@ -83,8 +88,8 @@ class StagedMoments(Mapping[str, np.ndarray]):
 
 def collect_moments(
     calibrator: Calibrator, texts: Sequence[Sequence[int]], progress: Progress = lambda _done, _note: None
-) -> dict[str, np.ndarray]:
-    """Measure E[xᵀx] of the backbone's activations in prefills of ``texts`` (token ids): float32 [C, C] by name of the weight.
+) -> dict[str, list[np.ndarray]]:
+    """Measure E[xᵀx] of the backbone's activations in prefills of ``texts`` (token ids): tiles by name of the weight.
 
     The vocabulary projection reads one row a prefill. With fewer than 256 rows it is left out.
 

@@ -77,7 +77,8 @@ def _stored(path: Path, name: str, entry: Any, start: int, size: int) -> StoredT
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = (*shape, begin, end)
-        valid = all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers)
+        sizes = all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers)
+        valid = isinstance(dtype, str) and sizes
     except (KeyError, TypeError, ValueError):
         valid = False
     if not valid:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,11 +31,12 @@ from ...runtime.files.engine_record import RECORD_NAME, EngineRecord, parse_engi
 from ...runtime.files.manifest import Manifest
 from ...runtime.files.plan_file import Compression
 from ...runtime.files.weight_inputs import WeightInput
-from ..quantise.w8a8 import Int8Options
+from ..quantise.blocks import Moments
+from ..quantise.w8a8 import PrecisionOptions
 from .builder_process import Advance, BuildRequest, BuiltPlan, build_plan
 from .features import CROSS_BUILD, has
 from .gpu import resolve_target
-from .network import VARIANT, NetworkSource, network_source, source_files
+from .network import VARIANT, WEIGHTS_FILE, NetworkSource, network_source, source_files
 from .options import EngineOptions, EnginePlan, check_targets, plan_for, step_axes, step_sizes
 from .plan_packing import pack_plan
 from .tensorrt import TensorRT
@@ -45,12 +47,21 @@ _SCRATCH = ".network.partial-"
 
 
 @dataclass(frozen=True, slots=True)
+class GptqMoments:
+    """E[xᵀx] of activations by the names of the weights that multiply them, and the hash of the texts they were measured on."""
+
+    means: Mapping[str, Moments]
+    data_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Job:
     """Holds what all targets of one call share."""
 
     tensorrt: TensorRT
     plan: EnginePlan
-    int8: Int8Options
+    quantised: PrecisionOptions
+    moments: Mapping[str, Moments] | None
     timing_cache: Path | None
     sources: dict[str, str]
     report: Callable[[str], None]
@@ -83,6 +94,7 @@ def build_engines(
     targets: Sequence[str],
     options: EngineOptions | None = None,
     *,
+    moments: GptqMoments | None = None,
     force: bool = False,
     resume: bool = False,
     report: Callable[[str], None] = lambda _phase: None,
@@ -90,16 +102,17 @@ def build_engines(
 ) -> list[dict[str, Any]]:
     """Build an engine for each target into ``engines/<target>`` of the bundle and list it in the manifest.
 
-    ``resume``: keep the engines that were built from the same files, by the same version, with the same options. An interrupted
-    build leaves the bundle as it was. A build that is killed leaves files on disk, which the next one removes. Returns seconds (0
-    for an engine that was kept), bytes and the record of each target.
+    ``moments``: what GPTQ rounds int4 weights with; None rounds to the nearest. ``resume``: keep the engines that were built from
+    the same files, by the same version, with the same options. An interrupted build leaves the bundle as it was. A build that is
+    killed leaves files on disk, which the next one removes. Returns seconds (0 for an engine that was kept), bytes and the record
+    of each target.
 
     Raises:
         BundleError: no bundle, or files that aren't its own.
         BundleExistsError: an engine is there, and neither ``force`` nor ``resume`` is given.
         BundleBusyError: another build is at work in this bundle.
         EngineError: TensorRT refused, or died; EngineMemoryError where memory ran out.
-        QuantisationError: a weight can't be stored in 8 bits.
+        QuantisationError: a weight can't be stored in few bits.
         UsageError, MissingDependencyError, OutputError: a target, a size, a package or the file system won't do.
     """
     bundle, targets = path("bundle", bundle), strings("targets", targets)
@@ -110,8 +123,9 @@ def build_engines(
     with locked(bundle), ExitStack() as stack:
         opened = open_bundle(bundle)
         plan = plan_for(opened, tensorrt, targets, options)
-        plan = replace(plan, targets=_resolved(tensorrt, plan))
-        job = _Job(tensorrt, plan, options.int8, options.timing_cache, source_files(opened), report, advance)
+        plan = replace(plan, targets=_resolved(tensorrt, plan), quantised={**plan.quantised, **_rounding(options, moments)})
+        means = None if moments is None else moments.means
+        job = _Job(tensorrt, plan, options.quantised, means, options.timing_cache, source_files(opened), report, advance)
         engines = opened.folder / ENGINES
         _remove_leftovers(engines)
         stack.callback(_remove_empty, engines)
@@ -133,6 +147,12 @@ def build_engines(
                 {"target": target, "seconds": seconds, "bytes": size, "folder": str(folder), "kept": kept, "record": record}
             )
     return reports
+
+
+def _rounding(options: EngineOptions, moments: GptqMoments | None) -> dict[str, object]:
+    if "int4" not in options.quantised.precisions(options.precision):
+        return {}
+    return {"rounding": "nearest"} if moments is None else {"rounding": "gptq", "data_sha256": moments.data_sha256}
 
 
 def _resolved(tensorrt: TensorRT, plan: EnginePlan) -> tuple[str, ...]:
@@ -157,7 +177,8 @@ def _source(bundle: Bundle, job: _Job) -> Iterator[NetworkSource]:
         with ExitStack() as stack:
             try:
                 job.report(f"preparing the {job.plan.precision} network")
-                source = stack.enter_context(network_source(bundle, job.plan.precision, job.plan.weights, scratch, job.int8))
+                made = network_source(bundle, job.plan.precision, job.plan.weights, scratch, job.quantised, job.moments)
+                source = stack.enter_context(made)
             except OSError as error:
                 raise output_error(engines, error) from error
             yield source
@@ -187,7 +208,8 @@ def _build(bundle: Bundle, target: str, source: NetworkSource, job: _Job) -> tup
         slots = ({"B": (1, 1, manifest.limits.batch)},)
         heads = build_plan(request(_absolute(source.heads), _absolute(staging / HEADS_PLAN), fixed, slots), job.advance)
         plans, compression = _packed(staging, job)
-        record = _record(manifest, target, step, heads, job, source.weight_inputs, plans, compression)
+        inputs = _placed(source, staging, target)
+        record = _record(manifest, target, step, heads, job, inputs, plans, compression)
         (staging / RECORD_NAME).write_text(record.to_json(), "utf-8")
         job.report(f"{target}: hashing")
         built = record_files(staging)
@@ -199,6 +221,19 @@ def _build(bundle: Bundle, target: str, source: NetworkSource, job: _Job) -> tup
     complete = replace(without, files=files, engines={**without.engines, target: f"{base}/{RECORD_NAME}"})
     write_manifest(bundle.folder, complete)
     return replace(bundle, manifest=complete), record
+
+
+def _placed(source: NetworkSource, staging: Path, target: str) -> tuple[WeightInput, ...]:
+    """Put weights that were made for the network beside the plan. Returns the inputs with the pieces' final places."""
+    if not any(piece.file == WEIGHTS_FILE for weight in source.weight_inputs for piece in weight.pieces):
+        return source.weight_inputs
+    made = source.step.parent / WEIGHTS_FILE
+    try:
+        os.link(made, staging / WEIGHTS_FILE)  # the engines of several targets share one file
+    except OSError:
+        shutil.copyfile(made, staging / WEIGHTS_FILE)
+    name = f"{ENGINES}/{target}/{WEIGHTS_FILE}"
+    return tuple(replace(w, pieces=tuple(piece._replace(file=name) for piece in w.pieces)) for w in source.weight_inputs)
 
 
 def _packed(folder: Path, job: _Job) -> tuple[tuple[str, str], dict[str, Compression]]:
@@ -231,7 +266,7 @@ def _record(
         backend_version=plan.backend_version,
         target=target,
         precision=plan.precision,
-        int8=plan.int8,
+        quantised=plan.quantised,
         weights=plan.weights,
         plan=plans[0],
         heads_plan=plans[1],
@@ -271,7 +306,7 @@ def _current_record(bundle: Bundle, target: str, job: _Job) -> EngineRecord | No
     except BundleError:
         return None
     plan = job.plan
-    same = ("backend", "backend_version", "precision", "int8", "weights", "features", "profiles")
+    same = ("backend", "backend_version", "precision", "quantised", "weights", "features", "profiles")
     is_current = all(getattr(record, name) == getattr(plan, name) for name in same) and record.sources == job.sources
     return record if is_current else None
 

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +34,12 @@ Advance = Callable[[str, int, int], bool]
 _HEARTBEAT = 1.0  # seconds
 _PROFILE_PHASE = "Computing profile costs"  # takes most of the time, with equally many steps for every profile
 # A plan holds this once a layer and profile: a call of fused attention, for several rows or for one.
-_ATTENTION_CALL = re.compile(rb"function=\{ name=_gem[mv]_mha_v\d")
+_ATTENTION_CALL = re.compile(r"_gem[mv]_mha_v\d")
+_CALL = re.compile(rb"(?:function|runtime_fusion)=\{ name=(\w+)")
+_PRODUCT = re.compile(rb'fully_connected=\{ name="[^"]*" output=\{[^}]*\} ?input=\{"([^"]+)" "([^"]+)"')
+_TENSOR = re.compile(
+    rb'tensor=\{ [^\n]{0,99}?(?:const_payload_size=(\d+) )?dims=[^\n]{0,400}? name="([^"]+)" [^\n]{0,400}? type=(\w+)'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +194,13 @@ def run_request(request: BuildRequest, advance: Advance) -> BuiltPlan:
     cache = None if request.timing_cache is None else Path(request.timing_cache)
     parsed.build(request.target, output, monitor, features=request.features, timing_cache=cache)
     built_at, peak = time.perf_counter(), _peak_rss()
+    kernels, constants = plan_contents(output)
     log = BuildLog(
         network_sha256=sha256(graph),
         layers=parsed.layers,
-        attention_calls=attention_calls(output),
+        attention_calls=sum(count for name, count in kernels.items() if _ATTENTION_CALL.match(name)),
+        kernels=kernels,
+        constants=constants,
         parse_seconds=parsed_at - started,
         build_seconds=built_at - parsed_at,
         peak_rss_bytes=peak,
@@ -215,10 +224,22 @@ def input_shapes(inputs: Sequence[TensorRecord], axes: Mapping[str, str], sizes:
     return shapes
 
 
-def attention_calls(plan: Path) -> int:
-    """Count calls of fused attention kernels over all profiles, by the names that a plan of TensorRT-RTX holds."""
+def plan_contents(plan: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """Count calls by the kernel's name, and bytes of constants by their type, as a plan of TensorRT-RTX spells them.
+
+    ``…Fc`` is a product that the steps named before it are fused into. Products whose kernel is chosen on the device have the
+    types of what they multiply for a name.
+    """
+    calls, constants, types = Counter[str](), Counter[str](), dict[bytes, str]()
     with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return sum(1 for _ in _ATTENTION_CALL.finditer(data))
+        for size, name, kind in _TENSOR.findall(data):
+            types[name] = kind.decode()
+            constants[types[name]] += int(size or 0)
+        for match in _CALL.finditer(data):
+            calls[match[1].decode()] += 1
+        for names in _PRODUCT.findall(data):
+            calls["product({}, {})".format(*(types.get(name, "?") for name in names))] += 1
+    return dict(calls.most_common()), {kind: size for kind, size in constants.most_common() if size}
 
 
 def _peak_rss() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,14 +15,18 @@ from ...runtime.errors import UsageError
 from ...runtime.files.bundle import Bundle
 from ...runtime.files.scales_file import Scales, read_scales
 from ...runtime.files.weight_inputs import WeightInput
+from ..quantise.blocks import Moments
+from ..quantise.engine_formats import FORMATS
 from ..quantise.engine_weights import write_quantised
-from ..quantise.w8a8 import WEIGHTS_ONLY, Int8Options, quantise_network
+from ..quantise.w8a8 import DEFAULTS, PrecisionOptions, quantise_network
 from ..weights import WeightsFile, read_graph
-from .streamed import WeightStreamer
+from .streamed import WeightStreamer, stream_quantised
 
 VARIANT = "device"
-PRECISIONS = ("fp16", "int8")
+PRECISIONS = ("fp16", *FORMATS)
 WEIGHTS = ("inside", "streamed")
+WEIGHTS_FILE = "weights.bin"
+"""Holds the weights of a network that was made at build time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,7 @@ class NetworkSource:
     weight_inputs: tuple[WeightInput, ...] = ()
 
 
-def check_source(bundle: Bundle, precision: str, weights: str, int8: Int8Options = WEIGHTS_ONLY) -> None:
+def check_source(bundle: Bundle, precision: str, weights: str, options: PrecisionOptions = DEFAULTS) -> None:
     """Refuse a precision or a place of weights that :func:`network_source` can't make of the bundle.
 
     Raises:
@@ -42,15 +46,22 @@ def check_source(bundle: Bundle, precision: str, weights: str, int8: Int8Options
         ScalesError, ScalesMismatchError: no scales, or another model's.
     """
     manifest = bundle.manifest
-    if precision != "int8" and int8 != WEIGHTS_ONLY:
-        raise UsageError(f"scales and what stays fp16 say nothing in {precision}", hint="give --precision int8 as well")
     if precision not in PRECISIONS:
         raise UsageError(f"unknown precision {precision!r}", hint=f"one of {', '.join(PRECISIONS)}")
+    if precision == "fp16" and options != DEFAULTS:
+        raise UsageError(
+            "scales, blocks and precisions of parts say nothing in fp16", hint="give --precision int8, int4 or fp8 as well"
+        )
+    if precision == "int4" and options.keep is not None:
+        raise UsageError("int4 keeps all activations in fp16", hint="leave --keep out")
+    if options.block is not None and "int4" not in options.precisions(precision):
+        raise UsageError(f"{precision} has no blocks of inputs", hint="leave --block out, or give --precision int4")
     if weights not in WEIGHTS:
         raise UsageError(f"unknown place for weights {weights!r}", hint=f"one of {', '.join(WEIGHTS)}")
-    if weights == "streamed" and precision != "fp16":
+    if weights == "streamed" and precision == "int8" and options.scales is None:
         raise UsageError(
-            f"weights as inputs in {precision}: they would be dequantised in every step", hint="use --weights inside, or fp16"
+            "weights as inputs in int8: they would be widened to fp16 in every step",
+            hint="use --weights inside, or --scales as well: products of two int8 tensors read them as they are",
         )
     if manifest.dtype != "float16":
         raise UsageError(f"the bundle's graph is {manifest.dtype}", hint="TensorRT engines are built of: export --dtype fp16")
@@ -59,38 +70,45 @@ def check_source(bundle: Bundle, precision: str, weights: str, int8: Int8Options
             f"the bundle has no {VARIANT} graph, only {', '.join(manifest.variants)}",
             hint="it was written by an older version: export it again",
         )
-    _scales(bundle, int8)
+    _scales(bundle, options)
 
 
 @contextmanager
 def network_source(
-    bundle: Bundle, precision: str, weights: str, scratch: Path, int8: Int8Options = WEIGHTS_ONLY
+    bundle: Bundle,
+    precision: str,
+    weights: str,
+    scratch: Path,
+    options: PrecisionOptions = DEFAULTS,
+    moments: Mapping[str, Moments] | None = None,
 ) -> Iterator[NetworkSource]:
     """Provide the files to parse, valid inside the block. Files that have to be made go into the empty folder ``scratch``.
 
+    ``moments``: E[xᵀx] by the names of weights, for int4.
+
     Raises:
         UsageError, ScalesError: see :func:`check_source`; or a layer to keep isn't there.
-        QuantisationError: a weight can't be stored in 8 bits.
+        QuantisationError: a weight can't be stored in few bits.
         OSError: the file system refused.
     """
-    check_source(bundle, precision, weights, int8)
+    check_source(bundle, precision, weights, options)
     step, heads = _graphs(bundle)
-    if weights == "streamed":
-        streamer = WeightStreamer(bundle)
-        streamed = NetworkSource(scratch / PurePosixPath(step).name, scratch / PurePosixPath(heads).name)
-        onnx.save(streamer.stream(step), streamed.step)
-        onnx.save(streamer.stream(heads), streamed.heads)
-        yield replace(streamed, weight_inputs=streamer.inputs)
-        return
-    if precision == "fp16":
-        yield NetworkSource(bundle.path(step), bundle.path(heads))
-        return
     made = NetworkSource(scratch / PurePosixPath(step).name, scratch / PurePosixPath(heads).name)
-    quantise = partial(quantise_network, options=int8, scales=_scales(bundle, int8))
-    with WeightsFile(scratch / "weights.bin") as file:
-        write_quantised(bundle.path(step), made.step, file, quantise)
-        write_quantised(bundle.path(heads), made.heads, file, quantise)
-    yield made
+    if precision == "fp16":
+        if weights == "inside":
+            yield NetworkSource(bundle.path(step), bundle.path(heads))
+            return
+        streamer = WeightStreamer(bundle)
+        onnx.save(streamer.stream(step), made.step)
+        onnx.save(streamer.stream(heads), made.heads)
+        yield replace(made, weight_inputs=streamer.inputs)
+        return
+    quantise = partial(quantise_network, options=options, scales=_scales(bundle, options), precision=precision, moments=moments)
+    streamed = weights == "streamed"
+    with WeightsFile(scratch / WEIGHTS_FILE) as file:
+        write_quantised(bundle.path(step), made.step, file, quantise, turned=streamed)
+        write_quantised(bundle.path(heads), made.heads, file, quantise, turned=streamed)
+    yield replace(made, weight_inputs=stream_quantised(made.step, made.heads)) if streamed else made
 
 
 def source_files(bundle: Bundle) -> dict[str, str]:
@@ -102,20 +120,20 @@ def source_files(bundle: Bundle) -> dict[str, str]:
     return {name: bundle.manifest.files[name].sha256 for name in names}
 
 
-def weights_bytes(bundle: Bundle, precision: str, int8: Int8Options = WEIGHTS_ONLY) -> int:
+def weights_bytes(bundle: Bundle, precision: str, options: PrecisionOptions = DEFAULTS) -> int:
     """Count the bytes of the weights that a target's two plans hold."""
     total = 0
     for graph in _graphs(bundle):
         model = read_graph(bundle.path(graph))
         total += sum(tensor.nbytes for tensor in _external(model))
-        if precision == "int8":
-            report = quantise_network(model, int8, None)
+        if precision != "fp16":
+            report = quantise_network(model, options, None, precision)
             total += report.bytes_after - report.bytes_before
     return total
 
 
-def _scales(bundle: Bundle, int8: Int8Options) -> Scales | None:
-    return None if int8.scales is None else read_scales(int8.scales, bundle.manifest)
+def _scales(bundle: Bundle, options: PrecisionOptions) -> Scales | None:
+    return None if options.scales is None else read_scales(options.scales, bundle.manifest)
 
 
 def _graphs(bundle: Bundle) -> tuple[str, str]:

@@ -12,7 +12,8 @@ from ...runtime.executors import step_io
 from ...runtime.files.bundle import Bundle, sha256
 from ...runtime.files.engine_record import Profile, Range
 from ...runtime.files.manifest import Manifest
-from ..quantise.w8a8 import WEIGHTS_ONLY, Int8Options
+from ..quantise.engine_formats import DEFAULT_BLOCK, check_format
+from ..quantise.w8a8 import DEFAULTS, PrecisionOptions
 from .features import TIMING_CACHE, check_features, features_of
 from .network import check_source, weights_bytes
 from .tensorrt import TensorRT
@@ -34,7 +35,7 @@ _AXES = {
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Says how engines are built. ``int8``: parts in 8 bits, if that is the precision.
+    """Says how engines are built. ``precision``: of the backbone's weights. ``quantised``: what else is in few bits, and how.
 
     ``rows``: step sizes with a profile of their own; None takes :func:`default_rows`. ``prefill``: largest number of prompt rows
     in a step; None takes the bundle's. ``features``: names in :mod:`.features`.
@@ -42,7 +43,7 @@ class EngineOptions:
 
     backend: str = "tensorrt-rtx"
     precision: str = "fp16"
-    int8: Int8Options = WEIGHTS_ONLY
+    quantised: PrecisionOptions = DEFAULTS
     weights: str = "inside"
     rows: Sequence[int] | None = None
     prefill: int | None = None
@@ -51,7 +52,7 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         settle(self, {"prefill": (1, MAX_INTEGER)})
-        object.__setattr__(self, "int8", settings("int8", self.int8, Int8Options))
+        object.__setattr__(self, "quantised", settings("quantised", self.quantised, PrecisionOptions))
         object.__setattr__(self, "rows", None if self.rows is None else integers("rows", self.rows))
         object.__setattr__(self, "features", () if self.features is None else strings("features", self.features))
 
@@ -65,14 +66,14 @@ class EngineOptions:
 class EnginePlan:
     """Describes what a build would make. ``weights_bytes``: of one target's plans. ``available``: features of the backend.
 
-    ``int8``: differences from weights of all matmuls in 8 bits and no more; empty if there are none.
+    ``quantised``: differences from what the precision alone means; empty if there are none.
     """
 
     backend: str
     backend_version: str
     targets: tuple[str, ...]
     precision: str
-    int8: Mapping[str, object]
+    quantised: Mapping[str, object]
     weights: str
     features: tuple[str, ...]
     available: tuple[str, ...]
@@ -107,8 +108,8 @@ def profiles_for(
         )
     columns = (1, min(_BEST_COLUMNS, limits.cache_rows), limits.cache_rows)
     slots = (1, 1, limits.batch)
-    # Prefill has one slot. In int8 a profile with a fixed number would get a layout, and so a copy, of the weights of its own.
-    alone = slots if precision == "int8" else (1, 1, 1)
+    # Prefill has one slot. In few bits a profile with a fixed number would get a layout, and so a copy, of the weights.
+    alone = (1, 1, 1) if precision == "fp16" else slots
     first = Profile("prefill", (1, chunk, chunk), (1, 1, 1), alone, columns, (1, 1, 1))
     return (first, *(Profile(f"rows-{n}", (n, n, n), (n, n, n), slots, columns, (1, n, sizes[-1])) for n in sizes))
 
@@ -121,6 +122,8 @@ def check_targets(tensorrt: TensorRT, targets: Sequence[str], options: EngineOpt
     """
     for target in targets:
         tensorrt.check_target(target, options.features)
+        for precision in sorted(options.quantised.precisions(options.precision)):
+            check_format(precision, target)
         check_features(options.backend, options.all_features, target)
 
 
@@ -130,7 +133,7 @@ def plan_for(bundle: Bundle, tensorrt: TensorRT, targets: Sequence[str], options
     Raises:
         UsageError: the bundle, a target, a size, a precision or a feature won't do.
     """
-    check_source(bundle, options.precision, options.weights, options.int8)
+    check_source(bundle, options.precision, options.weights, options.quantised)
     check_targets(tensorrt, targets, options)
     manifest = bundle.manifest
     return EnginePlan(
@@ -138,22 +141,27 @@ def plan_for(bundle: Bundle, tensorrt: TensorRT, targets: Sequence[str], options
         tensorrt.version,
         tuple(dict.fromkeys(targets)),
         options.precision,
-        _int8_facts(options.int8),
+        _facts(options.precision, options.quantised),
         options.weights,
         options.all_features,
         features_of(tensorrt.backend),
         profiles_for(
             manifest, default_rows(manifest) if options.rows is None else options.rows, options.prefill, options.precision
         ),
-        0 if options.weights == "streamed" else weights_bytes(bundle, options.precision, options.int8),
+        0 if options.weights == "streamed" else weights_bytes(bundle, options.precision, options.quantised),
     )
 
 
-def _int8_facts(options: Int8Options) -> dict[str, object]:
-    """Return options as records hold them: by their differences from weights in 8 bits and no more."""
-    facts: dict[str, object] = {name: "fp16" for name in ("projection", "heads") if getattr(options, name) == "fp16"}
+def _facts(precision: str, options: PrecisionOptions) -> dict[str, object]:
+    """Return options as records hold them: by their differences from what the precision alone means."""
+    parts = {part: options.of_part(part, precision) for part in ("projection", "heads")}
+    facts: dict[str, object] = {part: of for part, of in parts.items() if of != DEFAULTS.of_part(part, precision)}
+    if precision == "int4":
+        facts |= {"block": options.block or DEFAULT_BLOCK}
     if options.scales is not None:
-        facts |= {"scales_sha256": sha256(options.scales), "keep": "auto" if options.keep is None else sorted(options.keep)}
+        facts |= {"scales_sha256": sha256(options.scales)}
+        if precision != "int4":
+            facts |= {"keep": "auto" if options.keep is None else sorted(options.keep)}
     return facts
 
 

@@ -21,7 +21,14 @@ from ...runtime.files.weight_inputs import WeightInput, WeightPiece
 from ..weights import read_graph
 from .einsum import rewrite_matmuls
 
-_DTYPES = {ir.DataType.FLOAT16: "float16", ir.DataType.FLOAT: "float32"}
+_DTYPES = {
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.INT8: "int8",
+    ir.DataType.INT4: "int4",
+    ir.DataType.FLOAT8E4M3FN: "float8_e4m3fn",
+}
+_SMALLEST_INPUT = 1 << 16  # bytes; scales and small matrices stay in the graph
 
 
 class WeightStreamer:
@@ -97,6 +104,36 @@ class WeightStreamer:
             graph.inputs.append(value)
         else:  # equal tensors of one graph lie in one place
             ir.convenience.replace_all_uses_with(value, declared)
+
+
+def stream_quantised(*graphs: Path) -> tuple[WeightInput, ...]:
+    """Make inputs of the matrices of graphs that :func:`..quantise.engine_weights.write_quantised` wrote, in place.
+
+    The pieces name the weights' file as the graphs do. Scales stay where they are: they are small.
+    """
+    inputs: dict[tuple[WeightPiece, tuple[int, ...]], WeightInput] = {}
+    for path in graphs:
+        model = ir.load(path)
+        for value in list(model.graph.initializers.values()):
+            tensor = value.const_value
+            if not isinstance(tensor, ir.ExternalTensor):
+                continue
+            if tensor.nbytes < _SMALLEST_INPUT or tensor.dtype not in _DTYPES or len(tensor.shape) < 2:
+                value.const_value = ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
+                continue
+            piece, shape = WeightPiece(str(tensor.location), tensor.offset or 0, tensor.nbytes), tuple(tensor.shape.numpy())
+            taken = {weight.name for weight in inputs.values()}
+            name = str(value.name) if str(value.name) not in taken else f"{value.name}/{len(taken)}"
+            known = inputs.setdefault((piece, shape), WeightInput(name, _DTYPES[tensor.dtype], shape, (piece,)))
+            model.graph.initializers.pop(str(value.name))
+            declared = next((each for each in model.graph.inputs if each.name == known.name), None)
+            if declared is None:
+                value.name, value.const_value = known.name, None
+                model.graph.inputs.append(value)
+            else:  # equal tensors of one graph lie in one place
+                ir.convenience.replace_all_uses_with(value, declared)
+        onnx.save(ir.to_proto(model), path)
+    return tuple(inputs.values())
 
 
 def weight_arrays(bundle: Bundle, inputs: Iterable[WeightInput]) -> dict[str, np.ndarray]:

@@ -217,7 +217,10 @@ def _project(
         rows = len(weight)
         if token_map is not None and rows > len(token_map):
             if token_map.max() >= rows or token_map.min() < 0:
-                raise HeadsError(f"token_map holds ids from {token_map.min()} to {token_map.max()}, a projection has {rows} rows")
+                raise HeadsError(
+                    f"token_map holds ids from {token_map.min()} to {token_map.max()}, a projection has {rows} rows",
+                    hint="the files belong to different heads, or one is damaged: copy them again",
+                )
             weight = weight[token_map]
         elif token_map is None and 0 < vocab_size < rows:
             weight = weight[:vocab_size]

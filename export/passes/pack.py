@@ -51,6 +51,8 @@ def pack(model: ir.Model, slots: int) -> None:
     _accept_by_slot(graph, slots)
     passes.RemoveUnusedNodesPass()(model)
     for value in replaced:
+        for use in [use for use in value.uses() if _counts_slots(use.node)]:
+            use.node.replace_input_with(use.idx, inputs[step_io.TOKENS])
         assert not value.uses(), f"{value.name} is still read"
         graph.inputs.remove(value)
     if not inputs[step_io.POSITIONS].uses():
@@ -102,6 +104,12 @@ def _attend_by_slot(
             value.shape = _shape(old, slot)
         graph.outputs[at : at + 1] = new
     graph.remove(attention, safe=True)
+
+
+def _counts_slots(node: ir.Node) -> bool:
+    """True for a Shape that only takes the first axis, which all inputs of one call share. A trace may read any of them."""
+    start, end = (node.attributes.get(name) for name in ("start", "end"))
+    return node.op_type == "Shape" and (start is None or start.as_int() == 0) and end is not None and end.as_int() == 1
 
 
 def _accept_by_slot(graph: ir.Graph, slots: int) -> None:

@@ -8,12 +8,16 @@ A matrix W [N, K] has N outputs and blocks of ``block`` inputs each::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 BITS = (4, 8)
+Moments = Sequence[np.ndarray]
+"""E[xᵀx] of an activation [.., K]: the square tiles along its diagonal, in order. One tile is the whole matrix."""
 _SMALLEST = float(np.finfo(np.float32).smallest_normal)
+_SMALLEST_HALF = float(np.finfo(np.float16).smallest_normal)
 _SHRUNK = np.linspace(0.7, 1.0, 13)  # tried ranges of a 4-bit block, as shares of the whole range
 _DAMPING = 0.01  # share of the mean second moment, as in GPTQ's paper
 
@@ -38,38 +42,79 @@ def make_grid(weight: np.ndarray, bits: int, block: int) -> Grid:
     return _symmetric(blocks, bits) if bits == 8 else _asymmetric(blocks, bits)
 
 
+def positive_grid(weight: np.ndarray, block: int, importance: np.ndarray | None = None) -> Grid:
+    """Choose a symmetric 4-bit grid with positive scales, exact in fp16, as TensorRT's blocked DequantizeLinear takes it.
+
+    ``importance`` [K]: weights of the inputs' squared errors, E[x²] for instance. None weighs all alike.
+    """
+    blocks = weight.reshape(len(weight), -1, block)
+    weights = np.ones((1, 1, 1)) if importance is None else importance.reshape(1, -1, block)
+    largest = np.abs(blocks).max(-1)
+    zeros = np.full(largest.shape, 8, np.float32)
+    best, scales = np.full(largest.shape, np.inf), np.ones(largest.shape, np.float32)
+    for share in _SHRUNK:
+        scale = np.maximum(share * largest / 7, _SMALLEST_HALF).astype(np.float16).astype(np.float32)
+        trial = (_codes(blocks, scale[..., None], zeros[..., None], 4) - zeros[..., None]) * scale[..., None]
+        error = (np.square(trial - blocks) * weights).sum(-1)
+        best, scales = np.where(error < best, error, best), np.where(error < best, scale, scales)
+    return Grid(4, scales, zeros)
+
+
+def rescaled(moments: Moments, factors: np.ndarray) -> list[np.ndarray]:
+    """Return the moments of x / factors. ``factors`` [K]."""
+    found, at = [], 0
+    for tile in moments:
+        inside = factors[at : at + len(tile)]
+        found.append(tile / np.outer(inside, inside))
+        at += len(tile)
+    return found
+
+
 def nearest(weight: np.ndarray, grid: Grid) -> np.ndarray:
     """Round each value to the grid on its own. Returns codes uint8 [N, K / block, block]."""
     blocks = weight.reshape(*grid.scales.shape, -1)
     return _codes(blocks, grid.scales[..., None], grid.zero_points[..., None], grid.bits)
 
 
-def compensated(weight: np.ndarray, grid: Grid, moments: np.ndarray) -> np.ndarray:
+def compensated(weight: np.ndarray, grid: Grid, moments: Moments, *, largest_first: bool = False) -> np.ndarray:
     """Round as :func:`nearest` does, but let later inputs take back the error that rounding an input adds to the outputs.
 
-    This is GPTQ (E. Frantar et al., arXiv 2210.17323, algorithm 1). ``moments``: E[xᵀx] [K, K] of the activation. The grid stays
-    that of the unchanged weights, so that codes can be made of it alone.
+    This is GPTQ (E. Frantar et al., arXiv 2210.17323, algorithm 1), inside each tile of ``moments``. The grid stays that of the
+    unchanged weights, so that codes can be made of it alone. ``largest_first``: inputs of large E[x²] are rounded first, so that
+    most others can take back their errors.
     """
+    block, at, parts = weight.shape[1] // grid.scales.shape[1], 0, []
+    for tile in moments:
+        end = at + len(tile)
+        of_tile = Grid(grid.bits, *(part[:, at // block : end // block] for part in (grid.scales, grid.zero_points)))
+        order = np.argsort(-np.diag(tile), kind="stable") if largest_first else np.arange(len(tile))
+        parts.append(_compensated(weight[:, at:end], of_tile, tile, order))
+        at = end
+    assert at == weight.shape[1], "tiles cover all inputs"
+    return np.concatenate(parts, 1)
+
+
+def _compensated(weight: np.ndarray, grid: Grid, moments: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Round inputs in ``order``. All arrays but the codes and the grid are in that order."""
     count, size = weight.shape
     block = size // grid.scales.shape[1]
-    moments = moments.astype(np.float64)
+    moments = moments[np.ix_(order, order)].astype(np.float64)
     dead = np.diag(moments) <= 0
     moments[dead, dead] = 1.0
     moments[np.diag_indices(size)] += _DAMPING * np.diag(moments).mean()
     spread = np.linalg.cholesky(np.linalg.inv(moments)).T  # upper; row i: how input i's error spreads to those after it
-    left = weight.astype(np.float64)
+    left = weight[:, order].astype(np.float64)
     codes = np.empty((count, size), np.uint8)
     for start in range(0, size, block):
-        inside = slice(start, start + block)
-        scale, zero = (part[:, start // block].astype(np.float64) for part in (grid.scales, grid.zero_points))
+        end = start + block
         errors = np.empty((count, block))
-        for index in range(block):
-            at = start + index
+        for index, at in enumerate(range(start, end)):
+            scale, zero = (part[:, order[at] // block].astype(np.float64) for part in (grid.scales, grid.zero_points))
             code = _codes(left[:, at], scale, zero, grid.bits)
-            codes[:, at] = code
+            codes[:, order[at]] = code
             errors[:, index] = (left[:, at] - (code - zero) * scale) / spread[at, at]
-            left[:, at + 1 : start + block] -= errors[:, index, None] * spread[at, at + 1 : start + block]
-        left[:, start + block :] -= errors @ spread[inside, start + block :]
+            left[:, at + 1 : end] -= errors[:, index, None] * spread[at, at + 1 : end]
+        left[:, end:] -= errors @ spread[start:end, end:]
     return codes.reshape(count, -1, block)
 
 

@@ -21,7 +21,7 @@ from ...runtime.files.scales_file import Scales
 from ..passes.matmuls import CpuMatmul, find_matmuls, plain_step_bytes
 from ..passes.patterns import MICROSOFT, new_constant, new_node
 from ..passes.rescore import rescore
-from .blocks import Grid, compensated, make_grid, nearest, packed
+from .blocks import Grid, Moments, compensated, make_grid, nearest, packed, rescaled
 from .smooth_cpu import smooth
 
 PRECISIONS = (4, 8, 32)
@@ -100,15 +100,16 @@ def quantise_cpu(
     model: ir.Model,
     precision: CpuPrecision,
     scales: Scales | None = None,
-    moments: Mapping[str, np.ndarray] | None = None,
+    moments: Mapping[str, Moments] | None = None,
     made: Made | None = None,
     advance: Advance = lambda _done, _name: None,
 ) -> CpuReport:
     """Rewrite the matmuls of a CPU graph, in place.
 
-    ``scales``: smooth the activations of quantised matmuls first. ``moments``: E[xᵀx] [K, K] of a weight's activation before
-    smoothing, by the weight's name. GPTQ rounds a weight with moments to 4 bits; all others are rounded to the nearest.
-    They are asked for in the order of the layers. ``made`` keeps codes from call to call with the same scales, moments and
+    ``scales``: smooth the activations of quantised matmuls first. ``moments``: E[xᵀx] of a weight's activation before
+    smoothing, by the weight's name (:data:`.blocks.Moments`), asked for in the order of the layers. GPTQ rounds a weight with
+    moments to 4 bits; all others are rounded to the nearest. ``made`` keeps codes from call to call with the same scales,
+    moments and
     blocks. ``advance(done, name)`` is called before each matmul.
 
     Raises:
@@ -159,7 +160,7 @@ def few_bits_size(shape: tuple[int, int], bits: int, block: int) -> int:
     return math.prod(shape) * bits // 8 + math.prod(shape) // block * 4
 
 
-def rounded(matmul: CpuMatmul, bits: int, block: int, moments: np.ndarray | None = None) -> tuple[Grid, np.ndarray]:
+def rounded(matmul: CpuMatmul, bits: int, block: int, moments: Moments | None = None) -> tuple[Grid, np.ndarray]:
     """Round a matmul's weight to a grid and codes. ``moments``: see :func:`quantise_cpu`.
 
     Raises:
@@ -172,7 +173,7 @@ def rounded(matmul: CpuMatmul, bits: int, block: int, moments: np.ndarray | None
     grid = make_grid(matrix, bits, block)
     # Moments of x / s are those of x, divided by both factors.
     factors = np.broadcast_to(matmul.multipliers, (matmul.shape[1],))
-    return grid, compensated(matrix, grid, moments / np.outer(factors, factors))
+    return grid, compensated(matrix, grid, rescaled(moments, factors))
 
 
 def _rounded_alone(matmul: CpuMatmul, bits: int, block: int) -> tuple[Grid, np.ndarray]:

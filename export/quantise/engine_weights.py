@@ -1,36 +1,37 @@
-"""Puts weights into 8 bits for engines: int8 tensors with explicit DequantizeLinear nodes, of standard operators only.
+"""Puts weights into few bits for engines: integer or fp8 tensors with explicit DequantizeLinear nodes, all standard operators.
 
-A large weight W of a MatMul or Gemm becomes ``DequantizeLinear(q, scale)``. Each output channel has a symmetric scale of W's
-type. Activations keep their type, so nothing has to be calibrated. :mod:`.w8a8` puts activations into 8 bits, too.
+A large weight W of a MatMul or Gemm becomes ``DequantizeLinear(q, scale)``; :mod:`.engine_formats` says which q and scale.
+Activations keep their type, so nothing has to be calibrated. :mod:`.activations` puts activations into few bits, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from ...runtime.errors import QuantisationError
 from ..passes.matmuls import constant_matrix
 from ..weights import WeightsFile, read_graph
+from .engine_formats import LARGEST, NEAREST, Rounding, Stored, channel_scales, quantised, release, stored_as
 
-LARGEST = 127
+__all__ = ["LARGEST", "channel_scales", "quantised", "release"]
+
 _SMALLEST_WEIGHT = 1 << 14  # elements; in a smaller weight scales and one more operator cost more than the bytes saved
-_BLOCK = 1 << 22  # elements that are worked on at a time
-_SMALLEST_SCALE = float(np.finfo(np.float16).smallest_subnormal)
 
 
 @dataclass(frozen=True, slots=True)
 class QuantisationReport:
-    """Counts the ``weights`` that are int8 now, and their bytes before and after (scales included)."""
+    """Counts the ``weights`` in few bits, those of each format, and their bytes before and after (scales included)."""
 
     weights: int
     bytes_before: int
     bytes_after: int
+    formats: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,71 +47,46 @@ class Weight:
     axis: int
 
 
-def channel_scales(weight: np.ndarray, axis: int) -> np.ndarray:
-    """Compute the scales [channels] of a matrix whose output channels lie along ``axis``: a channel's largest magnitude / 127.
-
-    Scales have the matrix's type. A channel of zeros gets scale 1: its values stay exactly zero. Scales are rounded up to fp16,
-    so that nothing is clipped.
-
-    Raises:
-        QuantisationError: a channel holds NaN or infinity; the message has its index.
-    """
-    largest = np.concatenate([np.abs(block).max(1 - axis).astype(np.float32) for block in _blocks(weight, axis)])
-    broken = np.flatnonzero(~np.isfinite(largest))
-    if broken.size:
-        raise QuantisationError(
-            f"channel {broken[0]} holds NaN or infinity, as do {broken.size - 1} others",
-            hint="the checkpoint's weights are broken",
-        )
-    exact = largest / LARGEST
-    scales = np.maximum(exact, _SMALLEST_SCALE).astype(weight.dtype)
-    scales = np.where(scales.astype(np.float32) < exact, np.nextafter(scales, weight.dtype.type(np.inf)), scales)
-    return np.where(largest == 0, weight.dtype.type(1), scales)
-
-
-def quantised(weight: np.ndarray, scales: np.ndarray, axis: int) -> np.ndarray:
-    """Round a weight to int8, in its shape: each value in whole steps of its channel's scale, −127 to 127."""
-    result = np.empty(weight.shape, np.int8)
-    start = 0
-    for block in _blocks(weight, axis):
-        size = block.shape[axis]
-        inside = (slice(None),) * axis + (slice(start, start + size),)
-        steps = scales[start : start + size].astype(np.float32)
-        # A float32 scale isn't rounded up: the largest value may come to lie a hair above 127 steps.
-        result[inside] = np.clip(np.rint(block.astype(np.float32) / (steps if axis else steps[:, None])), -LARGEST, LARGEST)
-        start += size
-    return result
-
-
-def quantise_weights(model: ir.Model, skipped: Collection[str] = ()) -> QuantisationReport:
+def quantise_weights(
+    model: ir.Model,
+    skipped: Collection[str] = (),
+    precisions: Mapping[str, str] | None = None,
+    rounding: Rounding = NEAREST,
+    smoothed: Mapping[str, tuple[str, np.ndarray | None]] | None = None,
+) -> QuantisationReport:
     """Rewrite the large MatMul and Gemm weights of ``model``, in place; values are computed when they are saved, one by one.
 
-    ``skipped``: names of the matmuls that keep theirs.
+    ``skipped``: names of the matmuls that keep theirs. ``precisions``: formats of the others by name, int8 where none is given.
+    ``smoothed``: by the name of a matmul, the name that its weight was exported with and the factors that its activation was
+    divided by.
     """
     graph = model.graph
-    made: dict[tuple[str, int], tuple[ir.Value, ir.Value]] = {}
-    before = after = 0
+    made: dict[tuple[str, int, str], tuple[Stored, ir.Value, ir.Value]] = {}
     for node in list(graph):
         found = weight_of(node)
-        if found is None or node.name in skipped or not holds_8_bits(node):
+        if found is None or node.name in skipped or not holds_few_bits(node):
             continue
         weight, user, index, axis = found.value, found.user, found.index, found.axis
         assert weight.name is not None and weight.const_value is not None
-        key = (weight.name, axis)
+        precision = (precisions or {}).get(str(node.name), "int8")
+        key = (weight.name, axis, precision)
         if key not in made:
-            made[key] = _stored(graph, weight, axis)
-            before += weight.const_value.nbytes
-            after += sum(value.const_value.nbytes for value in made[key] if value.const_value is not None)
+            exported, factors = (smoothed or {}).get(str(node.name), (weight.name, None))
+            stored = stored_as(precision, weight.const_value, axis, rounding, exported, factors)
+            made[key] = (stored, *_values(graph, weight.name, stored))
+        stored, *values = made[key]
         # Every user gets a DequantizeLinear of its own, as builders expect it.
-        dequantise = ir.node("DequantizeLinear", made[key], {"axis": axis}, name=f"{user.name}/dequantise.{index}")
+        dequantise = ir.node("DequantizeLinear", values, stored.attributes, name=f"{user.name}/dequantise.{index}")
         dequantise.outputs[0].name = f"{user.name}/dequantised.{index}"
         dequantise.outputs[0].type, dequantise.outputs[0].shape = weight.type, weight.shape
         graph.insert_before(user, [dequantise])
         user.replace_input_with(index, dequantise.outputs[0])
-    for name in {name for name, _axis in made}:
+    for name in {name for name, _axis, _precision in made}:
         if not graph.initializers[name].uses():
             graph.initializers.pop(name)
-    return QuantisationReport(len(made), before, after)
+    all_stored = [stored for stored, *_values in made.values()]
+    before, after = (sum(sizes) for sizes in ([each.tensor.nbytes for each in all_stored], [each.nbytes for each in all_stored]))
+    return QuantisationReport(len(made), before, after, Counter(type(each).__name__.lower() for each in all_stored))
 
 
 def write_quantised(
@@ -118,8 +94,12 @@ def write_quantised(
     output: Path,
     weights: WeightsFile,
     quantise: Callable[[ir.Model], QuantisationReport] = quantise_weights,
+    *,
+    turned: bool = False,
 ) -> QuantisationReport:
     """Read a graph, quantise it, and write it to ``output`` with all its big tensors in ``weights``.
+
+    ``turned``: matrices that stand ``[out, in]`` behind a Transpose are stored ``[in, out]`` without one.
 
     Raises:
         QuantisationError: a weight holds NaN or infinity.
@@ -127,6 +107,8 @@ def write_quantised(
     """
     model = read_graph(source)
     _turn_apart(model.graph)
+    if turned:
+        _turn_matrices(model.graph)
     report = quantise(model)
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -148,7 +130,37 @@ def _turn_apart(graph: ir.Graph) -> None:
                 use.node.replace_input_with(use.idx, own.outputs[0])
 
 
-def holds_8_bits(node: ir.Node) -> bool:
+def _turn_matrices(graph: ir.Graph) -> None:
+    """Put turned matrices where matrices behind a Transpose are. A matrix that is read in other ways, too, stays beside it."""
+    made: dict[str, ir.Value] = {}
+    for node in list(graph):
+        found = weight_of(node)
+        if found is None or found.user is node:
+            continue
+        value, turn = found.value, found.user
+        tensor = value.const_value
+        assert value.name is not None and tensor is not None
+        if value.name not in made:
+            shape = ir.Shape(list(reversed(tensor.shape.numpy())))
+            other = ir.Value(name=f"{value.name}/turned", type=value.type, shape=shape)
+            other.const_value = lazy(other, partial(_turned, tensor), tensor.dtype, shape)
+            graph.register_initializer(other)
+            made[value.name] = other
+        node.replace_input_with(1, made[value.name])
+        if not turn.outputs[0].uses():
+            graph.remove(turn, safe=True)
+    for name in made:
+        if not graph.initializers[name].uses() and not graph.initializers[name].is_graph_output():
+            graph.initializers.pop(name)
+
+
+def _turned(tensor: ir.TensorProtocol) -> np.ndarray:
+    turned = np.ascontiguousarray(tensor.numpy().T)
+    release(tensor)
+    return turned
+
+
+def holds_few_bits(node: ir.Node) -> bool:
     """True if :func:`quantise_weights` rewrites the weight of this matmul."""
     found = weight_of(node)
     return found is not None and found.value.const_value is not None and found.value.const_value.size >= _SMALLEST_WEIGHT
@@ -167,17 +179,17 @@ def weight_of(node: ir.Node) -> Weight | None:
     return Weight(value, node, 1, axis) if turn is None else Weight(value, turn, 0, axis)
 
 
-def _stored(graph: ir.Graph, weight: ir.Value, axis: int) -> tuple[ir.Value, ir.Value]:
-    tensor = weight.const_value
-    assert tensor is not None
-    channels = ir.Shape([int(tensor.shape[axis])])  # type: ignore[arg-type]
-    steps = ir.Value(name=f"{weight.name}/int8.{axis}", type=ir.TensorType(ir.DataType.INT8), shape=weight.shape)
-    scales = ir.Value(name=f"{weight.name}/scale.{axis}", type=ir.TensorType(tensor.dtype), shape=channels)
-    steps.const_value = lazy(steps, partial(_quantised_tensor, tensor, axis), ir.DataType.INT8, tensor.shape)
-    scales.const_value = lazy(scales, partial(_scales_of, tensor, axis), tensor.dtype, channels)
-    for value in (steps, scales):
+def _values(graph: ir.Graph, name: str, stored: Stored) -> tuple[ir.Value, ir.Value]:
+    """Add codes and scales to the graph, under the weight's name."""
+    kind, tensor = type(stored).__name__.lower(), stored.tensor
+    shape, scale_shape = (ir.Shape(list(sizes)) for sizes in (stored.shape, stored.scale_shape))
+    codes = ir.Value(name=f"{name}/{kind}.{stored.axis}", type=ir.TensorType(stored.dtype), shape=shape)
+    scales = ir.Value(name=f"{name}/{kind}.scale.{stored.axis}", type=ir.TensorType(tensor.dtype), shape=scale_shape)
+    codes.const_value = lazy(codes, stored.codes, stored.dtype, shape)
+    scales.const_value = lazy(scales, stored.scales, tensor.dtype, scale_shape)
+    for value in (codes, scales):
         graph.register_initializer(value)
-    return steps, scales
+    return codes, scales
 
 
 def lazy(value: ir.Value, make: Callable[[], np.ndarray], dtype: ir.DataType, shape: ir.ShapeProtocol) -> ir.LazyTensor:
@@ -189,37 +201,7 @@ def lazy(value: ir.Value, make: Callable[[], np.ndarray], dtype: ir.DataType, sh
     return ir.LazyTensor(tensor, dtype=dtype, shape=ir.Shape(shape.numpy()), name=value.name)
 
 
-def _scales_of(tensor: ir.TensorProtocol, axis: int) -> np.ndarray:
-    try:
-        scales = channel_scales(tensor.numpy(), axis)
-    except QuantisationError as error:
-        raise QuantisationError(f"the weight {tensor.name}: {error.message}", hint=error.hint) from None
-    release(tensor)
-    return scales
-
-
-def _quantised_tensor(tensor: ir.TensorProtocol, axis: int) -> np.ndarray:
-    scales = _scales_of(tensor, axis)
-    steps = quantised(tensor.numpy(), scales, axis)
-    release(tensor)
-    return steps
-
-
 def _copied(tensor: ir.ExternalTensor) -> np.ndarray:
     copy = tensor.numpy().copy()
     release(tensor)
     return copy
-
-
-def release(tensor: ir.TensorProtocol) -> None:
-    """Unmap the file that a tensor lies in: pages that were read count as this process's memory."""
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
-
-
-def _blocks(weight: np.ndarray, axis: int) -> list[np.ndarray]:
-    """Cut a weight between channels into views of at most ``_BLOCK`` elements."""
-    channels = weight.shape[axis]
-    pieces = max(1, -(-weight.size // _BLOCK))
-    size = -(-channels // pieces)
-    return [weight[(slice(None),) * axis + (slice(start, start + size),)] for start in range(0, channels, size)]

@@ -21,6 +21,7 @@ from ..passes.matmuls import find_matmuls
 from ..passes.pack import write_packed
 from ..passes.patterns import new_node, replace_uses
 from ..weights import WeightsFile, read_graph
+from .blocks import Moments
 from .cpu import DEFAULT_BLOCKS, Advance, CpuPrecision, CpuReport, few_bits_size, quantise_cpu
 from .screen import load_whole
 
@@ -33,7 +34,7 @@ def write_few_bits(
     name: str,
     precision: CpuPrecision,
     scales: Scales | None,
-    moments: Mapping[str, np.ndarray] | None,
+    moments: Mapping[str, Moments] | None,
     describe: Callable[[CpuReport, CpuPrecision], Mapping[str, Any]],
     advance: Advance = lambda _done, _name: None,
 ) -> None:

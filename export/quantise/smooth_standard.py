@@ -15,7 +15,8 @@ import onnx_ir as ir
 
 from ...runtime.errors import QuantisationError
 from ...runtime.files.scales_file import Scales
-from .engine_weights import Weight, lazy, release, weight_of
+from .engine_formats import release
+from .engine_weights import Weight, lazy, weight_of
 from .takers import biases_of, find_takers
 
 GRID = "tensor"
@@ -29,8 +30,8 @@ class _Change:
         self.divisors: np.ndarray | None = None
 
 
-def fold_smoothing(graph: ir.Graph, scales: Scales, activations: Iterable[str]) -> set[str]:
-    """Divide these activations by their factors, in place, and return those that were divided.
+def fold_smoothing(graph: ir.Graph, scales: Scales, activations: Iterable[str], grid: str = GRID) -> set[str]:
+    """Divide these activations by their factors of ``grid``, in place, and return those that were divided.
 
     An activation without factors, or without a taker, stays as it is; so does one that attention makes if query heads that share
     their values have different factors.
@@ -41,7 +42,7 @@ def fold_smoothing(graph: ir.Graph, scales: Scales, activations: Iterable[str]) 
     changes: dict[ir.Node, _Change] = {}
     done = set()
     for name in activations:
-        found, taker, value = scales.smoothing.get(name, {}).get(GRID), takers.get(name), by_name.get(name)
+        found, taker, value = scales.smoothing.get(name, {}).get(grid), takers.get(name), by_name.get(name)
         if found is None or found.alpha is None or taker is None or value is None:
             continue
         if taker.kind == "norm":

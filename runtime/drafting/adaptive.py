@@ -12,6 +12,7 @@ from .step_cost import Track
 
 if TYPE_CHECKING:
     from ..files.heads import PlattScaling
+    from .guide import Guide
 
 _SUREST = 0.98
 """Highest probability of a candidate, whatever its head says."""
@@ -24,7 +25,14 @@ class AdaptiveDrafter:
     """
 
     def __init__(
-        self, scaling: PlattScaling, num_heads: int, lookup: PromptLookup | None, session: AcceptanceStats, *, heads: bool
+        self,
+        scaling: PlattScaling,
+        num_heads: int,
+        lookup: PromptLookup | None,
+        session: AcceptanceStats,
+        *,
+        heads: bool,
+        guide: Guide | None = None,
     ) -> None:
         """``session``: statistics to start from. ``heads``: whether the prefill must bring candidates."""
         self.rows = 1
@@ -37,12 +45,13 @@ class AdaptiveDrafter:
         self.expected: list[float] = [0.0]
         """Expected tokens by 0, 1, 2 … rows below the root."""
         self._scale, self._num_heads, self._lookup = Scale(scaling), num_heads, lookup
+        self._guide = guide
         self._paths: list[TokenPath] = []
         self._candidates: list[tuple[list[int], list[float]]] = []  # of each head: tokens, and uncalibrated probabilities
         self._continuation: list[tuple[int, float]] = []
 
     def rank(self, candidates: Candidates | None, deepest: int, count: int, least: float) -> list[float]:
-        """Rank up to ``count`` paths of at most ``deepest`` tokens. Returns the expected tokens by lookup alone.
+        """Rank up to ``count`` paths of at most ``deepest`` tokens. Returns the expected tokens without the heads.
 
         ``least``: the heads' paths of a smaller probability are left out.
         """
@@ -60,10 +69,15 @@ class AdaptiveDrafter:
             rate *= min(of_prefix / before * of_lookup, _SUREST)
             before = of_prefix
             continuation.append((token, rate))
-        ranked = ranked_paths(tokens, chances, continuation, count, least)
+        if self._guide is None:
+            ranked = ranked_paths(tokens, chances, continuation, count, least)
+            without_heads = [chance for _, chance in continuation]
+        else:
+            without_heads = [chance for _, chance in self._guide.ranked_paths([], [], continuation, count, least, deepest)]
+            ranked = self._guide.ranked_paths(tokens, chances, continuation, count, least, deepest)
         self._paths = [path for path, _ in ranked]
         self.expected = list(accumulate([chance for _, chance in ranked], initial=0.0))
-        return list(accumulate([chance for _, chance in continuation], initial=0.0))
+        return list(accumulate(without_heads, initial=0.0))
 
     def draft(self, candidates: Candidates | None) -> Draft:  # noqa: ARG002 - they were ranked before
         """Return the best of the ranked paths."""
@@ -74,17 +88,21 @@ class AdaptiveDrafter:
     def tested(self, emitted: list[int], cost: float) -> Evidence:
         """Return how candidates fared in a step that emitted these tokens.
 
-        Each token is right behind those before it, whether it was drafted or not.
+        Each token is right behind those before it, whether it was drafted or not. One that a grammar forces tests nobody.
         """
         tested = []
+        forced = self._guide.forced if self._guide is not None else ()
         for head, ((tokens, chances), token) in enumerate(zip(self._candidates, emitted, strict=False)):
+            if tuple(emitted[: head + 1]) in forced:
+                continue
             # Least squares through the origin: each observation is weighted by its expectation.
             came = chances[tokens.index(token)] if token in tokens else 0.0
             tested.append((head, came, sum([chance * chance for chance in chances])))
         before = 1.0
-        for (guess, of_prefix), token in zip(self._continuation, emitted, strict=False):
+        for place, ((guess, of_prefix), token) in enumerate(zip(self._continuation, emitted, strict=False), start=1):
             rate, before = of_prefix / before, of_prefix
-            tested.append((self._num_heads, rate * (guess == token), rate * rate))
+            if tuple(emitted[:place]) not in forced:
+                tested.append((self._num_heads, rate * (guess == token), rate * rate))
             if guess != token:
                 break
         return Evidence(len(emitted), cost, tested)

@@ -14,6 +14,7 @@ from .lookup import PromptLookup
 
 if TYPE_CHECKING:
     from ..files.heads import PlattScaling
+    from .guide import Guide
 
 UNKNOWN_SCALING = ((0.7, -1.0),)
 """Scaling of heads that nobody measured. Both sets of heads in the repository were surer than right."""
@@ -97,11 +98,13 @@ class FixedTree:
 class BestRows:
     """Takes the most promising rows, by the heads' probabilities and by repeated text. Their number stays the same."""
 
-    def __init__(self, rows: int, scaling: PlattScaling, lookup: PromptLookup | None = None) -> None:
-        """``rows``: N, the root included. ``scaling``: Platt scaling of each head."""
+    def __init__(
+        self, rows: int, scaling: PlattScaling, lookup: PromptLookup | None = None, guide: Guide | None = None
+    ) -> None:
+        """``rows``: N, the root included. ``scaling``: Platt scaling of each head. ``guide``: to a grammar, if there is one."""
         self.rows = rows
         self.heads = rows > 1
-        self._lookup = lookup
+        self._lookup, self._guide = lookup, guide
         self._scale = Scale(scaling)
 
     def draft(self, candidates: Candidates | None) -> Draft:
@@ -111,7 +114,8 @@ class BestRows:
         assert candidates is not None
         continuation = self._lookup.continuation() if self._lookup is not None else []
         tokens, chances = candidates.tokens.tolist(), self._scale.chances(candidates.log_probs)
-        paths = ranked_paths(tokens, chances, continuation, self.rows - 1)
+        rank = ranked_paths if self._guide is None else self._guide.ranked_paths
+        paths = rank(tokens, chances, continuation, self.rows - 1)
         return compiled([path for path, _ in paths], looked_up=bool(continuation))
 
 

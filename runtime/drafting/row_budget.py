@@ -25,6 +25,7 @@ from .step_cost import StepCost, Track
 
 if TYPE_CHECKING:
     from ..files.heads import PlattScaling
+    from .guide import Guide
 
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
 """Numbers of rows to choose from where the engine takes any."""
@@ -104,12 +105,12 @@ class RowBudget:
         self._together: list[Drafting] = []
         self._track = Track()
 
-    def drafter(self, lookup: PromptLookup | None, *, on_host: bool) -> AdaptiveDrafter:
+    def drafter(self, lookup: PromptLookup | None, *, on_host: bool, guide: Guide | None = None) -> AdaptiveDrafter:
         """Make the drafter of a new request."""
         cost = self._cost_of(on_host, max(len(self._together), 1))
         known = cost.to_measure(Track()) is None
         heads = known and self.stats.heads_gain() > self.stats.throughput() * cost.heads
-        return AdaptiveDrafter(self._scaling, self._num_heads, lookup, self.stats, heads=heads)
+        return AdaptiveDrafter(self._scaling, self._num_heads, lookup, self.stats, heads=heads, guide=guide)
 
     def choose(self, sequences: Sequence[Drafting]) -> None:
         """Set ``rows`` and ``heads`` of every open drafter for the next step of ``sequences``."""

@@ -31,6 +31,7 @@ class Abilities:
     rows of all slots to one number, so that the slots share the choice of it. ``packed``: one step takes any rows of all slots,
     those of a prompt among them, so that the slots share their sum. ``ahead``: it can start ``StepPlan.follow`` before the host
     has read the step before it. ``copies``: it can copy rows from one slot to another, as :class:`CopyingExecutor` says.
+    ``prompt_rows``: rows of a prompt that are as cheap each as a longer chunk's, so that steps need no more (None: unknown).
     """
 
     slots: int
@@ -40,6 +41,7 @@ class Abilities:
     packed: bool = False
     ahead: bool = False
     copies: bool = False
+    prompt_rows: int | None = None
 
 
 class Executor(Protocol):

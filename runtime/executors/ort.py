@@ -29,6 +29,10 @@ _LOG = logging.getLogger("medusa_deploy")
 DEEPEST = 16
 """Drafted tokens that a step can accept where the host moves accepted rows: any number would do; lookup drafts up to 16."""
 
+_PROMPT_ROWS = 128
+"""Of a prompt, in a step of several slots. A prompt of 1,500 tokens took 4 % longer than with 256, and its neighbours waited half
+as long."""
+
 
 @dataclass(slots=True)
 class Bound:
@@ -74,7 +78,10 @@ class OrtExecutor(OrtBase):
         self._graph_moves = step_io.COMMIT in self._inputs
         self._windows = step_io.mask_windows(sorted(self._inputs))  # only CPU graphs read masks
         deepest = model.num_heads if self._graph_moves else max(DEEPEST, model.num_heads)
-        self.abilities = Abilities(layout.slots, deepest, packed=bool(self._packed_sessions), copies=True)
+        prompt_rows = _PROMPT_ROWS if layout.slots > 1 else None
+        self.abilities = Abilities(
+            layout.slots, deepest, packed=bool(self._packed_sessions), copies=True, prompt_rows=prompt_rows
+        )
         self._margin = model.num_heads
         self._bound: Recent[Bound] = Recent()
         self._packed: Recent[PackedStep] = Recent()

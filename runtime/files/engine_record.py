@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import BundleIntegrityError, BundleSchemaError
+from .json_file import is_int, is_strings, record
 from .plan_file import Compression, parse_compression
 from .weight_inputs import WeightInput, parse_weight_inputs
 
 RECORD_NAME = "engine.json"
-RECORD_VERSION = 4
+RECORD_VERSION = 5
 MAX_RECORD_BYTES = 1 << 20
 
 Range = tuple[int, int, int]
@@ -52,7 +53,8 @@ class BuildLog:
 
     ``network_sha256``: sha256 of the ONNX file that was parsed; int8 makes that file at build time. ``layers``: layers of the
     network. ``attention_calls``: number of fused attention kernels, counted by the names in the plan. It is layers × profiles if
-    all are fused: a hint, not a contract. ``peak_rss_bytes``: peak memory of the building process, mapped files included.
+    all are fused: a hint, not a contract. ``kernels``: calls by the kernel's name, over all profiles. ``constants``:
+    bytes that the plan stores, by type. ``peak_rss_bytes``: peak memory of the building process, mapped files included.
     """
 
     network_sha256: str
@@ -62,6 +64,8 @@ class BuildLog:
     build_seconds: float
     peak_rss_bytes: int
     plan_bytes: int
+    kernels: Mapping[str, int] = field(default_factory=dict)
+    constants: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +77,10 @@ class EngineRecord:
     that the builder was asked for, by name. ``logs``: measurements by plan. ``compression``: by plan; a plan without an entry is
     stored as TensorRT wrote it.
 
-    ``precision``: ``fp16`` or ``int8``. Weights of ``int8`` have 8 bits. Its activations are fp16, unless the field ``int8`` has
-    ``scales_sha256``: then the backbone's have 8 bits too, except in the layers of ``keep`` (``auto``: layers whose error is too
-    large). ``int8`` also names which of ``projection`` and ``heads`` stays ``fp16``.
+    ``precision``: of the backbone's weights: ``fp16``, ``int8``, ``int4`` or ``fp8``. ``quantised`` says what else there is:
+    ``projection`` and ``heads`` where they differ from the rule (``PrecisionOptions`` of the exporter); ``block`` and
+    ``rounding`` of int4 (with ``data_sha256`` of the texts for GPTQ); ``scales_sha256``, with which int8 and fp8 have the
+    backbone's activations in 8 bits too, except in the layers of ``keep`` (``auto``: layers whose error is too large).
 
     ``weight_inputs``: the weights of both plans if ``weights`` is ``streamed``. A plan takes those that it has an input for.
     """
@@ -99,7 +104,7 @@ class EngineRecord:
     logs: Mapping[str, BuildLog]
     weight_inputs: tuple[WeightInput, ...] = ()
     compression: Mapping[str, Compression] = field(default_factory=dict)
-    int8: Mapping[str, Any] = field(default_factory=dict)
+    quantised: Mapping[str, Any] = field(default_factory=dict)
     record_version: int = RECORD_VERSION
 
     def to_json(self) -> str:
@@ -130,7 +135,9 @@ def parse_engine_record(text: str | bytes) -> EngineRecord:
     try:
         raw: dict[str, Any] = json.loads(text)
         version = raw["record_version"]
-        if isinstance(version, int) and version > RECORD_VERSION:
+        if not is_int(version) or version < 1:
+            raise ValueError(f"record_version is {version!r}")
+        if version > RECORD_VERSION:
             raise BundleSchemaError(
                 f"{RECORD_NAME} has version {version}; this program reads up to {RECORD_VERSION}", hint="upgrade medusa-deploy"
             )
@@ -140,31 +147,44 @@ def parse_engine_record(text: str | bytes) -> EngineRecord:
         if version in (1, 2):
             raw = {"compression": {}, **raw}
         if version in (1, 2, 3):
-            raw = {**raw, "int8": {}, "record_version": RECORD_VERSION}
+            raw = {**raw, "int8": {}}
+        if version in (1, 2, 3, 4):
+            raw = {**raw, "quantised": raw["int8"]}
+            del raw["int8"]
+        raw = {**raw, "record_version": RECORD_VERSION}
         read = {
-            "profiles": tuple(Profile(entry["name"], *(_range(entry[axis]) for axis in _AXES)) for entry in raw["profiles"]),
+            "profiles": tuple(record(Profile, {**entry, **_ranges(entry)}) for entry in raw["profiles"]),
             "inputs": _tensors(raw["inputs"]),
             "outputs": _tensors(raw["outputs"]),
-            "warnings": tuple(raw["warnings"]),
-            "features": tuple(raw["features"]),
-            "sources": {str(name): str(digest) for name, digest in raw["sources"].items()},
-            "versions": {str(name): str(version) for name, version in raw["versions"].items()},
+            "warnings": _strings(raw["warnings"]),
+            "features": _strings(raw["features"]),
             "weight_inputs": parse_weight_inputs(raw["weight_inputs"]),
-            "logs": {name: BuildLog(**entry) for name, entry in raw["logs"].items()},
+            "logs": {name: record(BuildLog, entry) for name, entry in raw["logs"].items()},
             "compression": parse_compression(raw["compression"]),
-            "int8": dict(raw["int8"]),
         }
-        return EngineRecord(**{**raw, **read})
+        found: EngineRecord = record(EngineRecord, {**raw, **read}, defaults=True)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise BundleSchemaError(f"{RECORD_NAME} can't be read: {error}", hint="build the engine again") from None
+    return found
 
 
-def _tensors(raw: list[dict[str, Any]]) -> tuple[TensorRecord, ...]:
-    return tuple(TensorRecord(entry["name"], entry["dtype"], tuple(map(int, entry["shape"]))) for entry in raw)
+def _strings(value: Any) -> tuple[str, ...]:
+    if not is_strings(value):
+        raise ValueError(f"{value!r:.80} is no list of strings")
+    return tuple(value)
+
+
+def _tensors(raw: Any) -> tuple[TensorRecord, ...]:
+    if not isinstance(raw, list) or not all(isinstance(entry["shape"], list) for entry in raw):
+        raise ValueError(f"{raw!r:.80} is no list of tensors")
+    return tuple(record(TensorRecord, {**entry, "shape": tuple(entry["shape"])}) for entry in raw)
+
+
+def _ranges(profile: Any) -> dict[str, Range]:
+    return {axis: _range(profile[axis]) for axis in _AXES}
 
 
 def _range(value: Any) -> Range:
-    smallest, best, largest = map(int, value)
-    if not 1 <= smallest <= best <= largest:
-        raise ValueError(f"{value} is no range")
-    return smallest, best, largest
+    if not isinstance(value, list) or len(value) != 3 or not all(map(is_int, value)) or not 1 <= value[0] <= value[1] <= value[2]:
+        raise ValueError(f"{value!r:.80} is no range")
+    return value[0], value[1], value[2]

@@ -18,6 +18,9 @@ PlattScaling = tuple[tuple[float, float], ...]
 
 Empty if nobody measured the heads.
 """
+MAX_LAYERS = 4096
+"""Limit for the layers of all heads together."""
+_AGAIN = "convert the heads again from their source, or write them again with: medusa-deploy train"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +90,9 @@ class HeadSet:
         for name, shape in expected_shapes(self.config, has_token_map=self.token_map is not None).items():
             tensor = self.tensors.get(name)
             if tensor is None:
-                raise HeadsError(f"heads lack the tensor {name}", hint="convert the heads again from their source")
+                raise HeadsError(f"heads lack the tensor {name}", hint=_AGAIN)
             if tensor.shape != shape:
-                raise HeadsError(f"{name} has shape {tensor.shape}, expected {shape}")
+                raise HeadsError(f"{name} has shape {tensor.shape}, expected {shape}", hint=_AGAIN)
         for name, tensor in self.tensors.items():
             if tensor.dtype.kind != "f":
                 continue
@@ -126,12 +129,14 @@ def config_from_json(raw: Mapping[str, Any]) -> HeadConfig:
     try:
         config = HeadConfig(**{name: raw[name] for name in HeadConfig.__dataclass_fields__})
     except KeyError as error:
-        raise HeadsError(f"heads config lacks the field {error}", hint="write it again with: medusa-deploy train") from None
+        raise HeadsError(f"heads config lacks the field {error}", hint=_AGAIN) from None
     if config.kind not in ("medusa", "grounded") or config.projection not in ("own", "shared", "pruned"):
-        raise HeadsError(f"unknown head kind {config.kind!r} or projection {config.projection!r}")
+        raise HeadsError(f"unknown head kind {config.kind!r} or projection {config.projection!r}", hint=_AGAIN)
     numbers = (config.num_heads, config.num_layers, config.hidden_size, config.draft_vocab_size)
-    if not all(isinstance(value, int) and value > 0 for value in numbers):
-        raise HeadsError(f"head counts and sizes must be positive integers, got {numbers}")
+    if not all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in numbers):
+        raise HeadsError(f"head counts and sizes must be positive integers, got {numbers}", hint=_AGAIN)
+    if config.num_heads * config.num_layers > MAX_LAYERS:
+        raise HeadsError(f"{config.num_heads} heads of {config.num_layers} layers: the limit is {MAX_LAYERS}", hint=_AGAIN)
     return config
 
 

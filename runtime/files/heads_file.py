@@ -201,16 +201,17 @@ def check_tensors(heads: HeadSet) -> None:
         shapes["projection.weight"] = (config.draft_vocab_size, config.hidden_size)
     for name, tensor in heads.tensors.items():
         if name not in shapes:
-            raise HeadsError(f"the heads hold {name}, which {config.kind} heads with a {config.projection} projection don't have")
+            what = f"which {config.kind} heads with a {config.projection} projection don't have"
+            raise HeadsError(f"the heads hold {name}, {what}", hint=_AGAIN)
         if tensor.shape != shapes[name]:
-            raise HeadsError(f"{name} has shape {tensor.shape}, expected {shapes[name]}")
+            raise HeadsError(f"{name} has shape {tensor.shape}, expected {shapes[name]}", hint=_AGAIN)
         expected = "i" if name == "token_map" else "f"
         if tensor.dtype.kind != expected:
             raise HeadsError(f"{name} has the dtype {tensor.dtype}", hint="weights are floating point, token_map is int64")
     if token_map is None:
         return
     if token_map.dtype != np.int64:
-        raise HeadsError(f"token_map has the dtype {token_map.dtype}, expected int64")
+        raise HeadsError(f"token_map has the dtype {token_map.dtype}, expected int64", hint=_AGAIN)
     if config.projection == "shared":
         raise HeadsError(
             "token_map stands beside a shared projection", hint="a pruned draft vocabulary is the projection 'pruned'"

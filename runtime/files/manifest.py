@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 from ..errors import BundleSchemaError, TreeError, UsageError
 from ..tree import Tree
 from .backbone import BackboneShape
 from .heads import PlattScaling, parse_platt_scaling
+from .json_file import is_int, record
 
 SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
@@ -152,7 +153,7 @@ def parse_manifest(text: str | bytes) -> Manifest:
     if not isinstance(raw, dict):
         raise BundleSchemaError(f"{MANIFEST_NAME} is a {type(raw).__name__}, not an object", hint="export the bundle again")
     version = raw.get("schema_version")
-    if not _is_int(version) or version < 1:
+    if not is_int(version) or version < 1:
         raise BundleSchemaError(f"{MANIFEST_NAME} has schema_version {version!r}", hint="export the bundle again")
     if version > SCHEMA_VERSION:
         raise BundleSchemaError(
@@ -166,15 +167,15 @@ def parse_manifest(text: str | bytes) -> Manifest:
             raw = {**raw, "schema_version": SCHEMA_VERSION, "text": _with_special_tokens(raw["text"])}
         heads = raw["heads"]
         scaling = parse_platt_scaling(heads["platt_scaling"], heads["num_heads"])
-        manifest: Manifest = _record(
+        manifest: Manifest = record(
             Manifest,
             {
                 **raw,
-                "backbone": _record(BackboneShape, raw["backbone"]),
-                "heads": _record(HeadFacts, {**heads, "platt_scaling": scaling}),
-                "limits": _record(Limits, raw["limits"]),
-                "text": _record(TextFacts, {**raw["text"], "eos_token_ids": tuple(raw["text"]["eos_token_ids"])}),
-                "files": {name: _record(FileRecord, entry) for name, entry in raw["files"].items()},
+                "backbone": record(BackboneShape, raw["backbone"]),
+                "heads": record(HeadFacts, {**heads, "platt_scaling": scaling}),
+                "limits": record(Limits, raw["limits"]),
+                "text": record(TextFacts, {**raw["text"], "eos_token_ids": _ids(raw["text"]["eos_token_ids"])}),
+                "files": {name: record(FileRecord, entry) for name, entry in raw["files"].items()},
             },
         )
         _check(manifest)
@@ -183,42 +184,17 @@ def parse_manifest(text: str | bytes) -> Manifest:
     return manifest
 
 
+def _ids(raw: Any) -> tuple[Any, ...]:
+    if not isinstance(raw, list):
+        raise ValueError(f"eos_token_ids is {raw!r:.80}")  # noqa: TRY004 - all of these are errors of the schema
+    return tuple(raw)
+
+
 def _with_special_tokens(text: Mapping[str, Any]) -> dict[str, Any]:
     """Moves the special tokens of an old record into one field. Keeps what is malformed, which is refused later."""
     names = ("bos_token", "eos_token")
     special = {name: text[name] for name in names if text[name] is not None}
     return {**{name: value for name, value in text.items() if name not in names}, "special_tokens": special}
-
-
-def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-# Checks by annotation. Records, and lists inside trees, are checked where they are built.
-_TYPES: dict[str, Callable[[Any], bool]] = {
-    "int": _is_int,
-    "str": lambda value: isinstance(value, str),
-    "str | None": lambda value: value is None or isinstance(value, str),
-    "tuple[int, ...]": lambda value: all(_is_int(item) for item in value),
-    "Mapping[str, Any]": lambda value: isinstance(value, dict),
-    "Mapping[str, str]": lambda value: isinstance(value, dict) and all(isinstance(item, str) for item in value.values()),
-    "Mapping[str, list[list[int]]]": lambda value: (
-        isinstance(value, dict) and all(isinstance(item, list) for item in value.values())
-    ),
-}
-
-
-def _record(kind: type[Any], raw: Mapping[str, Any]) -> Any:
-    """Makes a dataclass from an object that must have exactly its fields, each of its annotated type."""
-    fields = kind.__dataclass_fields__
-    different = set(raw) ^ set(fields)
-    if different:
-        raise ValueError(f"missing or unknown field {sorted(different)} in {kind.__name__}")
-    for name, value in raw.items():
-        is_valid = _TYPES.get(fields[name].type)
-        if is_valid is not None and not is_valid(value):
-            raise ValueError(f"{kind.__name__}.{name} is {value!r}, not of type {fields[name].type}")
-    return kind(**raw)
 
 
 def _check(manifest: Manifest) -> None:

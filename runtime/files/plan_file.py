@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import BundleIntegrityError, MissingDependencyError
+from .json_file import record
 
 XZ = "xz"
 SUFFIX = ".xz"
@@ -30,7 +31,7 @@ def parse_compression(raw: dict[str, Any]) -> dict[str, Compression]:
     Raises:
         KeyError, TypeError, ValueError: a method is unknown, or a size is mistyped or impossible.
     """
-    found = {str(name): Compression(**entry) for name, entry in raw.items()}
+    found = {name: record(Compression, entry) for name, entry in raw.items()}
     for name, each in found.items():
         sizes = (each.stored_bytes, each.plan_bytes)
         if each.method != XZ or any(type(size) is not int or size < 1 for size in sizes):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ScalesError, ScalesMismatchError
-from .json_file import read_json_file
+from .json_file import is_int, is_number, read_json_file, record
 from .manifest import Manifest
 
 SCHEMA_VERSION = 2
@@ -29,6 +30,7 @@ GRIDS = ("block", "tensor")
 ``block``: 64 channels of a row of the activation; 64 inputs of an output channel of the weight. ``tensor``: the whole activation;
 an output channel of the weight.
 """
+_FIELDS = {"schema_version", "method", "provenance", "layers", "activations", "weights", "smoothing", "takers"}
 TAKERS = ("norm", "layer", "values")
 SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
 MAX_SCALES_BYTES = 1 << 30
@@ -187,29 +189,39 @@ def read_scales(path: Path | str, manifest: Manifest) -> Scales:
 def _parse(raw: Any) -> Scales:
     """Builds the record. A wrong type or value raises whatever Python raises for it there."""
     version = raw["schema_version"]
-    if version not in (1, SCHEMA_VERSION):
+    if not is_int(version) or version not in (1, SCHEMA_VERSION):
         raise ValueError(f"schema_version is {version!r}")
-    layers = {name: Layer(**entry) for name, entry in raw["layers"].items()}
+    if unknown := set(raw) - (_FIELDS if version > 1 else _FIELDS - {"smoothing", "takers"}):
+        raise ValueError(f"there are no fields {sorted(unknown)}")
+    layers = {name: record(Layer, entry) for name, entry in raw["layers"].items()}
     activations = {
-        name: ActivationScale(**{**entry, "channel_maxima": _array(entry["channel_maxima"], 0.0)})
+        name: record(ActivationScale, {**entry, "channel_maxima": _array(entry["channel_maxima"], 0.0)})
         for name, entry in raw["activations"].items()
     }
     weights = {(entry["name"], entry["axis"]): _array(entry["scales"], SMALLEST_SCALE) for entry in raw["weights"]}
+    if len(weights) != len(raw["weights"]) or any(set(entry) != {"name", "axis", "scales"} for entry in raw["weights"]):
+        raise ValueError("a weight has two scales, or a field that no weight has")
     for name, layer in layers.items():
         if layer.activation not in activations or (layer.weight, layer.axis) not in weights:
             raise ValueError(f"the layer {name} has no scales")
     for name, activation in activations.items():
-        if not SMALLEST_SCALE <= activation.scale < np.inf:
-            raise ValueError(f"the scale of {name} is {activation.scale!r}")
+        if not SMALLEST_SCALE <= activation.scale < np.inf or not all(map(math.isfinite, _statistics(activation))):
+            raise ValueError(f"the scale of {name} is {activation.scale!r}, with {_statistics(activation)!r:.200}")
     smoothing = {
-        name: {grid: _smoothing(grids[grid], len(activations[name].channel_maxima)) for grid in GRIDS}
+        name: {grid: _smoothing(grids[grid], len(activations[name].channel_maxima)) for grid in _grids(grids)}
         for name, grids in (raw["smoothing"] if version > 1 else {}).items()
     }
-    takers = {name: Taker(**entry) for name, entry in raw.get("takers", {}).items()}
+    takers = {name: record(Taker, entry, defaults=True) for name, entry in raw.get("takers", {}).items()}
     for name, taker in takers.items():
         if name not in smoothing or not _is_taker(taker, layers, len(activations[name].channel_maxima)):
             raise ValueError(f"{taker!r} takes no factors of {name}")
-    return Scales(str(raw["method"]), layers, activations, weights, dict(raw["provenance"]), smoothing, takers)
+    found = {"layers": layers, "activations": activations, "weights": weights, "smoothing": smoothing, "takers": takers}
+    scales: Scales = record(Scales, {"method": raw["method"], "provenance": raw["provenance"], **found})
+    return scales
+
+
+def _statistics(scale: ActivationScale) -> tuple[float, ...]:
+    return scale.largest, scale.clipped, scale.zeroed, scale.relative_error
 
 
 def _is_taker(taker: Taker, layers: Mapping[str, Layer], channels: int) -> bool:
@@ -221,9 +233,16 @@ def _is_taker(taker: Taker, layers: Mapping[str, Layer], channels: int) -> bool:
     return all(type(count) is int and count > 0 for count in counts) and channels % (taker.heads * taker.queries) == 0
 
 
+def _grids(raw: Any) -> tuple[str, ...]:
+    if set(raw) != set(GRIDS):
+        raise ValueError(f"a smoothing has the grids {sorted(raw)}")
+    return GRIDS
+
+
 def _smoothing(entry: Any, channels: int) -> Smoothing:
     """Reads a smoothing. The file leaves out factors that are all 1."""
-    found = Smoothing(**{**entry, "factors": _array(entry.get("factors", [1.0] * channels), SMALLEST_SCALE)})
+    factors = _array(entry.get("factors", [1.0] * channels), SMALLEST_SCALE)
+    found: Smoothing = record(Smoothing, {**entry, "factors": factors})
     if len(found.factors) != channels or (found.alpha is None) != ("factors" not in entry):
         raise ValueError(
             f"a smoothing has alpha {found.alpha!r} and {len(found.factors)} factors for {channels} channels"
@@ -241,6 +260,8 @@ def _smoothing_json(smoothing: Smoothing) -> dict[str, Any]:
 
 
 def _array(values: Any, least: float) -> np.ndarray:
+    if not isinstance(values, list) or not all(map(is_number, values)):
+        raise ValueError(f"{values!r:.60} is no list of numbers")
     with np.errstate(over="ignore"):  # an overflow gives infinity, refused below
         array = np.array(values, np.float32)
     if array.ndim != 1 or not array.size or not np.isfinite(array).all() or array.min() < np.float32(least):

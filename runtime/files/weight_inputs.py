@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-ITEM_BYTES = {"float16": 2, "float32": 4, "bfloat16": 2, "int8": 1}
+ITEM_BITS = {"float16": 16, "float32": 32, "bfloat16": 16, "int8": 8, "int4": 4, "float8_e4m3fn": 8}
 
 
 class WeightPiece(NamedTuple):
@@ -37,16 +37,19 @@ def parse_weight_inputs(raw: Sequence[Any]) -> tuple[WeightInput, ...]:
     """
     inputs = []
     for entry in raw:
+        texts = [entry["name"], *(file for file, _, _ in entry["pieces"])]
+        if not all(isinstance(text, str) for text in texts) or set(entry) != set(WeightInput.__dataclass_fields__):
+            raise ValueError(f"{entry!r:.80} is no weight input")
         shape = tuple(_size(size) for size in entry["shape"])
-        pieces = tuple(WeightPiece(str(file), _size(offset), _size(nbytes)) for file, offset, nbytes in entry["pieces"])
-        wanted = math.prod(shape) * ITEM_BYTES[entry["dtype"]]
+        pieces = tuple(WeightPiece(file, _size(offset), _size(nbytes)) for file, offset, nbytes in entry["pieces"])
+        wanted = -(-math.prod(shape) * ITEM_BITS[entry["dtype"]] // 8)
         if not pieces or sum(piece.nbytes for piece in pieces) != wanted:
             raise ValueError(f"the pieces of {entry['name']!r} don't have {wanted} bytes")
         for piece in pieces:
             path = PurePosixPath(piece.file)
             if path.is_absolute() or ".." in path.parts:
                 raise ValueError(f"{entry['name']!r} lies in {piece.file!r}, outside the bundle")
-        inputs.append(WeightInput(str(entry["name"]), entry["dtype"], shape, pieces))
+        inputs.append(WeightInput(entry["name"], entry["dtype"], shape, pieces))
     names = [weight.name for weight in inputs]
     if len(set(names)) != len(names):
         raise ValueError("two weight inputs have one name")

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import NumericsError
+from ..errors import GrammarError, NumericsError
+from ..grammar import Matcher
 from ..request import TokenLogprob
 from ..sampling import SamplingParams, draw, log_probabilities, scores, uniform, weights
 
 _ENTROPY_FLOOR = 1e-5
 """Added to probabilities inside the entropy's logarithm, as in the reference."""
+
+_REFUSED = np.float32(-np.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +34,21 @@ def accept(
     logits: np.ndarray,
     history_tokens: Sequence[int],
     prompt_length: int,
+    matcher: Matcher | None = None,
 ) -> Acceptance:
     """Walk the tree with the backbone's logits.
 
     ``parents`` int64 [N]: row to parent row, parents before children. ``tokens`` int64 [≥ N] and ``logits`` [≥ N, V]: each row's.
     The root's token is the last of ``history_tokens``, the first ``prompt_length`` of which are the prompt. Rows past N are
-    padding: nothing reads them.
+    padding: nothing reads them. ``matcher``: stands in a grammar behind the history; its masks come after bias and penalties,
+    before temperature and filters.
 
     Raises:
+        GrammarError: the grammar allows no token at the root.
         NumericsError: the root, or in the mode typical any visited row, holds NaN or infinite logits. Other rows that do aren't
             accepted: their token is emitted and becomes the next root.
     """
-    step = _Step(params, parents, tokens, logits, list(history_tokens), prompt_length)
+    step = _Step(params, parents, tokens, logits, list(history_tokens), prompt_length, matcher)
     if params.mode == "typical":
         return step.typical()
     return step.match(step.most_likely if params.mode == "greedy" else step.drawn)
@@ -67,6 +73,7 @@ class _Step:
     logits: np.ndarray
     history: list[int]
     prompt_length: int
+    matcher: Matcher | None
 
     def match(self, choose: Callable[[int, list[int]], int]) -> Acceptance:
         """Choose the next token at the current row; descend while a child carries it, else emit it and stop.
@@ -80,11 +87,13 @@ class _Step:
         while True:
             try:
                 token = choose(row, chosen)
-            except NumericsError:
+            except (NumericsError, GrammarError):
                 if not path:
                     raise
                 return Acceptance(tuple(path[:-1]), chosen)  # its token is the next root, if there is one
             chosen.append(token)
+            if self._finished(chosen):
+                return Acceptance(tuple(path), chosen)
             matching = np.flatnonzero((self.parents == row) & (self.tokens[: len(self.parents)] == token))
             if not len(matching):
                 return Acceptance(tuple(path), chosen)
@@ -111,7 +120,7 @@ class _Step:
         values: dict[int, float] = {0: 0.0}
         for row in range(len(self.parents)):
             children = np.flatnonzero(self.parents == row)
-            if row not in paths or not len(children):
+            if row not in paths or not len(children) or self._finished(self._tokens(paths[row])):
                 continue
             weighed = weights(params, self._scores(row, self._tokens(paths[row])))
             probabilities = weighed / weighed.sum(dtype=np.float64)
@@ -124,10 +133,16 @@ class _Step:
                     values[child] = values[row] + math.log(p)
         last = max(paths, key=lambda row: (len(paths[row]), values[row], -row))
         accepted = self._tokens(paths[last])
+        if self._finished(accepted):
+            return Acceptance(paths[last][:-1], accepted)
         return Acceptance(paths[last], [*accepted, self.most_likely(last, accepted)])
 
     def _scores(self, row: int, before: list[int]) -> np.ndarray:
-        return scores(self.params, self.logits[row], self.history + before, self.prompt_length)
+        found = scores(self.params, self.logits[row], self.history + before, self.prompt_length)
+        return found if self.matcher is None else np.where(self.matcher.allowed(before), found, _REFUSED)
+
+    def _finished(self, tokens: list[int]) -> bool:
+        return bool(tokens) and self.matcher is not None and self.matcher.finished(tokens)
 
     def _tokens(self, path: tuple[int, ...]) -> list[int]:
         return [int(self.tokens[row]) for row in path]

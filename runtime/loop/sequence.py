@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from ..drafting.draft import NOTHING, Candidates, Draft, Drafter
+from ..grammar import Matcher
 from ..request import FinishReason, Stats, TokenLogprob
 from ..sampling import SamplingParams
 
@@ -26,7 +27,7 @@ class Sequence:
     have yet to see. ``draft``: the rows that the newest step verifies. ``hidden``: the backbone's states [H] behind the emitted
     tokens, where they were asked for; the last step may have added more than were emitted. ``cancelled``: set by other threads.
     ``deadline``: by the monotonic clock. ``top_logprobs``: the alternatives wanted at each emitted token; None wants no
-    log-probabilities.
+    log-probabilities. ``matcher``: stands in its grammar behind the emitted tokens.
     """
 
     tokens: list[int]
@@ -38,6 +39,7 @@ class Sequence:
     keep_hidden: bool = False
     salt: str = ""
     top_logprobs: int | None = None
+    matcher: Matcher | None = None
     priority: int = 0
     deadline: float | None = None
     cancel: Callable[[], bool] | None = None
@@ -71,7 +73,7 @@ class Sequence:
     @property
     def on_host(self) -> bool:
         """Whether the host chooses its tokens from logits, or reads them; the graph chooses otherwise."""
-        return not self.params.plain_argmax or self.top_logprobs is not None
+        return not self.params.plain_argmax or self.top_logprobs is not None or self.matcher is not None
 
     @property
     def done(self) -> bool:
@@ -106,9 +108,20 @@ class Sequence:
                 self.finish_reason = "stop"
                 break
         self.tokens.extend(kept)
+        if self.matcher is not None and kept:
+            self._follow(self.matcher, kept)
         if self.finish_reason is None and self.remaining <= 0:
             self.finish_reason = "length"
         return kept
+
+    def _follow(self, matcher: Matcher, tokens: list[int]) -> None:
+        """Take emitted tokens through the grammar. The sequence ends where nothing can follow."""
+        try:
+            matcher.advance(tokens)
+            if self.finish_reason is None and matcher.finished():
+                self.finish_reason = "stop"
+        except Exception as error:  # noqa: BLE001 - a grammar's failure ends its own request
+            self.fail(error)
 
     def cut(self, count: int) -> None:
         """Take back the last ``count`` tokens: a stop string was complete before them, so plain decoding never emits them."""

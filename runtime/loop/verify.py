@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import DeployError, NumericsError, StepError
+from ..errors import DeployError, GrammarError, NumericsError, StepError
 from ..executors.step_plan import SlotResult, SlotRows, StepPlan, StepResult
 from .acceptance import Acceptance, accept
 from .scheduler import Turn
@@ -34,8 +34,9 @@ def _verified(turn: Turn, rows: SlotRows, found: SlotResult | Exception) -> Acce
     assert found.logits is not None
     parents, tokens = (rows.shape.parents, rows.tokens) if not turn.prompt_rows else (rows.shape.parents[:1], rows.tokens[-1:])
     try:
-        return accept(sequence.params, parents, tokens, found.logits, sequence.tokens, sequence.prompt_length)
-    except NumericsError as error:
+        history, length = sequence.tokens, sequence.prompt_length
+        return accept(sequence.params, parents, tokens, found.logits, history, length, sequence.matcher)
+    except (NumericsError, GrammarError) as error:
         return error
 
 

@@ -8,7 +8,8 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from ..request import TokenLogprob
-from .fields import Fields
+from ..text.tool_calls import CallReader, ToolCall
+from .fields import ChatFields, Fields
 from .metrics import acceptance_of
 from .service import Choice
 
@@ -39,16 +40,13 @@ class Answer:
 
     def delta(
         self, choice: Choice, text: str, ids: list[int], logprobs: list[TokenLogprob] | None, reason: str | None
-    ) -> dict[str, Any]:
-        """A choice in an event."""
+    ) -> dict[str, Any] | None:
+        """A choice in an event; None where there is nothing to say yet."""
         return self._choice(choice, {"text": text}, ids, logprobs, reason)
 
     def whole(self, choices: list[tuple[Choice, str, list[TokenLogprob] | None]]) -> dict[str, Any]:
         """The answer in one piece."""
-        said = [
-            self._choice(choice, self._content(text), choice.token_ids, logprobs, choice.finish_reason)
-            for choice, text, logprobs in choices
-        ]
+        said = [self._whole(*each) for each in choices]
         every = [choice for choice, _, _ in choices]
         return {**self._head, "object": self.kind, "choices": said, "usage": self.usage(every), **self.acceptance(every)}
 
@@ -69,8 +67,8 @@ class Answer:
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def _whole(self, choice: Choice, text: str, logprobs: list[TokenLogprob] | None) -> dict[str, Any]:
+        return self._choice(choice, {"text": text}, choice.token_ids, logprobs, choice.finish_reason)
 
     def _choice(
         self, choice: Choice, content: dict[str, Any], ids: list[int], logprobs: list[TokenLogprob] | None, reason: str | None
@@ -105,18 +103,41 @@ class ChatAnswer(Answer):
     piece_kind = "chat.completion.chunk"
     prefix = "chatcmpl"
 
+    def __init__(self, fields: Fields, name: str, codec: TextCodec | None, *, metrics: bool) -> None:
+        super().__init__(fields, name, codec, metrics=metrics)
+        self._calls = isinstance(fields, ChatFields) and fields.tool_use is not None
+        self._readers: dict[int, CallReader] = {}
+
     def opening(self, choice: Choice) -> dict[str, Any] | None:
         """Name the role first."""
         return self._choice(choice, {"delta": {"role": "assistant", "content": ""}}, [], None, None)
 
     def delta(
         self, choice: Choice, text: str, ids: list[int], logprobs: list[TokenLogprob] | None, reason: str | None
-    ) -> dict[str, Any]:
-        """A choice in an event."""
-        return self._choice(choice, {"delta": {"content": text} if text or reason is None else {}}, ids, logprobs, reason)
+    ) -> dict[str, Any] | None:
+        """A choice in an event; None where there is nothing to say yet. A call is said once, when it is complete."""
+        if not self._calls:
+            return self._choice(choice, {"delta": {"content": text} if text or reason is None else {}}, ids, logprobs, reason)
+        reader = self._readers.setdefault(choice.index, CallReader())
+        said, calls = reader.push(text)
+        first = len(reader.calls) - len(calls)
+        said += reader.flush() if reason is not None else ""
+        delta: dict[str, Any] = {"content": said} if said else {}
+        if calls:
+            delta["tool_calls"] = [{"index": first + place, **_spelt_call(call)} for place, call in enumerate(calls)]
+        if not delta and reason is None and not (self._fields.return_token_ids or logprobs):
+            return None
+        return self._choice(choice, {"delta": delta}, ids, logprobs, _reason(reason, reader))
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def _whole(self, choice: Choice, text: str, logprobs: list[TokenLogprob] | None) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        reader = CallReader()
+        if self._calls:
+            said, calls = reader.push(text)
+            said += reader.flush()
+            if calls:
+                message |= {"content": said or None, "tool_calls": [_spelt_call(call) for call in calls]}
+        return self._choice(choice, {"message": message}, choice.token_ids, logprobs, _reason(choice.finish_reason, reader))
 
     def _logprobs(self, choice: Choice, entries: list[TokenLogprob]) -> dict[str, Any]:
         def entry(token: int, logprob: float) -> dict[str, Any]:
@@ -129,3 +150,12 @@ class ChatAnswer(Answer):
             "content": [{**entry(each.token_id, each.logprob), "top_logprobs": top} for each, top in pairs],
             "refusal": None,
         }
+
+
+def _spelt_call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+
+
+def _reason(reason: str | None, reader: CallReader) -> str | None:
+    return "tool_calls" if reader.calls and reason == "stop" else reason

@@ -19,8 +19,9 @@ from starlette.routing import Route
 from ..request import Request
 from .answers import Answer, ChatAnswer
 from .errors import ApiError, api_error, json_response
-from .fields import ChatFields, CompletionFields, DetokenizeFields, Parsed, TokenizeFields, parse, texts_of
+from .fields import ChatFields, CompletionFields, DetokenizeFields, Parsed, TokenizeFields, parse
 from .limits import Gate, read_body
+from .messages import plain_messages
 from .page import page
 from .service import Choice, Service
 from .stream import ClientGoneError, EventStream, events, while_connected, whole
@@ -94,7 +95,7 @@ class _Routes:
             choices = await owned.enter_async_context(admitted)
             owned.callback(_note, request, choices)
             if not fields.stream:
-                return json_response(await while_connected(request, whole(answer, choices)))
+                return json_response(await while_connected(request, whole(answer, choices, self._service)))
             return EventStream(events(answer, fields, choices), owned.pop_all())
 
     # -- text ------------------------------------------------------------------------------------------------------
@@ -108,7 +109,7 @@ class _Routes:
             raise ApiError(400, "the model has no tokenizer", code="no_tokenizer")
         try:
             if fields.messages is not None:
-                ids = await self._service.in_thread(session.encode, Request(messages=texts_of(fields.messages)))
+                ids = await self._service.in_thread(session.encode, Request(messages=plain_messages(fields.messages)))
             else:
                 special = fields.add_special_tokens is not False
                 ids = await self._service.in_thread(lambda: session.codec.encode(fields.prompt, add_special_tokens=special))

@@ -13,6 +13,8 @@ from starlette.responses import Response
 from ..errors import (
     CapacityError,
     DeployError,
+    GrammarError,
+    MissingDependencyError,
     PromptError,
     QueueFullError,
     SamplingError,
@@ -23,6 +25,7 @@ from ..errors import (
 
 _log = logging.getLogger("medusa_deploy.serve")
 _TYPES = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
+_FIELDS = {"max_new_tokens": "max_tokens", "include_stop": "include_stop_str_in_output"}
 _UNAVAILABLE = "service_unavailable"
 
 
@@ -66,13 +69,20 @@ def api_error(error: Exception, *, param: str | None = None) -> ApiError:
         message = f"{error.message}; try again in {error.retry_after:.1f} s"
         return ApiError(429, message, code="queue_full", retry_after=error.retry_after)
     if isinstance(error, SessionClosedError):
-        return ApiError(503, "the server is shutting down", code=_UNAVAILABLE, retry_after=1)
+        return shutting_down()
     if isinstance(error, CapacityError):
         return ApiError(400, _with_hint(error), param=param, code="context_length_exceeded")
     if isinstance(error, TemplateError):
-        return ApiError(400, error.message, param="messages", code="template_error")
+        param = error.argument or "messages"
+        return ApiError(400, error.message, param=param, code="template_error")
     if isinstance(error, SamplingError):
         return ApiError(400, _with_hint(error), param=error.message.split()[0], code="invalid_value")
+    if isinstance(error, GrammarError):
+        return ApiError(400, _with_hint(error), param=param, code="invalid_grammar")
+    if isinstance(error, MissingDependencyError):
+        return ApiError(501, _with_hint(error), param=param, code="missing_dependency")
+    if isinstance(error, UsageError) and error.argument is not None:
+        param = _FIELDS.get(error.argument, error.argument)
     if isinstance(error, (PromptError, UsageError)):
         return ApiError(400, _with_hint(error), param=param, code="invalid_value")
     frames = "".join(traceback.format_tb(error.__traceback__))
@@ -84,6 +94,11 @@ def api_error(error: Exception, *, param: str | None = None) -> ApiError:
 def not_ready() -> ApiError:
     """Return the refusal of a server that is still loading."""
     return ApiError(503, "the model is being loaded", code=_UNAVAILABLE, retry_after=1)
+
+
+def shutting_down() -> ApiError:
+    """Return the refusal of a server that stops."""
+    return ApiError(503, "the server is shutting down", code=_UNAVAILABLE, retry_after=1)
 
 
 def _with_hint(error: DeployError) -> str:

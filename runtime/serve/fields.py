@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import re
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from ..request import MAX_LOGPROBS
 from ..sampling import SamplingParams
 from .errors import ApiError
+from .forms import FORMS, Form, asked_form
+from .messages import Message, plain_messages
+from .tools import ToolUse, tool_use
+
+if TYPE_CHECKING:
+    from ..grammar import Grammar
+    from ..text.encoder import PromptEncoder
 
 _OFF: tuple[Any, ...] = (None,)
 _NONE: tuple[Any, ...] = (None, [])
 # Fields that people know from other servers and that this one doesn't honour, with the values that ask for nothing.
 REFUSED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("tools", "functions", "documents", "stop_token_ids", "bad_words", "allowed_token_ids"), _NONE),
-    **dict.fromkeys(("tool_choice", "function_call"), (None, "none", "auto")),
-    **dict.fromkeys(("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar"), _OFF),
-    **dict.fromkeys(("json_schema", "audio", "prediction", "web_search_options", "chat_template", "logits_processors"), _OFF),
-    **dict.fromkeys(("truncate_prompt_tokens", "prompt_logprobs", "thinking_token_budget"), _OFF),
+    **dict.fromkeys(("functions", "documents", "stop_token_ids", "bad_words", "allowed_token_ids"), _NONE),
+    "function_call": (None, "none", "auto"),
+    **dict.fromkeys(("grammar", "json_schema", "audio", "prediction", "web_search_options", "chat_template"), _OFF),
+    **dict.fromkeys(("truncate_prompt_tokens", "prompt_logprobs", "logits_processors", "thinking_token_budget"), _OFF),
     **dict.fromkeys(("store", "echo", "continue_final_message", "use_beam_search", "background"), (None, False)),
     **dict.fromkeys(("return_tokens_as_token_ids",), (None, False)),
     **dict.fromkeys(("add_generation_prompt", "skip_special_tokens", "spaces_between_special_tokens"), (None, True)),
     **dict.fromkeys(("length_penalty", "typical_p"), (None, 1)),
     **dict.fromkeys(("min_tokens", "dry_multiplier", "xtc_probability", "mirostat"), (None, 0)),
-    "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
     "chat_template_kwargs": (None, {}),
     "reasoning_effort": (None, "none"),
@@ -35,7 +40,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (None,),  # the template writes those of a chat, the tokenizer those of a text
 }
 # Fields that change nothing that is generated.
-_HARMLESS = {"user", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+_HARMLESS = {"user", "safety_identifier", "prompt_cache_key"}
 _PATH = re.compile(r"(.*) - at `\$\.?([^`]*)`$")
 
 
@@ -72,6 +77,26 @@ class Fields(msgspec.Struct, kw_only=True):
     cache_salt: str | None = None
     priority: int | None = None
     deadline: float | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+    @property
+    def form(self) -> Form | None:
+        """The form that the answer is asked for in."""
+        return asked_form({name: getattr(self, name) for name in FORMS})
+
+    @property
+    def grammar_field(self) -> str | None:
+        """The field that a grammar comes from."""
+        return None if self.form is None else self.form.field
+
+    def grammar(self, encoder: PromptEncoder) -> Grammar | None:
+        """The grammar that the answer is held to. ``encoder``: knows how the model writes calls."""
+        return None if self.form is None else self.form.grammar()
 
     @property
     def choices(self) -> int:
@@ -119,18 +144,6 @@ class Fields(msgspec.Struct, kw_only=True):
         return SamplingParams(**shared) if greedy else params
 
 
-class Message(msgspec.Struct):
-    """A chat message; its content is text or parts of text."""
-
-    role: str
-    content: str | list[dict[str, Any]] | None = None
-    name: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[Any] | None = None
-    function_call: Any = None
-    audio: Any = None
-
-
 class ChatFields(Fields, kw_only=True):
     """The body of ``/v1/chat/completions``."""
 
@@ -138,6 +151,29 @@ class ChatFields(Fields, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """The tools that the answer may call, if there are any."""
+        return tool_use(self.tools, self.tool_choice, several=self.parallel_tool_calls is not False)
+
+    @property
+    def grammar_field(self) -> str | None:
+        """See :class:`Fields`."""
+        return "tools" if self.tool_use is not None else super().grammar_field
+
+    def grammar(self, encoder: PromptEncoder) -> Grammar | None:
+        """See :class:`Fields`."""
+        use, form = self.tool_use, self.form
+        if use is None:
+            return None if form is None else form.grammar()
+        if form is not None:
+            message = f"{form.field} and tools can't be used together"
+            raise ApiError(400, message, param=form.field, code="unsupported_parameter")
+        return use.grammar(encoder)
 
     @property
     def limit(self) -> tuple[str, int | None]:
@@ -156,7 +192,8 @@ class ChatFields(Fields, kw_only=True):
     @property
     def prompts(self) -> list[dict[str, Any]]:
         """The prompt as a field of :class:`..request.Request`."""
-        return [{"messages": [_plain_message(index, message) for index, message in enumerate(self.messages)]}]
+        use = self.tool_use
+        return [{"messages": plain_messages(self.messages), "tools": None if use is None else use.shown}]
 
 
 class CompletionFields(Fields, kw_only=True):
@@ -221,7 +258,9 @@ def parse(body: bytes, kind: type[Parsed]) -> tuple[Parsed, list[str]]:
         raise ApiError(400, f"the body isn't JSON: {error}", code="invalid_json") from None
     if not isinstance(given, dict):
         raise ApiError(400, "the body isn't a JSON object", code="invalid_json")
-    special = {"add_special_tokens": (None, kind is not ChatFields)}
+    special: dict[str, tuple[Any, ...]] = {"add_special_tokens": (None, kind is not ChatFields)}
+    if kind is CompletionFields:
+        special |= {"tools": _NONE, "tool_choice": (None, "none", "auto")}
     for name, values in () if kind is TokenizeFields else {**REFUSED, **special}.items():
         if name in given and given[name] not in values:
             raise ApiError(400, f"{name} isn't supported by this server", param=name, code="unsupported_parameter")
@@ -233,29 +272,8 @@ def parse(body: bytes, kind: type[Parsed]) -> tuple[Parsed, list[str]]:
         missing = re.search(r"missing required field `(\w+)`", message)
         param = missing[1] if missing and not param else param
         raise ApiError(400, f"{param or 'the body'}: {message}", param=param, code="invalid_type") from None
-    known = {*kind.__struct_fields__, *REFUSED, *_HARMLESS}
+    known = {*kind.__struct_fields__, *REFUSED, *special, *_HARMLESS}
     return fields, [name for name in given if name not in known]
-
-
-def texts_of(messages: list[Message]) -> list[dict[str, str]]:
-    """Return messages as the template takes them."""
-    return [_plain_message(index, message) for index, message in enumerate(messages)]
-
-
-def _plain_message(index: int, message: Message) -> dict[str, str]:
-    where = f"messages[{index}]"
-    for name in ("tool_calls", "function_call", "audio"):
-        if getattr(message, name):
-            raise ApiError(400, f"{where}.{name} isn't supported by this server", param=where, code="unsupported_parameter")
-    text = message.content
-    if not isinstance(text, str):
-        parts = text or []
-        wrong = next((part for part in parts if part.get("type") != "text" or not isinstance(part.get("text"), str)), None)
-        if wrong is not None:
-            raise ApiError(400, f"{where} has a part that isn't text", param=where, code="unsupported_parameter")
-        text = "".join(part["text"] for part in parts)
-    optional = {"name": message.name, "reasoning_content": message.reasoning_content}
-    return {"role": message.role, "content": text, **{name: value for name, value in optional.items() if value is not None}}
 
 
 def _is_token(value: object) -> bool:

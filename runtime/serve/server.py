@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from ..errors import UsageError
 from .app import create_app
@@ -21,6 +22,53 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("medusa_deploy.serve")
 _LAST_BYTES_SECONDS = 5
+
+
+class ImpatientProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
+    """Closes connections whose client lets the server wait: for the rest of a request's head, or until it reads on.
+
+    uvicorn waits for both without an end, and each connection is a descriptor.
+    """
+
+    seconds = 30.0
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            if not self.flow.write_paused:
+                self._go_on()  # the body has a limit of its own
+        elif self._timer is None:
+            self._wait()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._wait()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._go_on()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._wait()  # what a client doesn't read keeps a closed connection open
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._go_on()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._go_on()
+        self._timer = self.loop.call_later(self.seconds, self.transport.abort)
+
+    def _go_on(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class _Server(uvicorn.Server):
@@ -56,11 +104,11 @@ def bind(host: str, port: int) -> socket.socket:
         raise UsageError(f"can't listen on {host}:{port}: {error}", hint="choose another --host or --port") from None
 
 
-async def run(load: Callable[[], Session], options: Options, listening: socket.socket) -> None:
-    """Serve on a listening socket. See :func:`serve`."""
-    service = Service(options)
-    config = uvicorn.Config(
+def configured(service: Service) -> uvicorn.Config:
+    """Return how uvicorn serves ``service``."""
+    return uvicorn.Config(
         create_app(service),
+        http=type("Protocol", (ImpatientProtocol,), {"seconds": service.options.client_seconds}),
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -68,7 +116,12 @@ async def run(load: Callable[[], Session], options: Options, listening: socket.s
         server_header=False,
         timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
     )
-    server = _Server(config)
+
+
+async def run(load: Callable[[], Session], options: Options, listening: socket.socket) -> None:
+    """Serve on a listening socket. See :func:`serve`."""
+    service = Service(options)
+    server = _Server(configured(service))
     stopping: set[asyncio.Task[None]] = set()
 
     async def stop(*, cancel: bool) -> None:

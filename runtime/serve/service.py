@@ -12,9 +12,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..async_session import AsyncSession
-from ..errors import CapacityError, QueueFullError
+from ..errors import CapacityError, GrammarError, QueueFullError
+from ..grammar import Grammar
 from ..request import Chunk, Request, Stats
-from .errors import ApiError, api_error, not_ready
+from .errors import ApiError, api_error, not_ready, shutting_down
 from .fields import Fields
 from .metrics import Metrics
 
@@ -29,9 +30,10 @@ class Options:
 
     ``name``: the model's name. ``keys``: SHA-256 of the API keys; empty asks for none. ``max_waiting``: requests that may wait
     for a slot. ``max_concurrency``: HTTP requests at a time. ``max_tokens``: new tokens of a request; None: what fits.
-    ``deadline``: seconds of a request, from its arrival; None: no limit. ``stall_seconds``: a step that takes longer makes the
-    server unready. ``drain_seconds``: what running requests have left when the server is told to stop. ``acceptance_metrics``:
-    every answer reports its acceptance.
+    ``deadline``: seconds of a request, from its arrival; None: no limit. ``body_seconds``: for a body to arrive.
+    ``client_seconds``: for the head of a request to arrive, and for a client that doesn't read to read on. ``stall_seconds``: a
+    step that takes longer makes the server unready. ``drain_seconds``: what running requests have left when the server is told to
+    stop. ``acceptance_metrics``: every answer reports its acceptance.
     """
 
     name: str = "model"
@@ -43,6 +45,7 @@ class Options:
     max_stops: int = 16
     deadline: float | None = None
     body_seconds: float = 30.0
+    client_seconds: float = 30.0
     stall_seconds: float = 60.0
     drain_seconds: float = 30.0
     acceptance_metrics: bool = False
@@ -115,7 +118,7 @@ class Service:
             ApiError: it isn't loaded, or the server is going down.
         """
         if self.draining:
-            raise ApiError(503, "the server is shutting down", code="service_unavailable", retry_after=1)
+            raise shutting_down()
         if self._served is None:
             raise not_ready()
         return self._served.session
@@ -197,7 +200,7 @@ class Service:
         where = "messages" if "messages" in prompt else "prompt"
         choices: list[Choice] = []
         try:
-            ids = await self.in_thread(self._encode, prompt)
+            ids, grammar = await self.in_thread(self._encode, fields, prompt)
             count = self._new_tokens(fields, len(ids), chat=where == "messages")
             for index in range(first, first + fields.choices):
                 request = Request(
@@ -210,6 +213,7 @@ class Service:
                     priority=fields.priority,  # type: ignore[arg-type]
                     deadline=self._deadline(fields, arrived),
                     logprobs=fields.top,
+                    grammar=grammar,
                     cache_salt=f"{salt}:{fields.cache_salt or ''}",
                 )
                 choices.append(Choice(index, await served.submit(request), ids, arrived, self.metrics))
@@ -218,11 +222,12 @@ class Service:
                 choice.handle.cancel()
             if not isinstance(error, Exception):
                 raise
-            raise api_error(error, param="stop" if "stop is" in str(error) else where) from error
+            raise api_error(error, param=fields.grammar_field if isinstance(error, GrammarError) else where) from error
         return choices
 
-    def _encode(self, prompt: dict[str, Any]) -> list[int]:
-        return self.session.encode(Request(**prompt))
+    def _encode(self, fields: Fields, prompt: dict[str, Any]) -> tuple[list[int], Grammar | None]:
+        session = self.session
+        return session.encode(Request(**prompt)), fields.grammar(session.encoder)
 
     def _new_tokens(self, fields: Fields, prompt_tokens: int, *, chat: bool) -> int:
         """Return how many tokens may be emitted: what is asked for, or what fits."""

@@ -14,9 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from ..request import Chunk, TokenLogprob
 from .answers import Answer
-from .errors import ApiError, api_error
+from .errors import ApiError, api_error, shutting_down
 from .fields import Fields
-from .service import Choice
+from .service import Choice, Service
 
 Result = TypeVar("Result")
 
@@ -85,6 +85,8 @@ async def events(answer: Answer, fields: Fields, choices: list[Choice]) -> Async
                 running -= reason is not None
                 if chunk.text or reason is not None or (chunk.token_ids and (fields.return_token_ids or chunk.logprobs)):
                     piece = answer.delta(choice, chunk.text, chunk.token_ids, chunk.logprobs, reason)
+                    if piece is None:
+                        continue
                     last = {} if running or fields.include_usage else answer.acceptance(choices)
                     yield _event(answer.piece([piece], **last))
         if fields.include_usage:
@@ -94,11 +96,11 @@ async def events(answer: Answer, fields: Fields, choices: list[Choice]) -> Async
     yield b"data: [DONE]\n\n"
 
 
-async def whole(answer: Answer, choices: list[Choice]) -> dict[str, Any]:
+async def whole(answer: Answer, choices: list[Choice], service: Service) -> dict[str, Any]:
     """Run all choices to their end and return the answer.
 
     Raises:
-        ApiError: the deadline passed before the first token.
+        ApiError: the deadline passed, or the server stopped, before the first token.
         Exception: the error that ended one of them.
     """
     texts: dict[int, list[str]] = {choice.index: [] for choice in choices}
@@ -108,6 +110,8 @@ async def whole(answer: Answer, choices: list[Choice]) -> dict[str, Any]:
             texts[choice.index].append(chunk.text)
             logprobs[choice.index] += chunk.logprobs or []
     if all(choice.finish_reason == "cancelled" and not choice.token_ids for choice in choices):
+        if service.draining:
+            raise shutting_down()
         raise ApiError(408, "the deadline passed before the first token", param="deadline", code="deadline_exceeded")
     return answer.whole([(choice, "".join(texts[choice.index]), logprobs[choice.index]) for choice in choices])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError
@@ -33,8 +33,8 @@ class PromptEncoder:
             self._codec = TextCodec(self._path(self.text.tokenizer))
         return self._codec
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """Renders messages with the chat template, up to the beginning of the answer.
+    def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """Renders messages with the chat template, up to the beginning of the answer. ``tools``: functions to show to the model.
 
         Raises:
             PromptError: the bundle has no chat template, or a message is malformed.
@@ -47,7 +47,7 @@ class PromptEncoder:
 
             source = self._path(self.text.chat_template).read_text("utf-8")
             self._template = ChatTemplate(source, self.text.special_tokens)
-        return str(self._template.render(messages))
+        return str(self._template.render(messages, tools))
 
     def encode(self, request: Request) -> list[int]:
         """Encodes the request's prompt as token ids.
@@ -56,6 +56,8 @@ class PromptEncoder:
             PromptError: the request doesn't have exactly one kind of prompt, the prompt is empty, an id is outside the
                 vocabulary, or the bundle has no tokenizer for a text.
         """
+        if request.tools and request.messages is None:
+            raise PromptError("got tools without messages", hint="a chat template shows tools: give messages")
         given = [name for name in ("prompt", "messages", "token_ids") if getattr(request, name) is not None]
         if len(given) != 1:
             raise PromptError(f"got {given or 'no prompt'}", hint="give exactly one of prompt, messages and token_ids")
@@ -64,7 +66,7 @@ class PromptEncoder:
         elif self.codec is None:
             raise PromptError("the bundle has no tokenizer", hint="give token_ids=…")
         else:
-            text = self.render(request.messages) if request.messages is not None else request.prompt
+            text = self.render(request.messages, request.tools) if request.messages is not None else request.prompt
             # A chat template writes its own special tokens; a plain prompt gets the tokenizer's.
             ids = self.codec.encode(text, add_special_tokens=request.messages is None)
         if not ids:

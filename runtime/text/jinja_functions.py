@@ -11,6 +11,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from string import Formatter
 from typing import Any, NoReturn
 
 MAX_CHARS = 16 << 20
@@ -194,18 +195,23 @@ def wordwrap(
 
 def percent(pattern: str, values: Any) -> str:
     """Format with Python's ``%``. Widths and precisions that would make a long string are refused."""
-    digits = "".join(letter if letter.isdigit() else " " for letter in pattern).split()
-    if "*" in pattern or any(len(number) > 4 for number in digits):
+    if "*" in pattern or _has_width(pattern):
         raise ValueError("a format with such a width")
     text = str(pattern % values)
     _spend(len(text))
     return text
 
 
+def _has_width(pattern: str) -> bool:
+    """Say whether a number of more than four digits is in a pattern."""
+    return any(len(number) > 4 for number in "".join(letter if letter.isdigit() else " " for letter in pattern).split())
+
+
 _MAX_WIDTH = 10_000
 REWRITTEN_METHODS = frozenset(
-    ("casefold", "center", "expandtabs", "index", "isdecimal", "isidentifier", "isprintable", "istitle", "ljust", "partition",
-     "removeprefix", "removesuffix", "rindex", "rjust", "rpartition", "rsplit", "split", "swapcase", "title", "zfill")
+    ("casefold", "center", "expandtabs", "format", "index", "isdecimal", "isidentifier", "isprintable", "istitle", "ljust",
+     "partition", "removeprefix", "removesuffix", "rindex", "rjust", "rpartition", "rsplit", "split", "swapcase", "title",
+     "zfill")
 )  # fmt: skip
 """Methods of strings that minijinja lacks or has otherwise."""
 
@@ -216,10 +222,25 @@ def method(value: Any, name: str, *arguments: Any, **named: Any) -> Any:
         return value.index(*arguments)
     if not isinstance(value, str) or name not in REWRITTEN_METHODS:
         raise TypeError(f"{'an undefined value' if value is None else type(value).__name__} has no method {name}")
+    if name == "format":
+        return _formatted(value, arguments, named)
     if name in ("ljust", "rjust", "center", "zfill", "expandtabs"):
         _width(arguments[0] if arguments else named.get("tabsize", 0))
         _spend(value.count("\t") * (arguments[0] if arguments else named.get("tabsize", 8)))
     return getattr(_bounded(value), name)(*arguments, **named)
+
+
+def _formatted(pattern: str, arguments: Sequence[Any], named: Mapping[str, Any]) -> str:
+    """Format with Python's ``str.format``, without fields of values and without widths that would make a long string."""
+    for _, field, spec, _ in Formatter().parse(str(_bounded(pattern))):
+        if field and not (field.isdecimal() or field.isidentifier()):
+            raise ValueError("a format with a field of a value")
+        if "{" in (spec or "") or _has_width(spec or ""):
+            raise ValueError("a format with such a width")
+        _spend(_MAX_WIDTH if spec else 0)
+    text = pattern.format(*arguments, **named)
+    _spend(len(text))
+    return text
 
 
 def _text(value: Any) -> str:

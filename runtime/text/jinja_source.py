@@ -32,6 +32,8 @@ _FUNCTIONS = frozenset((*FUNCTIONS, "range", "namespace"))
 _BEFORE = {"center": "|string", "wordcount": "|string", "tojson": "|default(_no_json)"}
 _TAGS = {"generation": "with", "endgeneration": "endwith", "filter tojson": "tojson|_json"}
 """Tags and what their last words become. ``generation`` marks the assistant's text for training, in a scope of its own."""
+_MOST_TOKENS = 4000
+"""Limit for the words of a tag, and for the branches of a template: minijinja's stack overflows at some four times as many."""
 _EXTRA_ARGUMENTS = ("varargs", "kwargs")
 
 
@@ -46,7 +48,7 @@ def rewrite(source: str) -> str:
         UnsupportedError: minijinja would render the template otherwise than jinja2, and no rewriting helps.
     """
     source = re.sub(r"\r\n?", "\n", source)
-    out, position, macros = [], 0, _Macros()
+    out, position, macros, branches = [], 0, _Macros(), 0
     while tag := _TAG.search(source, position):
         start = tag.start()
         out.append(source[position:start])
@@ -60,6 +62,9 @@ def rewrite(source: str) -> str:
         else:
             tokens, end = _tokens(source, tag.end(), "}}" if tag.group() == "{{" else "%}")
             try:
+                branches += "elif" in (text for _, text in tokens[:3])
+                if len(tokens) > _MOST_TOKENS or branches > _MOST_TOKENS:
+                    raise UnsupportedError(f"has a tag, or an if, of more than {_MOST_TOKENS} parts")
                 macros.read([text for kind, text in tokens if kind != "space"])
                 out.append(tag.group() + (_rewritten(tokens) if end else source[tag.end() :]))
             except UnsupportedError as error:

@@ -20,12 +20,12 @@ class StopChecker:
 
     def __init__(self, stops: Sequence[str], include_stop: bool = False) -> None:
         if isinstance(stops, str) or not all(isinstance(stop, str) and stop for stop in stops):
-            raise UsageError(f"stop is {stops!r}", hint='stop is a list of non-empty strings such as ["\\n\\n"]')
+            raise UsageError(f"stop is {stops!r}", hint='stop is a list of non-empty strings such as ["\\n\\n"]', argument="stop")
         try:
             for stop in stops:
                 check_text(stop, "a stop string")
         except PromptError as error:
-            raise UsageError(error.message, hint=error.hint) from None
+            raise UsageError(error.message, hint=error.hint, argument="stop") from None
         self.stopped = False
         self.stops = tuple(dict.fromkeys(stops))
         self._include_stop = include_stop

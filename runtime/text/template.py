@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from ..errors import MissingDependencyError, PromptError, TemplateError
 from .jinja_functions import FILTERS, FUNCTIONS, TESTS, RefusedError, begin_rendering
 from .jinja_source import UnsupportedError, rewrite
-from .unicode import check_text
+from .unicode import check_json, check_text
 
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_OUTPUT_CHARS = 4 << 20
@@ -63,16 +64,26 @@ class ChatTemplate:
                 hint="correct the template, and export again",
             ) from None
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Renders ``messages`` up to the beginning of the assistant's answer.
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """Renders ``messages`` up to the beginning of the assistant's answer. ``tools``: functions that the model may call.
 
         Raises:
-            PromptError: the messages are not a list of objects with a ``role`` and a ``content``.
-            TemplateError: the template refuses the messages, fails, or exceeds its budget.
+            PromptError: the messages are not a list of objects with a ``role`` and a ``content``, or the tools aren't JSON.
+            TemplateError: the template refuses the messages, fails, exceeds its budget, or doesn't show tools to the model.
         """
         check_messages(messages)
+        text = self._render(messages, None)
+        if not tools:
+            return text
+        check_json(tools, "tools")
+        with_tools = self._render(messages, [dict(tool) for tool in tools])
+        if with_tools == text:
+            raise TemplateError("the chat template takes no tools", hint="leave tools out", argument="tools")
+        return with_tools
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], tools: list[dict[str, Any]] | None) -> str:
         begin_rendering()
-        read = {"messages": [_with_thoughts(message) for message in messages], "tools": None, "documents": None}
+        read = {"messages": [_with_thoughts(message) for message in messages], "tools": tools, "documents": None}
         try:
             text: str = self._environment.render_template("chat", **{**self._special, **read, "add_generation_prompt": True})
         except RefusedError as error:
@@ -121,12 +132,12 @@ def check_messages(messages: object) -> None:
                 raise PromptError(f"message {index} has no {name}", hint=hint)
         for name, value in message.items():
             check_text(name, f"a name in message {index}")
-            check_text(value, f"{name!r} of message {index}")
+            (check_json if name == "tool_calls" else check_text)(value, f"{name!r} of message {index}")
         if not message["role"]:
             raise PromptError(f"the role of message {index} is empty", hint=hint)
 
 
-def _with_thoughts(message: Mapping[str, str]) -> dict[str, str]:
+def _with_thoughts(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message with its thoughts under the names that templates read."""
     thoughts = next((message[name] for name in _REASONING if name in message), None)
     if thoughts is None:

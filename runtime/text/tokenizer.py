@@ -75,6 +75,11 @@ class TextCodec:
         names = {f"<0x{byte:02{digits}}>" for byte in range(256) for digits in "xX"}
         return frozenset(token for name in names if (token := self._tokenizer.token_to_id(name)) is not None)
 
+    def json(self) -> str:
+        """Returns the tokenizer as the text of a ``tokenizer.json``."""
+        text: str = self._tokenizer.to_str()
+        return text
+
     def literal(self, token: int) -> str | None:
         """Returns the text of an added token, special or not; None for any other id."""
         return self._added.get(token)

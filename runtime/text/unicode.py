@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeGuard
 
 from ..errors import PromptError
@@ -22,3 +23,22 @@ def check_text(text: object, name: str) -> TypeGuard[str]:
             f"character {error.start} of {name} is half of a surrogate pair", hint="decode the text before it is sent"
         ) from None
     return True
+
+
+def check_json(value: object, name: str, deepest: int = 64) -> None:
+    """Refuses anything but JSON of valid text, at most ``deepest`` levels deep.
+
+    Raises:
+        PromptError: ``value`` holds something else.
+    """
+    if isinstance(value, str):
+        check_text(value, name)
+    elif isinstance(value, (list, tuple, Mapping)):
+        if not deepest:
+            raise PromptError(f"{name} is nested too deeply", hint="nest it less")
+        for key in value if isinstance(value, Mapping) else ():
+            check_text(key, f"a name in {name}")
+        for each in value.values() if isinstance(value, Mapping) else value:
+            check_json(each, name, deepest - 1)
+    elif not isinstance(value, (bool, int, float, type(None))):
+        raise PromptError(f"{name} holds a {type(value).__name__}, which isn't JSON", hint="give JSON")

@@ -46,7 +46,19 @@ def test_moments_are_means_over_all_rows_of_all_texts(tiny_bundle: Path):
     assert set(found) == {matmul.weight for matmul in matmuls}
     for matmul in matmuls:
         seen = np.concatenate(rows.rows[matmul.activation]).astype(np.float64)
-        np.testing.assert_allclose(found[matmul.weight], seen.T @ seen / len(seen), rtol=1e-3, atol=1e-4)
+        [moments] = found[matmul.weight]
+        np.testing.assert_allclose(moments, seen.T @ seen / len(seen), rtol=1e-3, atol=1e-4)
+
+
+def test_wide_activations_keep_the_tiles_along_the_diagonal(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "TILE", 4)
+    moments = Moments({"x": 10})
+    rows = np.random.default_rng(0).normal(size=(7, 10)).astype(np.float32)
+    moments.take([("x", rows[None])], np.arange(7), prefill=True)
+    whole = rows.T @ rows
+    assert [tile.shape for tile in moments.sums["x"]] == [(4, 4), (4, 4), (2, 2)]
+    for at, tile in zip((0, 4, 8), moments.sums["x"], strict=True):
+        np.testing.assert_allclose(tile, whole[at : at + 4, at : at + 4], rtol=1e-5)
 
 
 def test_too_few_rows_are_an_error(tiny_bundle: Path):

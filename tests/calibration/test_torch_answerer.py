@@ -52,6 +52,19 @@ def test_greedy_answers_are_those_of_each_prompt_alone(module: Any, slots: int) 
         np.testing.assert_allclose(found[index].hidden, states, atol=2e-2)
 
 
+def test_bfloat16_answers_nearly_so_and_says_so(tmp_path: Path) -> None:
+    exact = load_module(make_tiny_model(tmp_path), "fp32")
+    rounded = TorchAnswerer(load_module(tmp_path, "fp32"), "digest", (), 4, "cpu", bfloat16=True)
+    assert rounded.weights == "digest bfloat16"
+    prompt = [5, 6, 7, 8]
+    (answer,) = rounded.answer([Question(prompt)], TOKENS)
+    rows = torch.tensor([[*prompt, *answer.tokens[:-1].tolist()]])
+    with torch.no_grad():
+        states = exact.base_model(input_ids=rows).last_hidden_state[0, len(prompt) - 1 :].numpy()
+    assert answer.hidden.dtype == np.float16
+    assert 0 < np.abs(answer.hidden - states).max() < 0.1 * np.abs(states).max()
+
+
 def test_sampled_answers_vary_and_repeat_with_their_seed(module: Any) -> None:
     answerer = TorchAnswerer(module, "digest", (), 16, "cpu")
     questions = [Question([5, 6, 7], 1.0, seed=3 + index) for index in range(16)]

@@ -6,22 +6,22 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import uvicorn
 
 from medusa_deploy.runtime import Request, Rows
 from medusa_deploy.runtime.loop.handle import Handle
-from medusa_deploy.runtime.serve.app import create_app
-from medusa_deploy.runtime.serve.server import bind
+from medusa_deploy.runtime.serve.server import bind, configured
 from medusa_deploy.runtime.serve.service import Options, Service
 from medusa_deploy.runtime.session import Session
-from support.fake_executor import FakeSession
+
+Drafting = TypeVar("Drafting", bound=Session)
 
 
-def drafting(session: FakeSession, rows: int = 12) -> FakeSession:
-    """Let every request verify so many rows in a step: a fake engine's steps cost nothing, so none would be chosen."""
+def drafting(session: Drafting, rows: int = 12) -> Drafting:
+    """Let every request verify so many rows in a step: steps of a fake engine cost nothing, so none would be chosen."""
     prepare = session.prepare
 
     def with_rows(request: Request, **options: Any) -> Handle:
@@ -54,8 +54,7 @@ def serving(session: Session | None, **options: Any) -> Iterator[Running]:
     options.setdefault("name", "tiny")
     service = Service(Options(**options))
     listening = bind("127.0.0.1", 0)
-    config = uvicorn.Config(create_app(service), log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(configured(service))
 
     async def run() -> None:
         if session is not None:

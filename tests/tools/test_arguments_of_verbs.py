@@ -20,7 +20,7 @@ from medusa_deploy.export.engines.options import EngineOptions
 from medusa_deploy.export.estimate import plan_export
 from medusa_deploy.export.exporter import export_bundle
 from medusa_deploy.export.quantise.cpu import CpuPrecision
-from medusa_deploy.export.quantise.w8a8 import Int8Options
+from medusa_deploy.export.quantise.w8a8 import PrecisionOptions
 from medusa_deploy.runtime.errors import DeployError, TreeError, UsageError
 from medusa_deploy.runtime.tree import Tree
 from medusa_deploy.tools.making.scales import calibrate
@@ -35,7 +35,7 @@ from support.tiny import VOCAB
 PLAN = AnswerPlan(Path("model"), Path("work"))
 RECORDS: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (EngineOptions, {"rows": np.array([1, 8]), "prefill": np.int64(16), "features": None, "int8": None}),
-    (Int8Options, {"scales": "a.json", "keep": ["down"], "projection": None}),
+    (PrecisionOptions, {"scales": "a.json", "keep": ["down"], "projection": None}),
     (CpuPrecision, {"layers": np.int64(4), "block": np.int32(32), "kept": None, "rescored": None}),
     (Method, {"name": None, "percentile": np.float32(50)}),
     (TrainConfig, {"kind": None, "epochs": np.int64(2), "learning_rate": np.float64(1e-3), "autocast": np.False_}),
@@ -49,8 +49,8 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (EngineOptions, {"backend": 3}, "backend"),
     (EngineOptions, {"features": "x"}, "features"),
     (EngineOptions, {"int8": {}}, "int8"),
-    (Int8Options, {"scales": 3}, "scales"),
-    (Int8Options, {"keep": "down", "scales": "a"}, "keep"),
+    (PrecisionOptions, {"scales": 3}, "scales"),
+    (PrecisionOptions, {"keep": "down", "scales": "a"}, "keep"),
     (CpuPrecision, {"layers": "8"}, "layers"),
     (CpuPrecision, {"kept": ["a"]}, "kept"),
     (CpuPrecision, {"rescored": -1}, "rescored"),

@@ -11,6 +11,7 @@ from ...runtime.errors import UsageError
 from .reports import is_gpu_check
 
 _DTYPES = {"float32": "fp32", "float16": "fp16"}
+_VARIANTS = {"cpu-int8": "8 bits", "cpu-int4": "4 bits"}
 _SCHEMA = "give reports that medusa-deploy bench --json wrote"
 
 
@@ -19,7 +20,7 @@ class Bar:
     """Decoding in one way: ``stage`` 0 is plain, 1 and 2 are Medusa-1 and Medusa-2.
 
     ``speedup`` is against plain decoding in the same run, whose rate is ``plain_tokens_per_s``. ``lookup`` says that the prompt
-    is looked up, too.
+    is looked up, too. ``tokens``: emitted by a step, on average.
     """
 
     stage: int
@@ -27,6 +28,12 @@ class Bar:
     tokens_per_s: float
     plain_tokens_per_s: float
     speedup: float
+    tokens: float
+
+    @property
+    def cost(self) -> float:
+        """Time of a step, on average, in plain steps."""
+        return self.tokens / self.speedup
 
     @property
     def label(self) -> str:
@@ -58,9 +65,14 @@ class StepTime:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One model on one machine. ``settings`` say what was measured and on which machine; ``notes`` are for the reader."""
+    """One model in one precision on one machine. ``model`` is its label; ``name`` tells it from other groups of that label.
+
+    ``settings`` say what was measured and on which machine. ``notes`` are for the reader.
+    """
 
     name: str
+    model: str
+    precision: str
     settings: str
     bars: tuple[Bar, ...]
     steps: tuple[StepTime, ...]
@@ -73,6 +85,15 @@ class FigureData:
 
     groups: tuple[Group, ...]
     shared: str
+
+    @property
+    def below(self) -> list[str]:
+        """Lines for the foot of a picture: what was measured and how, and notes."""
+        notes = [note for group in self.groups for note in group.notes]
+        precisions = {group.precision for group in self.groups}
+        if self.shared:
+            return [f"{precisions.pop()} · {self.shared}" if len(precisions) == 1 else self.shared, *notes]
+        return [*(f"{group.name}: {group.precision} · {group.settings}" for group in self.groups), *notes]
 
 
 def figure_data(
@@ -92,44 +113,50 @@ def figure_data(
     for path in [*labels, *stages]:
         if path not in reports:
             raise UsageError(f"{path} is none of the reports", hint=f"reports: {', '.join(map(str, reports))}")
-    parts: dict[tuple[str, str], list[tuple[int, Mapping[str, Any]]]] = {}
+    parts: dict[tuple[str, str, str], list[tuple[int, Mapping[str, Any]]]] = {}
     for path, report in reports.items():
         _check(path, report)
         stage = stages.get(path) or report["environment"]["bundle"].get("stage", 1)
         if stage not in (1, 2):
             raise UsageError(f"{path}: stage {stage!r} is neither 1 nor 2", hint="say which with --stage")
-        group = parts.setdefault((labels.get(path, path.stem), settings(report)), [])
+        group = parts.setdefault((labels.get(path, path.stem), precision(report), settings(report)), [])
         if stage in (earlier for earlier, _ in group):
             raise UsageError(
                 f"{path} is a second report of Medusa-{stage} for {labels.get(path, path.stem)}",
                 hint="tell them apart with --label FILE=NAME or --stage FILE=2",
             )
         group.append((stage, report))
-    same = {line for _, line in parts}
-    names = [name for name, _ in parts]
-    groups = tuple(
-        # One name with several settings gets numbers, which the lines below the picture explain.
-        _group(
-            name if names.count(name) == 1 else f"{name} ({names[: at + 1].count(name)})", line, sorted(found, key=lambda p: p[0])
-        )
-        for at, ((name, line), found) in enumerate(parts.items())
-    )
-    return FigureData(groups, same.pop() if len(same) == 1 else "")
+    same, groups = {line for *_, line in parts}, []
+    for (model, how, line), found in parts.items():
+        others = [other for other in parts if other[0] == model]
+        if len(others) == 1:
+            name = model
+        elif len({other[1] for other in others}) == len(others):
+            name = f"{model}, {how}"
+        else:  # the lines below the picture explain the numbers
+            name = f"{model} ({others.index((model, how, line)) + 1})"
+        groups.append(_group((name, model, how, line), sorted(found, key=lambda part: part[0])))
+    return FigureData(tuple(groups), same.pop() if len(same) == 1 else "")
+
+
+def precision(report: Mapping[str, Any]) -> str:
+    """Name the precision that a report was measured in."""
+    bundle = report["environment"]["bundle"]
+    return _VARIANTS.get(bundle.get("variant")) or _DTYPES.get(bundle["dtype"], bundle["dtype"])
 
 
 def settings(report: Mapping[str, Any]) -> str:
-    """Describe a report's precision, machine and prompts in a line."""
+    """Describe a report's machine and prompts in a line."""
     environment = report["environment"]
-    bundle = environment["bundle"]
     device = environment.get("gpu") or f"{environment['cpu']}, {environment['cores']} cores"
-    dtype = _DTYPES.get(bundle["dtype"], bundle["dtype"])
     how = f"sampled at temperature {report['temperature']:g}" if "temperature" in report else "greedy"
-    return f"{dtype} · {device} · {how}, {report['prompts']} prompts, at most {report['max_new_tokens']} tokens, batch 1"
+    return f"{device} · {how}, {report['prompts']} prompts, at most {report['max_new_tokens']} tokens, batch 1"
 
 
-def _group(name: str, line: str, found: Sequence[tuple[int, Mapping[str, Any]]]) -> Group:
+def _group(names: tuple[str, str, str, str], found: Sequence[tuple[int, Mapping[str, Any]]]) -> Group:
+    """Make a group of reports by stage. ``names``: its first four fields."""
     plain = found[0][1]["plain"]
-    bars = [Bar(0, False, plain["tokens_per_s"], plain["tokens_per_s"], 1.0)]
+    bars = [Bar(0, False, plain["tokens_per_s"], plain["tokens_per_s"], 1.0, 1.0)]
     host = plain["ms_per_step"] * plain["host_fraction"]
     steps = [StepTime("plain step", plain["ms_per_step"] - host, 0.0, host, 1.0)]
     notes = []
@@ -142,12 +169,14 @@ def _group(name: str, line: str, found: Sequence[tuple[int, Mapping[str, Any]]])
         own = report["plain"]["tokens_per_s"]
         for way, lookup in ways.items():
             if way in report:
-                bars.append(Bar(stage, lookup, report[way]["tokens_per_s"], own, report[way]["speedup"]))
+                side = report[way]
+                bars.append(Bar(stage, lookup, side["tokens_per_s"], own, side["speedup"], side["mean_acceptance_length"]))
         steps.append(_medusa_step(next(bar.label for bar in bars if bar.stage == stage and bar.lookup), report, looked_up))
-        different = report["equal"]["different"]
-        if different:
-            notes.append(f"{name}, Medusa-{stage}: {len(different)} of {report['equal']['of']} outputs differ between the ways")
-    return Group(name, line, tuple(bars), tuple(steps), tuple(notes))
+        equal = report["equal"]
+        if equal["different"]:
+            which = f"{len(equal['different'])} of {equal['of']}"
+            notes.append(f"{names[0]}, Medusa-{stage}: {which} outputs differ between the ways")
+    return Group(*names, tuple(bars), tuple(steps), tuple(notes))
 
 
 def _medusa_step(label: str, report: Mapping[str, Any], way: str) -> StepTime:

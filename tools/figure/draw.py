@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; a lighter tint without prompt lookup.
-_COLOURS = {(0, False): "#8C8C8C", (1, False): "#8CC8EC", (1, True): "#0072B2", (2, False): "#F2B08A", (2, True): "#D55E00"}
+COLOURS = {(0, False): "#8C8C8C", (1, False): "#8CC8EC", (1, True): "#0072B2", (2, False): "#F2B08A", (2, True): "#D55E00"}
 _PARTS = (("backbone", "backbone, one row", "#8C8C8C"), ("added", "more rows and heads", "#009E73"), ("host", "host", "#E69F00"))
+SPEEDUPS = "Speed-ups are against plain decoding in the same run."
 _BETWEEN = 1.8  # inches between the panels: names of steps stand there
 
 
@@ -20,13 +21,9 @@ def draw(data: FigureData, kind: str) -> bytes:
     """Draw the figure and return the file's bytes; ``kind`` is ``svg`` or ``png``."""
     bars = sum(len(group.bars) for group in data.groups)
     steps = sum(len(group.steps) for group in data.groups)
-    below = [data.shared] if data.shared else [f"{group.name}: {group.settings}" for group in data.groups]
-    below.append(
-        "Speed-ups are against plain decoding in the same run. Parts of a step: the median step, split by measured shares."
-    )
+    below = [*data.below, SPEEDUPS + " Parts of a step: the median step, split by measured shares."]
     if any(_differs(bar, group.bars[0]) for group in data.groups for bar in group.bars):
         below.append("Dotted: plain decoding in that bar's own run.")
-    below += [note for group in data.groups for note in group.notes]
     legend_rows = 1 + (len({(bar.stage, bar.lookup) for group in data.groups for bar in group.bars}) > 3)
     rates = max(4.1 if legend_rows == 1 else 5.2, 0.62 * bars)
     # In inches, so that text of a fixed size always finds its place.
@@ -48,7 +45,7 @@ def _rates(axes: Axes, data: FigureData, legend_rows: int) -> None:
     for group in data.groups:
         first = at
         for bar in group.bars:
-            drawn = axes.bar(at, bar.tokens_per_s, 0.82, color=_COLOURS[bar.stage, bar.lookup], label=bar.label)
+            drawn = axes.bar(at, bar.tokens_per_s, 0.82, color=COLOURS[bar.stage, bar.lookup], label=bar.label)
             named.setdefault((bar.stage, bar.lookup), (drawn, bar.label))
             if bar.stage:
                 above(axes, (at, bar.tokens_per_s), 13, f"{bar.speedup:.2f}×")
@@ -100,7 +97,7 @@ def describe(data: FigureData) -> str:
     """Describe the figure in words, a line for each bar and step: for stdout, and for those who can't see it."""
     lines = []
     for group in data.groups:
-        lines.append(f"{group.name} ({group.settings})")
+        lines.append(f"{group.name} ({group.precision} · {group.settings})")
         lines += [f"{bar.label}: {bar.tokens_per_s:.1f} tokens/s, {bar.speedup:.2f}×" for bar in group.bars]
         lines += [
             f"{step.label}: {step.total:.1f} ms a step (backbone {step.backbone:.1f}, more rows and heads {step.added:.1f}, "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...runtime.arguments import choice, flag, integer, number, optional_path, path, settings
+from .moments import MOMENT_PROMPTS, measure_moments
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 BITS = (4, 8, 32)
 ROUNDINGS = ("gptq", "nearest")
 BUDGET_PROMPTS, BUDGET_TOKENS = 6, 48
-MOMENT_PROMPTS, MOMENT_TOKENS = 48, 48
 
 
 def quantise(
@@ -77,7 +77,7 @@ def quantise(
         found = None if scales is None else with_takers(read_scales(scales, opened.manifest), opened)
         moments = None
         if precision.layers == 4 and rounding == "gptq":
-            moments = _moments(opened, data, samples, threads, bar)
+            moments, _digest = measure_moments(opened, data, samples, threads, bar)
         measured: dict[str, Any] = {}
         made: Made = {}
         source = opened.path(opened.manifest.graph("cpu"))
@@ -114,26 +114,6 @@ def _check(bundle: Bundle, name: str, precision: CpuPrecision, *, force: bool) -
         raise UsageError("nothing is quantised with 32 bits everywhere", hint="give --bits 8 or 4")
 
 
-def _moments(bundle: Bundle, data: Path | None, samples: int, threads: int | None, bar: Progress) -> dict[str, np.ndarray]:
-    from ...calibration.int8.collect import Calibrator
-    from ...calibration.int8.moments import collect_moments
-    from ...calibration.int8.samples import read_samples
-    from ...runtime.session import load
-    from ..prompt_source import check_room, packaged_prompts
-
-    bar.phase("answers for GPTQ", samples)
-    session = load(bundle.folder, threads=threads, check_hashes=False, prefix_cache=False)
-    prompts = read_samples(session, data or packaged_prompts("train"), samples, MOMENT_TOKENS + 1)
-    check_room(session, prompts, MOMENT_TOKENS + 1)
-    texts = []
-    for done, prompt in enumerate(prompts, 1):
-        texts.append([*prompt, *session.generate(token_ids=prompt, max_new_tokens=MOMENT_TOKENS).token_ids])
-        bar.update(done)
-    del session  # frees its weights before the calibrator loads its own
-    bar.phase("second moments", len(texts))
-    return collect_moments(Calibrator(bundle, threads), texts, bar.update)
-
-
 def _divergence(bundle: Bundle, data: Path | None, threads: int | None, bar: Progress) -> Divergence:
     """Measure divergence on the last prompts of every category in the data: GPTQ sees the first ones."""
     from ...calibration.int8.samples import categories_in_turn
@@ -156,7 +136,7 @@ class _Search:
         bundle: Bundle,
         precision: CpuPrecision,
         scales: Scales | None,
-        moments: Mapping[str, np.ndarray] | None,
+        moments: Mapping[str, list[np.ndarray]] | None,
         made: Made,
         divergence: Divergence,
         bar: Progress,

@@ -24,7 +24,7 @@ class AnswerPlan:
 
     ``self_prompts``: the number of prompts that the backbone tries to write besides. ``temperatures``: each training prompt is
     answered once at each; 0 is greedy, as held-out answers always are. ``slots``: answers generated at a time. ``device``: on a
-    CPU the runtime answers, elsewhere torch.
+    CPU the runtime answers, elsewhere torch. ``autocast``: on a CPU torch answers the training prompts in bfloat16.
     """
 
     model: Path
@@ -37,6 +37,7 @@ class AnswerPlan:
     slots: int = 48
     device: str = "cpu"
     seed: int = 0
+    autocast: bool = False
 
     def __post_init__(self) -> None:
         settle(self, dict.fromkeys(("max_new_tokens", "slots"), (1, MAX_INTEGER)))
@@ -45,9 +46,10 @@ class AnswerPlan:
 
 
 class Backbone(NamedTuple):
-    """``answerer`` answers prompts; ``encoder`` makes token ids of them."""
+    """``answerer`` answers training prompts, ``exact`` held-out ones; ``encoder`` makes token ids of them."""
 
     answerer: Answerer
+    exact: Answerer
     encoder: PromptEncoder
 
 
@@ -76,7 +78,10 @@ def claim(plan: AnswerPlan) -> None:
 
 def open_backbone(plan: AnswerPlan, heads: Path | None = None) -> Backbone:
     """Open the model, with the adapter of ``heads`` merged if they are given, ready to answer many prompts at a time."""
-    return _in_runtime(plan, heads) if plan.device == "cpu" else _in_torch(plan, heads)
+    if plan.device != "cpu":
+        return _in_torch(plan, heads)
+    backbone = _in_runtime(plan, heads)
+    return backbone._replace(answerer=_in_torch(plan, heads).answerer) if plan.autocast else backbone
 
 
 def answer_prompts(backbone: Backbone, plan: AnswerPlan, estimate: TimeEstimate | None = None) -> Answered:
@@ -88,10 +93,14 @@ def answer_prompts(backbone: Backbone, plan: AnswerPlan, estimate: TimeEstimate 
 
     lines = [*_lines(plan, "train"), *_self_written(backbone, plan)]
     prompts, tokens = {}, {}
-    prompts["train"], tokens["train"] = _answer(backbone, plan, lines, "train", plan.temperatures, plan.seed, estimate)
+    prompts["train"], tokens["train"] = _answer(
+        backbone.answerer, backbone.encoder, plan, lines, "train", plan.temperatures, plan.seed, estimate
+    )
     prompts["train"] *= len(plan.temperatures)
     # Held-out answers are the same whatever training is done with.
-    prompts["heldout"], tokens["heldout"] = _answer(backbone, plan, _lines(plan, "heldout"), "heldout", GREEDY, 0)
+    prompts["heldout"], tokens["heldout"] = _answer(
+        backbone.exact, backbone.encoder, plan, _lines(plan, "heldout"), "heldout", GREEDY, 0
+    )
     return Answered(prompts, tokens)
 
 
@@ -107,11 +116,12 @@ def answer_heldout(backbone: Backbone, plan: AnswerPlan, folder: str) -> None:
     from ...calibration.answers.distill import GREEDY
 
     shutil.rmtree(plan.work / folder, ignore_errors=True)
-    _answer(backbone, plan, _lines(plan, "heldout"), folder, GREEDY, 0)
+    _answer(backbone.exact, backbone.encoder, plan, _lines(plan, "heldout"), folder, GREEDY, 0)
 
 
 def _answer(
-    backbone: Backbone,
+    answerer: Answerer,
+    encoder: PromptEncoder,
     plan: AnswerPlan,
     lines: list[PromptLine],
     folder: str,
@@ -122,7 +132,7 @@ def _answer(
     from ...calibration.answers.distill import distill
     from ..console import Progress
 
-    prompts = [backbone.encoder.encode(line.request()) for line in lines]
+    prompts = [encoder.encode(line.request()) for line in lines]
     with Progress(f"answering {folder} prompts", len(prompts) * len(temperatures)) as progress:
 
         def show(done: int, total: int, tokens: int) -> None:
@@ -132,7 +142,7 @@ def _answer(
             progress.update(done, note=note)
 
         count = distill(
-            backbone.answerer,
+            answerer,
             prompts,
             plan.work / folder,
             max_new_tokens=plan.max_new_tokens,
@@ -182,7 +192,8 @@ def _in_runtime(plan: AnswerPlan, heads: Path | None) -> Backbone:
             export_bundle(plan.model, heads, bundle, batch=plan.slots, capacity=_CAPACITY, force=True, report=progress.phase)
     session = load(bundle, slots=plan.slots, variant="cpu", prefix_cache=False)
     warn(session.manifest.provenance.get("warnings", ()))
-    return Backbone(RuntimeAnswerer(session), session.encoder)
+    answerer = RuntimeAnswerer(session)
+    return Backbone(answerer, answerer, session.encoder)
 
 
 def _in_torch(plan: AnswerPlan, heads: Path | None) -> Backbone:
@@ -204,5 +215,5 @@ def _in_torch(plan: AnswerPlan, heads: Path | None) -> Backbone:
     weights = backbone_digest(module)
     if adapter is not None:
         module, weights = merge_adapter(module, adapter), "+".join([weights, *adapter.files.values()])
-    answerer = TorchAnswerer(module, weights, text.eos_token_ids, plan.slots, plan.device)
-    return Backbone(answerer, PromptEncoder(text, vocab_size, text_folder.joinpath))
+    answerer = TorchAnswerer(module, weights, text.eos_token_ids, plan.slots, plan.device, bfloat16=plan.autocast)
+    return Backbone(answerer, answerer, PromptEncoder(text, vocab_size, text_folder.joinpath))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ...export.engines.options import EngineOptions, EnginePlan
     from ...export.estimate import ExportPlan
 
+_PRECISIONS = ("fp16", "int8", "int4", "fp8")
 HELP = "build TensorRT engines into a bundle, one plan a GPU architecture"
 _FEATURES = {
     "hardware-compatible": "plans that also run on other GPUs from sm_80 on (tensorrt)",
@@ -33,14 +34,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", required=True, type=_names, metavar="SM,…", help="GPU architectures such as sm_86,sm_89, or here for this GPU"
     )
-    parser.add_argument("--precision", choices=("fp16", "int8"), default="fp16", help="int8: of weights (default: fp16)")
-    int8 = parser.add_argument_group("with --precision int8")
-    int8.add_argument("--scales", type=Path, help="what calibrate wrote: the backbone's activations in int8, too")
-    int8.add_argument(
-        "--keep", type=_layers, metavar="LAYER,…", help="whose activations stay fp16 (default: those that int8 changes most)"
+    parser.add_argument(
+        "--precision", choices=_PRECISIONS, default="fp16", help="of the layers' weights; fp8: sm_89 and newer (default: fp16)"
+    )
+    few = parser.add_argument_group("with --precision int8, int4 or fp8")
+    few.add_argument(
+        "--scales", type=Path, help="what calibrate wrote: int8 and fp8 have activations in 8 bits, int4 is smoothed"
+    )
+    few.add_argument(
+        "--keep", type=_layers, metavar="LAYER,…", help="whose activations stay fp16 (default in int8: what it changes most)"
     )
     for name, what in (("projection", "onto the vocabulary"), ("heads", "of the heads")):
-        int8.add_argument(f"--{name}-precision", choices=("int8", "fp16"), default="int8", help=f"weights {what} (default: int8)")
+        few.add_argument(f"--{name}-precision", choices=_PRECISIONS, help=f"weights {what} (default: same, int8 for int4)")
+    few.add_argument("--block", type=int, choices=(32, 64, 128), help="inputs that share a scale in int4 (default: 64)")
+    few.add_argument("--rounding", choices=("gptq", "nearest"), help="of int4; gptq runs the model (default: gptq)")
+    few.add_argument("--data", type=Path, metavar="FILE", help="texts for gptq (default: prompts of the package, answered)")
+    few.add_argument("--samples", type=positive_int, metavar="N", help="of them (default: 48)")
     parser.add_argument(
         "--backend", choices=("tensorrt-rtx", "tensorrt"), default="tensorrt-rtx", help="default: tensorrt-rtx, needs no GPU here"
     )
@@ -69,12 +78,12 @@ def run(args: argparse.Namespace) -> int:
     """Build the engines, or say what would be built."""
     from ...export.engines.build import build_engines, plan_engines
     from ...export.engines.options import EngineOptions
-    from ...export.quantise.w8a8 import Int8Options
+    from ...export.quantise.w8a8 import PrecisionOptions
     from ..console import Progress, emit, warn
 
     options = EngineOptions(
         **{name: getattr(args, name) for name in ("backend", "precision", "weights", "rows", "prefill", "timing_cache")},
-        int8=Int8Options(args.scales, args.keep, args.projection_precision, args.heads_precision),
+        quantised=PrecisionOptions(args.scales, args.keep, args.projection_precision, args.heads_precision, args.block),
         features=tuple(name for name in _FEATURES if getattr(args, name.replace("-", "_"))),
     )
     model = _model_options(args)
@@ -91,13 +100,42 @@ def run(args: argparse.Namespace) -> int:
             _check_before_export(args, options)
             bundle = args.output
             _export(args, model, progress)
+        moments = _moments(args, bundle, options, progress)
         shown = _Shown(progress)
+        known = {"force": args.force, "resume": args.resume}
         built = build_engines(
-            bundle, args.target, options, force=args.force, resume=args.resume, report=shown.report, advance=shown.advance
+            bundle, args.target, options, moments=moments, **known, report=shown.report, advance=shown.advance
         )
     warn(dict.fromkeys(warning for entry in built for warning in entry["record"].warnings if _is_news(warning)))
     emit(report_text(built), {"bundle": bundle, "backend": args.backend, "engines": built}, args.json)
     return 0
+
+
+def _moments(args: argparse.Namespace, bundle: Path, options: EngineOptions, progress: Any) -> Any:
+    """Measure what GPTQ rounds with, if something is to be in int4.
+
+    Raises:
+        UsageError: options of int4 without int4.
+    """
+    from ...runtime.errors import UsageError
+
+    given = [f"--{name}" for name in ("rounding", "data", "samples") if getattr(args, name) is not None]
+    if "int4" not in options.quantised.precisions(options.precision):
+        if given:
+            raise UsageError(f"{', '.join(given)}: nothing is in int4", hint="give --precision int4")
+        return None
+    if args.rounding == "nearest":
+        return None
+    from ...export.engines.build import GptqMoments, check_engines, plan_engines
+    from ...runtime.files.bundle import open_bundle
+    from ..extras import require
+    from ..making.moments import measure_moments
+
+    require("calibrate")
+    check_engines(args.target, options)
+    plan_engines(bundle, args.target, options)
+    means, digest = measure_moments(open_bundle(bundle), args.data, args.samples, None, progress)
+    return GptqMoments(means, digest)
 
 
 # -- a checkpoint instead of a bundle ------------------------------------------------------------------------------
@@ -206,7 +244,18 @@ def report_text(built: list[dict[str, Any]]) -> str:
         took = "up to date" if entry["kept"] else human_seconds(entry["seconds"])
         sizes = human_bytes(entry["bytes"]), took, human_bytes(peak)
         rows.append([entry["target"], entry["record"].precision, *sizes, entry["folder"]])
-    return table(rows, ["target", "precision", "size", "time", "peak memory", "folder"])
+    kernels = [f"{entry['target']}: {_kernels(entry['record'])}" for entry in built]
+    return "\n".join([table(rows, ["target", "precision", "size", "time", "peak memory", "folder"]), "", *kernels])
+
+
+def _kernels(record: Any) -> str:
+    """Say what the step's plan holds: the products that occur most, and its constants by type."""
+    from ..console import human_bytes
+
+    log = record.logs[record.plan]
+    products = [f"{count} {name}" for name, count in log.kernels.items() if name.startswith("product") or name.endswith("Fc")]
+    constants = [f"{human_bytes(size)} {kind}" for kind, size in log.constants.items() if size >= 1 << 16]
+    return f"{', '.join(products[:4]) or 'no product is named'}; stored: {', '.join(constants) or 'nothing large'}"
 
 
 def plan_text(plan: EnginePlan) -> str:
@@ -220,7 +269,7 @@ def plan_text(plan: EnginePlan) -> str:
     summary = {
         "backend": f"{plan.backend} {plan.backend_version}",
         "would build": ", ".join(plan.targets),
-        "precision": f"{plan.precision}{', activations of the backbone too' if 'scales_sha256' in plan.int8 else ''}",
+        "precision": f"{plan.precision}{', '.join(['', *(f'{name} {value}' for name, value in plan.quantised.items())])}",
         "features": ", ".join(plan.features) or "none asked for",
         "the backend has": ", ".join(plan.available),
         "weights": f"{human_bytes(plan.weights_bytes)} in each target's plans; kernels come on top",

@@ -75,6 +75,8 @@ def draw_figure(
 ) -> FigureData:
     """Draw the reports into ``output``, which is written whole or not at all. Returns the figure's data.
 
+    Several models are drawn as a figure of model sizes, in the order of their first reports.
+
     Raises:
         BundleExistsError: ``output`` exists and ``force`` is false.
         MissingDependencyError: matplotlib isn't installed.
@@ -86,6 +88,7 @@ def draw_figure(
     from ..extras import require
     from ..figure.data import figure_data
     from ..figure.draw import draw
+    from ..figure.sizes import draw_sizes
 
     output, kind = _checked(output, force=force)
     stages = stages or {}
@@ -94,7 +97,8 @@ def draw_figure(
             raise UsageError(f"the stage of {path} is neither 1 nor 2", hint="--stage FILE=1 or --stage FILE=2")
     data = figure_data(_reports(results, "give reports that medusa-deploy bench --json wrote"), labels, stages)
     require("figure")
-    write_whole(output, draw(data, kind))
+    several = len({group.model for group in data.groups}) > 1
+    write_whole(output, draw_sizes(data, kind) if several else draw(data, kind))
     return data
 
 

@@ -14,6 +14,7 @@ from ..console import STDOUT, add_json_argument, positive_int
 from ..engine_options import add_engine_arguments, load_session
 
 if TYPE_CHECKING:
+    from ...runtime import Grammar
     from ...runtime.session import Chunk, Session
     from ...runtime.tree import Tree
 
@@ -39,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     parser.add_argument("--ignore-eos", action="store_true", help="don't end at an end-of-sequence token")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", type=Path, metavar="FILE", help="answer in JSON of this schema; needs llguidance")
+    form.add_argument("--regex", metavar="REGEX", help="answer with a text that this regular expression describes")
+    form.add_argument("--grammar", type=Path, metavar="FILE", help="answer with a text of this Lark grammar")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--plain", action="store_true", help="decode without speculation")
     how.add_argument("--tree", metavar="TREE", help="the same rows in every step: a tree by name, or a JSON file of choices")
@@ -152,10 +157,28 @@ def _options(session: Session, args: argparse.Namespace, prompt: str | None) -> 
     params = SamplingParams(**given, logit_bias=dict(args.logit_bias))
     options: dict[str, Any] = {**_prompt_option(session, args, prompt), "params": params, "stop": tuple(args.stop)}
     options |= {"ignore_eos": args.ignore_eos, "lookup": False if args.no_lookup else None, "rows": args.rows}
+    options["grammar"] = _grammar(args)
     options["tree"] = ROOT_ONLY if args.plain else _tree(session, args.tree)
     room = session.manifest.limits.capacity - len(session.encode(Request(**options)))
     options["max_new_tokens"] = args.max_new_tokens or max(1, min(_MAX_NEW_TOKENS, room))
     return options
+
+
+def _grammar(args: argparse.Namespace) -> Grammar | None:
+    from ...runtime import Grammar
+    from ...runtime.errors import GrammarError
+
+    if args.regex is not None:
+        return Grammar("regex", args.regex)
+    path = args.json_schema or args.grammar
+    if path is None:
+        return None
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "it is not UTF-8")
+        raise GrammarError(f"can't read {path}: {reason}", hint="name a text file") from None
+    return Grammar("lark" if args.json_schema is None else "json_schema", text)
 
 
 def _prompt_option(session: Session, args: argparse.Namespace, prompt: str | None) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..making.variant import BITS, MOMENT_PROMPTS
+from ..making.moments import MOMENT_PROMPTS
+from ..making.variant import BITS
 
 HELP = "add a variant of 8-bit or 4-bit weights for the CPU to a bundle"
 BLOCKS = (16, 32, 64, 128)

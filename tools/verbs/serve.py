@@ -71,12 +71,13 @@ def run(args: argparse.Namespace) -> int:
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    loggers = [logging.getLogger(name) for name in ("medusa_deploy.serve", "uvicorn.error")]
+    loggers = [logging.getLogger(name) for name in ("medusa_deploy.serve", "uvicorn.error", "asyncio")]
     for logger in loggers:
         logger.addHandler(handler)
         logger.propagate = False
     loggers[0].setLevel(logging.INFO)
-    loggers[1].setLevel(logging.WARNING)
+    for logger in loggers[1:]:
+        logger.setLevel(logging.WARNING)
     if not keys and args.host not in ("127.0.0.1", "::1", "localhost"):
         loggers[0].warning("anybody who reaches this address may use the server: give --api-keys")
     try:

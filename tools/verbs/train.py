@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weight-decay", type=float, help="default: 0.01 in stage 1, 0 in stage 2")
     parser.add_argument("--dropout", type=float, help="of the heads' inputs (default: 0.1)")
     parser.add_argument("--seed", type=int, help="of training and of sampled answers (default: 0)")
-    parser.add_argument("--autocast", action="store_true", help="train in bfloat16, for processors that have it")
+    parser.add_argument("--autocast", action="store_true", help="answer and train in bfloat16, for devices that have it")
     first = parser.add_argument_group("stage 1")
     first.add_argument("--kind", choices=("grounded", "medusa"), help="form of the heads (default: grounded)")
     first.add_argument("--num-heads", type=int, help="default: 4")

@@ -26,6 +26,7 @@ HERE = "here"
 """Name of the target that means the GPU of the building machine."""
 VARIANT = "device"
 _NUMPY_NAMES = {"HALF": "float16", "FLOAT": "float32", "INT64": "int64", "INT32": "int32", "BOOL": "bool", "BF16": "bfloat16"}
+_NUMPY_NAMES["FP8"] = "float8_e4m3fn"
 
 
 @dataclass(frozen=True, slots=True)

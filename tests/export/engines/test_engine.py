@@ -227,7 +227,7 @@ def test_what_a_killed_build_left_is_removed_by_the_next(bundle: Path, made: typ
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"precision": "int4"}, "int4"), ({"weights": "elsewhere"}, "elsewhere"),
+        ({"precision": "int3"}, "int3"), ({"weights": "elsewhere"}, "elsewhere"),
         ({"weights": "streamed", "precision": "int8"}, "inputs"),
         ({"rows": [64]}, "1 to 16"), ({"features": ("hardware-compatible",)}, "hardware-compatible"),
         ({"timing_cache": Path("cache")}, "timing-cache"), ({"features": ("refittable",)}, "sm_89"),

@@ -69,12 +69,12 @@ def test_compensated_codes_multiply_correlated_inputs_better(bits: int):
     def error(codes: np.ndarray) -> float:
         return float(np.square(others @ (values(codes, grid) - weight).T).mean())
 
-    better, plain = error(compensated(weight, grid, seen.T @ seen / len(seen))), error(nearest(weight, grid))
+    better, plain = error(compensated(weight, grid, [seen.T @ seen / len(seen)])), error(nearest(weight, grid))
     assert better < 0.5 * plain
 
 
 def test_inputs_that_never_came_break_nothing():
     weight = np.random.default_rng(2).normal(size=(4, 2 * BLOCK)).astype(np.float32)
     grid = make_grid(weight, 4, BLOCK)
-    codes = compensated(weight, grid, np.zeros((2 * BLOCK, 2 * BLOCK)))
+    codes = compensated(weight, grid, [np.zeros((2 * BLOCK, 2 * BLOCK))])
     np.testing.assert_array_equal(codes, nearest(weight, grid))

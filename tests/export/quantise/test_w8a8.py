@@ -23,7 +23,7 @@ from medusa_deploy.export.quantise.takers import attention_of, find_takers  # no
 from medusa_deploy.export.quantise.w8a8 import (  # noqa: E402
     LARGEST_ERROR,
     OF_ATTENTION,
-    Int8Options,
+    PrecisionOptions,
     parts,
     quantise_activations,
     quantise_network,
@@ -243,12 +243,12 @@ def test_the_projection_and_the_heads_have_a_precision_of_their_own() -> None:
     assert dict(parts(mlp().graph)) == {"gate": "backbone", "up": "backbone", "down": "backbone", "project": "projection"}
     for projection, weights in (("int8", 4), ("fp16", 3)):
         model = mlp(half=True)
-        assert quantise_network(model, Int8Options(projection=projection), scales()).weights == weights
+        assert quantise_network(model, PrecisionOptions(projection=projection), scales()).weights == weights
         assert ("wp" in model.graph.initializers) == (projection == "fp16")
     with pytest.raises(UsageError):
-        Int8Options(heads="fp8")
+        PrecisionOptions(heads="fp4")
     with pytest.raises(UsageError, match="without scales"):
-        Int8Options(keep=("up",))
+        PrecisionOptions(keep=("up",))
 
 
 def test_the_variant_runs_and_the_bundle_is_still_the_same_model(bundle_copy: Path, tmp_path: Path) -> None:

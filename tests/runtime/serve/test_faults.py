@@ -218,8 +218,8 @@ def test_9_and_10_overload_is_answered_and_health_stays(text_folder: Path) -> No
 
 def test_12_known_fields_that_cannot_be_honoured_are_refused(server: Running) -> None:
     for name, value in {
-        "response_format": {"type": "json_object"}, "tools": [{"type": "function"}], "tool_choice": "required", "suffix": "x",
-        "echo": True, "guided_json": {}, "logprobs": 99, "best_of": 3, "top_logprobs": 3, "chat_template_kwargs": {"a": 1},
+        "response_format": {"type": "xml"}, "tools": [{"type": "function"}], "tool_choice": "required", "suffix": "x",
+        "echo": True, "grammar": "root ::= x", "logprobs": 99, "best_of": 3, "top_logprobs": 3, "chat_template_kwargs": {"a": 1},
     }.items():  # fmt: skip
         send = server.chat if name in ("top_logprobs", "chat_template_kwargs", "tools", "tool_choice") else server.complete
         assert error(send(**{name: value}), 400)["param"] == name

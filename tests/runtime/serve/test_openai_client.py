@@ -120,5 +120,5 @@ def test_models_and_errors(client: Any) -> None:
         client.chat.completions.create(model="gpt-5", messages=HELLO)
     assert caught.value.code == "model_not_found" and caught.value.param == "model" and caught.value.request_id
     with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(model="tiny", messages=HELLO, response_format={"type": "json_object"})
-    assert refused.value.param == "response_format" and refused.value.code == "unsupported_parameter"
+        client.chat.completions.create(model="tiny", messages=HELLO, prediction={"type": "content", "content": "x"})
+    assert refused.value.param == "prediction" and refused.value.code == "unsupported_parameter"

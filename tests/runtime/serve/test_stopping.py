@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,23 @@ class Process:
             if (found := json.loads(text))["event"] == event:
                 return dict(found)
         raise AssertionError(f"no {event}")
+
+
+def test_answers_that_a_stop_cuts_off_before_their_first_token_are_503(tmp_path: Path) -> None:
+    server = Process(tmp_path, 0.3)
+    body = {"prompt": "ab", "max_tokens": 200, "ignore_eos": True}
+    try:
+        with httpx.Client(base_url=server.url, timeout=60) as client, ThreadPoolExecutor(5) as pool:
+            asked = [pool.submit(client.post, "/v1/completions", json=body) for _ in range(5)]
+            while "medusa_num_requests_waiting 3.0" not in client.get("/metrics").text:
+                pass
+            server.process.send_signal(signal.SIGTERM)
+            found = [each.result() for each in asked]
+        assert sorted(each.status_code for each in found) == [200, 200, 503, 503, 503]
+        assert {each.json()["error"]["code"] for each in found if each.status_code == 503} == {"service_unavailable"}
+        assert server.process.wait(20) == 0
+    finally:
+        server.process.kill()
 
 
 @pytest.mark.parametrize("drain", [30, 0.3])

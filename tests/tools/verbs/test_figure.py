@@ -103,6 +103,35 @@ def test_machines_are_told_apart_when_they_differ() -> None:
     assert [text for text in shown if "CPU B" in text]
 
 
+def eight_bits() -> dict[str, Any]:
+    """A report of the 8-bit variant on the machine of :func:`report`."""
+    eight = copy.deepcopy(report(plain=side(80.0, 10.0, 0.1)))
+    eight["environment"]["bundle"]["variant"] = "cpu-int8"
+    return eight
+
+
+def test_precisions_of_a_model_are_told_apart_and_share_their_settings() -> None:
+    data = figure_data({ONE: report(), TWO: eight_bits()}, labels={ONE: "model", TWO: "model"})
+    assert [(group.name, group.precision) for group in data.groups] == [("model, fp32", "fp32"), ("model, 8 bits", "8 bits")]
+    assert data.shared.startswith("CPU A, 2 cores")
+
+
+def test_the_cost_of_a_step_is_its_tokens_over_its_speedup() -> None:
+    [group] = figure_data({ONE: report()}).groups
+    assert [(bar.tokens, bar.cost) for bar in group.bars] == [(1.0, 1.0), (1.9, pytest.approx(1.9 / 1.5)), (3.0, 1.5)]
+
+
+def test_several_models_are_drawn_as_sizes(tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.json" for name in ("small", "small-int8", "large")]
+    for file, found in zip(files, (report(), eight_bits(), report(plain=side(4.0, 200.0, 0.1))), strict=True):
+        file.write_text(json.dumps(found), "utf-8")
+    labels = dict(zip(files, ("small", "small", "large"), strict=True))
+    data = draw_figure(files, tmp_path / "figure.svg", labels=labels)
+    shown = texts((tmp_path / "figure.svg").read_text("utf-8"))
+    assert [group.model for group in data.groups] == ["small", "small", "large"]
+    assert {"small", "large", "fp32", "8 bits", "Tokens a step", "Cost of a step, plain steps"} <= set(shown)
+
+
 def test_titles_stand_at_one_height_above_legends_of_different_lengths() -> None:
     second = report()
     second["environment"]["bundle"]["stage"] = 2

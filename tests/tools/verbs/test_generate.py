@@ -236,3 +236,22 @@ def test_a_real_bundle_generates_its_greedy_tokens(
     assert main(["generate", str(tiny_bundle), "--token-ids", "5 6 7", "-n", "24", "--ignore-eos", "--threads", "1"]) == 0
     expected = tiny_session.generate(token_ids=[5, 6, 7], max_new_tokens=24, ignore_eos=True, tree=runtime.ROOT_ONLY)
     assert capsys.readouterr().out.split() == [str(token) for token in expected.token_ids]
+
+
+def test_an_answer_of_a_form(talking: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("llguidance", reason="grammars need llguidance")
+    (tmp_path / "schema.json").write_text('{"enum": ["red", "blue"]}', "utf-8")
+    (tmp_path / "colour.lark").write_text('start: "red" | "blue"', "utf-8")
+    forms = {'"red" "blue"': ("--json-schema", str(tmp_path / "schema.json")), "12 21 11 22": ("--regex", "[12]{2}")}
+    forms["red blue"] = ("--grammar", str(tmp_path / "colour.lark"))
+    for answers, form in forms.items():
+        assert _run("Hi!", *form) == 0
+        assert capsys.readouterr().out.strip() in answers.split()
+
+
+def test_a_form_that_cannot_be_read_or_used(talking: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("llguidance", reason="grammars need llguidance")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    for form in (("--json-schema", str(tmp_path / "none")), ("--grammar", str(tmp_path / "bytes")), ("--regex", "(a")):
+        assert _run("Hi!", *form) == USER_ERROR
+        assert "Error" not in capsys.readouterr().out

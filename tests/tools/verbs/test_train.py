@@ -72,6 +72,16 @@ def test_a_second_run_answers_nothing_again(
     assert "held-out top-5" in capsys.readouterr().out
 
 
+def test_autocast_answers_in_bfloat16_and_holds_out_in_fp32(arguments: list[str], tmp_path: Path) -> None:
+    given = list(arguments)
+    for option, folder in (("--work", "work"), ("-o", "heads")):
+        given[given.index(option) + 1] = str(tmp_path / folder)
+    assert main([*given, "--autocast"]) == 0
+    data = json.loads((tmp_path / "heads" / "config.json").read_text("utf-8"))["data"]
+    assert data["train"]["weights_sha256"].endswith(" bfloat16")
+    assert "bfloat16" not in data["heldout"]["weights_sha256"]
+
+
 def test_a_work_folder_of_another_model_is_refused(arguments: list[str], report: dict[str, object], tmp_path: Path) -> None:
     work = Path(arguments[arguments.index("--work") + 1])
     with pytest.raises(TrainingError, match="belongs to a run"):

@@ -266,7 +266,7 @@ def test_the_exporter_takes_what_both_sides_need_to_know_from_the_runtime() -> N
         assert getattr(tensorrt, name) is getattr(trt_engine, name)
     names = ("HALF", "FLOAT", "INT64", "BF16", "INT8", "FP8")
     assert [trt_engine.numpy_name(f"DataType.{name}") for name in names] == [
-        "float16", "float32", "int64", "bfloat16", "int8", "fp8",
+        "float16", "float32", "int64", "bfloat16", "int8", "float8_e4m3fn",
     ]  # fmt: skip
 
 
