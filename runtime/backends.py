@@ -61,7 +61,9 @@ def most_slots(bundle: Bundle, backend: str, variant: str | None = None) -> int:
 
 
 def _cpu_variant(bundle: Bundle) -> str:
-    return "cpu" if "cpu" in bundle.manifest.variants else "standard"
+    """Returns the variant that is taken where none is named. A bundle that was exported in few bits has one."""
+    variants = bundle.manifest.variants
+    return next((name for name in ("cpu", "standard") if name in variants), next(iter(variants)))
 
 
 def _check_slots(slots: int, most: int) -> None:
@@ -94,7 +96,7 @@ def ort_model(bundle: Bundle, slots: int, variant: str) -> OrtModel:
     backbone, heads = manifest.backbone, manifest.heads
     rows = manifest.limits.cache_rows
     cpu_heads = cpu_twin(manifest.heads_graph)
-    graph = manifest.variants[variant]
+    graph = manifest.graph(variant)
     twins = {places: packed_twin(graph, places) for places in step_io.PACKED_SLOTS}
     folder = PurePosixPath(graph).parent.as_posix()
     contents = [f"{file} {record.sha256}" for file, record in manifest.files.items() if file.startswith(f"{folder}/")]

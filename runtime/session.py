@@ -185,6 +185,7 @@ class Session:
             matcher=matcher,
             priority=request.priority,
             deadline=None if request.deadline is None else since + request.deadline,
+            since=since,
             cancel=request.cancel,
         )
         return Handle(sequence, output, self.driver, notify)

@@ -46,6 +46,7 @@ GROUPS = {
     "run": (
         Verb("generate", "generate text from a bundle"),
         Verb("serve", "serve a bundle over HTTP, as OpenAI's clients expect it"),
+        Verb("triton", "write a model repository for Triton Inference Server's Python backend"),
     ),
     "check": (
         Verb("verify", "compare speculative with plain decoding, token for token"),

@@ -46,6 +46,7 @@ def take_head_rows(model: ir.Model) -> None:
             taken[value] = made
         node.replace_input_with(index, taken[value])
     _rename_rows(list(taken.values()), {candidates, outputs[step_io.LOG_PROBS]})
+    assert hidden.shape is not None
     build = Nodes(graph, "head_rows/sum")
     exact = build.add("Cast", [states[0]], {"to": int(ir.DataType.FLOAT)})
     total = build.add("ReduceSum", [exact, build.constant("axes", [1, 2])], {"keepdims": 0})

@@ -35,7 +35,7 @@ _FEATURES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument(
-        "bundle", type=Path, metavar="BUNDLE|MODEL", help="folder that export wrote in fp16; or a checkpoint, exported first"
+        "bundle", metavar="BUNDLE|MODEL", help="folder that export wrote in fp16; or a model as export takes it, exported first"
     )
     parser.add_argument(
         "--target", required=True, type=_names, metavar="SM,…", help="GPU architectures such as sm_86,sm_89, or here for this GPU"
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefill", type=positive_int, metavar="N", help="prompt rows a step at most (default: the bundle's)")
     model = parser.add_argument_group("when given a MODEL")
     model.add_argument("-o", "--output", type=Path, metavar="BUNDLE", help="bundle to export to")
-    model.add_argument("--heads", type=Path, metavar="HEADS", help="Medusa heads (default: none, it decodes plainly)")
+    model.add_argument("--heads", metavar="HEADS", help="Medusa heads (default: none, it decodes plainly)")
     model.add_argument("--capacity", type=positive_int, help="tokens a slot holds (default: 2048)")
     model.add_argument("--batch", type=positive_int, help="slots at most (default: 1)")
     features = parser.add_argument_group("what the builder may be asked for, refused where the backend hasn't got it")
@@ -120,8 +120,13 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any] | None:
     from ...runtime.errors import UsageError
 
     given = {name: getattr(args, name) for name in ("heads", "capacity", "batch", "output") if getattr(args, name) is not None}
-    is_model = args.bundle.suffix.lower() == ".gguf" or (args.bundle / "config.json").is_file()
-    if (args.bundle / "manifest.json").is_file() or not is_model:
+    source = Path(args.bundle)
+    is_model = source.suffix.lower() == ".gguf" or (source / "config.json").is_file()
+    if not is_model and args.output is not None:  # without it, a bundle was meant
+        from ...export.hub import hub_name
+
+        is_model = hub_name(args.bundle) is not None
+    if (source / "manifest.json").is_file() or not is_model:
         if given:
             names = ", ".join(f"--{name}" for name in given)
             raise UsageError(f"{names}: {args.bundle} isn't a checkpoint", hint="these belong to the export of a MODEL")
