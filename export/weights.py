@@ -70,16 +70,16 @@ class WeightsFile:
             tensor = value.const_value
             if tensor is None:
                 continue
-            elsewhere = isinstance(tensor, ir.ExternalTensor)
-            if elsewhere and (not others or Path(tensor.path) == self.path):
+            outside = tensor if isinstance(tensor, ir.ExternalTensor) else None
+            if outside is not None and (not others or Path(outside.path) == self.path):
                 continue
-            if not elsewhere and tensor.nbytes < _SMALLEST_EXTERNAL:
+            if outside is None and tensor.nbytes < _SMALLEST_EXTERNAL:
                 continue
             place = (location, self._store(tensor), tensor.nbytes, tensor.dtype)
             shape = ir.Shape(tensor.shape.numpy())
             value.const_value = ir.ExternalTensor(*place, shape=shape, name=value.name or "", base_dir=folder)
-            if elsewhere:
-                tensor.release()
+            if outside is not None:
+                outside.release()
 
     def _store(self, tensor: ir.TensorProtocol) -> int:
         data = np.ascontiguousarray(tensor.numpy())
