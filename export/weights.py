@@ -70,16 +70,16 @@ class WeightsFile:
             tensor = value.const_value
             if tensor is None:
                 continue
-            outside = tensor if isinstance(tensor, ir.ExternalTensor) else None
-            if outside is not None and (not others or Path(outside.path) == self.path):
+            elsewhere = tensor if isinstance(tensor, ir.ExternalTensor) else None
+            if elsewhere is not None and (not others or Path(elsewhere.path) == self.path):
                 continue
-            if outside is None and tensor.nbytes < _SMALLEST_EXTERNAL:
+            if elsewhere is None and tensor.nbytes < _SMALLEST_EXTERNAL:
                 continue
             place = (location, self._store(tensor), tensor.nbytes, tensor.dtype)
             shape = ir.Shape(tensor.shape.numpy())
             value.const_value = ir.ExternalTensor(*place, shape=shape, name=value.name or "", base_dir=folder)
-            if outside is not None:
-                outside.release()
+            if elsewhere is not None:
+                elsewhere.release()
 
     def _store(self, tensor: ir.TensorProtocol) -> int:
         data = np.ascontiguousarray(tensor.numpy())

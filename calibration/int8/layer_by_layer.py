@@ -191,7 +191,9 @@ class LayerCalibrator:
         stage_of = {matmul.weight: at for at, stage in enumerate(self.stages) for matmul in _own(stage)}
         return StagedMoments(stage_of, self._moments(texts, note))
 
-    def _moments(self, texts: Sequence[Sequence[int]], note: Callable[[str], None]) -> Iterator[Mapping[str, list[np.ndarray]]]:
+    def _moments(
+        self, texts: Sequence[Sequence[int]], note: Callable[[str], None]
+    ) -> Iterator[Mapping[str, list[np.ndarray]]]:
         states: list[np.ndarray | None] = [None] * len(texts)
         for stage in self.stages:
             moments = Moments({matmul.activation: matmul.channels for matmul in _own(stage)})

@@ -47,7 +47,7 @@ class Moments:
                 self.rows[name] += len(rows)
 
     def means(self) -> dict[str, list[np.ndarray]]:
-        """Return E[xᵀx] of each activation with at least 256 rows.
+        """Return E[xᵀx] of each activation with at least 256 rows, in tiles. The sums become the means.
 
         Raises:
             CalibrationError: none has them.
@@ -59,18 +59,18 @@ class Moments:
         return {name: [np.divide(tile, np.float32(self.rows[name]), out=tile) for tile in self.sums[name]] for name in enough}
 
 
-class StagedMoments(Mapping[str, list[np.ndarray]]):
+class StagedMoments(Mapping[str, Sequence[np.ndarray]]):
     """Moments by the weight's name, measured stage by stage: one stage's are in memory.
 
     Weights must be asked for in the order of their stages.
     """
 
-    def __init__(self, stage_of: Mapping[str, int], stages: Iterator[Mapping[str, list[np.ndarray]]]) -> None:
+    def __init__(self, stage_of: Mapping[str, int], stages: Iterator[Mapping[str, Sequence[np.ndarray]]]) -> None:
         """``stage_of``: index of each weight's stage. ``stages``: moments of each stage, measured as the iterator goes on."""
         self._stage_of, self._stages = stage_of, stages
-        self._at, self._found = -1, dict[str, list[np.ndarray]]()
+        self._at, self._found = -1, dict[str, Sequence[np.ndarray]]()
 
-    def __getitem__(self, weight: str) -> list[np.ndarray]:
+    def __getitem__(self, weight: str) -> Sequence[np.ndarray]:
         wanted = self._stage_of[weight]
         assert wanted >= self._at, f"{weight} is asked for behind its stage"
         while self._at < wanted:

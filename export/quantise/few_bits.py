@@ -135,7 +135,7 @@ def halve_tables(model: ir.Model) -> None:
             node.graph.insert_after(node, [cast])
 
 
-def _halved(value: ir.Value, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+def _halved(value: ir.Value, tensor: ir.TensorProtocol) -> ir.Tensor[np.ndarray]:
     whole = tensor.numpy()
     half = np.empty(whole.shape, np.float16)
     step = max(1, (1 << 20) // max(1, whole[0].size))

@@ -62,14 +62,14 @@ class GrammarCompiler:
             ) from None
         if self._tokenizer is None:
             self._tokenizer = _tokenizer(llguidance, self._encoder)
-        make = llguidance.LLMatcher
+        make: Any = llguidance.LLMatcher
+        limit: Any = llguidance.LLParserLimits
         try:
             if grammar.kind == "json_schema":
                 source = make.grammar_from_json_schema(_object(grammar.source), overrides=AS_DUMPED)
             else:
                 source = (make.grammar_from_regex if grammar.kind == "regex" else make.grammar_from_lark)(grammar.source)
-            limits = llguidance.LLParserLimits(verbose_errors=False, **_LIMITS)
-            found = make(self._tokenizer, source, limits=limits, log_level=0)
+            found = make(self._tokenizer, source, limits=limit(verbose_errors=False, **_LIMITS), log_level=0)
             found.compute_bitmask()  # some limits are exceeded by the first mask only
             reason = found.get_error()
         except ValueError as error:
@@ -125,39 +125,29 @@ class GuidanceMatcher:
         """``start``: an LLMatcher at its beginning. ``inner_eos``: the token that it takes for the end."""
         self._start, self._inner = start, start.deep_copy()
         self._vocab_size, self._eos = vocab_size, eos_token_ids
-        self._never = [token for token in {inner_eos, *eos_token_ids} if token < vocab_size]
         self._ends = [token for token in eos_token_ids if token < vocab_size]
+        self._never = sorted({inner_eos, *self._ends})
         self._emitted: list[int] = []
         self._ahead: list[int] = []
         self._masks: dict[tuple[int, ...], np.ndarray] = {}
 
     def allowed(self, ahead: Sequence[int] = ()) -> np.ndarray:
         """See :class:`..grammar.Matcher`."""
-        key = tuple(ahead)
-        found = self._masks.get(key)
-        if found is None:
-            if not self._go(key):
-                raise GrammarError("the answer left its grammar", hint="report this with the grammar")
-            found = self._mask()
-            if not found.any():
-                raise GrammarError("the grammar allows no further token", hint="allow the text to end where it can't go on")
-            self._masks[key] = found
-        return found
+        return np.unpackbits(self._packed(ahead), count=self._vocab_size, bitorder="little").view(bool)
 
     def admits(self, ahead: Sequence[int], token: int) -> bool:
         """See :class:`..grammar.Matcher`."""
         try:
-            return not self.finished(ahead) and bool(self.allowed(ahead)[token])
+            return not self.finished(ahead) and bool(self._packed(ahead)[token >> 3] >> (token & 7) & 1)
         except GrammarError:
             return False
 
     def forced(self, ahead: Sequence[int] = ()) -> int | None:
         """See :class:`..grammar.Matcher`."""
         try:
-            mask = None if self.finished(ahead) else self.allowed(ahead)
+            return None if self.finished(ahead) else _only(self._packed(ahead))
         except GrammarError:
             return None
-        return int(mask.argmax()) if mask is not None and np.count_nonzero(mask) == 1 else None
 
     def finished(self, ahead: Sequence[int] = ()) -> bool:
         """See :class:`..grammar.Matcher`."""
@@ -198,20 +188,34 @@ class GuidanceMatcher:
         self._inner, self._ahead = self._start.deep_copy(), []
         self._inner.consume_tokens(self._emitted)
 
+    def _packed(self, ahead: Sequence[int]) -> np.ndarray:
+        """Return the mask behind ``ahead`` as bits: drafting asks for a few tokens of many masks."""
+        key = tuple(ahead)
+        found = self._masks.get(key)
+        if found is None:
+            if not self._go(key):
+                raise GrammarError("the answer left its grammar", hint="report this with the grammar")
+            found = self._mask()
+            if not found.any():
+                raise GrammarError("the grammar allows no further token", hint="allow the text to end where it can't go on")
+            self._masks[key] = found
+        return found
+
     def _mask(self) -> np.ndarray:
-        packed = np.frombuffer(self._inner.compute_bitmask(), np.uint8)
-        mask = np.zeros(self._vocab_size, bool)
-        bits = np.unpackbits(packed, count=min(self._vocab_size, 8 * len(packed)), bitorder="little").view(bool)
-        mask[: len(bits)] = bits
-        mask[self._never] = False
-        count = np.count_nonzero(mask)
-        if (not count and not self._inner.is_accepting()) or (count == 1 and not self._takes(int(mask.argmax()))):
-            mask = self._by_each_token()
-        if self._ends and self._inner.is_accepting():
-            mask[self._ends] = True
+        mask = np.zeros(-(-(self._vocab_size + 1) // 32) * 4, np.uint8)
+        bits = self._inner.compute_bitmask()
+        mask[: len(bits)] = np.frombuffer(bits, np.uint8)[: len(mask)]
+        for token in self._never:
+            mask[token >> 3] &= 255 ^ (1 << (token & 7))
+        only, accepting = _only(mask), self._inner.is_accepting()
+        if (only is not None and not self._takes(only)) or not (accepting or mask.any()):
+            mask = self._by_each_token(len(mask))
+        if accepting:
+            for token in self._ends:
+                mask[token >> 3] |= 1 << (token & 7)
         return mask
 
-    def _by_each_token(self) -> np.ndarray:
+    def _by_each_token(self, size: int) -> np.ndarray:
         """Ask for each token alone.
 
         llguidance spells forced bytes with the tokenizer, also the first half of a character. A vocabulary without bytes has no
@@ -223,7 +227,20 @@ class GuidanceMatcher:
                 raise GrammarError(f"the grammar exceeds a limit: {error.strip()[:_SHOWN]}", hint="simplify it")
             self._revive()
             self._go(ahead)
-        return np.array([token not in self._never and self._takes(token) for token in range(self._vocab_size)])
+        taken = [token not in self._never and self._takes(token) for token in range(self._vocab_size)]
+        mask = np.zeros(size, np.uint8)
+        packed = np.packbits(np.array(taken, bool), bitorder="little")
+        mask[: len(packed)] = packed
+        return mask
 
     def _takes(self, token: int) -> bool:
         return bool(self._inner.validate_tokens([token]))
+
+
+def _only(mask: np.ndarray) -> int | None:
+    """Return the only token of a packed mask; None where there are none or several."""
+    words = mask.view(np.uint32)
+    place = int(words.argmax())
+    word = int(words[place])
+    alone = word and not word & (word - 1) and np.count_nonzero(words) == 1
+    return 32 * place + word.bit_length() - 1 if alone else None

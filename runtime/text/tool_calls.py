@@ -46,7 +46,8 @@ class CallForm:
             TemplateError: the template writes none, or in another form.
         """
         call = {"id": "call_0", "type": "function", "function": _PROBE}
-        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        asked: dict[str, Any] = {"role": "user", "content": "?"}
+        chat = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
         try:
             text = encoder.render(chat)
         except TemplateError:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...runtime.arguments import MAX_INTEGER, integer, integers, number, optional_path
 from ...runtime.errors import HeadsMismatchError, UsageError
+from ...runtime.files.engine_record import OLDEST_TARGETS
 from ...runtime.files.heads import HeadConfig, HeadKind, Projection
 from .advice import commands_for, notes_for, suggestions_for
 from .capacity import PRECISIONS, Footprint, Heads, Limits, cache_bytes_per_token, footprint, heads_of
@@ -41,8 +42,8 @@ class DeploymentPlan:
     """Sizes in bytes, and bounds of time from published figures.
 
     ``rows``: sizes of a step, each with a profile. ``context``: tokens in each slot of the estimated steps. ``plan_bytes``: size
-    of an engine's file, at least and at most. ``fit``, ``plain`` and ``steps`` exist only where a GPU was given,
-    ``expected`` only with a report of step times.
+    of an engine's file, at least and at most. ``totals``: bytes by precision. ``fit``, ``plain`` and ``steps`` exist only
+    where a GPU was given, ``expected`` only with a report of step times.
     """
 
     name: str
@@ -62,6 +63,7 @@ class DeploymentPlan:
     notes: tuple[str, ...]
     fit: Fit | None = None
     plain: StepEstimate | None = None
+    totals: Mapping[str, int] = field(default_factory=dict)
     steps: tuple[StepEstimate, ...] = ()
     suggestions: tuple[str, ...] = ()
     expected: tuple[Expected, ...] = ()
@@ -114,6 +116,10 @@ def plan_deployment(
         raise UsageError("step times alone say nothing of heads", hint="give the folder that train wrote as --heads")
     if precision not in PRECISIONS:
         raise UsageError(f"unknown precision {precision!r}", hint=f"one of {', '.join(PRECISIONS)}")
+    if found is not None and int(found.target.removeprefix("sm_")) < OLDEST_TARGETS.get(precision, 0):
+        raise UsageError(
+            f"{precision} needs sm_{OLDEST_TARGETS[precision]} or newer, and {found.name} is {found.target}", hint="take int8"
+        )
     built = heads_of(_head_config(source, heads, num_heads, head_kind))
     steps = tuple(sorted({1, *(source.rows if rows is None else rows)}))
     limits = _limits(source, capacity, batch, steps)
@@ -143,6 +149,9 @@ def plan_deployment(
         ),
         commands=commands_for(source, precision, limits, steps, taken.weights, found),
         notes=notes_for(found, taken),
+        totals={
+            each: footprint(source.backbone, built, each, limits, len(steps) + 1, reserve).total for each in PRECISIONS
+        },
         expected=() if bench is None else expected_speed(str(heads), bench),
     )
     return plan if found is None else _on_gpu(plan, source, built, found, acceptance)

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--bundle", type=Path, metavar="BUNDLE", help="a bundle, with its own heads and limits")
     what.add_argument("--list", action="store_true", help="print the known sizes and GPUs")
     parser.add_argument("--gpu", metavar="NAME", help='such as "RTX 4090" or "orin nx 16gb" (default: none, bytes only)')
-    parser.add_argument("--precision", choices=("fp16", "int8"), default="fp16", help="of weights (default: fp16)")
+    parser.add_argument("--precision", choices=("fp16", "int8", "int4", "fp8"), default="fp16", help="of weights (default: fp16)")
     parser.add_argument("--capacity", type=positive_int, metavar="N", help="tokens a slot holds (default: the size's)")
     parser.add_argument("--batch", type=positive_int, metavar="N", help="slots (default: 1, or the bundle's)")
     parser.add_argument("--rows", type=_numbers, metavar="N,…", help="sizes of a step (default: the size's)")
@@ -112,7 +112,7 @@ def plan_text(plan: DeploymentPlan) -> str:
         gpu = plan.fit.gpu
         rate = "" if gpu.fp16 is None else f", {gpu.fp16:g} TFLOPS fp16"
         summary["GPU"] = f"{gpu.name}, {gpu.target}: {gpu.memory_gb} GB, {gpu.bandwidth:g} GB/s{rate} ({_PUBLISHED[gpu.source]})"
-    parts = [facts(summary), _memory_text(plan)]
+    parts = [facts(summary), _memory_text(plan), _precisions_text(plan)]
     if plan.fit is not None:
         parts += [_fit_text(plan, plan.fit), _speed_text(plan)]
     if plan.expected:
@@ -140,6 +140,17 @@ def _memory_text(plan: DeploymentPlan) -> str:
         ["total", human_bytes(plan.total), ""],
     ]  # fmt: skip
     return table(rows, ["memory", "size", ""])
+
+
+def _precisions_text(plan: DeploymentPlan) -> str:
+    from ..console import human_bytes, table
+    from ..sizing.capacity import MEMORIES
+
+    rows = [
+        [precision, human_bytes(total), *("fits" if total <= size * 10**9 else "" for size in MEMORIES)]
+        for precision, total in plan.totals.items()
+    ]
+    return table(rows, ["precision", "total", *(f"{size} GB" for size in MEMORIES)])
 
 
 def _fit_text(plan: DeploymentPlan, fit: Fit) -> str:
