@@ -1,4 +1,4 @@
-"""Writes ``docs/results.md`` and the README's table of results, out of the reports in ``benchmarks/results``.
+"""Writes ``docs/results.md``, the README's table and that of ``docs/gpu.md``, out of the reports in ``benchmarks/results``.
 
 Usage: ``python benchmarks/results_page.py``, or with ``--check`` to compare instead of to write.
 """
@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from results_sections import quality, sizes, slots, speed
+from results_sections import engines, quality, sizes, slots, speed
 from results_sections.markdown import ROOT, report, table, wrapped
 
 COMMAND = "python benchmarks/results_page.py"
-PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
+PAGE, README, GPU = ROOT / "docs" / "results.md", ROOT / "README.md", ROOT / "docs" / "gpu.md"
 START, END = "<!-- results -->", "<!-- end -->"
 SECTIONS = (
     speed.medusa,
@@ -31,6 +31,8 @@ SECTIONS = (
     quality.eight_bits,
     quality.four_bits,
     quality.libraries,
+    sizes.few_bits,
+    engines.precisions,
     sizes.big_models,
 )
 
@@ -72,29 +74,34 @@ def _bench_row(name: str, found: dict[str, Any]) -> tuple[str, float, float, flo
     return name, way["tokens_per_s"], way["speedup"], way["mean_acceptance_length"]
 
 
-def with_block(text: str) -> str:
-    """A README whose part between the two comments is the current block."""
+def with_block(text: str, block: str) -> str:
+    """A page whose part between the two comments is the current ``block``."""
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
-    return f"{before}{START}\n{readme_block()}\n{END}{after}"
+    return f"{before}{START}\n{block}\n{END}{after}"
+
+
+def wanted_pages() -> dict[Path, str]:
+    """All pages as the reports want them."""
+    blocks = {README: readme_block(), GPU: engines.coverage()}
+    return {PAGE: page(), **{path: with_block(path.read_text("utf-8"), block) for path, block in blocks.items()}}
 
 
 def stale() -> list[Path]:
     """The files that the reports have left behind."""
-    wanted = {PAGE: page(), README: with_block(README.read_text("utf-8"))}
-    return [path for path, text in wanted.items() if not path.is_file() or path.read_text("utf-8") != text]
+    return [path for path, text in wanted_pages().items() if not path.is_file() or path.read_text("utf-8") != text]
 
 
 def main() -> int:
-    """Write both, or say which is out of date."""
+    """Write the pages, or say which is out of date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if a file isn't what the reports say")
     if parser.parse_args().check:
         for path in (found := stale()):
             print(f"{path.relative_to(ROOT)} isn't what the reports say: run {COMMAND}", file=sys.stderr)
         return 1 if found else 0
-    PAGE.write_text(page(), "utf-8")
-    README.write_text(with_block(README.read_text("utf-8")), "utf-8")
+    for path, text in wanted_pages().items():
+        path.write_text(text, "utf-8")
     return 0
 
 

@@ -25,6 +25,7 @@ from .backbone.refusal.positions import check_positions
 from .heads.layouts import ReadHeads, check_fit, named_base, read_heads
 from .hub import Fetched, fetch_heads, fetch_model, hub_name
 from .quantise.cpu_heads import narrow_size
+from .quantise.few_bits import few_bits_bytes
 from .quantise.screen import screen_size
 from .weights import ALIGNMENT
 
@@ -76,10 +77,11 @@ def plan_export(
     tree: Tree | None = None,
     top_k: int = 10,
     max_rows: int = 64,
+    bits: int | None = None,
 ) -> ExportPlan:
     """Check what :func:`.exporter.export_bundle` checks before it loads weights, and size what it would write.
 
-    Weights of safetensors on a hub stay there; they count as linked.
+    Weights of safetensors on a hub stay there; they count as linked. ``bits``: of the layers, for a bundle in few bits alone.
 
     Raises:
         DownloadError: a name on a hub that can't be fetched.
@@ -107,6 +109,9 @@ def plan_export(
     written_bytes = sum(-(-size * item // ALIGNMENT) * ALIGNMENT for size in written)
     if dtype == "fp32":  # the CPU graph stores these for itself
         written_bytes += narrow_size(head_config) + screen_size((shape.vocab_size, shape.hidden_size))
+    if bits is not None:
+        tied = module.get_input_embeddings().weight is module.get_output_embeddings().weight
+        linked, written_bytes = 0, few_bits_bytes(shape, sum(sizes), bits, tied=tied) + narrow_size(head_config)
     text = sum((source / name).stat().st_size for name in _TEXT_FILES if (source / name).is_file())
     slot = shape.cache_bytes(rows, item)
     return ExportPlan(

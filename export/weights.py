@@ -57,21 +57,29 @@ class WeightsFile:
 
     def save(self, model: ir.Model, path: Path) -> None:
         """Write ``model`` to ``path`` and its big initializers to the weights file, which lies in that folder or below it."""
-        location = self.path.relative_to(path.parent).as_posix()
+        self.keep(model, path.parent)
+        ir.save(model, path)
+
+    def keep(self, model: ir.Model, folder: Path, *, others: bool = False) -> None:
+        """Move the big initializers of ``model``, whose graph will lie in ``folder``, to the weights file.
+
+        ``others``: also those that lie in other files, whatever their size.
+        """
+        location = self.path.relative_to(folder).as_posix()
         for value in model.graph.initializers.values():
             tensor = value.const_value
-            if tensor is not None and tensor.nbytes >= _SMALLEST_EXTERNAL and not isinstance(tensor, ir.ExternalTensor):
-                offset = self._store(tensor)
-                value.const_value = ir.ExternalTensor(
-                    location,
-                    offset,
-                    tensor.nbytes,
-                    tensor.dtype,
-                    shape=ir.Shape(tensor.shape.numpy()),
-                    name=value.name or "",
-                    base_dir=path.parent,
-                )
-        ir.save(model, path)
+            if tensor is None:
+                continue
+            elsewhere = tensor if isinstance(tensor, ir.ExternalTensor) else None
+            if elsewhere is not None and (not others or Path(elsewhere.path) == self.path):
+                continue
+            if elsewhere is None and tensor.nbytes < _SMALLEST_EXTERNAL:
+                continue
+            place = (location, self._store(tensor), tensor.nbytes, tensor.dtype)
+            shape = ir.Shape(tensor.shape.numpy())
+            value.const_value = ir.ExternalTensor(*place, shape=shape, name=value.name or "", base_dir=folder)
+            if elsewhere is not None:
+                elsewhere.release()
 
     def _store(self, tensor: ir.TensorProtocol) -> int:
         data = np.ascontiguousarray(tensor.numpy())

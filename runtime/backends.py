@@ -25,6 +25,7 @@ class LoadOptions:
     slots: int = 1
     threads: int | None = None
     variant: str | None = None
+    warm: bool | None = None
 
     def refuse(self, *names: str) -> None:
         """Refuses options that the backend doesn't take: none is ignored without a word.
@@ -40,7 +41,7 @@ class LoadOptions:
 def _cpu(bundle: Bundle, options: LoadOptions) -> Executor:
     from .executors.ort import OrtExecutor
 
-    options.refuse("target")
+    options.refuse("target", "warm")
     manifest = bundle.manifest
     variant = options.variant or _cpu_variant(bundle)
     known = [name for name in manifest.variants if name in ("standard", "int8") or is_cpu(name)]
@@ -60,7 +61,9 @@ def most_slots(bundle: Bundle, backend: str, variant: str | None = None) -> int:
 
 
 def _cpu_variant(bundle: Bundle) -> str:
-    return "cpu" if "cpu" in bundle.manifest.variants else "standard"
+    """Returns the variant that is taken where none is named. A bundle that was exported in few bits has one."""
+    variants = bundle.manifest.variants
+    return next((name for name in ("cpu", "standard") if name in variants), next(iter(variants)))
 
 
 def _check_slots(slots: int, most: int) -> None:
@@ -76,7 +79,7 @@ def is_cpu(variant: str) -> bool:
 def _cuda(bundle: Bundle, options: LoadOptions) -> Executor:
     from .executors.ort_cuda import OrtDeviceExecutor
 
-    options.refuse("target", "threads")
+    options.refuse("target", "threads", "warm")
     if options.variant not in (None, "standard"):
         raise UsageError(f"the backend cuda runs the standard graph, not {options.variant!r}", hint="leave the variant out")
     _check_slots(options.slots, bundle.manifest.limits.batch)
@@ -93,7 +96,7 @@ def ort_model(bundle: Bundle, slots: int, variant: str) -> OrtModel:
     backbone, heads = manifest.backbone, manifest.heads
     rows = manifest.limits.cache_rows
     cpu_heads = cpu_twin(manifest.heads_graph)
-    graph = manifest.variants[variant]
+    graph = manifest.graph(variant)
     twins = {places: packed_twin(graph, places) for places in step_io.PACKED_SLOTS}
     folder = PurePosixPath(graph).parent.as_posix()
     contents = [f"{file} {record.sha256}" for file, record in manifest.files.items() if file.startswith(f"{folder}/")]
@@ -115,7 +118,12 @@ def _tensorrt(bundle: Bundle, options: LoadOptions) -> Executor:
 
     options.refuse("threads", "variant")
     _check_slots(options.slots, bundle.manifest.limits.batch)
-    return load_executor(bundle, options.backend, options.target, options.slots)
+    executor = load_executor(bundle, options.backend, options.target, options.slots)
+    if options.warm:
+        from .executors.tensorrt.warm import warm
+
+        warm(executor, {1, bundle.manifest.tree().rows})
+    return executor
 
 
 BACKENDS: dict[str, Callable[[Bundle, LoadOptions], Executor]] = {

@@ -152,9 +152,9 @@ class Stats:
 
     ``prompt_tokens``: tokens of the prompt whose rows are in the cache; ``cached_tokens`` of them were there before.
 
-    ``rows_histogram[n]``: decode steps that verified n rows. ``plain_steps``: steps of one row in which no heads ran. ``probes``:
-    steps that ran the heads only to see whether drafting pays again. ``lookup_steps``: steps whose rows were chosen among
-    repeated text, too.
+    ``queue_seconds``: from submission to a slot. ``rows_histogram[n]``: decode steps that verified n rows. ``plain_steps``: steps
+    of one row in which no heads ran. ``probes``: steps that ran the heads only to see whether drafting pays again.
+    ``lookup_steps``: steps whose rows were chosen among repeated text, too.
 
     Where the number of rows was left open, ``trust`` holds the factors that the probabilities of each head, and of lookup, were
     multiplied by. ``costs`` holds the cost of a step by its rows, and of the heads, against a plain step (:mod:`.row_budget`).
@@ -173,6 +173,7 @@ class Stats:
     lookup_steps: int = 0
     trust: list[float] | None = None
     costs: dict[str, float] | None = None
+    queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     engine_seconds: float = 0.0

@@ -185,6 +185,7 @@ class Session:
             matcher=guide,
             priority=request.priority,
             deadline=None if request.deadline is None else since + request.deadline,
+            since=since,
             cancel=request.cancel,
         )
         return Handle(sequence, output, self.driver, notify)
@@ -248,6 +249,7 @@ def load(
     variant: str | None = None,
     check_hashes: bool = True,
     prefix_cache: bool = True,
+    warm: bool = False,
 ) -> Session:
     """Load a bundle.
 
@@ -255,7 +257,8 @@ def load(
     ``slots``: sequences at a time. ``threads``: of the CPU backend; None lets ONNX Runtime take all cores. ``variant``: the graph
     that the CPU backend runs; None takes the CPU variant where the bundle has one. ``check_hashes=False`` checks sizes only;
     engines are hashed before they are loaded in any case. ``prefix_cache=False`` computes every prompt from its first token on;
-    otherwise a conversation's next turn, or a shared beginning, starts from the rows that a free slot still holds.
+    otherwise a conversation's next turn, or a shared beginning, starts from the rows that a free slot still holds. ``warm=True``
+    (TensorRT only) compiles kernels and captures CUDA graphs of plain steps and of the bundle's tree before it returns.
 
     Raises:
         UsageError: a backend that doesn't exist, an option that it doesn't take, slots or a variant that the bundle doesn't have.
@@ -279,6 +282,7 @@ def load(
     threads = None if threads is None else integer("threads", threads, 1)
     check_hashes = flag("check_hashes", check_hashes, default=True)
     prefix_cache = flag("prefix_cache", prefix_cache, default=True)
+    warm = flag("warm", warm)
     opened = open_bundle(bundle, check_hashes=check_hashes)
-    executor = load_backend(opened, LoadOptions(backend, target, slots, threads, variant))
+    executor = load_backend(opened, LoadOptions(backend, target, slots, threads, variant, warm or None))
     return Session(opened, executor, prefix_cache=prefix_cache)

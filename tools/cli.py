@@ -46,12 +46,14 @@ GROUPS = {
     "run": (
         Verb("generate", "generate text from a bundle"),
         Verb("serve", "serve a bundle over HTTP, as OpenAI's clients expect it"),
+        Verb("triton", "write a model repository for Triton Inference Server's Python backend"),
     ),
     "check": (
         Verb("verify", "compare speculative with plain decoding, token for token"),
         Verb("bench", "measure plain against Medusa decoding"),
         Verb("compare", "measure quality and speed of a bundle or variant against a reference"),
         Verb("inspect", "say what a bundle holds and check its files"),
+        Verb("debug", "write a kit to debug an engine with polygraphy, or say which layer left first"),
     ),
     "advise": (
         Verb("plan", "say which size fits on which GPU, and what to run next"),

@@ -205,6 +205,10 @@ class Progress:
         self._restart()
         self._draw(0, "")
 
+    def say(self, text: str) -> None:
+        """Print a line above the one that is shown."""
+        self._write(f"\r\x1b[K{text}\n{self._line}" if self._live else f"{text}\n")
+
     def _restart(self) -> None:
         self._started = self._logged = time.monotonic()
         self._drawn = -math.inf

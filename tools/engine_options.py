@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--backend``, ``--target`` and ``--variant``."""
     parser.add_argument(
-        "--backend", default="cpu", metavar="NAME", help="cpu (default), or tensorrt-rtx or tensorrt: an engine that build made"
+        "--backend", default="cpu", metavar="NAME", help="cpu (default), cuda, or an engine: tensorrt-rtx, tensorrt (never run)"
     )
     parser.add_argument("--target", metavar="TARGET", help="which engine, as build named it (default: this GPU's)")
     parser.add_argument("--variant", help="which of the bundle's graphs the CPU runs (default: the fastest that is exact)")

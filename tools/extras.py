@@ -14,6 +14,7 @@ EXTRAS = {
     "cpu": _CPU,
     "gpu": ("onnxruntime-gpu", "tokenizers", "minijinja"),
     "calibrate": (*_CPU, "onnx", "onnx-ir"),
+    "debug": (*_CPU, "onnx", "onnx-graphsurgeon", "onnx-ir", "polygraphy"),
     "export": _EXPORT,
     "figure": ("matplotlib",),
     "guided": ("llguidance",),

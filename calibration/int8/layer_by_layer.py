@@ -22,7 +22,8 @@ from ...runtime.text.encoder import PromptEncoder
 from .collect import SAVE_EVERY, Progress, run_facts, watched_matmuls
 from .layer_cut import Stage, cut_layers
 from .layer_progress import LayerProgress
-from .matmuls import StepGraph
+from .matmuls import Matmul, StepGraph
+from .moments import Moments, StagedMoments
 from .observations import Observations
 from .row_sample import SAMPLED_PROMPTS, RowSample, smooth_activation
 from .takers import smoothable
@@ -122,9 +123,7 @@ class LayerCalibrator:
             for activation, sampled in rows.items():
                 note(f"smoothing {activation}")
                 maxima = run.seen.observers[activation].channel_maxima
-                run.smoothing[activation] = smooth_activation(
-                    self.graph, can_be_smoothed[activation], sampled, maxima, alphas
-                )
+                run.smoothing[activation] = smooth_activation(self.graph, can_be_smoothed[activation], sampled, maxima, alphas)
             run.stages = max(run.stages, done + 1)
             progress(done + 1, name)
             if progress_file is not None and time.monotonic() - since >= SAVE_EVERY and done + 1 == run.stages:
@@ -142,23 +141,68 @@ class LayerCalibrator:
         note: Callable[[str], None],
     ) -> dict[str, np.ndarray]:
         """Run a stage over all texts. The states of ``run`` become those behind it. Returns rows [R, C] of the ``sampled``."""
-        rows: dict[str, list[np.ndarray]] = {name: [] for name in sampled}
+        samples = [RowSample(sampled if index < SAMPLED_PROMPTS else (), len(text)) for index, text in enumerate(texts)]
+        for index, positions, values in self._walk(stage, texts, run.states):
+            for name in stage.activations:
+                run.seen.observers[name].observe(values[name])
+            samples[index].take(((name, values[name]) for name in sampled), positions, prefill=True)
+            note(f"text {index + 1} of {len(texts)}")
+        found = {name: [rows for sample in samples for rows in sample.rows.get(name, [])] for name in sampled}
+        return {name: np.concatenate(rows) for name, rows in found.items() if rows}
+
+    def _walk(
+        self, stage: Stage, texts: Sequence[Sequence[int]], states: list[np.ndarray | None]
+    ) -> Iterator[tuple[int, np.ndarray, dict[str, np.ndarray]]]:
+        """Run a stage over all texts: yield a text's index, positions of rows, and tensors by name. ``states`` move on."""
         if not stage.outputs:
-            return {}
+            return
         session = self._open(stage)
         for index, text in enumerate(texts):
-            sample = RowSample(sampled if index < SAMPLED_PROMPTS else (), len(text))
-            for inputs, before in self._calls(stage, text, run.states[index]):
+            for inputs, before in self._calls(stage, text, states[index]):
                 values = self._run(session, stage, inputs, before)
-                for name in stage.activations:
-                    run.seen.observers[name].observe(values[name])
-                sample.take(((name, values[name]) for name in sampled), inputs.positions[0], prefill=True)
+                yield index, inputs.positions[0], values
                 if stage.after is not None:
-                    run.states[index] = values[stage.after]
-            for name, found in sample.rows.items():
-                rows[name] += found
-            note(f"text {index + 1} of {len(texts)}")
-        return {name: np.concatenate(found) for name, found in rows.items()}
+                    states[index] = values[stage.after]
+
+    def projected_states(
+        self, texts: Sequence[Sequence[int]], note: Callable[[str], None] = lambda _what: None
+    ) -> list[np.ndarray]:
+        """Return what the vocabulary projection reads at each token of each text: float32 [n, H]."""
+        states: list[np.ndarray | None] = [None] * len(texts)
+        found: list[list[np.ndarray]] = [[] for _ in texts]
+        name = self.projection.activation
+        for stage in self.stages:
+            for index, _positions, values in self._walk(stage, texts, states):
+                if stage.after is None:
+                    found[index].append(values[name].reshape(-1, values[name].shape[-1]).astype(np.float32))
+                note(f"layer {stage.layer}: text {index + 1} of {len(texts)}")
+        return [np.concatenate(parts) for parts in found]
+
+    @property
+    def projection(self) -> Matmul:
+        """The vocabulary projection."""
+        return _own(self.stages[-1])[-1]
+
+    def moments(self, texts: Sequence[Sequence[int]], note: Callable[[str], None] = lambda _what: None) -> StagedMoments:
+        """Return E[xᵀx] of the backbone's activations over ``texts``, by the weight's name; see :class:`.moments.StagedMoments`.
+
+        Each stage runs when the first of its weights is asked for.
+        """
+        stage_of = {matmul.weight: at for at, stage in enumerate(self.stages) for matmul in _own(stage)}
+        return StagedMoments(stage_of, self._moments(texts, note))
+
+    def _moments(
+        self, texts: Sequence[Sequence[int]], note: Callable[[str], None]
+    ) -> Iterator[Mapping[str, list[np.ndarray]]]:
+        states: list[np.ndarray | None] = [None] * len(texts)
+        for stage in self.stages:
+            moments = Moments({matmul.activation: matmul.channels for matmul in _own(stage)})
+            for index, positions, values in self._walk(stage, texts, states):
+                moments.take(values.items(), positions, prefill=True)
+                note(f"layer {stage.layer}: text {index + 1} of {len(texts)}")
+            means = moments.means()
+            del moments
+            yield {matmul.weight: means[matmul.activation] for matmul in _own(stage) if matmul.activation in means}
 
     def _open(self, stage: Stage) -> Any:
         """Open a session with the stage's weights alone. It keeps no memory between calls."""
@@ -218,3 +262,8 @@ class LayerCalibrator:
         if stage.before is not None:
             values[stage.before] = before
         return values
+
+
+def _own(stage: Stage) -> list[Matmul]:
+    """List the backbone's matmuls of a stage."""
+    return [matmul for matmul in stage.matmuls if not matmul.of_heads]

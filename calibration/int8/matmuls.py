@@ -65,7 +65,7 @@ class StepGraph:
             BundleIntegrityError: it is no ONNX file.
         """
         self._bundle = bundle
-        self._file = bundle.manifest.variants[variant]
+        self._file = bundle.manifest.graph(variant)
         self._model = read_graph(bundle, self._file)
         self._weights = {tensor.name: tensor for tensor in self._model.graph.initializer}
         self._producers = {output: node for node in self._model.graph.node for output in node.output}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -46,6 +46,45 @@ class Moments:
                     np.add(total, part.T @ part, out=total)
                 self.rows[name] += len(rows)
 
+    def means(self) -> dict[str, list[np.ndarray]]:
+        """Return E[xᵀx] of each activation with at least 256 rows, in tiles. The sums become the means.
+
+        Raises:
+            CalibrationError: none has them.
+        """
+        most = max(self.rows.values(), default=FEWEST_ROWS)
+        if most < FEWEST_ROWS:
+            raise CalibrationError(f"the data gave {most} rows, GPTQ needs {FEWEST_ROWS}", hint="give more or longer prompts")
+        enough = [name for name, rows in self.rows.items() if rows >= FEWEST_ROWS]
+        return {name: [np.divide(tile, np.float32(self.rows[name]), out=tile) for tile in self.sums[name]] for name in enough}
+
+
+class StagedMoments(Mapping[str, Sequence[np.ndarray]]):
+    """Moments by the weight's name, measured stage by stage: one stage's are in memory.
+
+    Weights must be asked for in the order of their stages.
+    """
+
+    def __init__(self, stage_of: Mapping[str, int], stages: Iterator[Mapping[str, Sequence[np.ndarray]]]) -> None:
+        """``stage_of``: index of each weight's stage. ``stages``: moments of each stage, measured as the iterator goes on."""
+        self._stage_of, self._stages = stage_of, stages
+        self._at, self._found = -1, dict[str, Sequence[np.ndarray]]()
+
+    def __getitem__(self, weight: str) -> Sequence[np.ndarray]:
+        wanted = self._stage_of[weight]
+        assert wanted >= self._at, f"{weight} is asked for behind its stage"
+        while self._at < wanted:
+            self._found = {}  # leaves memory before the next stage's enter it
+            self._found = dict(next(self._stages))
+            self._at += 1
+        return self._found[weight]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stage_of)
+
+    def __len__(self) -> int:
+        return len(self._stage_of)
+
 
 def collect_moments(
     calibrator: Calibrator, texts: Sequence[Sequence[int]], progress: Progress = lambda _done, _note: None
@@ -63,12 +102,5 @@ def collect_moments(
     for done, text in enumerate(texts, 1):
         calibrator.watch(text, 1, moments)
         progress(done, f"{max(moments.rows.values())} rows")
-    most = max(moments.rows.values())
-    if most < FEWEST_ROWS:
-        raise CalibrationError(f"the data gave {most} rows, GPTQ needs {FEWEST_ROWS}", hint="give more or longer prompts")
-    means = {
-        name: [tile / np.float32(rows) for tile in moments.sums[name]]
-        for name, rows in moments.rows.items()
-        if rows >= FEWEST_ROWS
-    }
+    means = moments.means()
     return {matmul.weight: means[matmul.activation] for matmul in matmuls if matmul.activation in means}

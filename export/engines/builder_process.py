@@ -194,7 +194,8 @@ def run_request(request: BuildRequest, advance: Advance) -> BuiltPlan:
     cache = None if request.timing_cache is None else Path(request.timing_cache)
     parsed.build(request.target, output, monitor, features=request.features, timing_cache=cache)
     built_at, peak = time.perf_counter(), _peak_rss()
-    kernels, constants = plan_contents(output)
+    kernels, listed = plan_contents(output)
+    constants = {kind: size // max(len(request.profiles), 1) for kind, size in listed.items()}  # each profile lists them
     log = BuildLog(
         network_sha256=sha256(graph),
         layers=parsed.layers,

@@ -20,6 +20,7 @@ from .tensorrt import TensorRT
 
 _TREE_ROWS = (8, 16, 32, 64)
 _BEST_COLUMNS = 512
+_PERHAPS = (0, 1, 1)
 
 _AXES = {
     step_io.TOKENS: "BN",
@@ -30,6 +31,7 @@ _AXES = {
     step_io.COLUMNS: "T",
     step_io.LOGIT_ROWS: "BR",
     step_io.DRAFT_SLOTS: "BN",
+    step_io.HEAD_ROWS: "W",
 }
 
 
@@ -110,8 +112,14 @@ def profiles_for(
     slots = (1, 1, limits.batch)
     # Prefill has one slot. In few bits a profile with a fixed number would get a layout, and so a copy, of the weights.
     alone = (1, 1, 1) if precision == "fp16" else slots
-    first = Profile("prefill", (1, chunk, chunk), (1, 1, 1), alone, columns, (1, 1, 1))
-    return (first, *(Profile(f"rows-{n}", (n, n, n), (n, n, n), slots, columns, (1, n, sizes[-1])) for n in sizes))
+    first = Profile("prefill", (1, chunk, chunk), (1, 1, 1), alone, columns, (1, 1, 1), _PERHAPS)
+    steps = (Profile(f"rows-{n}", (n, n, n), (n, n, n), slots, columns, (1, n, sizes[-1]), _heads(n)) for n in sizes)
+    return (first, *steps)
+
+
+def _heads(rows: int) -> Range:
+    """Rows of the heads: a plain step may do without, a tree is what they are for."""
+    return _PERHAPS if rows == 1 else (1, 1, 1)
 
 
 def check_targets(tensorrt: TensorRT, targets: Sequence[str], options: EngineOptions) -> None:
@@ -172,4 +180,5 @@ def step_axes(layers: int) -> dict[str, str]:
 
 def step_sizes(profile: Profile) -> dict[str, Range]:
     """Return the ranges of the step graph's axes in a profile."""
-    return {"B": profile.slots, "N": profile.rows, "R": profile.logit_rows, "T": profile.columns, "P": profile.carried}
+    fields = {"B": "slots", "N": "rows", "R": "logit_rows", "T": "columns", "P": "carried", "W": "head_rows"}
+    return {axis: getattr(profile, field) for axis, field in fields.items()}

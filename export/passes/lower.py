@@ -20,6 +20,7 @@ from ...runtime.executors import step_io
 from ..trace.attention import DOMAIN, OP
 from .cpu_graph import drop_replaced, heads_if_wanted, take_from_host, window
 from .fuse import fuse
+from .head_rows import take_head_rows
 from .merge import ATTENTION, merge
 from .patterns import MICROSOFT, Nodes
 
@@ -75,6 +76,7 @@ def lower_device(model: ir.Model) -> None:
 
     An engine may write a cache in place before another node reads its old rows; in this graph no node reads them.
     """
+    take_head_rows(model)
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}
     past = [value for value in graph.inputs if str(value.name).startswith("past_")]

@@ -141,11 +141,11 @@ def find_matmuls(model: ir.Model) -> list[CpuMatmul]:
     last: int | None = None  # layer of the last attention so far
     projection = _projection(model.graph)
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        last = last if (layer := _attention_layer(node)) is None else layer
+        last = last if (layer := attention_layer(node)) is None else layer
         matrix = constant_matrix(node) if node.op_type == "MatMul" else None
         if matrix is not None and all(map(_is_large, matrix.parts)):
             is_projection = node is projection
-            layer = _layer_of(node, last) if node.graph is model.graph and not is_projection else None
+            layer = layer_of(node, last) if node.graph is model.graph and not is_projection else None
             found.append(CpuMatmul(node, matrix.parts, matrix.transposed, layer, is_projection))
     return found
 
@@ -174,12 +174,12 @@ def plain_step_bytes(model: ir.Model) -> int:
     return sum(matrices.values())
 
 
-def _layer_of(matmul: ir.Node, last: int | None) -> int | None:
+def layer_of(matmul: ir.Node, last: int | None) -> int | None:
     """Find a matmul's layer: queries, keys and values belong to the attention that reads them, others to the last one before."""
     seen, waiting = {matmul}, [matmul]
     while waiting:
         for user in waiting.pop().successors():
-            layer = _attention_layer(user)
+            layer = attention_layer(user)
             if layer is not None:
                 return layer
             if user not in seen and user.op_type != "MatMul":
@@ -188,12 +188,12 @@ def _layer_of(matmul: ir.Node, last: int | None) -> int | None:
     return last
 
 
-def _attention_layer(node: ir.Node) -> int | None:
+def attention_layer(node: ir.Node) -> int | None:
     """Find the layer of an attention, fused or not, and of a write into a cache."""
     if node.op_type == "Attention":  # reads slices of the caches that were written
         slices = [producer_if(value, "Slice") for value in node.inputs]
         writes = [producer_if(each.inputs[0], "TensorScatter") for each in slices if each is not None]
-        return next((layer for each in writes if each is not None and (layer := _attention_layer(each)) is not None), None)
+        return next((layer for each in writes if each is not None and (layer := attention_layer(each)) is not None), None)
     for value in node.inputs if node.op_type in ("GroupQueryAttention", "TensorScatter") else ():
         named = _CACHE.fullmatch(str(value.name)) if value is not None else None
         if named:

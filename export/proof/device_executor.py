@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,8 @@ class DeviceGraphExecutor:
     model: OrtModel
     options: Any = None
     """Options of ONNX Runtime's session."""
+    watch: Callable[[dict[str, np.ndarray]], object] = lambda _feeds: None
+    """Hears the inputs of each call, by name, before it runs."""
     layout: CacheLayout = field(init=False)
     abilities: Abilities = field(init=False)
     engine_seconds: float = 0.0
@@ -81,7 +83,9 @@ class DeviceGraphExecutor:
                 inputs.rest(length, moves, slot)
         carried = self._carried or self._nothing(slots)
         kept = kept_rows(plan.moves, carried.write_index - self.model.num_heads, self.model.num_heads)
-        outputs, new, seconds = self._call(inputs, self._caches, carried, kept, draft_slots)
+        # Rows that the heads run at: none where a plain step wants no candidates.
+        heads = int(count > 1 or draft_slots is not None or any(rows.wanted.heads for rows in active))
+        outputs, new, seconds = self._call(inputs, self._caches, carried, kept, draft_slots, heads)
         self._carried = _Carried(new, inputs.write_index)
         return {rows.slot: outputs.result(rows.slot, rows, seconds) for rows in active}
 
@@ -91,7 +95,7 @@ class DeviceGraphExecutor:
         inputs.fill(rows, length)
         caches = [cache[rows.slot : rows.slot + 1] for cache in self._caches]
         kept = kept_rows([()], np.zeros(1, np.int64), self.model.num_heads)
-        outputs, _, seconds = self._call(inputs, caches, self._nothing(1), kept, None)
+        outputs, _, seconds = self._call(inputs, caches, self._nothing(1), kept, None, int(rows.wanted.heads))
         return outputs.result(0, rows, seconds)
 
     def propose(self, hidden: np.ndarray, root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -109,6 +113,7 @@ class DeviceGraphExecutor:
         carried: _Carried,
         kept: tuple[np.ndarray, np.ndarray],
         draft_slots: np.ndarray | None,
+        heads: int,
     ) -> tuple[StepOutputs, list[np.ndarray], float]:
         """Run the graph and write the caches. Returns its outputs, its new rows and the seconds that it took."""
         layers = self.layout.layers
@@ -119,7 +124,10 @@ class DeviceGraphExecutor:
         feeds[step_io.COLUMNS] = np.arange(visible_rows(end, self.layout.rows))
         feeds |= dict(zip(step_io.past_names(layers), caches, strict=True))
         feeds |= dict(zip(step_io.carried_names(layers), carried.rows, strict=True))
+        if any(value.name == step_io.HEAD_ROWS for value in self._session.get_inputs()):
+            feeds[step_io.HEAD_ROWS] = np.zeros(heads, np.int64)
         names = [output.name for output in self._session.get_outputs()]
+        self.watch(feeds)
         started = time.perf_counter()
         results = dict(zip(names, self._session.run(names, feeds), strict=True))
         seconds = time.perf_counter() - started

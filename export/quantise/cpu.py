@@ -107,9 +107,9 @@ def quantise_cpu(
     """Rewrite the matmuls of a CPU graph, in place.
 
     ``scales``: smooth the activations of quantised matmuls first. ``moments``: E[xᵀx] of a weight's activation before
-    smoothing, by the weight's name (:data:`.blocks.Moments`). GPTQ rounds a weight with moments to
-    4 bits; all others are rounded to the nearest. ``made`` keeps codes from call to call with the same scales, moments and
-    blocks. ``advance(done, name)`` is called before each matmul.
+    smoothing, by the weight's name (:data:`.blocks.Moments`). GPTQ rounds a weight with moments to 4 bits; all others are
+    rounded to the nearest. They are asked for in the order of the layers. ``made`` keeps codes from call to call with the same
+    scales, moments and blocks. ``advance(done, name)`` is called before each matmul.
 
     Raises:
         QuantisationError: a weight holds NaN or infinity, there is nothing to quantise, or heads of 8 bits are to have 4.
@@ -139,7 +139,7 @@ def quantise_cpu(
             key = (matmul.name, wanted)
             found = made.get(key) if made is not None else None
             if found is None:
-                of_input = (moments or {}).get(str(matmul.weights[0].name))
+                of_input = None if moments is None or wanted != 4 else moments.get(str(matmul.weights[0].name))
                 found = rounded(matmul, wanted, block, of_input)
             if made is not None:
                 made[key] = found

@@ -24,13 +24,13 @@ import numpy as np
 import onnx_ir as ir
 
 from ...runtime.errors import QuantisationError, UsageError
+from ...runtime.files.engine_record import OLDEST_TARGETS
 from .blocks import Grid, Moments, compensated, nearest, positive_grid, rescaled
 
 _T = TypeVar("_T")
 FORMATS = ("int8", "int4", "fp8")
 BLOCKS = (32, 64, 128)
 DEFAULT_BLOCK = 64
-OLDEST = {"int8": 75, "int4": 80, "fp8": 89}
 LARGEST = 127
 LARGEST_FP8 = 448.0
 _BLOCK = 1 << 22  # elements that are worked on at a time
@@ -62,11 +62,11 @@ def check_format(precision: str, target: str) -> None:
     Raises:
         UsageError: the GPU is too old.
     """
-    found, oldest = re.fullmatch(r"sm_(\d+)", target), OLDEST.get(precision, 0)
+    found, oldest = re.fullmatch(r"sm_(\d+)", target), OLDEST_TARGETS.get(precision, 0)
     if found and int(found[1]) < oldest:
         raise UsageError(
             f"{precision} needs sm_{oldest} or newer, and {target} has no such numbers",
-            hint=f"build {target} with --precision {'int4 or int8' if int(found[1]) >= OLDEST['int4'] else 'int8'}",
+            hint=f"build {target} with --precision {'int4 or int8' if int(found[1]) >= OLDEST_TARGETS['int4'] else 'int8'}",
         )
 
 

@@ -25,7 +25,7 @@ def with_takers(scales: Scales, bundle: Bundle) -> Scales:
     """Add what takes factors, found in the bundle's standard graph, to scales of an older version."""
     if scales.takers or not scales.smoothing:
         return scales
-    graph = read_graph(bundle.path(bundle.manifest.variants["standard"])).graph
+    graph = read_graph(bundle.path(bundle.manifest.graph("standard"))).graph
     return replace(scales, takers=find_takers(graph, scales.smoothing))
 
 

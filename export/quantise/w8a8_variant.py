@@ -33,7 +33,7 @@ def write_w8a8_variant(bundle: Bundle, scales: Scales, keep: Iterable[str] | Non
         raise BundleExistsError(f"the bundle has a variant {NAME}", hint="replace it with force")
     if "cpu" not in manifest.variants:
         raise UsageError("the bundle has no graph for the CPU", hint="it was written by an older version: export it again")
-    model = read_graph(bundle.path(manifest.variants["standard"]))
+    model = read_graph(bundle.path(manifest.graph("standard")))
     done = quantise_activations(model, scales, keep)
     names = parts(model.graph)
     report = quantise_weights(model, set(names) - set(done))

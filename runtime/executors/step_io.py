@@ -97,11 +97,14 @@ kept                    int64 [B, K]       rows of the step before that were acc
 kept_count              int64 [B]          their number; they go to write_index-kept_count … write_index-1
 draft_slots             int64 [B, N]       head·k + rank of the candidate that fills each row of the next step; 0 for the root
 carried_key.{l}         [B, H_kv, P, D_h]  new keys of the step before, carried_value.{l} likewise
+head_rows               int64 [W]          0, once or not at all: without rows the heads cost nothing (bundles of 0.1 and newer)
 ======================= ================== ===================================================================
 
 ======================= ================== ===================================================================
 output, device graph    shape              meaning
 ======================= ================== ===================================================================
+candidates, log_probs   [B, K·W, k]        the heads' results; empty without ``head_rows``
+state_sum               float32 [B]        sum of the hidden state at the accepted row: NaN where it is, heads or not
 emitted                 int64 [B, K+1]     accepted tokens, then the next root, then -1
 next_tokens             int64 [B, N]       tokens of the next step on the same tree
 next_positions          int64 [B, N]       positions of the next step
@@ -139,6 +142,8 @@ LOGITS_WANTED = "logits_wanted"
 KEPT = "kept"
 KEPT_COUNT = "kept_count"
 DRAFT_SLOTS = "draft_slots"
+HEAD_ROWS = "head_rows"
+STATE_SUM = "state_sum"
 ROOT_HIDDEN = "hidden"
 ROOT_TOKEN = "root"
 

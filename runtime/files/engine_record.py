@@ -23,12 +23,17 @@ MAX_RECORD_BYTES = 1 << 20
 Range = tuple[int, int, int]
 """Smallest, best and largest size."""
 
+OLDEST_TARGETS = {"int8": 75, "int4": 80, "fp8": 89}
+"""The oldest GPU architecture that has the numbers of a precision, as TensorRT-RTX 1.7.1 takes them."""
 _AXES = ("rows", "logit_rows", "slots", "columns", "carried")
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Sizes that a plan was optimised for: rows N, rows with logits R, slots B, visible cache rows T, carried rows P."""
+    """Sizes that a plan was optimised for: rows N, rows with logits R, slots B, visible cache rows T, carried rows P.
+
+    ``head_rows``: rows W that the heads run at, in engines whose graph has that input.
+    """
 
     name: str
     rows: Range
@@ -36,6 +41,7 @@ class Profile:
     slots: Range
     columns: Range
     carried: Range
+    head_rows: Range = (1, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +159,13 @@ def parse_engine_record(text: str | bytes) -> EngineRecord:
             del raw["int8"]
         raw = {**raw, "record_version": RECORD_VERSION}
         read = {
-            "profiles": tuple(record(Profile, {**entry, **_ranges(entry)}) for entry in raw["profiles"]),
+            "profiles": tuple(record(Profile, {**entry, **_ranges(entry)}, defaults=True) for entry in raw["profiles"]),
             "inputs": _tensors(raw["inputs"]),
             "outputs": _tensors(raw["outputs"]),
             "warnings": _strings(raw["warnings"]),
             "features": _strings(raw["features"]),
             "weight_inputs": parse_weight_inputs(raw["weight_inputs"]),
-            "logs": {name: record(BuildLog, entry) for name, entry in raw["logs"].items()},
+            "logs": {name: record(BuildLog, entry, defaults=True) for name, entry in raw["logs"].items()},
             "compression": parse_compression(raw["compression"]),
         }
         found: EngineRecord = record(EngineRecord, {**raw, **read}, defaults=True)
@@ -181,10 +187,13 @@ def _tensors(raw: Any) -> tuple[TensorRecord, ...]:
 
 
 def _ranges(profile: Any) -> dict[str, Range]:
-    return {axis: _range(profile[axis]) for axis in _AXES}
+    heads = {} if "head_rows" not in profile else {"head_rows": _range(profile["head_rows"], least=0)}
+    return {**{axis: _range(profile[axis]) for axis in _AXES}, **heads}
 
 
-def _range(value: Any) -> Range:
-    if not isinstance(value, list) or len(value) != 3 or not all(map(is_int, value)) or not 1 <= value[0] <= value[1] <= value[2]:
+def _range(value: Any, least: int = 1) -> Range:
+    if not isinstance(value, list) or len(value) != 3 or not all(map(is_int, value)):
+        raise ValueError(f"{value!r:.80} is no range")
+    if not least <= value[0] <= value[1] <= value[2]:
         raise ValueError(f"{value!r:.80} is no range")
     return value[0], value[1], value[2]

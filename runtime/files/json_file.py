@@ -53,6 +53,7 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
     "tuple[int, ...]": lambda value: all(is_int(item) for item in value),
     "tuple[str, ...]": lambda value: all(isinstance(item, str) for item in value),
     "Mapping[str, Any]": lambda value: isinstance(value, dict),
+    "Mapping[str, int]": lambda value: isinstance(value, dict) and all(is_int(item) for item in value.values()),
     "Mapping[str, str]": lambda value: isinstance(value, dict) and all(isinstance(item, str) for item in value.values()),
     "Mapping[str, list[list[int]]]": lambda value: (
         isinstance(value, dict) and all(isinstance(item, list) for item in value.values())

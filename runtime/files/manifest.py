@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..errors import BundleSchemaError, TreeError
+from ..errors import BundleSchemaError, TreeError, UsageError
 from ..tree import Tree
 from .backbone import BackboneShape
 from .heads import PlattScaling, parse_platt_scaling
@@ -73,7 +73,8 @@ class FileRecord:
 class Manifest:
     """The contents of a bundle. Paths are relative to its folder.
 
-    ``variants``: name of a step graph (``standard``, ``cpu``) to its path. ``engines``: target to the path of its engine's record
+    ``variants``: name of a step graph (``standard``, ``cpu``) to its path. A bundle has ``standard``, or was exported in few bits
+    and has one quantised variant alone. ``engines``: target to the path of its engine's record
     (:mod:`.engine_record`).
     """
 
@@ -107,9 +108,26 @@ class Manifest:
         tree.check_fits(self.heads.num_heads, self.heads.top_k)
         return tree
 
+    def graph(self, variant: str) -> str:
+        """Returns the path of a variant's step graph.
+
+        Raises:
+            UsageError: the bundle has no such variant. One that was exported in few bits has no other.
+        """
+        if variant not in self.variants:
+            own = ", ".join(self.variants)
+            only = "it was exported in few bits: export the checkpoint without --precision" if few_bits_only(self) else ""
+            raise UsageError(f"the bundle has no graph {variant!r}, only {own}", hint=only or f"its variants: {own}")
+        return self.variants[variant]
+
     def to_json(self) -> str:
         """Returns the file's text."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def few_bits_only(manifest: Manifest) -> bool:
+    """Tells if a bundle was exported in few bits: it then has none of the graphs that variants are made from."""
+    return "standard" not in manifest.variants
 
 
 def cpu_twin(graph: str) -> str:
@@ -184,7 +202,8 @@ def _check(manifest: Manifest) -> None:
     graphs = [*manifest.variants.values(), *manifest.engines.values(), manifest.heads_graph]
     names = [*graphs, manifest.text.tokenizer, manifest.text.chat_template]
     missing = [name for name in names if name is not None and name not in manifest.files]
-    if missing or "standard" not in manifest.variants:
+    quantised = manifest.provenance.get("quantised", {})
+    if missing or not ("standard" in manifest.variants or (manifest.variants and set(manifest.variants) <= set(quantised))):
         raise ValueError(f"it names files that it doesn't list: {missing or 'the standard graph'}")
     if manifest.default_tree not in manifest.trees:
         raise ValueError(f"its default tree {manifest.default_tree!r} is none of its trees")

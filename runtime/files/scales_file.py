@@ -151,7 +151,7 @@ def model_digest(manifest: Manifest) -> str:
 
     Engines, tokenizers and files in folders below don't count: a bundle may gain or change them and stays the same model.
     """
-    standard = manifest.variants["standard"]
+    standard = manifest.graph("standard")
     folder = PurePosixPath(standard).parent
     names = [name for name in manifest.files if PurePosixPath(name).parent == folder and not name.endswith(".onnx")]
     hashes = [manifest.files[name].sha256 for name in (standard, *sorted(names))]

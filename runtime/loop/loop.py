@@ -102,6 +102,7 @@ class Loop:
                     sequence.fail(named(error))
                     continue
             # A waiting sequence may say that rows are computed: whoever admits it says so anew.
+            sequence.stats.queue_seconds = time.monotonic() - sequence.since
             sequence.computed = sequence.stats.prompt_tokens = sequence.stats.cached_tokens = place.rows
             self.slots.acquire(sequence, place)
             self.slots.prefix_stats.add(sequence.prompt_length, place.rows)

@@ -22,11 +22,11 @@ class Sequence:
     """Tokens of one request. ``tokens`` is the only truth of what was emitted; the newest one is the next step's root.
 
     ``salt``: its prompt may begin with rows of sequences of the same salt. ``slot``: given by the slot pool; -1 before.
-    ``computed``: prompt tokens whose rows are in the cache. ``candidates``: the
-    heads' at the row of the root. ``accepted_state``: hidden state [H] of the row that the host accepted last, which the heads
-    have yet to see. ``draft``: the rows that the newest step verifies. ``hidden``: the backbone's states [H] behind the emitted
-    tokens, where they were asked for; the last step may have added more than were emitted. ``cancelled``: set by other threads.
-    ``deadline``: by the monotonic clock. ``top_logprobs``: the alternatives wanted at each emitted token; None wants no
+    ``computed``: prompt tokens whose rows are in the cache. ``candidates``: the heads' at the row of the root.
+    ``accepted_state``: hidden state [H] of the row that the host accepted last, which the heads have yet to see. ``draft``: the
+    rows that the newest step verifies. ``hidden``: the backbone's states [H] behind the emitted tokens, where they were asked
+    for; the last step may have added more than were emitted. ``cancelled``: set by other threads. ``deadline``, ``since`` (its
+    submission): by the monotonic clock. ``top_logprobs``: the alternatives wanted at each emitted token; None wants no
     log-probabilities. ``matcher``: stands in its grammar behind the emitted tokens.
     """
 
@@ -42,6 +42,7 @@ class Sequence:
     matcher: Matcher | None = None
     priority: int = 0
     deadline: float | None = None
+    since: float = field(default_factory=time.monotonic)
     cancel: Callable[[], bool] | None = None
     slot: int = -1
     computed: int = 0

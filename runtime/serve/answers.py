@@ -63,7 +63,9 @@ class Answer:
         """The field ``metrics``, where it is asked for."""
         if not self._metrics:
             return {}
-        return {"metrics": {"speculative_decoding": acceptance_of(*[each.stats for each in choices if each.stats is not None])}}
+        found = [each.stats for each in choices if each.stats is not None]
+        queued = max((stats.queue_seconds for stats in found), default=0.0)
+        return {"metrics": {"speculative_decoding": acceptance_of(*found), "queue_seconds": queued}}
 
     # -- parts -----------------------------------------------------------------------------------------------------
 

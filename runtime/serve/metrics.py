@@ -41,6 +41,7 @@ class Metrics:
         self._places = self._new(Counter, "spec_decode_num_accepted_tokens_per_pos", places, ("position",))
         self._first = self._new(Histogram, "time_to_first_token_seconds", "From arrival to the first token.", (), _SECONDS)
         self._gaps = self._new(Histogram, "inter_token_latency_seconds", "A step's seconds by its tokens.", (), _SECONDS)
+        self._queued = self._new(Histogram, "request_queue_time_seconds", "From arrival to a slot.", (), _SECONDS)
         self._whole = self._new(Histogram, "e2e_request_latency_seconds", "From arrival to the end.", (), _SECONDS)
 
     def _new(self, kind: Any, name: str, text: str, labels: tuple[str, ...] = (), buckets: tuple[float, ...] = ()) -> Any:
@@ -68,6 +69,7 @@ class Metrics:
         self._prompt.inc(prompt_tokens)
         self._whole.observe(time.monotonic() - arrived)
         if stats is not None:
+            self._queued.observe(stats.queue_seconds)
             self._queried.inc(prompt_tokens)
             self._hits.inc(stats.cached_tokens)
             acceptance = acceptance_of(stats)

@@ -33,7 +33,7 @@ class ImpatientProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
     seconds = 30.0
     _timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._wait()
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import results_page
-from results_sections import markdown, slots, speed
+from results_sections import engines, markdown, slots, speed
 
 REPORTS = sorted(path.stem for path in markdown.RESULTS.glob("*.json"))
 # The table of families is docs/families.md, and the reports of the GPU are tables of docs/gpu.md; path_heads.py reads the costs
 # of the merged graph.
-ELSEWHERE = {"families", "gpu-h200", "gpu-h200-tensorrt-rtx", "smollm2-grounded-merged"}
+ELSEWHERE = {"engine-builds", "families", "gpu-h200", "gpu-h200-tensorrt-rtx", "smollm2-grounded-merged"}
 
 
 def test_the_page_and_the_readme_are_what_the_reports_say() -> None:
@@ -48,9 +48,31 @@ def _shifted(value: object) -> object:
 
 
 def test_only_the_part_between_the_comments_is_replaced() -> None:
-    text = results_page.with_block("before\n<!-- results -->\nold\n<!-- end -->\nafter\n")
-    assert text == f"before\n<!-- results -->\n{results_page.readme_block()}\n<!-- end -->\nafter\n"
-    assert results_page.with_block(text) == text
+    text = results_page.with_block("before\n<!-- results -->\nold\n<!-- end -->\nafter\n", "new")
+    assert text == "before\n<!-- results -->\nnew\n<!-- end -->\nafter\n"
+    assert results_page.with_block(text, "new") == text
+
+
+def test_cells_of_the_table_of_gpus_link_to_their_evidence_or_are_dashes() -> None:
+    rows = [line.strip("| ").split(" | ") for line in engines.coverage().splitlines()[2:]]
+    assert {row[0] for row in rows} >= {"cuda", "tensorrt-rtx", "tensorrt", "torch reference"}
+    for row in rows:
+        for cell in row[3:]:
+            assert cell == "–" or (markdown.ROOT / "docs" / cell[cell.index("(") + 1 : -1]).is_file(), row
+    [full] = [row for row in rows if row[0] == "tensorrt"]
+    assert full[3:] == ["–"] * 4, "the package tensorrt has never run"
+    assert all(row[4:] == ["–"] * 3 for row in rows if row[0] == "tensorrt-rtx" and row[1].startswith("sm_"))
+
+
+def test_a_wrong_token_on_a_gpu_changes_its_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(markdown.RESULTS, tmp_path / "results")
+    monkeypatch.setattr(markdown, "RESULTS", tmp_path / "results")
+    path = tmp_path / "results" / "gpu-h200.json"
+    report = json.loads(path.read_text("utf-8"))
+    report["stages"]["exact"]["results"]["executors"]["cuda"]["against_expected"]["unexplained"] = 1
+    path.write_text(json.dumps(report), "utf-8")
+    assert "[no](../benchmarks/results/gpu-h200.json)" in engines.coverage()
+    assert results_page.GPU in results_page.stale()
 
 
 def test_ratios_are_medians_over_prompts_that_both_answered() -> None:

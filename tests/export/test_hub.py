@@ -185,3 +185,23 @@ def test_a_bundle_remembers_where_its_model_came_from(hub: Hub, tiny_model: Path
     provenance = open_bundle(tmp_path / "bundle").manifest.provenance
     assert provenance["model"] == {"hub": REPO, "revision": COMMIT}
     assert provenance["heads"]["origin"] == {"hub": "maker/heads", "revision": COMMIT}
+
+
+def test_a_reference_and_a_build_take_names(hub: Hub, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from medusa_deploy.export import exporter
+    from medusa_deploy.tools.cli import main
+    from medusa_deploy.tools.exactness.reference import load_reference
+
+    hub.add(REPO, tiny_model)
+    reference = load_reference(f"{REPO}@v1", "float32")
+    assert reference.facts["model"] == f"{REPO}@v1" and len(reference.generate([5, 6, 7], 3)) == 3
+    asked: list[str] = []
+
+    def export(model: str, *_arguments: object, **_options: object) -> None:
+        asked.append(model)
+        raise UsageError("far enough")
+
+    monkeypatch.setattr(exporter, "export_bundle", export)
+    monkeypatch.setattr("medusa_deploy.export.engines.build.check_engines", lambda *_arguments: None)
+    assert main(["build", REPO, "--target", "sm_89", "-o", str(tmp_path / "bundle")]) == 1
+    assert asked == [REPO]

@@ -51,12 +51,12 @@ def healthy(server: Served) -> Iterator[None]:
     assert status == 200, body
 
 
-def send_raw(port: int, data: bytes, seconds: float = 20) -> int:
+def send_raw(port: int, data: bytes, seconds: float = 300) -> int:
     """Send bytes and read until the server closes; return the status, 0 where it closes without one."""
     return asyncio.run(_send_raw(port, data, seconds))
 
 
-async def _send_raw(port: int, data: bytes, seconds: float = 20) -> int:
+async def _send_raw(port: int, data: bytes, seconds: float = 300) -> int:
     answer = b""
     async with asyncio.timeout(seconds):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)

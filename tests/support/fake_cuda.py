@@ -13,6 +13,7 @@ import enum
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,7 @@ class FakeRuntime:
         self.total = memory
         self.fast = fast
         self.driver = True
+        self.name, self.driver_version = "Fake GPU", 13000
         self.capture_fails = False
         self.device: dict[int, bytearray] = {}
         self.pinned: dict[int, np.ndarray] = {}
@@ -154,6 +156,12 @@ class FakeRuntime:
 
     def cudaDeviceGetAttribute(self, attribute: cudaDeviceAttr, device: int) -> _Result:
         return cudaError_t.cudaSuccess, self.capability[attribute - cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor]
+
+    def cudaGetDeviceProperties(self, device: int) -> _Result:
+        return cudaError_t.cudaSuccess, SimpleNamespace(name=self.name.encode() + b"\0")
+
+    def cudaDriverGetVersion(self) -> _Result:
+        return cudaError_t.cudaSuccess, self.driver_version
 
     def cudaMemGetInfo(self) -> _Result:
         return cudaError_t.cudaSuccess, self.total - sum(map(len, self.device.values())), self.total

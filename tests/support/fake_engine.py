@@ -29,8 +29,11 @@ def profiles_for(manifest: Manifest, rows: Sequence[int]) -> tuple[Profile, ...]
     limits = manifest.limits
     columns, slots = (1, min(512, limits.cache_rows), limits.cache_rows), (1, 1, limits.batch)
     chunk = limits.prefill_chunk
-    prefill = Profile("prefill", (1, chunk, chunk), (1, 1, 1), (1, 1, 1), columns, (1, 1, 1))
-    return prefill, *(Profile(f"rows-{n}", (n, n, n), (n, n, n), slots, columns, (1, n, max(rows))) for n in rows)
+    prefill = Profile("prefill", (1, chunk, chunk), (1, 1, 1), (1, 1, 1), columns, (1, 1, 1), (0, 1, 1))
+    sizes = [(n, (0 if n == 1 else 1, 1, 1)) for n in rows]
+    return prefill, *(
+        Profile(f"rows-{n}", (n, n, n), (n, n, n), slots, columns, (1, n, max(rows)), heads) for n, heads in sizes
+    )
 
 
 def _tensors(values: Any) -> list[dict[str, Any]]:
@@ -88,7 +91,7 @@ def _newest(place: Path, packed: bool, weight_inputs: Sequence[WeightInput]) -> 
             compression[path.name] = asdict(how)
     return {
         "record_version": RECORD_VERSION, "variant": "device", "features": [], "sources": {}, "versions": {}, "logs": {},
-        "weight_inputs": [asdict(weight) for weight in weight_inputs], "compression": compression, "int8": {}, **stored,
+        "weight_inputs": [asdict(weight) for weight in weight_inputs], "compression": compression, "quantised": {}, **stored,
     }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ _NUMPY = {"INT64": "int64", "BOOL": "bool", "FLOAT": "float32", "HALF": "float16
 NUMPY_NAMES = {name: _NUMPY[kind] for name, kind in _TYPES.items()}
 AXES = {
     "tokens": "BN", "positions": "BN", "ancestors": "BNN", "forced": "B", "write_index": "B", "columns": "T", "logit_rows": "BR",
-    "kept": "B", "kept_count": "B", "draft_slots": "BN",
+    "kept": "B", "kept_count": "B", "draft_slots": "BN", "head_rows": "W",
 }  # fmt: skip
 
 
@@ -99,6 +99,23 @@ class FakeLoader:
         return engine
 
 
+class FakeRuntimeCache:
+    """Holds what was compiled: the shapes of calls. It takes what another one of this version wrote."""
+
+    def __init__(self) -> None:
+        self.compiled: set[str] = set()
+
+    def serialize(self) -> bytes:
+        return json.dumps(["9.9", *sorted(self.compiled)]).encode()
+
+    def deserialize(self, blob: bytes) -> bool:
+        version, *compiled = json.loads(blob)
+        if version != "9.9":
+            return False
+        self.compiled |= set(compiled)
+        return True
+
+
 class FakeConfig:
     """A runtime configuration of the RTX package."""
 
@@ -111,10 +128,10 @@ class FakeConfig:
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
         self.strategy = strategy
 
-    def create_runtime_cache(self) -> object:
-        return object()
+    def create_runtime_cache(self) -> FakeRuntimeCache:
+        return FakeRuntimeCache()
 
-    def set_runtime_cache(self, cache: object) -> None:
+    def set_runtime_cache(self, cache: FakeRuntimeCache) -> None:
         self.cache = cache
 
 
@@ -220,6 +237,8 @@ class FakeContext:
         if capturing and self._settled != self.shapes:
             raise DeviceFaultError("shapes were captured that were never enqueued")
         self._settled = dict(self.shapes)
+        if self.engine.configs:
+            self.engine.configs[0].cache.compiled.add(json.dumps([self.profile, *sorted(self.shapes.items())]))
         self.module.enqueued.append(dict(self.shapes))
         shapes, addresses = dict(self.shapes), dict(self.addresses)
         cuda.enqueue(stream, lambda: self._run(shapes, addresses))
@@ -282,6 +301,7 @@ def write_plan(path: Path, onnx: Path, profiles: Sequence[Profile]) -> None:
     ranges = []
     for profile in profiles:
         sizes = {"B": profile.slots, "N": profile.rows, "R": profile.logit_rows, "T": profile.columns, "P": profile.carried}
+        sizes["W"] = profile.head_rows
         by_name = {}
         for value in session.get_inputs():
             varying = axes_of(value.name)

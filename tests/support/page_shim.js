@@ -5,7 +5,8 @@ const [, , file, base] = process.argv;
 const script = fs.readFileSync(file, "utf8").match(/<script>([\s\S]*?)<\/script>/)[1];
 
 class Element {
-  children = []; kept = {}; value = ""; textContent = ""; className = ""; listeners = {};
+  children = []; kept = {}; value = ""; textContent = ""; className = ""; listeners = {}; attributes = {};
+  setAttribute(name, value) { this.attributes[name] = value; }
   style = { setProperty: (name, value) => { this.kept[name] = value; } };
   append(...more) { this.children.push(...more); }
   replaceChildren() { this.children = []; }

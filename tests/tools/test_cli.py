@@ -97,7 +97,7 @@ def test_help_groups_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert groups == {
         "make": ["prepare", "export", "train", "build"],
         "tune": ["calibrate", "quantise", "tree"],
-        "run": ["generate", "serve"],
+        "run": ["generate", "serve", "triton"],
         "check": ["verify", "bench", "compare", "inspect"],
         "advise": ["plan", "doctor", "demo", "figure"],
     }

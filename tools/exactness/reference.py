@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,13 @@ class Reference:
         return logits
 
 
-def load_reference(source: Path, dtype: str) -> Reference:
-    """Load a model folder (or a GGUF file) with transformers in the bundle's dtype.
+def load_reference(source: Path | str, dtype: str, report: Callable[[str], object] = lambda _phase: None) -> Reference:
+    """Load a model folder, a GGUF file, or a model of a hub by its name, with transformers in the bundle's dtype.
+
+    ``report`` is told what is fetched.
 
     Raises:
+        DownloadError: a name on a hub that can't be fetched.
         MissingDependencyError: transformers or torch isn't installed.
         CheckpointError: no such model, one that can't be read, or one that its folder contradicts.
     """
@@ -57,9 +60,12 @@ def load_reference(source: Path, dtype: str) -> Reference:
     import transformers
 
     from ...export.backbone.backbone import load_module
+    from ...export.hub import fetch_model
 
-    module = load_module(source, _DTYPES[dtype])
+    fetched = fetch_model(source, report)
+    module = load_module(fetched.path, _DTYPES[dtype])
     # A checkpoint's own settings may penalise repetition or stop early; greedy means the argmax, to the length asked for.
     module.generation_config = transformers.GenerationConfig(pad_token_id=0)
-    facts = {"model": source.name, "transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
+    name = fetched.path.name if fetched.origin is None else str(source)
+    facts = {"model": name, "transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
     return Reference(module, facts)

@@ -80,7 +80,7 @@ def quantise(
             moments, _digest = measure_moments(opened, data, samples, threads, bar)
         measured: dict[str, Any] = {}
         made: Made = {}
-        source = opened.path(opened.manifest.variants["cpu"])
+        source = opened.path(opened.manifest.graph("cpu"))
         if budget is not None:
             search = _Search(opened, precision, found, moments, made, _divergence(opened, data, threads, bar), bar)
             kept, measured = search.run(budget)
@@ -90,9 +90,9 @@ def quantise(
         report = quantise_cpu(model, precision, found, moments, made, bar.update)
         bar.phase("write")
         facts = {
-            "source": opened.manifest.files[opened.manifest.variants["cpu"]].sha256,
+            "source": opened.manifest.files[opened.manifest.graph("cpu")].sha256,
             "scales": None if found is None else dict(found.provenance),
-            **_describe(report, precision),
+            **describe_variant(report, precision),
             **measured,
         }
         after = add_variant(opened, name, model, facts)
@@ -103,8 +103,9 @@ def _check(bundle: Bundle, name: str, precision: CpuPrecision, *, force: bool) -
     from ...export.variant import check_variant
     from ...runtime.errors import QuantisationError, UsageError
 
+    bundle.manifest.graph("cpu")
     check_variant(bundle.manifest, name, force=force)
-    if "cpu" not in bundle.manifest.variants or bundle.manifest.dtype != "float32":
+    if bundle.manifest.dtype != "float32":
         raise QuantisationError(
             f"the bundle's graphs are in {bundle.manifest.dtype}, the CPU's kernels for few bits take float32",
             hint="export in fp32: medusa-deploy export … --dtype fp32",
@@ -140,7 +141,7 @@ class _Search:
         divergence: Divergence,
         bar: Progress,
     ) -> None:
-        self._source = bundle.path(bundle.manifest.variants["cpu"])
+        self._source = bundle.path(bundle.manifest.graph("cpu"))
         self._precision, self._scales, self._moments = precision, scales, moments
         self._made, self._divergence, self._bar = made, divergence, bar
 
@@ -178,7 +179,8 @@ class _Search:
         return self._divergence.of(model)[0]
 
 
-def _describe(report: CpuReport, precision: CpuPrecision) -> dict[str, Any]:
+def describe_variant(report: CpuReport, precision: CpuPrecision) -> dict[str, Any]:
+    """Return what the manifest keeps of a quantised graph."""
     from ...export.quantise.cpu import DEFAULT_BLOCKS
 
     counts = {str(bits): sum(1 for found in report.bits.values() if found == bits) for bits in BITS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...runtime.files.engine_record import OLDEST_TARGETS
 from .capacity import WORKSPACE, Footprint, Heads, Limits, footprint
 from .gpus import AHEAD_OF_TIME, GPUS, Gpu
 from .source import Source
@@ -53,9 +54,11 @@ def suggestions_for(
     def fits(precision: str, limits: Limits) -> bool:
         return footprint(source.backbone, heads, precision, limits, len(rows) + 1, taken.reserve).total <= gpu.memory_bytes
 
+    number = int(gpu.target.removeprefix("sm_"))
+    others = [name for name in ("int8", "fp8", "int4") if number >= OLDEST_TARGETS[name]]
     found = []
     capacities = [n for n in (8192, 4096, 2048, 1024, 512) if n < limits.capacity]
-    for tried in dict.fromkeys((precision, "int8")):
+    for tried in dict.fromkeys((precision, *others)):
         named = f"--precision {tried}"
         if tried != precision and fits(tried, limits):
             found.append(f"{named} fits")

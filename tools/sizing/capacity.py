@@ -1,7 +1,8 @@
 """Computes the bytes of a deployment's weights, heads, caches and workspace. Takes and returns plain numbers.
 
 Precisions are those of ``build``. ``fp16``: all numbers. ``int8``: the matrices of products, with one fp16 scale an output
-channel; everything else (the embedding's rows, norms, biases, caches, activations) stays fp16.
+channel. ``int4``: half a byte and an fp16 scale for 64 inputs; projection and heads are int8. ``fp8``: one byte. Everything else
+(the embedding's rows, norms, biases, caches) stays fp16.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ from ...runtime.files.backbone import BackboneShape
 from ...runtime.files.heads import HeadConfig, expected_shapes
 from .model_sizes import ModelShape
 
-PRECISIONS = ("fp16", "int8")
+PRECISIONS = ("fp16", "int8", "int4", "fp8")
+MEMORIES = (8, 16, 24)
+"""GB of the GPUs that a plan is held against in every precision."""
+_OF_OTHERS = {"int4": "int8"}
+"""Precision of projection and heads where it isn't that of the layers, as ``build`` chooses it."""
 _HALF = 2  # bytes
+_BLOCK = 64  # inputs that share a scale in int4
 # An engine with its weights inside adds at most kernels, and copies of the projection in other layouts.
 # Each profile stores the kernels of each layer again: 136 MB for 7 profiles of 32 layers, measured.
 _BYTES_PER_PROFILE = 8 * 10**6
@@ -56,8 +62,18 @@ class Weights:
 
     def nbytes(self, precision: str) -> int:
         """Bytes in one of :data:`PRECISIONS`."""
-        matrices = self.matrices * _HALF if precision == "fp16" else self.matrices + self.channels * _HALF
-        return matrices + self.others * _HALF + self.bytes_apart
+        by_precision = {
+            "fp16": self.matrices * _HALF,
+            "int8": self.matrices + self.channels * _HALF,
+            "int4": self.matrices // 2 + self.matrices // _BLOCK * _HALF,
+            "fp8": self.matrices,
+        }
+        return by_precision[precision] + self.others * _HALF + self.bytes_apart
+
+
+def of_others(precision: str) -> str:
+    """Return the precision of projection and heads where the layers have ``precision``."""
+    return _OF_OTHERS.get(precision, precision)
 
 
 def matrix(outputs: int, inputs: int) -> Weights:
@@ -98,12 +114,12 @@ class Backbone:
             "embedding": self.embedding.nbytes(precision),
             "layers": self.layers.nbytes(precision),
             "norm": self.norm.nbytes(precision),
-            "vocabulary projection": 0 if shared else self.projection.nbytes(precision),
+            "vocabulary projection": 0 if shared else self.projection.nbytes(of_others(precision)),
         }
 
     def read(self, precision: str) -> int:
         """Bytes that every step reads: all weights except the embedding, of which it reads a few rows."""
-        return (self.layers + self.norm + self.projection).nbytes(precision)
+        return (self.layers + self.norm).nbytes(precision) + self.projection.nbytes(of_others(precision))
 
 
 def backbone_of(shape: ModelShape) -> Backbone:
@@ -125,11 +141,11 @@ class Heads:
 
     def nbytes(self, precision: str) -> int:
         """Bytes that the heads add to the backbone's."""
-        return (self.blocks + self.projections).nbytes(precision)
+        return (self.blocks + self.projections).nbytes(of_others(precision))
 
     def read(self, backbone: Backbone, precision: str) -> int:
         """Bytes that the heads read in a step. They read a shared projection again: their input needs its first result."""
-        shared = backbone.projection.nbytes(precision) if self.config.projection == "shared" else 0
+        shared = backbone.projection.nbytes(of_others(precision)) if self.config.projection == "shared" else 0
         return self.nbytes(precision) + shared
 
     def products(self) -> int:
@@ -192,7 +208,7 @@ def workspace_bytes(backbone: Backbone, heads: Heads, limits: Limits, precision:
     logits = rows * shape.vocab_size * _HALF + limits.batch * config.num_heads * config.draft_vocab_size * 10
     carried = 2 * rows * cache_bytes_per_token(shape)
     dequantised = 0
-    if precision == "int8":
+    if precision != "fp16":
         dequantised = max(queries, keys, shape.intermediate_size, shape.vocab_size) * shape.hidden_size * _HALF
     return activations + scores + logits + carried + dequantised
 
@@ -201,7 +217,7 @@ WORKSPACE = (
     "an upper estimate, nothing of it was measured: activations of M = max(batch · rows, prefill chunk) rows, "
     "M · (3·hidden + 2·queries + 2·keys + 3·intermediate) · 2 bytes; attention as if it were not fused, "
     "M · (2·heads + 1) · cache rows · 2; logits of all rows and of the heads; the new keys and values of two steps; "
-    "in int8 the largest matrix once in fp16"
+    "in few bits the largest matrix once in fp16"
 )
 
 
@@ -234,7 +250,7 @@ class Footprint:
 def footprint(backbone: Backbone, heads: Heads, precision: str, limits: Limits, profiles: int, reserve: int) -> Footprint:
     """Compute the bytes of an engine with ``profiles`` profiles; ``reserve`` bytes are left to others."""
     parts, head_bytes = backbone.parts(precision), heads.nbytes(precision)
-    inside = precision == "int8" or sum(parts.values()) + head_bytes <= _LARGEST_INSIDE  # int8 weights are made by the build
+    inside = precision != "fp16" or sum(parts.values()) + head_bytes <= _LARGEST_INSIDE  # few bits are made by the build
     copies = _PROJECTION_COPIES * backbone.projection.nbytes("fp16") if inside else 0
     return Footprint(
         parts,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ...runtime.arguments import MAX_INTEGER, integer, integers, number
-from ...runtime.errors import UsageError
+from ...runtime.arguments import MAX_INTEGER, integer, integers, number, optional_path
+from ...runtime.errors import HeadsMismatchError, UsageError
+from ...runtime.files.engine_record import OLDEST_TARGETS
 from ...runtime.files.heads import HeadConfig, HeadKind, Projection
 from .advice import commands_for, notes_for, suggestions_for
 from .capacity import PRECISIONS, Footprint, Heads, Limits, cache_bytes_per_token, footprint, heads_of
+from .expected import Expected, expected_speed, heads_config, is_heads_folder
 from .gpus import Gpu, find_gpu
 from .source import Source, source_of_bundle, source_of_model, source_of_size
 from .step_estimate import HeadsEstimate, StepEstimate, compare_heads, estimate_step
@@ -40,7 +42,8 @@ class DeploymentPlan:
     """Sizes in bytes, and bounds of time from published figures.
 
     ``rows``: sizes of a step, each with a profile. ``context``: tokens in each slot of the estimated steps. ``plan_bytes``: size
-    of an engine's file, at least and at most. ``fit``, ``plain`` and ``steps`` exist only where a GPU was given.
+    of an engine's file, at least and at most. ``totals``: bytes by precision. ``fit``, ``plain`` and ``steps`` exist only
+    where a GPU was given, ``expected`` only with a report of step times.
     """
 
     name: str
@@ -60,8 +63,10 @@ class DeploymentPlan:
     notes: tuple[str, ...]
     fit: Fit | None = None
     plain: StepEstimate | None = None
+    totals: Mapping[str, int] = field(default_factory=dict)
     steps: tuple[StepEstimate, ...] = ()
     suggestions: tuple[str, ...] = ()
+    expected: tuple[Expected, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -85,15 +90,18 @@ def plan_deployment(
     context: int | None = None,
     acceptance: float | None = None,
     reserve: int = GIB,
+    bench: Path | str | None = None,
 ) -> DeploymentPlan:
     """Plan for one of ``size`` (a preset), ``model`` (a folder) or ``bundle``; without ``gpu``, bytes only.
 
-    ``heads``: ``own``, ``shared`` or ``pruned:TOKENS`` (default: the bundle's, else ``shared``). ``context``: tokens in each
-    slot of the estimated steps (default: half the capacity). ``acceptance``: a measured mean acceptance length; without it the
-    plan names no Medusa speed. ``reserve``: bytes of the GPU left to others, an assumption.
+    ``heads``: ``own``, ``shared`` or ``pruned:TOKENS`` (default: the bundle's, else ``shared``), or a folder that ``train``
+    wrote. Then ``bench``, a report of ``bench --sweep``, adds the speed-up to expect from them on that machine. ``context``:
+    tokens in each slot of the estimated steps (default: half the capacity). ``acceptance``: a measured mean acceptance length;
+    without it the plan names no Medusa speed. ``reserve``: bytes of the GPU left to others, an assumption.
 
     Raises:
-        UsageError: an unknown size, GPU, precision or form of heads, or a number out of range.
+        UsageError: an unknown size, GPU, precision or form of heads, a number out of range, or a report without step times.
+        HeadsError, HeadsMismatchError: the folder holds no heads that ``train`` wrote, or those of another model.
         CheckpointError, UnsupportedArchitectureError, BundleError, MissingDependencyError: the model or bundle can't be read.
     """
     any_integer = -MAX_INTEGER
@@ -103,8 +111,15 @@ def plan_deployment(
     acceptance, precision = number("acceptance", acceptance, None), "fp16" if precision is None else precision
     found = None if gpu is None else find_gpu(gpu)
     source = _source(size, model, bundle)
+    bench = optional_path("bench", bench)
+    if bench is not None and not is_heads_folder(heads):
+        raise UsageError("step times alone say nothing of heads", hint="give the folder that train wrote as --heads")
     if precision not in PRECISIONS:
         raise UsageError(f"unknown precision {precision!r}", hint=f"one of {', '.join(PRECISIONS)}")
+    if found is not None and int(found.target.removeprefix("sm_")) < OLDEST_TARGETS.get(precision, 0):
+        raise UsageError(
+            f"{precision} needs sm_{OLDEST_TARGETS[precision]} or newer, and {found.name} is {found.target}", hint="take int8"
+        )
     built = heads_of(_head_config(source, heads, num_heads, head_kind))
     steps = tuple(sorted({1, *(source.rows if rows is None else rows)}))
     limits = _limits(source, capacity, batch, steps)
@@ -134,6 +149,10 @@ def plan_deployment(
         ),
         commands=commands_for(source, precision, limits, steps, taken.weights, found),
         notes=notes_for(found, taken),
+        totals={
+            each: footprint(source.backbone, built, each, limits, len(steps) + 1, reserve).total for each in PRECISIONS
+        },
+        expected=() if bench is None else expected_speed(str(heads), bench),
     )
     return plan if found is None else _on_gpu(plan, source, built, found, acceptance)
 
@@ -151,6 +170,14 @@ def _head_config(source: Source, form: str | None, num_heads: int, kind: HeadKin
     shape = source.backbone.shape
     if form is None and source.heads is not None:
         return source.heads
+    if form is not None and is_heads_folder(form):
+        config = heads_config(form)
+        if config.hidden_size != shape.hidden_size:
+            raise HeadsMismatchError(
+                f"the heads have the hidden size {config.hidden_size}, the backbone {shape.hidden_size}",
+                hint="give the model that they were trained for",
+            )
+        return config
     name, _, tokens = (form or "shared").partition(":")
     forms: dict[str, Projection] = {"own": "own", "shared": "shared", "pruned": "pruned"}
     if name not in forms or (name == "pruned") != bool(tokens):

@@ -97,7 +97,7 @@ def source_of_bundle(folder: Path) -> Source:
 
     bundle = open_bundle(folder, check_hashes=False)
     manifest = bundle.manifest
-    step = _tensors(bundle.path(manifest.variants["standard"]))
+    step = _tensors(bundle.path(manifest.graph("standard")))
     blocks = [re.fullmatch(r"heads\.blocks\.0\.(\d+)\.bias", name) for name in _tensors(bundle.path(manifest.heads_graph))]
     facts, limits = manifest.heads, manifest.limits
     config = HeadConfig(

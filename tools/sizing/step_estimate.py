@@ -44,7 +44,8 @@ def estimate_step(
     """Estimate a step of ``rows`` rows over ``batch`` slots that hold ``context`` tokens each; ``heads`` None: plain decoding.
 
     Memory delivers every weight except the embedding once, and the tokens' keys and values; it takes the new keys and values.
-    Heads run at one row a slot. Products are in fp16 in both precisions: int8 weights are widened first.
+    Heads run at one row a slot. Products are in fp16: weights of few bits are widened first. Those of fp8 may be in fp8, at twice
+    the rate.
     """
     shape, token = backbone.shape, cache_bytes_per_token(backbone.shape)
     nbytes = backbone.read(precision) + batch * (context + rows) * token
@@ -55,7 +56,8 @@ def estimate_step(
         nbytes += heads.read(backbone, precision)
         flops += 2 * batch * heads.products()
     by_memory = nbytes / (gpu.bandwidth * 1e9)
-    by_cores = 0.0 if gpu.fp16 is None else flops / (gpu.fp16 * 1e12)
+    rate = 2 if precision == "fp8" else 1
+    by_cores = 0.0 if gpu.fp16 is None else flops / (rate * gpu.fp16 * 1e12)
     bound = "compute" if by_cores > by_memory else "bandwidth"
     return StepEstimate(rows, nbytes, flops, max(by_memory, by_cores), bound)
 

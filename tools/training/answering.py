@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ...calibration.answers.answers import Answerer
     from ...runtime.text.encoder import PromptEncoder
     from ...runtime.text.prompts import PromptLine
+    from .estimate import TimeEstimate
 
 _CAPACITY = 2048
 
@@ -83,14 +84,17 @@ def open_backbone(plan: AnswerPlan, heads: Path | None = None) -> Backbone:
     return backbone._replace(answerer=_in_torch(plan, heads).answerer) if plan.autocast else backbone
 
 
-def answer_prompts(backbone: Backbone, plan: AnswerPlan) -> Answered:
-    """Let the backbone answer training and held-out prompts into the folders ``train`` and ``heldout``."""
+def answer_prompts(backbone: Backbone, plan: AnswerPlan, estimate: TimeEstimate | None = None) -> Answered:
+    """Let the backbone answer training and held-out prompts into the folders ``train`` and ``heldout``.
+
+    ``estimate`` adds the time of the whole run to what is shown.
+    """
     from ...calibration.answers.distill import GREEDY
 
     lines = [*_lines(plan, "train"), *_self_written(backbone, plan)]
     prompts, tokens = {}, {}
     prompts["train"], tokens["train"] = _answer(
-        backbone.answerer, backbone.encoder, plan, lines, "train", plan.temperatures, plan.seed
+        backbone.answerer, backbone.encoder, plan, lines, "train", plan.temperatures, plan.seed, estimate
     )
     prompts["train"] *= len(plan.temperatures)
     # Held-out answers are the same whatever training is done with.
@@ -98,6 +102,11 @@ def answer_prompts(backbone: Backbone, plan: AnswerPlan) -> Answered:
         backbone.exact, backbone.encoder, plan, _lines(plan, "heldout"), "heldout", GREEDY, 0
     )
     return Answered(prompts, tokens)
+
+
+def heldout_count(plan: AnswerPlan) -> int:
+    """Count the held-out prompts."""
+    return len(_lines(plan, "heldout"))
 
 
 def answer_heldout(backbone: Backbone, plan: AnswerPlan, folder: str) -> None:
@@ -118,12 +127,20 @@ def _answer(
     folder: str,
     temperatures: tuple[float, ...],
     seed: int,
+    estimate: TimeEstimate | None = None,
 ) -> tuple[list[list[int]], int]:
     from ...calibration.answers.distill import distill
     from ..console import Progress
 
     prompts = [encoder.encode(line.request()) for line in lines]
     with Progress(f"answering {folder} prompts", len(prompts) * len(temperatures)) as progress:
+
+        def show(done: int, total: int, tokens: int) -> None:
+            if estimate is not None and (words := estimate.first_words(done, total, tokens)):
+                progress.say(words)
+            note = f"{tokens:,} tokens" if estimate is None else estimate.note(done, total, tokens)
+            progress.update(done, note=note)
+
         count = distill(
             answerer,
             prompts,
@@ -131,7 +148,7 @@ def _answer(
             max_new_tokens=plan.max_new_tokens,
             temperatures=temperatures,
             seed=seed,
-            progress=lambda done, total, tokens: progress.update(done, note=f"{tokens:,} tokens"),
+            progress=show,
         )
     return prompts, count
 

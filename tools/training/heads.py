@@ -43,12 +43,14 @@ def train(
     """
     from ...calibration.training.examples import load_examples
     from ...calibration.training.train import train_heads
-    from ...export.backbone.backbone import load_module
+    from ...export.backbone.backbone import backbone_shape, load_config, load_module
     from ...export.backbone.logits import find_logit_change
+    from ...export.estimate import empty_module
     from ...runtime.files.bundle import refuse_existing
     from ...runtime.files.heads_file import write_heads
     from ..console import Progress
-    from .answering import AnswerPlan, answer_prompts, claim, open_backbone
+    from .answering import AnswerPlan, answer_prompts, claim, heldout_count, open_backbone
+    from .estimate import TimeEstimate, time_steps
 
     plan = settings("plan", plan, AnswerPlan, required=True)
     output, start, force = path("output", output), optional_path("heads", start), flag("force", force)
@@ -56,7 +58,10 @@ def train(
     refuse_existing(output, force=force)
     before, config = _start(start, chosen)
     claim(plan)
-    tokens = answer_prompts(open_backbone(plan), plan).tokens
+    with Progress("timing training steps"):
+        hidden = backbone_shape(empty_module(load_config(plan.model, 1))).hidden_size
+        step = time_steps(config, hidden, plan.device)
+    tokens = answer_prompts(open_backbone(plan), plan, TimeEstimate(config, step, heldout_count(plan))).tokens
     backbone = load_module(plan.model, "fp32")
     with Progress("training") as progress:
         heads = train_heads(

@@ -49,7 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="let a prompt of N tokens arrive while others stream, as many as --slots says (default 4)",
     )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report of --slots as a page of its own")
+    served = parser.add_argument_group("a server under load")
+    served.add_argument(
+        "--serve",
+        action="store_true",
+        help="serve the bundle, and measure requests that come at random moments, --streams at a time, and what HTTP costs",
+    )
+    served.add_argument("--rates", type=_rates, default=(0.5, 1.0, 2.0), metavar="N,N,…", help="requests/s (default: 0.5,1,2)")
+    served.add_argument("--seconds", type=float, default=30.0, metavar="N", help="of each rate (default: 30)")
+    served.add_argument("--streams", type=positive_int, default=64, metavar="N", help="clients at a time (default: 64)")
+    served.add_argument("--server-slots", type=positive_int, metavar="N", help="slots of the server (default: serve's own)")
+    served.add_argument("--peer", metavar="URL", help="another server with OpenAI's interface: it gets the same prompts as text")
+    served.add_argument("--peer-model", metavar="NAME", help="the model's name there, where it needs one")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report of --slots or --serve as a page of its own")
     parser.add_argument("--force", action="store_true", help="replace the file of --html")
     add_engine_arguments(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="engine threads (default: all cores)")
@@ -69,10 +81,12 @@ def run(args: argparse.Namespace) -> int:
     from ..measure.bench_report import describe
     from ..prompt_source import prompts_for
 
+    if args.serve:
+        return _run_serve(args)
     if args.slots or args.long_prompt:
         return _run_slots(args)
     if args.html is not None:
-        raise UsageError("--html is of the report of --slots", hint="add --slots 1,2,4,8")
+        raise UsageError("--html is of the reports of --slots and --serve", hint="add --slots 1,2,4,8")
     session = load_session(args)
     tree, note = _tree(session.manifest, args.tree, args.seed)
     prompts = prompts_for(session, args.prompts, args.count, args.seed)
@@ -131,6 +145,56 @@ def _run_slots(args: argparse.Namespace) -> int:
         write_whole(args.html, page(report).encode())
     emit(describe(report) if args.long_prompt is None else describe_long_prompt(report), report, args.json)
     return 1 if args.long_prompt is None and report["equal"]["different"] and not report["rounds_activations"] else 0
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(map(float, text.split(",")))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < rate < 1e6 for rate in found):
+        raise argparse.ArgumentTypeError(f"{text!r} are no rates such as 0.5,1,2")
+    return found
+
+
+def _run_serve(args: argparse.Namespace) -> int:
+    """Measure a server under load."""
+    from ...runtime.errors import UsageError
+    from ...runtime.files.bundle import refuse_existing, write_whole
+    from ..console import Progress, emit
+    from ..engine_options import load_session
+    from ..environment import environment
+    from ..extras import require
+    from ..prompt_source import check_room, prompts_for
+    from ..slots.http_client import Server
+    from ..slots.own_server import own_server
+    from ..slots.serving import describe_serving, serving_bench, serving_page
+
+    require("serve")
+    others = ("tree", "rows", "sweep", "temperature", "slots", "long_prompt", "fixed_rows")
+    if unfit := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]:
+        raise UsageError(f"{', '.join(unfit)} can't be measured with --serve", hint="leave it out")
+    if args.html is not None:
+        refuse_existing(args.html, force=args.force)
+    session = load_session(args)
+    prompts = prompts_for(session, args.prompts, args.count, args.seed)
+    check_room(session, prompts, args.max_new_tokens)
+    given = {"--backend": args.backend, "--target": args.target, "--variant": args.variant, "--threads": args.threads}
+    given |= {"--slots": args.server_slots, "--max-waiting": 4 * args.streams, "--max-concurrency": 8 * args.streams}
+    options = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    facts = environment(session) | {"threads": args.threads, "backend": args.backend, "server": options}
+    names = ("seconds", "streams", "max_new_tokens", "repeats", "seed")
+    with own_server(args.bundle, [*options, "--no-prefix-cache"]) as url, Progress("bench") as bar:
+        servers = {"medusa-deploy": Server(url)}
+        if args.peer is not None:
+            servers["peer"] = Server(args.peer, args.peer_model)
+        named = {name: getattr(args, name) for name in names}
+        report = serving_bench(session, servers, prompts, args.rates, progress=bar.update, **named)
+    report = {"environment": facts, **report}
+    if args.html is not None:
+        write_whole(args.html, serving_page(report).encode())
+    emit(describe_serving(report), report, args.json)
+    return 0
 
 
 def _tree(manifest: Manifest, name: str | None, seed: int) -> tuple[Tree | None, str]:

@@ -11,12 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..console import add_json_argument, positive_int
+from ..making.engine_precision import (
+    add_precision_arguments,
+    check_rounding,
+    gptq_is_needed,
+    gptq_moments,
+    precision_options,
+)
 
 if TYPE_CHECKING:
     from ...export.engines.options import EngineOptions, EnginePlan
     from ...export.estimate import ExportPlan
 
-_PRECISIONS = ("fp16", "int8", "int4", "fp8")
 HELP = "build TensorRT engines into a bundle, one plan a GPU architecture"
 _FEATURES = {
     "hardware-compatible": "plans that also run on other GPUs from sm_80 on (tensorrt)",
@@ -29,29 +35,17 @@ _FEATURES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument(
-        "bundle", type=Path, metavar="BUNDLE|MODEL", help="folder that export wrote in fp16; or a checkpoint, exported first"
+        "bundle", metavar="BUNDLE|MODEL", help="folder that export wrote in fp16; or a model as export takes it, exported first"
     )
     parser.add_argument(
         "--target", required=True, type=_names, metavar="SM,…", help="GPU architectures such as sm_86,sm_89, or here for this GPU"
     )
+    add_precision_arguments(parser)
     parser.add_argument(
-        "--precision", choices=_PRECISIONS, default="fp16", help="of the layers' weights; fp8: sm_89 and newer (default: fp16)"
-    )
-    few = parser.add_argument_group("with --precision int8, int4 or fp8")
-    few.add_argument(
-        "--scales", type=Path, help="what calibrate wrote: int8 and fp8 have activations in 8 bits, int4 is smoothed"
-    )
-    few.add_argument(
-        "--keep", type=_layers, metavar="LAYER,…", help="whose activations stay fp16 (default in int8: what it changes most)"
-    )
-    for name, what in (("projection", "onto the vocabulary"), ("heads", "of the heads")):
-        few.add_argument(f"--{name}-precision", choices=_PRECISIONS, help=f"weights {what} (default: same, int8 for int4)")
-    few.add_argument("--block", type=int, choices=(32, 64, 128), help="inputs that share a scale in int4 (default: 64)")
-    few.add_argument("--rounding", choices=("gptq", "nearest"), help="of int4; gptq runs the model (default: gptq)")
-    few.add_argument("--data", type=Path, metavar="FILE", help="texts for gptq (default: prompts of the package, answered)")
-    few.add_argument("--samples", type=positive_int, metavar="N", help="of them (default: 48)")
-    parser.add_argument(
-        "--backend", choices=("tensorrt-rtx", "tensorrt"), default="tensorrt-rtx", help="default: tensorrt-rtx, needs no GPU here"
+        "--backend",
+        choices=("tensorrt-rtx", "tensorrt"),
+        default="tensorrt-rtx",
+        help="default: tensorrt-rtx, which needs no GPU here; tensorrt: never run",
     )
     parser.add_argument("--weights", choices=("inside", "streamed"), default="inside", help="in the plan, or inputs of it")
     parser.add_argument(
@@ -60,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefill", type=positive_int, metavar="N", help="prompt rows a step at most (default: the bundle's)")
     model = parser.add_argument_group("when given a MODEL")
     model.add_argument("-o", "--output", type=Path, metavar="BUNDLE", help="bundle to export to")
-    model.add_argument("--heads", type=Path, metavar="HEADS", help="Medusa heads (default: none, it decodes plainly)")
+    model.add_argument("--heads", metavar="HEADS", help="Medusa heads (default: none, it decodes plainly)")
     model.add_argument("--capacity", type=positive_int, help="tokens a slot holds (default: 2048)")
     model.add_argument("--batch", type=positive_int, help="slots at most (default: 1)")
     features = parser.add_argument_group("what the builder may be asked for, refused where the backend hasn't got it")
@@ -76,14 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build the engines, or say what would be built."""
-    from ...export.engines.build import build_engines, plan_engines
+    from ...export.engines.build import build_engines, check_engines, plan_engines
     from ...export.engines.options import EngineOptions
-    from ...export.quantise.w8a8 import PrecisionOptions
     from ..console import Progress, emit, warn
 
     options = EngineOptions(
         **{name: getattr(args, name) for name in ("backend", "precision", "weights", "rows", "prefill", "timing_cache")},
-        quantised=PrecisionOptions(args.scales, args.keep, args.projection_precision, args.heads_precision, args.block),
+        quantised=precision_options(args),
         features=tuple(name for name in _FEATURES if getattr(args, name.replace("-", "_"))),
     )
     model = _model_options(args)
@@ -100,7 +93,11 @@ def run(args: argparse.Namespace) -> int:
             _check_before_export(args, options)
             bundle = args.output
             _export(args, model, progress)
-        moments = _moments(args, bundle, options, progress)
+        check_rounding(args, options.quantised)
+        if gptq_is_needed(args, options.quantised):
+            check_engines(args.target, options)
+            plan_engines(bundle, args.target, options)
+        moments = gptq_moments(args, bundle, options.quantised, progress)
         shown = _Shown(progress)
         known = {"force": args.force, "resume": args.resume}
         built = build_engines(
@@ -109,33 +106,6 @@ def run(args: argparse.Namespace) -> int:
     warn(dict.fromkeys(warning for entry in built for warning in entry["record"].warnings if _is_news(warning)))
     emit(report_text(built), {"bundle": bundle, "backend": args.backend, "engines": built}, args.json)
     return 0
-
-
-def _moments(args: argparse.Namespace, bundle: Path, options: EngineOptions, progress: Any) -> Any:
-    """Measure what GPTQ rounds with, if something is to be in int4.
-
-    Raises:
-        UsageError: options of int4 without int4.
-    """
-    from ...runtime.errors import UsageError
-
-    given = [f"--{name}" for name in ("rounding", "data", "samples") if getattr(args, name) is not None]
-    if "int4" not in options.quantised.precisions(options.precision):
-        if given:
-            raise UsageError(f"{', '.join(given)}: nothing is in int4", hint="give --precision int4")
-        return None
-    if args.rounding == "nearest":
-        return None
-    from ...export.engines.build import GptqMoments, check_engines, plan_engines
-    from ...runtime.files.bundle import open_bundle
-    from ..extras import require
-    from ..making.moments import measure_moments
-
-    require("calibrate")
-    check_engines(args.target, options)
-    plan_engines(bundle, args.target, options)
-    means, digest = measure_moments(open_bundle(bundle), args.data, args.samples, None, progress)
-    return GptqMoments(means, digest)
 
 
 # -- a checkpoint instead of a bundle ------------------------------------------------------------------------------
@@ -150,8 +120,13 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any] | None:
     from ...runtime.errors import UsageError
 
     given = {name: getattr(args, name) for name in ("heads", "capacity", "batch", "output") if getattr(args, name) is not None}
-    is_model = args.bundle.suffix.lower() == ".gguf" or (args.bundle / "config.json").is_file()
-    if (args.bundle / "manifest.json").is_file() or not is_model:
+    source = Path(args.bundle)
+    is_model = source.suffix.lower() == ".gguf" or (source / "config.json").is_file()
+    if not is_model and args.output is not None:  # without it, a bundle was meant
+        from ...export.hub import hub_name
+
+        is_model = hub_name(args.bundle) is not None
+    if (source / "manifest.json").is_file() or not is_model:
         if given:
             names = ", ".join(f"--{name}" for name in given)
             raise UsageError(f"{names}: {args.bundle} isn't a checkpoint", hint="these belong to the export of a MODEL")
@@ -300,10 +275,6 @@ def _names(text: str) -> list[str]:
     if not names:
         raise argparse.ArgumentTypeError(f"{text!r} names no target")
     return names
-
-
-def _layers(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _numbers(text: str) -> list[int]:

@@ -34,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="linked: the checkpoint's safetensors become the bundle's, and are never in memory as a whole; copied: the bundle "
         "has its own (default: auto, copied up to 1 GiB, and linked above where it can be)",
     )  # fmt: skip
+    few = parser.add_argument_group("in few bits, for the CPU alone")
+    few.add_argument(
+        "--precision", choices=("int8", "int4"),
+        help="calibrate and quantise, too, a layer at a time; the bundle holds that one graph, and no weights in 4 bytes",
+    )  # fmt: skip
+    few.add_argument("--data", type=Path, metavar="FILE", help="prompts to calibrate with (default: the package's)")
+    few.add_argument("--samples", type=positive_int, metavar="N", help="of them (default: all of FILE, 64 of the package's)")
+    few.add_argument("--rounding", choices=("gptq", "nearest"), help="of 4-bit weights; gptq takes longer (default: gptq)")
     parser.add_argument("--capacity", type=positive_int, default=2048, help="tokens a slot holds (default: 2048)")
     parser.add_argument("--batch", type=positive_int, default=1, help="slots at most (default: 1)")
     parser.add_argument(
@@ -54,25 +62,34 @@ def run(args: argparse.Namespace) -> int:
 
     require("export")
     quiet_libraries()
+    from ...runtime.errors import UsageError
     from ...runtime.files.bundle import refuse_existing
     from ..tree_set import read_tree_file
 
     refuse_existing(args.output, force=args.force)  # before torch is imported
     options = {name: getattr(args, name) for name in ("dtype", "weights", "capacity", "batch", "top_k", "max_rows")}
     options["tree"] = None if args.tree is None else read_tree_file(args.tree)
+    few_bits = {name: getattr(args, name) for name in ("data", "samples", "rounding") if getattr(args, name) is not None}
+    if few_bits and args.precision is None:
+        raise UsageError(f"--{', --'.join(few_bits)} without --precision", hint="give --precision int8 or int4")
     if args.dry_run:
         from ...export.estimate import plan_export
 
-        plan = plan_export(args.model, args.heads, **options)
+        bits = None if args.precision is None else int(args.precision.removeprefix("int"))
+        plan = plan_export(args.model, args.heads, **options, bits=bits)
         warn(plan.warnings)
         emit(plan_text(plan, args.output), {"output": args.output, "dry_run": True, **asdict(plan)}, args.json)
         return 0
-    from ...export.exporter import export_bundle
+    options |= {"prefill_chunk": args.prefill_chunk, "force": args.force}
+    if args.precision is not None:
+        from ..making.few_bits import export_few_bits
 
-    with Progress("starting") as progress:
-        report = export_bundle(
-            args.model, args.heads, args.output, **options, prefill_chunk=args.prefill_chunk, force=args.force, report=progress
-        )
+        report = export_few_bits(args.model, args.heads, args.output, args.precision, **few_bits, **options)
+    else:
+        from ...export.exporter import export_bundle
+
+        with Progress("starting") as progress:
+            report = export_bundle(args.model, args.heads, args.output, **options, report=progress)
     warn(report["warnings"])
     if args.no_heads:
         say("note: without heads this bundle decodes plainly")
@@ -107,6 +124,10 @@ def report_text(report: dict[str, Any], output: Path) -> str:
     if report["adapter"] is not None:
         adapter = report["adapter"]
         checked += f"\nbackbone: the heads' adapter (rank {adapter['rank']}) is merged into it"
+    if "quantised" in report:
+        facts = report["quantised"]
+        products = ", ".join(f"{count} in {bits} bits" for bits, count in facts["products"].items() if count)
+        checked += f"\nquantised: {products}; {human_bytes(facts['bytes_before'])} to {human_bytes(facts['bytes_after'])}"
     return f"{table(rows, headers)}{checked}\n\n{output}  {human_bytes(report['bytes'])}  in {human_seconds(report['seconds'])}"
 
 

@@ -25,11 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--bundle", type=Path, metavar="BUNDLE", help="a bundle, with its own heads and limits")
     what.add_argument("--list", action="store_true", help="print the known sizes and GPUs")
     parser.add_argument("--gpu", metavar="NAME", help='such as "RTX 4090" or "orin nx 16gb" (default: none, bytes only)')
-    parser.add_argument("--precision", choices=("fp16", "int8"), default="fp16", help="of weights (default: fp16)")
+    parser.add_argument("--precision", choices=("fp16", "int8", "int4", "fp8"), default="fp16", help="of weights (default: fp16)")
     parser.add_argument("--capacity", type=positive_int, metavar="N", help="tokens a slot holds (default: the size's)")
     parser.add_argument("--batch", type=positive_int, metavar="N", help="slots (default: 1, or the bundle's)")
     parser.add_argument("--rows", type=_numbers, metavar="N,…", help="sizes of a step (default: the size's)")
-    parser.add_argument("--heads", metavar="FORM", help="own, shared or pruned:TOKENS (default: the bundle's, else shared)")
+    parser.add_argument("--heads", metavar="FORM", help="own, shared, pruned:TOKENS or a folder of train (default: the bundle's)")
+    parser.add_argument(
+        "--bench", type=Path, metavar="FILE", help="report of bench --sweep: adds the speed-up to expect from the folder of heads"
+    )
     parser.add_argument("--num-heads", type=positive_int, default=4, metavar="N", help="(default: 4)")
     parser.add_argument("--head-kind", choices=("medusa", "grounded"), default="medusa", help="form of the heads' blocks")
     parser.add_argument("--context", type=int, metavar="N", help="tokens in each slot for times (default: half the capacity)")
@@ -49,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         emit(tables_text(), tables(), args.json)
         return 0
     names = ("size", "model", "bundle", "gpu", "precision", "capacity", "batch", "rows", "heads", "num_heads", "head_kind")
-    options = {name: getattr(args, name) for name in (*names, "context", "acceptance")}
+    options = {name: getattr(args, name) for name in (*names, "context", "acceptance", "bench")}
     plan = plan_deployment(**options, reserve=int(args.reserve * GIB))
     emit(plan_text(plan), {**asdict(plan), "fits": plan.fits}, args.json)
     return 0 if plan.fits else 1
@@ -109,9 +112,11 @@ def plan_text(plan: DeploymentPlan) -> str:
         gpu = plan.fit.gpu
         rate = "" if gpu.fp16 is None else f", {gpu.fp16:g} TFLOPS fp16"
         summary["GPU"] = f"{gpu.name}, {gpu.target}: {gpu.memory_gb} GB, {gpu.bandwidth:g} GB/s{rate} ({_PUBLISHED[gpu.source]})"
-    parts = [facts(summary), _memory_text(plan)]
+    parts = [facts(summary), _memory_text(plan), _precisions_text(plan)]
     if plan.fit is not None:
         parts += [_fit_text(plan, plan.fit), _speed_text(plan)]
+    if plan.expected:
+        parts.append(_expected_text(plan))
     parts += [_heads_text(plan), "next:\n" + "\n".join(f"  {command}" for command in plan.commands)]
     return "\n\n".join([*parts, "\n".join(textwrap.fill(f"note: {note}", 120, subsequent_indent="  ") for note in plan.notes)])
 
@@ -135,6 +140,17 @@ def _memory_text(plan: DeploymentPlan) -> str:
         ["total", human_bytes(plan.total), ""],
     ]  # fmt: skip
     return table(rows, ["memory", "size", ""])
+
+
+def _precisions_text(plan: DeploymentPlan) -> str:
+    from ..console import human_bytes, table
+    from ..sizing.capacity import MEMORIES
+
+    rows = [
+        [precision, human_bytes(total), *("fits" if total <= size * 10**9 else "" for size in MEMORIES)]
+        for precision, total in plan.totals.items()
+    ]
+    return table(rows, ["precision", "total", *(f"{size} GB" for size in MEMORIES)])
 
 
 def _fit_text(plan: DeploymentPlan, fit: Fit) -> str:
@@ -172,6 +188,17 @@ def _speed_text(plan: DeploymentPlan) -> str:
         + table(rows, [f"rows{slots}", "bytes a step", "ms, at least", "bound by", "÷ plain", "tokens/s, at most"])
         + "\na Medusa step pays from a mean acceptance length of its ÷ plain"
     )
+
+
+def _expected_text(plan: DeploymentPlan) -> str:
+    from ..console import table
+    from ..measure.hit_table import OVER_POSITIONS
+
+    rows = [[each.rows, f"{each.ms:.2f}", f"{each.tokens_per_step:.2f}", f"{each.speedup:.2f}"] for each in plan.expected]
+    best = max(plan.expected, key=lambda each: each.speedup)
+    told = f"expect {best.speedup:.2f}× from {best.rows} rows" if best.rows > 1 else "no number of rows pays: train better heads"
+    headers = ["rows", "ms a step, measured", "expected tokens a step", "speed-up"]
+    return f"{table(rows, headers)}\n{told}; expected {OVER_POSITIONS}"
 
 
 def _heads_text(plan: DeploymentPlan) -> str:

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "each step, a fixed number of them and as many as pay (default: all but files)",
     )
     parser.add_argument(
-        "--reference", type=Path, metavar="MODEL", help="also compare with transformers' greedy generate of this model"
+        "--reference", metavar="MODEL", help="also compare with transformers' greedy generate of this model, as export takes it"
     )
     parser.add_argument(
         "--sampled", action="store_true", help="also compare sampled tokens, plain and speculative, for equal seeds"
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     if args.reference is not None:
         from ..exactness.reference import load_reference
 
-        reference = load_reference(args.reference, session.manifest.dtype)
+        with Progress("loading the reference") as bar:
+            reference = load_reference(args.reference, session.manifest.dtype, bar)
     options: dict[str, Any] = {"trees": chosen.trees, "best_rows": best_rows}
     options |= {"max_new_tokens": args.max_new_tokens, "tolerance": args.tolerance}
     machine = environment(session) | {"backend": args.backend}

@@ -4,7 +4,7 @@ The small tensors of a step lie in two blocks::
 
     per shape   forced, logit_rows, draft_slots, ancestors                 the host alone writes them
     per step    tokens, positions, write_index, kept, kept_count           inputs: the device computes those of the next step
-                last_row, next_token, emitted, candidates, log_probs       results
+                last_row, next_token, emitted, state_sum, candidates, log_probs       results
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ class StepLayout:
             (step_io.LAST_ROW, "int64", (slots,)),
             (step_io.NEXT_TOKEN, "int64", (slots,)),
             (step_io.EMITTED, "int64", (slots, heads + 1)),
+            (step_io.STATE_SUM, "float32", (slots,)),
             (step_io.CANDIDATES, "int64", (slots, heads, top_k)),
             (step_io.LOG_PROBS, "float32", (slots, heads, top_k)),
         ]

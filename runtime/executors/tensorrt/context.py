@@ -11,6 +11,7 @@ from ...errors import DeviceError, EngineError, UsageError
 from ...files.engine_record import EngineRecord
 from .cuda import Cuda
 from .engine import Engine
+from .runtime_cache import RuntimeCache
 
 PREFILL = "prefill"
 
@@ -30,8 +31,12 @@ class Contexts:
     therefore enqueued as it is. A call with the same shapes is captured as a CUDA graph. Later calls with its key launch it.
     """
 
-    def __init__(self, cuda: Cuda, stream: Any, engine: Engine, *, graphs: bool = True) -> None:
+    def __init__(
+        self, cuda: Cuda, stream: Any, engine: Engine, cache: RuntimeCache | None = None, *, graphs: bool = True
+    ) -> None:
         """Allocates scratch memory for the largest profile, and creates the contexts.
+
+        ``cache``: where TensorRT-RTX finds the kernels that it compiled for this engine before.
 
         Raises:
             DeviceMemoryError: the scratch memory doesn't fit on the device.
@@ -44,7 +49,8 @@ class Contexts:
         self._names = [plan.get_tensor_name(index) for index in range(plan.num_io_tensors)]
         sizes = [int(plan.get_device_memory_size_for_profile_v2(index)) for index in range(plan.num_optimization_profiles)]
         self.scratch = cuda.allocate(max(*sizes, 1), "the engine's scratch memory")
-        create = _context_maker(engine)
+        create, self._compiled = _context_maker(engine, cache)
+        self.cache = cache
         self._contexts = [self._prepared(create(), profile) for profile in range(len(sizes))]
         self._enqueued: list[Mapping[str, tuple[int, ...]] | None] = [None] * len(sizes)
 
@@ -53,6 +59,10 @@ class Contexts:
             raise EngineError(f"TensorRT can't run profile {profile}: {_last(self._engine)}", hint="build the engine again")
         context.set_device_memory(self.scratch.address, self.scratch.nbytes)
         return context
+
+    def save_cache(self) -> bool:
+        """Writes the kernels that were compiled so far to the file of ``cache``. Returns False if there is nothing new."""
+        return self.cache is not None and self._compiled is not None and self.cache.save(self._compiled)
 
     def enqueue(self, profile: int, key: Hashable | None, bindings: Callable[[], Bindings]) -> None:
         """Puts one call into the stream. ``key``: everything that ``bindings`` depends on; a call with None is never captured.
@@ -121,6 +131,21 @@ def profiles_by_rows(record: EngineRecord, slots: int) -> tuple[int, dict[int, i
     return prefill[0], dict(sorted(steps.items()))
 
 
+def smallest_profile(profiles: Mapping[int, int], rows: int) -> int:
+    """Returns the smallest number of rows ≥ ``rows`` that has a profile.
+
+    Raises:
+        UsageError: there is none.
+    """
+    fitting = [size for size in profiles if size >= rows]
+    if not fitting:
+        raise UsageError(
+            f"a step of {rows} rows, the engine takes up to {max(profiles)}",
+            hint=f"use fewer rows, or build it again with --rows {','.join(map(str, [*profiles, rows]))}",
+        )
+    return min(fitting)
+
+
 _REBUILD = "build the engine again, with the rows and the prefill that the session needs"
 
 
@@ -128,19 +153,22 @@ def _last(engine: Engine) -> str:
     return str(engine.log.errors[-1])[:300] if engine.log.errors else "no reason given"
 
 
-def _context_maker(engine: Engine) -> Callable[[], Any]:
-    """Returns a function that creates contexts without scratch memory of their own.
+def _context_maker(engine: Engine, cache: RuntimeCache | None) -> tuple[Callable[[], Any], Any]:
+    """Returns a function that creates contexts without scratch memory of their own, and TensorRT-RTX's cache of kernels.
 
     In TensorRT-RTX these contexts share compiled kernels, and its own graph strategy is off: :class:`Contexts` captures.
     """
     module, plan = engine.module, engine.plan
     strategy = module.ExecutionContextAllocationStrategy.USER_MANAGED
     if not hasattr(module, "CudaGraphStrategy"):
-        return lambda: plan.create_execution_context(strategy)
+        return (lambda: plan.create_execution_context(strategy)), None
     config = plan.create_runtime_config()
     config.set_execution_context_allocation_strategy(strategy)
     config.cuda_graph_strategy = module.CudaGraphStrategy.DISABLED
     # A captured graph keeps the kernels that it was captured with: compile them for its shapes before.
     config.dynamic_shapes_kernel_specialization_strategy = module.DynamicShapesKernelSpecializationStrategy.EAGER
-    config.set_runtime_cache(config.create_runtime_cache())
-    return lambda: plan.create_execution_context(config)
+    compiled = config.create_runtime_cache()
+    if cache is not None:
+        cache.fill(compiled)
+    config.set_runtime_cache(compiled)
+    return (lambda: plan.create_execution_context(config)), compiled

@@ -21,12 +21,17 @@ _NOT_READY = "cudaErrorNotReady"
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A GPU: its index, its architecture as engines name it (``target``, such as ``sm_89``), and its memory in bytes."""
+    """A GPU: its index, its architecture as engines name it (``target``, such as ``sm_89``), and its memory in bytes.
+
+    ``name``: as its vendor sells it. ``driver``: the newest CUDA version that its driver takes, such as ``13000``.
+    """
 
     index: int
     target: str
     total_bytes: int
     free_bytes: int
+    name: str = ""
+    driver: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +81,9 @@ class Cuda:
             for part in ("Major", "Minor")
         )
         free, total = self.memory()
-        return Device(self.index, f"sm_{major}{minor}", total, free)
+        name = self._call("cudaGetDeviceProperties", self.index).name
+        text = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+        return Device(self.index, f"sm_{major}{minor}", total, free, text.rstrip("\0"), int(self._call("cudaDriverGetVersion")))
 
     def memory(self) -> tuple[int, int]:
         """Returns the device's memory in bytes: (free, total)."""

@@ -1,19 +1,19 @@
 """Runs step plans on TensorRT. Inputs, state and results stay on the device; the host may read results one step late.
 
 Two *sets* of buffers take turns (:mod:`.memory` has a picture). The current set holds a step's inputs, its results, and the rows
-carried over from the step before. The step writes the next inputs and its new rows into the other set: the next step doesn't
-wait for the host.
+carried over from the step before. The step writes the next inputs and its new rows into the other set.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ...errors import CapacityError, UsageError
+from ...errors import CapacityError
 from ...files.engine_record import EngineRecord
 from ...files.manifest import Manifest
 from ...tree import Tree
@@ -21,16 +21,17 @@ from .. import step_io
 from ..executor import Abilities, CacheLayout
 from ..step_plan import NanSlots, SlotResult, SlotRows, StepPlan, StepResult
 from .buffers import StepLayout
-from .context import Contexts, profiles_by_rows
+from .context import Contexts, profiles_by_rows, smallest_profile
 from .cuda import Cuda
 from .engine import Engine
-from .following import Following, goes_on
+from .following import Following, goes_on, head_rows
 from .heads import TrtHeads
 from .memory import DeviceState
+from .runtime_cache import RuntimeCache
 from .staging import HostSide, Landing, OptionalOutputs, Staged
 
 COLUMN_BUCKET = 256
-"""The number of visible cache rows is a multiple of this. Smaller: more CUDA graphs. Larger: attention reads more rows."""
+"""Visible cache rows are a multiple of this. Smaller: more CUDA graphs. Larger: attention reads more rows."""
 RING = 3
 """Places for results: of the step that the caller reads, of the one that the host waits for, and of the one that runs ahead."""
 
@@ -39,8 +40,8 @@ class TrtExecutor:
     """Runs the device graph's engine on one stream. A step allocates nothing, and the host waits for results only.
 
     A plan becomes one step over all slots, padded to a profile's number of rows, and one call for each prefill chunk. Resting
-    slots get padding behind the rows that they keep.
-    ``contexts.graphs`` holds a CUDA graph for each repeated (rows, carried rows, visible rows, set).
+    slots get padding behind the rows that they keep. ``contexts.graphs`` holds a CUDA graph for each repeated (rows,
+    carried rows, visible rows, rows of the heads, set).
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class TrtExecutor:
         slots: int,
         weights: Mapping[str, int],
         *,
+        cache: RuntimeCache | None = None,
         graphs: bool = True,
     ) -> None:
         """Allocates everything that steps use, logits and hidden states on the host excepted.
@@ -72,15 +74,19 @@ class TrtExecutor:
         self._prefill_profile, self._profiles = profiles_by_rows(record, slots)
         self.abilities = Abilities(slots, self._margin, tuple(self._profiles), padded=True, ahead=True)
         most, chunk = max(self._profiles), record.profiles[self._prefill_profile].rows[2]
-        self.contexts = Contexts(cuda, stream, step, graphs=graphs)
-        self._state = DeviceState(cuda, manifest, slots, most, chunk, weights)
+        self.contexts = Contexts(cuda, stream, step, cache, graphs=graphs)
+        takes_head_rows = step_io.HEAD_ROWS in {tensor.name for tensor in record.inputs}
+        self._head_rows = head_rows if takes_head_rows else lambda _rows, _decoding, _tree: 1
+        self._state = DeviceState(cuda, manifest, slots, most, chunk, weights, takes_head_rows=takes_head_rows)
         self._state.write_columns(stream)
         self._open_heads: Callable[[], TrtHeads] = lambda: TrtHeads(cuda, stream, manifest, open_heads(), slots, weights)
         self._heads: TrtHeads | None = None
         self._host = HostSide(cuda, manifest, slots, self._profiles, chunk)
         self._optional = OptionalOutputs(cuda, manifest, self._state.optional)
-        self._ring = [Landing.allocate(cuda, self._host.step_layout(most).per_step.nbytes) for _ in range(RING)]
-        self._chunks = [Landing.allocate(cuda, self._host.prompt_layout(chunk).per_step.nbytes) for _ in range(slots)]
+        sums = step_io.STATE_SUM in {tensor.name for tensor in record.outputs}
+        largest = [self._host.step_layout(most)] * RING, [self._host.prompt_layout(chunk)] * slots
+        places = ([Landing.allocate(cuda, layout.per_step.nbytes, sums=sums) for layout in each] for each in largest)
+        self._ring, self._chunks = places
         self._current_set = 0  # holds the next step's inputs
         self._carried_rows = 1  # rows of the newest step: the next step takes them over
         self._launched = 0  # steps that the stream got
@@ -100,12 +106,12 @@ class TrtExecutor:
         """
         decoding = [rows for rows in plan.active if not rows.prefills]
         found: dict[int, SlotResult | Exception] = {}
-        concerned: Sequence[SlotRows] = plan.active
+        concerned = plan.active
         try:
             self._settle()
             self._with_nan.clear_reused(plan, lambda slot: self._state.clear(slot, self._stream))
             self._optional.reserve(plan.active)
-            concerned = decoding or plan.active
+            concerned = tuple(decoding) or plan.active
             found |= self._decode(plan, decoding)
         except AssertionError:
             raise
@@ -153,7 +159,7 @@ class TrtExecutor:
             CapacityError: rows would be written past the end of a cache.
             UsageError: no profile has that many rows.
         """
-        staged = self._host.step(self._profile_rows(max((rows.count for rows in decoding), default=1)))
+        staged = self._host.step(smallest_profile(self._profiles, max((rows.count for rows in decoding), default=1)))
         inputs, by_slot = staged.inputs, {rows.slot: rows for rows in decoding}
         for slot, length in enumerate(plan.lengths):
             kept = tuple([row - self._began[slot] for row in moves[slot]])
@@ -167,41 +173,44 @@ class TrtExecutor:
             inputs.draft_slots[:, 1 : tree.rows] = tree.slots[0] * self._top_k + tree.slots[1]
         self._check_room(int((inputs.write_index - inputs.kept_count).max()) + inputs.rows)
         longest = max((plan.lengths[rows.slot] for rows in decoding), default=0)
-        self._launch(staged.layout, self._margin + longest + inputs.rows, staged, decoding)
+        heads = self._head_rows(inputs.rows, decoding, tree)
+        self._launch(staged.layout, self._margin + longest + inputs.rows, heads, staged, decoding)
 
     def _start_following(self, plan: StepPlan, tree: Tree) -> None:
         """Enqueues the step after ``plan``'s with the inputs that the device computes, if the longest outcome leaves room for it.
 
-        The first step of a group is followed like every other one. One loop steps all sequences in every plan, so that sequences
-        which take turns discard nothing, and ``follow`` says that all of them have more than one token to go and that nobody
-        joins. Where some end all the same, the step in flight still serves the others.
+        The first step of a group is followed like every other one. One loop steps all sequences in every plan, so those that take
+        turns discard nothing. Where some end all the same, the step in flight still serves the others.
         """
         layout = self._host.step_layout(self._carried_rows)
-        longest = max(plan.lengths[rows.slot] for rows in plan.active) + 1 + tree.depth
+        longest = 1 + tree.depth + max(plan.lengths[rows.slot] for rows in plan.active)
         if self._fits(self._margin + max(longest, *plan.lengths) + layout.rows):
-            self._launch(layout, self._margin + longest + layout.rows)
+            self._launch(layout, self._margin + longest + layout.rows, self._head_rows(layout.rows, plan.active, tree))
 
-    def _launch(self, layout: StepLayout, end: int, staged: Staged | None = None, decoding: Sequence[SlotRows] = ()) -> None:
+    def _launch(
+        self, layout: StepLayout, end: int, heads: int, staged: Staged | None = None, decoding: Sequence[SlotRows] = ()
+    ) -> None:
         """Enqueues a step whose active slots look at cache rows below ``end``, and the copies of its results.
 
-        ``staged``: the host's inputs (None: the device's own). ``decoding``: rows that may want optional outputs.
+        ``heads``: rows of its heads. ``staged``: inputs of the host (None: of the device). ``decoding`` may want others.
         """
         assert len(self._flying) < RING - 1, "the caller may still read the place that would be written"
         landing, per_step = self._ring[self._launched % RING], self._state.per_step[self._current_set].address
         self._cuda.record(landing.start, self._stream)
         if staged is not None:
             self._upload(staged, self._state.per_shape.address, per_step)
-        self._run_step(layout, end)
+        self._run_step(layout, end, heads)
         self._launched += 1
-        landing.number = self._launched
+        landing.number, landing.heads = self._launched, heads
         self._land(landing, layout, per_step, decoding)
         self._flying.append(landing)
 
-    def _run_step(self, layout: StepLayout, end: int) -> None:
+    def _run_step(self, layout: StepLayout, end: int, heads: int) -> None:
         """Enqueues the engine on the current set and swaps the sets."""
         current, carried, visible = self._current_set, self._carried_rows, self._visible(end)
-        key = (layout.rows, carried, visible, current)
-        self.contexts.enqueue(self._profiles[layout.rows], key, lambda: self._state.bindings(layout, current, carried, visible))
+        key = (layout.rows, carried, visible, heads, current)
+        bindings = partial(self._state.bindings, layout, current, carried, visible, heads)
+        self.contexts.enqueue(self._profiles[layout.rows], key, bindings)
         self._current_set, self._carried_rows = 1 - current, layout.rows
 
     def _collect(self, plan: StepPlan, decoding: Sequence[SlotRows], tree: Tree | None) -> dict[int, SlotResult | Exception]:
@@ -210,7 +219,7 @@ class TrtExecutor:
         seconds = self._wait(landing)
         self._delivered, self._began = landing.number, plan.lengths
         if self._flying and tree is not None:
-            self._following = Following.after(plan, tree, landing.views)
+            self._following = Following.after(plan, tree, landing.views, self._flying[0].heads)
         tokens = landing.views[step_io.TOKENS]
         assert all(np.array_equal(tokens[rows.slot, : rows.count], rows.tokens) for rows in decoding), "another step's results"
         return {rows.slot: landing.result(rows.slot, rows, seconds, self._optional.of(rows.slot)) for rows in decoding}
@@ -241,7 +250,8 @@ class TrtExecutor:
             visible, per_step = self._visible(end), state.prefill_per_step[0].address
             self._cuda.record(landing.start, self._stream)
             self._upload(staged, state.prefill_per_shape.address, per_step)
-            self.contexts.enqueue(self._prefill_profile, None, lambda: state.prefill_bindings(staged.layout, rows.slot, visible))
+            bindings = partial(state.prefill_bindings, staged.layout, rows.slot, visible, self._head_rows(1, [rows], None))
+            self.contexts.enqueue(self._prefill_profile, None, bindings)
             self._land(landing, staged.layout, per_step, [rows])
             return landing.result(0, rows, self._wait(landing), self._optional.of(rows.slot))
         except AssertionError:
@@ -264,23 +274,13 @@ class TrtExecutor:
         self._cuda.record(landing.end, self._stream)
 
     def _wait(self, landing: Landing) -> float:
-        """Waits until the results have landed. Returns the call's time on the device."""
+        """Waits until the results have landed. Returns the call's seconds on the device."""
         self._cuda.wait(landing.end)
         seconds = self._cuda.seconds_between(landing.start, landing.end)
         self.engine_seconds += seconds
         return seconds
 
     # -- sizes -----------------------------------------------------------------------------------------------------
-
-    def _profile_rows(self, rows: int) -> int:
-        """Returns the smallest number of rows ≥ ``rows`` that has a profile."""
-        fitting = [size for size in self._profiles if size >= rows]
-        if not fitting:
-            raise UsageError(
-                f"a step of {rows} rows, the engine takes up to {max(self._profiles)}",
-                hint=f"use fewer rows, or build it again with --rows {','.join(map(str, [*self._profiles, rows]))}",
-            )
-        return min(fitting)
 
     def _visible(self, end: int) -> int:
         return min(-(-end // COLUMN_BUCKET) * COLUMN_BUCKET, self.layout.rows)

@@ -24,6 +24,11 @@ def goes_on(plan: StepPlan) -> Tree | None:
     return tree
 
 
+def head_rows(rows: int, decoding: Sequence[SlotRows], tree: Tree | None) -> int:
+    """Returns the rows that a step's heads run at: 0 if it is plain and wants no candidates, nor does the device for ``tree``."""
+    return int(rows > 1 or (tree is not None and tree.rows > 1) or any(each.wanted.heads for each in decoding))
+
+
 def _verifies(rows: SlotRows, tree: Tree) -> bool:
     """Tells if greedy decoding verifies ``rows`` on ``tree``."""
     return rows.shape is tree and rows.forced == 1 and not (rows.wanted.logits or rows.wanted.hidden)
@@ -36,10 +41,14 @@ class Following:
     tree: Tree
     lengths: tuple[int, ...]
     tokens: Mapping[int, np.ndarray]
+    heads: int
 
     @classmethod
-    def after(cls, plan: StepPlan, tree: Tree, results: Mapping[str, np.ndarray]) -> Following:
-        """Works out from a plan's ``results`` what the device made of them: the step's next lengths and tokens."""
+    def after(cls, plan: StepPlan, tree: Tree, results: Mapping[str, np.ndarray], heads: int) -> Following:
+        """Works out from a plan's ``results`` what the device made of them: the step's next lengths and tokens.
+
+        ``heads``: rows that the step in flight runs its heads at.
+        """
         lengths, tokens = list(plan.lengths), {}
         for rows in plan.active:
             slot = rows.slot
@@ -47,7 +56,7 @@ class Following:
             tokens[slot] = np.empty(tree.rows, np.int64)
             tokens[slot][0] = results[step_io.NEXT_TOKEN][slot]
             tokens[slot][1:] = results[step_io.CANDIDATES][slot][tree.slots[0], tree.slots[1]]
-        return cls(tree, tuple(lengths), tokens)
+        return cls(tree, tuple(lengths), tokens, heads)
 
     def has_results_of(self, decoding: Sequence[SlotRows], lengths: tuple[int, ...]) -> bool:
         """Tells if its results are those of ``decoding`` behind ``lengths``.
@@ -61,6 +70,7 @@ class Following:
             and all(
                 rows.slot in self.tokens
                 and _verifies(rows, self.tree)
+                and (self.heads or not rows.wanted.heads)
                 and lengths[rows.slot] == self.lengths[rows.slot]
                 and np.array_equal(rows.tokens, self.tokens[rows.slot])
                 for rows in decoding

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import PurePosixPath
 
 from ...files.bundle import Bundle
-from .cuda import Cuda
+from ...files.engine_record import EngineRecord
+from .context import Contexts
+from .cuda import Cuda, Device
 from .engine import (
     Engine,
     check_aliases,
@@ -17,6 +20,7 @@ from .engine import (
     read_record,
 )
 from .executor import TrtExecutor
+from .runtime_cache import RuntimeCache
 from .weights import upload_weights
 
 
@@ -49,9 +53,36 @@ def load_executor(
         def open_heads() -> Engine:
             return open_plan(module, bundle, chosen, heads_plan, packed)
 
-        executor = TrtExecutor(cuda, stream, bundle.manifest, record, step, open_heads, slots, weights, graphs=graphs)
+        cache = _runtime_cache(bundle, target, record, facts)
+        executor = TrtExecutor(
+            cuda, stream, bundle.manifest, record, step, open_heads, slots, weights, cache=cache, graphs=graphs
+        )
     except BaseException:
         cuda.close()
         raise
-    weakref.finalize(executor, cuda.close)
+    weakref.finalize(executor, _close, cuda, executor.contexts)
     return executor
+
+
+def _runtime_cache(bundle: Bundle, target: str, record: EngineRecord, device: Device) -> RuntimeCache | None:
+    """Names the file for kernels beside the plan. An engine of the package tensorrt holds compiled kernels and needs none."""
+    if record.backend != "tensorrt-rtx":
+        return None
+    name = bundle.manifest.engines[target]
+    plan = f"{PurePosixPath(name).parent}/{record.plan}"
+    key = {
+        "plan": bundle.manifest.files[plan].sha256,
+        "version": record.backend_version,
+        "gpu": device.name,
+        "target": device.target,
+        "driver": str(device.driver),
+    }
+    return RuntimeCache(bundle.path(name).parent, key)
+
+
+def _close(cuda: Cuda, contexts: Contexts) -> None:
+    """Keeps what TensorRT-RTX has compiled, then frees everything."""
+    try:
+        contexts.save_cache()
+    finally:
+        cuda.close()

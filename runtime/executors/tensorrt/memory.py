@@ -45,8 +45,20 @@ class TensorBlock:
 class DeviceState:
     """Caches, the two sets (``per_step[s]`` and ``carried[s]`` are set s), and the buffers that a prefill uses in their place."""
 
-    def __init__(self, cuda: Cuda, manifest: Manifest, slots: int, rows: int, chunk: int, weights: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        cuda: Cuda,
+        manifest: Manifest,
+        slots: int,
+        rows: int,
+        chunk: int,
+        weights: Mapping[str, int],
+        *,
+        takes_head_rows: bool,
+    ) -> None:
         """Allocates memory for steps of up to ``rows`` rows over ``slots`` slots and prompt chunks of up to ``chunk`` tokens.
+
+        ``takes_head_rows``: the graph has that input.
 
         Raises:
             DeviceMemoryError: the memory doesn't fit on the device.
@@ -70,6 +82,7 @@ class DeviceState:
         sizes = {step_io.LOGITS: backbone.vocab_size, step_io.HIDDEN: backbone.hidden_size}
         self.optional = {name: cuda.allocate(slots * rows * size * self._item, name) for name, size in sizes.items()}
         self._columns = cuda.allocate(8 * self._cache_rows, "column numbers")
+        self._takes_head_rows = takes_head_rows
 
     def write_columns(self, stream: Any) -> None:
         """Writes 0 … S-1 into the input ``columns``. Steps differ only in how many of them they read."""
@@ -85,15 +98,15 @@ class DeviceState:
         for index in range(2 * self._layers):
             self._cuda.clear(self.caches.memory.address + index * self.caches.each + slot * nbytes, nbytes, stream)
 
-    def bindings(self, layout: StepLayout, current: int, carried_rows: int, visible: int) -> Bindings:
+    def bindings(self, layout: StepLayout, current: int, carried_rows: int, visible: int, head_rows: int) -> Bindings:
         """Returns the bindings of a step on set ``current`` that reads ``visible`` cache rows.
 
-        ``carried_rows``: rows of the step before.
+        ``carried_rows``: rows of the step before. ``head_rows``: rows that the heads run at, 0 or 1.
         """
         following, layers = 1 - current, self._layers
         caches = self.caches
         return Bindings(
-            self._shapes(layout, carried_rows, visible),
+            self._shapes(layout, carried_rows, visible, head_rows),
             {
                 **layout.bindings(self.per_shape.address, self.per_step[current].address, self.per_step[following].address),
                 **self.carried[current].addresses(step_io.carried_names(layers)),
@@ -104,12 +117,12 @@ class DeviceState:
             },
         )
 
-    def prefill_bindings(self, layout: StepLayout, slot: int, visible: int) -> Bindings:
+    def prefill_bindings(self, layout: StepLayout, slot: int, visible: int, head_rows: int) -> Bindings:
         """Returns the bindings of a prompt chunk for one slot. A prefill neither takes nor leaves carried rows."""
         layers, (first, second) = self._layers, self.prefill_per_step
         offset = slot * self._cache_rows * prod(self._row) * self._item
         return Bindings(
-            self._shapes(layout, 1, visible),
+            self._shapes(layout, 1, visible, head_rows),
             {
                 **layout.bindings(self.prefill_per_shape.address, first.address, second.address),
                 **self.prefill_carried.addresses(step_io.carried_names(layers)),
@@ -122,15 +135,17 @@ class DeviceState:
 
     def _common(self) -> dict[str, int]:
         optional = {name: memory.address for name, memory in self.optional.items()}
-        return {**self._weights, **optional, step_io.COLUMNS: self._columns.address}
+        # The first column number is the row that the heads run at: 0.
+        return {**self._weights, **optional, step_io.COLUMNS: self._columns.address, step_io.HEAD_ROWS: self._columns.address}
 
-    def _shapes(self, layout: StepLayout, carried_rows: int, visible: int) -> dict[str, tuple[int, ...]]:
+    def _shapes(self, layout: StepLayout, carried_rows: int, visible: int, head_rows: int) -> dict[str, tuple[int, ...]]:
         kv_heads, head_dim = self._row
         carried = (layout.slots, kv_heads, carried_rows, head_dim)
         past = (layout.slots, kv_heads, self._cache_rows, head_dim)
         return {
             **layout.input_shapes(),
             step_io.COLUMNS: (visible,),
+            **({step_io.HEAD_ROWS: (head_rows,)} if self._takes_head_rows else {}),
             **dict.fromkeys(step_io.carried_names(self._layers), carried),
             **dict.fromkeys(step_io.past_names(self._layers), past),
         }

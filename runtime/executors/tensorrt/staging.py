@@ -96,20 +96,23 @@ class HostSide:
 class Landing:
     """Where one call's inputs and results land: a block per step in ``memory``. Two events time the call.
 
-    ``number``: which of the executor's steps landed here, counted from 1.
+    ``number``: which of the executor's steps landed here, counted from 1. ``heads``: rows that its heads ran at. ``sums``: the
+    engine tells NaN by ``state_sum``.
     """
 
     memory: PinnedMemory
     start: Any
     end: Any
+    sums: bool
     number: int = 0
+    heads: int = 1
     views: Mapping[str, np.ndarray] = field(default_factory=dict)
     _by_rows: dict[int, Mapping[str, np.ndarray]] = field(default_factory=dict)
 
     @classmethod
-    def allocate(cls, cuda: Cuda, nbytes: int) -> Landing:
+    def allocate(cls, cuda: Cuda, nbytes: int, *, sums: bool) -> Landing:
         """Allocates a place for blocks per step of up to ``nbytes`` bytes."""
-        return cls(cuda.pinned(nbytes, "results of steps"), cuda.event(), cuda.event())
+        return cls(cuda.pinned(nbytes, "results of steps"), cuda.event(), cuda.event(), sums)
 
     def expect(self, layout: StepLayout) -> None:
         """Reads the place as a block of ``layout`` from now on."""
@@ -120,15 +123,16 @@ class Landing:
     def result(self, index: int, rows: SlotRows, seconds: float, optional: Mapping[str, np.ndarray]) -> SlotResult:
         """Reads entry ``index`` of the batch as the result of ``rows``.
 
-        The engine runs its heads in every step. So their log-probabilities tell NaN by themselves, and no step fetches hidden
-        states for that.
+        The sum of the accepted state tells NaN. An engine of an older graph has none and runs its heads in every step: there
+        their log-probabilities tell it.
         """
         views, wants_heads = self.views, rows.wanted.heads
         log_probs = views[step_io.LOG_PROBS][index]
+        told = views[step_io.STATE_SUM][index] if self.sums else log_probs[0, 0]
         return SlotResult(
             last_row=int(views[step_io.LAST_ROW][index]),
             next_token=int(views[step_io.NEXT_TOKEN][index]),
-            finite=not math.isnan(log_probs[0, 0]),
+            finite=math.isfinite(told) if self.sums else not math.isnan(told),
             candidates=views[step_io.CANDIDATES][index] if wants_heads else None,
             log_probs=log_probs if wants_heads else None,
             logits=optional.get(step_io.LOGITS),

@@ -298,3 +298,17 @@ def test_a_broken_record_is_refused(bundle: Path, made: type[FakeTensorRT], chan
     changed = {name: value for name, value in {**raw, **change}.items() if value is not ...}
     with pytest.raises(BundleSchemaError):
         parse_engine_record(json.dumps(changed))
+
+
+def test_a_record_of_the_version_before_int4_and_fp8_is_read(bundle: Path, made: type[FakeTensorRT]) -> None:
+    [report] = build_engines(bundle, ["sm_89"], EngineOptions(rows=[1], precision="int8"))
+    old = json.loads(report["record"].to_json())
+    old |= {"record_version": 4, "int8": {"heads": "fp16"}}
+    del old["quantised"]
+    for log in old["logs"].values():
+        del log["kernels"], log["constants"]
+    for profile in old["profiles"]:
+        del profile["head_rows"]
+    read = parse_engine_record(json.dumps(old))
+    assert (read.quantised, read.record_version) == ({"heads": "fp16"}, RECORD_VERSION)
+    assert {profile.head_rows for profile in read.profiles} == {(1, 1, 1)} and not read.logs["step.plan"].kernels

@@ -17,7 +17,6 @@ from onnx import helper, numpy_helper  # noqa: E402
 
 from medusa_deploy.export.quantise.engine_formats import (  # noqa: E402
     NEAREST,
-    OLDEST,
     Rounding,
     check_format,
     stored_as,
@@ -25,6 +24,7 @@ from medusa_deploy.export.quantise.engine_formats import (  # noqa: E402
 from medusa_deploy.export.quantise.engine_weights import quantise_weights, write_quantised  # noqa: E402
 from medusa_deploy.export.weights import WeightsFile  # noqa: E402
 from medusa_deploy.runtime.errors import QuantisationError, UsageError  # noqa: E402
+from medusa_deploy.runtime.files.engine_record import OLDEST_TARGETS  # noqa: E402
 
 RNG = np.random.default_rng(5)
 K, N = 128, 160
@@ -131,7 +131,7 @@ def test_a_matrix_that_no_block_divides_is_int8_and_nan_is_named() -> None:
             stored_as(precision, ir.tensor(broken, name="w"), 1, NEAREST, "w", None).codes()
 
 
-@pytest.mark.parametrize(("precision", "oldest"), OLDEST.items())
+@pytest.mark.parametrize(("precision", "oldest"), OLDEST_TARGETS.items())
 def test_a_gpu_without_the_numbers_is_refused_by_name(precision: str, oldest: int) -> None:
     check_format(precision, f"sm_{oldest}")
     check_format(precision, "here")

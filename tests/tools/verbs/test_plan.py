@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from medusa_deploy.runtime.errors import UsageError
+from medusa_deploy.runtime.errors import DeployError, UsageError
 from medusa_deploy.tools.cli import OK, USAGE, USER_ERROR, VERBS, main
 from medusa_deploy.tools.sizing.deployment import plan_deployment
 from medusa_deploy.tools.sizing.gpus import GPUS, find_gpu
@@ -209,3 +209,52 @@ def test_a_gpu_without_a_rate_says_that_only_memory_bounds_it() -> None:
     plan = plan_deployment(size="1b", gpu="4070", batch=64, capacity=64)
     assert {step.bound for step in plan.steps} == {"bandwidth"}
     assert any("bound by memory alone" in note for note in plan.notes)
+
+
+def heads_folder(folder: Path, rates: list[Any]) -> Path:
+    folder.mkdir()
+    config = {"kind": "medusa", "num_heads": 2, "num_layers": 1, "hidden_size": 576, "draft_vocab_size": 64}
+    (folder / "config.json").write_text(json.dumps({**config, "projection": "pruned", "path_rates": rates}))
+    return folder
+
+
+def sweep_file(path: Path, milliseconds: dict[str, float]) -> Path:
+    path.write_text(json.dumps({"sweep": {"ms_by_rows": milliseconds}}))
+    return path
+
+
+def test_heads_and_step_times_give_the_speed_to_expect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    heads = heads_folder(tmp_path / "heads", [[[0], 0.5], [[0, 0], 0.25], [[1], 0.125]])
+    sweep = sweep_file(tmp_path / "sweep.json", {"1": 10, "2": 12, "3": 14, "4": 40})
+    plan = plan_deployment(size="smollm2-135m", heads=str(heads), bench=sweep)
+    assert plan.heads.num_heads == 2 and plan.heads.draft_vocab_size == 64
+    assert [each.tokens_per_step for each in plan.expected] == [1, 1.5, 1.75, 1.875]
+    assert [each.speedup for each in plan.expected] == pytest.approx([1, 1.25, 1.25, 0.46875])
+    assert main(["plan", "--size", "smollm2-135m", "--heads", str(heads), "--bench", str(sweep)]) == OK
+    assert "expect 1.25× from 2 rows" in capsys.readouterr().out
+    slow = sweep_file(tmp_path / "slow.json", {"1": 10, "2": 30})
+    assert main(["plan", "--size", "smollm2-135m", "--heads", str(heads), "--bench", str(slow)]) == OK
+    assert "no number of rows pays" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("size", "rates", "times", "message"),
+    [
+        ("13b", [[[0], 0.5]], {"1": 10}, "hidden size 576, the backbone 5120"),
+        ("smollm2-135m", [], {"1": 10}, "doesn't say how often paths were right"),
+        ("smollm2-135m", [[[0], "x"]], {"1": 10}, "doesn't say how often paths were right"),
+        ("smollm2-135m", [[[0], 0.5]], {"2": 10}, "no step times by rows"),
+        ("smollm2-135m", [[[0], 0.5]], {"1": 0}, "no step times by rows"),
+    ],
+)
+def test_heads_and_times_that_do_not_do_are_named(
+    size: str, rates: list[Any], times: dict[str, float], message: str, tmp_path: Path
+) -> None:
+    heads, sweep = heads_folder(tmp_path / "heads", rates), sweep_file(tmp_path / "sweep.json", times)
+    with pytest.raises(DeployError, match=message):
+        plan_deployment(size=size, heads=str(heads), bench=sweep)
+
+
+def test_step_times_without_heads_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nothing of heads"):
+        plan_deployment(size="smollm2-135m", heads="shared", bench=sweep_file(tmp_path / "sweep.json", {"1": 10}))

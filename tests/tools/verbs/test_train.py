@@ -202,3 +202,21 @@ def test_what_a_tokenizer_or_model_lacks_is_said(
     for _ in range(2):  # the second run finds a bundle
         open_backbone(plan)
         assert capsys.readouterr().err.count("warning: the model has no tokenizer") == 1
+
+
+def test_it_says_what_it_will_take(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from medusa_deploy.calibration.training.train import TrainConfig
+    from medusa_deploy.tools.training import estimate
+
+    now = [100.0]
+    monkeypatch.setattr(estimate.time, "monotonic", lambda: now[0])
+    config = TrainConfig(epochs=2, batch_size=10)
+    told = estimate.TimeEstimate(config, 0.5, heldout=4)
+    assert told.training(100) == 2 * 10 * 0.5
+    assert told.first_words(0, 8, 0) == ""
+    now[0] += 3
+    words = told.first_words(2, 8, 40)  # 1.5 s an answer: 8 and 4 of them; 160 tokens are 2 x 16 steps
+    assert words == "estimate: 34.0 s in all: answers 18.0 s, training 16.0 s"
+    assert told.first_words(3, 8, 60) == "", "once"
+    assert told.note(4, 8, 80) == "80 tokens, then training 16.0 s"
+    assert estimate.time_steps(TrainConfig(batch_size=8, draft_vocab_size=32, num_heads=2), 16, "cpu") > 0

@@ -193,7 +193,7 @@ def test_there_is_a_graph_for_each_size_and_set(on_gpu: Load, monkeypatch: pytes
     for _ in range(2):
         session.generate(token_ids=[3, 4, 5], max_new_tokens=100, tree=WIDE, ignore_eos=True)
     keys: set[Any] = set(_executor(session).contexts.graphs)
-    assert {(16, 16, visible, now) for visible in (64, 128) for now in (0, 1)} <= keys
+    assert {(16, 16, visible, 1, now) for visible in (64, 128) for now in (0, 1)} <= keys
     assert {key[2] for key in keys} == {64, 128}
 
 

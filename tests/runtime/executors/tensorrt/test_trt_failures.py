@@ -106,7 +106,7 @@ def test_nan_ends_the_sequence_that_has_it_and_no_other(
 
     def spoil(outputs: dict[str, np.ndarray]) -> None:
         if len(outputs[step_io.LAST_ROW]) == 2:
-            outputs[step_io.LOG_PROBS][1] = np.nan
+            outputs[step_io.STATE_SUM][1] = np.nan
 
     gpu.outputs = spoil
     with pytest.raises(NumericsError, match="NaN"):
@@ -139,7 +139,7 @@ def test_a_slot_that_held_nan_serves_its_next_prompt(
         if len(outputs[step_io.LAST_ROW]) == 2:
             for name in [*step_io.present_names(2), *step_io.new_names(2)]:
                 outputs[name][1] = np.nan
-            outputs[step_io.LOG_PROBS][1] = np.nan
+            outputs[step_io.STATE_SUM][1] = np.nan
 
     gpu.outputs = spoil
     plan = caller.plan([caller.verifies(0, WIDE), caller.verifies(1, WIDE)], WIDE if follow else None)

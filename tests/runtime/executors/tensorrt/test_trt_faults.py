@@ -149,9 +149,9 @@ def _no_moves(patch: pytest.MonkeyPatch) -> None:
 def _rows_of_the_wrong_step(patch: pytest.MonkeyPatch) -> None:
     right = TrtExecutor._run_step
 
-    def wrong(self: TrtExecutor, layout: StepLayout, end: int) -> None:
+    def wrong(self: TrtExecutor, layout: StepLayout, end: int, heads: int) -> None:
         self._current_set = 1 - self._current_set
-        right(self, layout, end)
+        right(self, layout, end, heads)
 
     patch.setattr(TrtExecutor, "_run_step", wrong)
 
@@ -215,7 +215,7 @@ _FAULTS: dict[str, Patch] = {
         lambda at, state, _slot: at.update(_carried(state, 0, step_io.new_names)),
         "prefill_bindings",
     ),
-    "one graph for both sets": _key_without(3),
+    "one graph for both sets": _key_without(4),
     "one graph for all visible lengths": _key_without(2),
     "one graph for all numbers of carried rows": _key_without(1),
     "nothing is moved": _no_moves,

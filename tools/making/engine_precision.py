@@ -1,0 +1,86 @@
+"""Options of verbs that make the network of an engine: its precision, and what GPTQ rounds with."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..console import positive_int
+
+if TYPE_CHECKING:
+    from ...export.engines.build import GptqMoments
+    from ...export.quantise.w8a8 import PrecisionOptions
+    from ..console import Progress
+
+PRECISIONS = ("fp16", "int8", "int4", "fp8")
+
+
+def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--precision`` and what belongs to precisions of few bits."""
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="fp16", help="of the layers' weights; fp8: sm_89 and newer (default: fp16)"
+    )
+    few = parser.add_argument_group("with --precision int8, int4 or fp8")
+    few.add_argument(
+        "--scales", type=Path, help="what calibrate wrote: int8 and fp8 have activations in 8 bits, int4 is smoothed"
+    )
+    few.add_argument(
+        "--keep", type=_layers, metavar="LAYER,…", help="whose activations stay fp16 (default in int8: what it changes most)"
+    )
+    for name, what in (("projection", "onto the vocabulary"), ("heads", "of the heads")):
+        few.add_argument(f"--{name}-precision", choices=PRECISIONS, help=f"weights {what} (default: same, int8 for int4)")
+    few.add_argument("--block", type=int, choices=(32, 64, 128), help="inputs that share a scale in int4 (default: 64)")
+    few.add_argument("--rounding", choices=("gptq", "nearest"), help="of int4; gptq runs the model (default: gptq)")
+    few.add_argument("--data", type=Path, metavar="FILE", help="texts for gptq (default: prompts of the package, answered)")
+    few.add_argument("--samples", type=positive_int, metavar="N", help="of them (default: 48)")
+
+
+def precision_options(args: argparse.Namespace) -> PrecisionOptions:
+    """Return what the arguments say beside ``--precision``.
+
+    Raises:
+        UsageError: arguments that contradict each other.
+    """
+    from ...export.quantise.w8a8 import PrecisionOptions
+
+    return PrecisionOptions(args.scales, args.keep, args.projection_precision, args.heads_precision, args.block)
+
+
+def check_rounding(args: argparse.Namespace, options: PrecisionOptions) -> None:
+    """Refuse options of int4 where nothing is in int4.
+
+    Raises:
+        UsageError: names them.
+    """
+    from ...runtime.errors import UsageError
+
+    given = [f"--{name}" for name in ("rounding", "data", "samples") if getattr(args, name) is not None]
+    if given and "int4" not in options.precisions(args.precision):
+        raise UsageError(f"{', '.join(given)}: nothing is in int4", hint="give --precision int4")
+
+
+def gptq_is_needed(args: argparse.Namespace, options: PrecisionOptions) -> bool:
+    """True if something is in int4 and rounded by GPTQ, which is the default."""
+    return "int4" in options.precisions(args.precision) and args.rounding != "nearest"
+
+
+def gptq_moments(args: argparse.Namespace, bundle: Path, options: PrecisionOptions, progress: Progress) -> GptqMoments | None:
+    """Measure what GPTQ rounds with; None where it isn't needed.
+
+    Raises:
+        BundleError, CalibrationError, PromptError, MissingDependencyError: the bundle or the data won't do.
+    """
+    if not gptq_is_needed(args, options):
+        return None
+    from ...export.engines.build import GptqMoments
+    from ...runtime.files.bundle import open_bundle
+    from ..extras import require
+    from .moments import measure_moments
+
+    require("calibrate")
+    return GptqMoments(*measure_moments(open_bundle(bundle), args.data, args.samples, None, progress))
+
+
+def _layers(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
