@@ -12,6 +12,7 @@ VOCAB = 128
 HIDDEN = 64
 HEADS = 3
 EOS = 2
+PRUNED = 96
 
 
 def make_tiny_model(folder: Path, *, seed: int = 0) -> Path:
@@ -53,3 +54,21 @@ def make_tiny_heads(folder: Path, *, seed: int = 0) -> Path:
 
     write_heads(tiny_head_set(seed=seed), folder)
     return folder
+
+
+def random_heads(kind: str, layers: int, projection: str) -> HeadSet:
+    """Heads of any form for ``make_tiny_model``; pruned ones choose among ``PRUNED`` tokens."""
+    rng = np.random.default_rng(4)
+    tensors: dict[str, np.ndarray] = {}
+    for head in range(HEADS):
+        for layer in range(layers):
+            inputs = HIDDEN * (2 if kind == "grounded" and layer == 0 else 1)
+            tensors[f"head.{head}.layer.{layer}.weight"] = rng.normal(0, 0.1, (HIDDEN, inputs)).astype(np.float32)
+            tensors[f"head.{head}.layer.{layer}.bias"] = rng.normal(0, 0.1, HIDDEN).astype(np.float32)
+        if projection == "own":
+            tensors[f"head.{head}.projection.weight"] = rng.normal(0, 0.3, (VOCAB, HIDDEN)).astype(np.float32)
+    if projection == "pruned":
+        tensors["token_map"] = np.sort(rng.permutation(VOCAB)[:PRUNED]).astype(np.int64)
+        tensors["projection.weight"] = rng.normal(0, 0.3, (PRUNED, HIDDEN)).astype(np.float32)
+    size = PRUNED if projection == "pruned" else VOCAB
+    return HeadSet(HeadConfig(kind, HEADS, layers, HIDDEN, size, projection), tensors)  # type: ignore[arg-type]

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from medusa_deploy.runtime.errors import QuantisationError
-from medusa_deploy.runtime.files.heads import HeadConfig, HeadSet
-from support.tiny import HEADS, HIDDEN, VOCAB
+from support.tiny import HEADS, HIDDEN, VOCAB, random_heads
 
 torch: Any = pytest.importorskip("torch")
 ir: Any = pytest.importorskip("onnx_ir")
@@ -23,29 +22,12 @@ quantise_cpu: Any = pytest.importorskip("medusa_deploy.export.quantise.cpu")
 trace: Any = pytest.importorskip("medusa_deploy.export.trace.trace")
 read_graph: Any = pytest.importorskip("medusa_deploy.export.weights").read_graph
 
-PRUNED, TOP = 96, 4
+TOP = 4
 
 
 @pytest.fixture(scope="module")
 def tiny_backbone(tiny_model: Path) -> Any:
     return backbone.load_backbone(tiny_model, "fp32", 64)
-
-
-def random_heads(kind: str, layers: int, projection: str) -> HeadSet:
-    rng = np.random.default_rng(4)
-    tensors: dict[str, np.ndarray] = {}
-    for head in range(HEADS):
-        for layer in range(layers):
-            inputs = HIDDEN * (2 if kind == "grounded" and layer == 0 else 1)
-            tensors[f"head.{head}.layer.{layer}.weight"] = rng.normal(0, 0.1, (HIDDEN, inputs)).astype(np.float32)
-            tensors[f"head.{head}.layer.{layer}.bias"] = rng.normal(0, 0.1, HIDDEN).astype(np.float32)
-        if projection == "own":
-            tensors[f"head.{head}.projection.weight"] = rng.normal(0, 0.3, (VOCAB, HIDDEN)).astype(np.float32)
-    if projection == "pruned":
-        tensors["token_map"] = np.sort(rng.permutation(VOCAB)[:PRUNED]).astype(np.int64)
-        tensors["projection.weight"] = rng.normal(0, 0.3, (PRUNED, HIDDEN)).astype(np.float32)
-    size = PRUNED if projection == "pruned" else VOCAB
-    return HeadSet(HeadConfig(kind, HEADS, layers, HIDDEN, size, projection), tensors)  # type: ignore[arg-type]
 
 
 def run(model: Any, hidden: np.ndarray, root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
