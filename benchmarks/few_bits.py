@@ -17,11 +17,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from medusa_deploy.calibration.int8.layer_by_layer import LayerCalibrator
 from medusa_deploy.runtime.files.bundle import open_bundle
-from medusa_deploy.runtime.session import load
+from medusa_deploy.runtime.session import Session, load
 from medusa_deploy.tools.console import Progress, write_json
 from medusa_deploy.tools.machine import measured_on
-from medusa_deploy.tools.measure.agreement import Agreement
+from medusa_deploy.tools.measure.agreement import Predictions
+from medusa_deploy.tools.measure.probe import Probe
 from medusa_deploy.tools.prompt_source import heldout_prose, prompts_for
 
 ROWS = 32
@@ -29,21 +33,39 @@ _PROMPT = [1000, 2000, 3000, 4000]
 _TOKENS = 16
 
 
-def quality(reference: Path, few: Path, prompts: int, prose: int) -> dict[str, Any]:
-    """Read the held-out texts with both bundles."""
-    a, b = (load(bundle, check_hashes=False, prefix_cache=False) for bundle in (reference, few))
-    texts = {"prose": heldout_prose(a.encoder)[:prose], "prompts": prompts_for(a, None, prompts)}
+def quality(reference: Path, few: Path, prompts: int, prose: int | None) -> dict[str, Any]:
+    """Read the held-out texts with both bundles: the reference layer by layer, so that it needn't fit into memory."""
+    session = load(few, check_hashes=False, prefix_cache=False)
+    texts = {"prose": heldout_prose(session.encoder)[:prose], "prompts": prompts_for(session, None, prompts)}
+    calibrator = LayerCalibrator(open_bundle(reference, check_hashes=False))
+    together = [text[: calibrator.longest] for part in texts.values() for text in part]
+    with Progress("the reference") as bar:
+        states = iter(calibrator.projected_states(together, lambda note: bar.update(0, note)))
     report = {}
     for name, parts in texts.items():
-        agreement = Agreement(a, b, ROWS)
+        found = Predictions()
         with Progress(f"reading {name}", len(parts)) as bar:
             for done, text in enumerate(parts, 1):
-                agreement.read(text, 1)
+                read(found, calibrator, next(states), session, text[: calibrator.longest])
                 bar.update(done)
-        found = agreement.report()
-        report[name] = {"texts": len(parts), **{key: found[key] for key in ("positions", "perplexity", "argmax_agreement")}}
-        report[name]["kl_nats"] = found["kl_nats"]["mean"]
+        whole = found.report()
+        report[name] = {"texts": len(parts), **{key: whole[key] for key in ("positions", "perplexity", "argmax_agreement")}}
+        report[name]["kl_nats"] = whole["kl_nats"]["mean"]
     return report
+
+
+def read(found: Predictions, calibrator: LayerCalibrator, states: np.ndarray, session: Session, text: list[int]) -> None:
+    """Predict each token of a text but the first. ``states``: what the reference's projection reads."""
+    weight = calibrator.projection
+    with Probe(session) as probe:
+        probe.restart([])
+        at = 0
+        while at + 1 < len(text):
+            rows = 1 << (min(ROWS, len(text) - 1 - at).bit_length() - 1)  # buffers are kept for each number
+            blocks = calibrator.graph.weight_blocks(weight.weight, weight.axis)
+            logits = np.concatenate([states[at : at + rows] @ block for block in blocks], axis=1)
+            found.add(logits, probe.chain_logits(text[at : at + rows]), text[at + 1 : at + 1 + rows], at)
+            at += rows
 
 
 def loaded(bundle: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ SECTIONS = (
     quality.eight_bits,
     quality.four_bits,
     quality.libraries,
+    sizes.few_bits,
     engines.precisions,
     sizes.big_models,
 )

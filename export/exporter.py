@@ -6,7 +6,7 @@ import importlib.metadata
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ from .estimate import (
     tree_rows,
 )
 from .graphs import HEADS_GRAPH, write_graphs
-from .heads.layouts import read_heads
+from .heads.layouts import ReadHeads, read_heads
+from .heads.linked import LinkedHeads, link_heads
 from .heads.module import HeadStack
 from .hub import Fetched
 from .passes.matmuls import plain_step_bytes
@@ -110,11 +111,13 @@ def export_bundle(
         # Hashing the 13 GB of a 7B takes a tenth of the time of the rest, and the rest keeps one processor busy.
         hashes = {path: beside.submit(sha256, path) for path in folder.glob("*.safetensors")}
         text, warnings = write_text_files(model_from.path, backbone.module.config, staging)
-        head_set = identity_heads(backbone) if read is None else read.heads
-        head_set = prune_projection(backbone, head_set)
+        placed = _place_heads(backbone, read, folder)
+        # Nobody holds the matrices of large heads any more.
+        head_set, read = placed.heads, None if read is None else replace(read, heads=placed.heads)
         warnings += [*notes, *backbone.warnings, *(() if read is None else read.warnings)]
         max_rows = tree_rows(max_rows, trees, head_set.config.num_heads)
-        stack = HeadStack(head_set, backbone.module.get_output_embeddings(), top_k, backbone.dtype, backbone.logits)
+        projection = backbone.module.get_output_embeddings()
+        stack = HeadStack(head_set, projection, top_k, backbone.dtype, backbone.logits, placed.places)
         rows = step_io.cache_rows(capacity, head_set.config.num_heads, max_rows)
         report("tracing")
         screened: Rounded = {}
@@ -169,6 +172,13 @@ def _load(
             if weights == "linked":
                 raise
     return load_backbone(model, dtype, capacity, adapter)
+
+
+def _place_heads(backbone: Backbone, read: ReadHeads | None, folder: Path) -> LinkedHeads:
+    """Choose the heads of an export, and put large ones of a linked backbone into a file of ``folder``."""
+    heads = prune_projection(backbone, identity_heads(backbone) if read is None else read.heads)
+    linked = isinstance(backbone.weights, LinkedWeights)
+    return link_heads(heads, backbone.dtype, folder) if linked else LinkedHeads(heads, {})
 
 
 def identity_heads(backbone: Backbone) -> HeadSet:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from .markdown import GIB, MIB, link, report, table
+from .markdown import GIB, MIB, change, exists, link, report, share, table
+
+_FEW_BITS = tuple(
+    f"few-bits-qwen2.5-coder-{size}-{kind}" for size in ("0.5b", "1.5b") for kind in ("int8", "int4", "int4-nearest")
+)
 
 
 def big_models() -> str:
@@ -37,6 +41,36 @@ Random fp16 weights in Vicuna's shapes, four heads, exported with linked weights
 `calibrate --layer-by-layer` of the same 7B. The second row ran beside other work on both cores, so its seconds say little:
 
 {table(("", "layers", "samples", "`--smooth`", "time", "CPU time", "peak RSS", "scales"), _calibrations())}"""
+
+
+def few_bits() -> str:
+    """What `export --precision` loses at 0.5B and 1.5B, and the memory of what it writes."""
+    names = [name for name in _FEW_BITS if exists(name)]
+    if not names:
+        return ""
+    rows = []
+    for name in names:
+        found = report(name)
+        prose, prompts = found["quality"]["prose"], found["quality"]["prompts"]
+        rounding = f", {found['quantised']['rounding']}" if found["variant"] == "cpu-int4" else ""
+        rows.append(
+            (
+                link(name, f"{found['model']}, {found['variant']}{rounding}"),
+                f"{found['bytes'] / GIB:.2f} GiB",
+                f"{found['rss_bytes'] / found['weights_bytes']:.2f}",
+                *(change(part["perplexity"]["increase_percent"]) for part in (prose, prompts)),
+                *(share(part["argmax_agreement"]["share"]) for part in (prose, prompts)),
+            )
+        )
+    header = ("", "on disk", "RSS ÷ weights", "perplexity of prose", "of chat prompts", "same likeliest token", "in chat prompts")
+    found = report(names[0])["quality"]
+    return f"""## Few bits at 0.5B and 1.5B
+
+`export --precision` of Qwen2.5-Coder-Instruct (GGUF, Q4_K_M), against the same file in float32
+([method](../benchmarks/README.md#few_bitspy-what-export---precision-loses)):
+{found["prose"]["positions"]} positions of held-out prose and {found["prompts"]["positions"]} of held-out chat prompts.
+
+{table(header, rows)}"""
 
 
 def _calibrations() -> list[tuple[str, ...]]:

@@ -164,6 +164,25 @@ class LayerCalibrator:
                 if stage.after is not None:
                     states[index] = values[stage.after]
 
+    def projected_states(
+        self, texts: Sequence[Sequence[int]], note: Callable[[str], None] = lambda _what: None
+    ) -> list[np.ndarray]:
+        """Return what the vocabulary projection reads at each token of each text: float32 [n, H]."""
+        states: list[np.ndarray | None] = [None] * len(texts)
+        found: list[list[np.ndarray]] = [[] for _ in texts]
+        name = self.projection.activation
+        for stage in self.stages:
+            for index, _positions, values in self._walk(stage, texts, states):
+                if stage.after is None:
+                    found[index].append(values[name].reshape(-1, values[name].shape[-1]).astype(np.float32))
+                note(f"layer {stage.layer}: text {index + 1} of {len(texts)}")
+        return [np.concatenate(parts) for parts in found]
+
+    @property
+    def projection(self) -> Matmul:
+        """The vocabulary projection."""
+        return _own(self.stages[-1])[-1]
+
     def moments(self, texts: Sequence[Sequence[int]], note: Callable[[str], None] = lambda _what: None) -> StagedMoments:
         """Return E[xᵀx] of the backbone's activations over ``texts``, by the weight's name; see :class:`.moments.StagedMoments`.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...runtime.files.heads import HeadSet
+from ..backbone.safetensors_header import StoredTensor
 
 Change = Callable[[Tensor], Tensor]
 
@@ -32,10 +33,20 @@ class HeadStack(nn.Module):
     shared: nn.Module | None
 
     def __init__(
-        self, heads: HeadSet, output_embedding: nn.Module, top_k: int, dtype: torch.dtype, change: Change | None = None
+        self,
+        heads: HeadSet,
+        output_embedding: nn.Module,
+        top_k: int,
+        dtype: torch.dtype,
+        change: Change | None = None,
+        places: Mapping[int, StoredTensor] | None = None,
     ) -> None:
-        """``output_embedding``: the backbone's projection. ``change``: what the backbone does to logits behind it."""
+        """``output_embedding``: the backbone's projection. ``change``: what the backbone does to logits behind it.
+
+        ``places``: of tensors in files, by their address in memory.
+        """
         super().__init__()
+        self.places = dict(places or {})
         self.change: Change = change or nn.Identity()
         config = heads.config
         self.config = config

@@ -7,6 +7,7 @@ compared whole. And every place that the whole graphs point to has to hold the t
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ..backbone.linked import CHECKED_LAYERS, LinkedWeights, first_layers
 from ..backbone.record import Backbone
 from ..backbone.safetensors_header import StoredTensor, read_header
 from ..graphs import HEADS_GRAPH, write_graphs
+from ..heads.linked import HEADS_FILE
 from ..heads.module import HeadStack
 from ..quantise.screen import Rounded
 from ..trace.failures import named_failures
@@ -46,8 +48,8 @@ _PROMPT_ROWS = 8
 _PREFIX = "check."
 WHOLE_BYTES = 1 << 30
 _DTYPES = {"F16": onnx.TensorProto.FLOAT16, "F32": onnx.TensorProto.FLOAT}
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
-_TOP = {"embedding": "embed", "heads.shared": "lm_head|embed", "projection": "lm_head|embed", "decoder.norm": "norm"}
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.(.+)$")
+_DECODER = "decoder."
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,8 @@ def check_linked(
         checks = _check_cut(folder, few, capacity, sizes, cut, real, stack, report, screened)
     report("checking where all weights lie")
     needed = {tensor.name: tensor for tensor in weights.tensors.values()}
-    places = {name: asdict(check_places(folder / path, needed, layout.layers)) for name, path in variants.items()}
+    tables = _tables(backbone)
+    places = {name: asdict(check_places(folder / path, needed, layout.layers, tables)) for name, path in variants.items()}
     files = dict(weights.files)
     return checks, {"files": files, "checked_layers": few.layers, "layers": layout.layers, "places": places}
 
@@ -195,11 +198,11 @@ def _compare_all(observed: dict[str, Observed], backbone: Backbone, heads: HeadS
     return {name: compare(each, reference, backbone, heads) for name, each in observed.items()}
 
 
-def check_places(graph: Path, needed: dict[str, StoredTensor], layers: int) -> PlacesReport:
+def check_places(graph: Path, needed: dict[str, StoredTensor], layers: int, tables: Mapping[str, str]) -> PlacesReport:
     """Read the graph and the headers of the files it points to, and compare names, types, shapes and places.
 
-    ``needed``: places of the backbone's parameters, by name. Each must be used. The initializer of the same layer and name must
-    use a layer's parameter.
+    ``needed``: places of the backbone's parameters, by name. Each must be used, by the initializer of the same name in the
+    decoder. ``tables``: the backbone's names of what the step module holds beside its decoder.
 
     Raises:
         ExportMismatchError: an initializer points to nothing, or to another tensor than its own.
@@ -218,7 +221,9 @@ def check_places(graph: Path, needed: dict[str, StoredTensor], layers: int) -> P
         shape = tuple(initializer.dims)
         if found is None or found.shape != shape or _DTYPES.get(found.dtype) != initializer.data_type:
             raise _mismatch(graph, initializer.name, f"{list(shape)} at {place}", found)
-        if not _is_named(initializer.name, found.name) or found.name not in needed:
+        if location == HEADS_FILE:  # which tensor of the heads it is shows in what they compute
+            continue
+        if not _is_named(initializer.name, found.name, tables) or found.name not in needed:
             raise _mismatch(graph, initializer.name, "its own tensor", found)
         used.add(found.name)
     unused = sorted(set(needed) - used)
@@ -233,13 +238,23 @@ def check_places(graph: Path, needed: dict[str, StoredTensor], layers: int) -> P
 _REPORT = "this architecture isn't linked rightly: export with --weights copied, and report it with the model's config.json"
 
 
-def _is_named(initializer: str, stored: str) -> bool:
+def _tables(backbone: Backbone) -> dict[str, str]:
+    """Name the parameters of embedding and projection: by their module in the step to what the checkpoint calls them."""
+    module = backbone.module
+    parameters = {id(parameter): name for name, parameter in module.named_parameters()}
+    embedding, projection = module.get_input_embeddings(), module.get_output_embeddings()
+    held = {"embedding": embedding, "projection": projection, "heads.shared": projection}
+    return {
+        f"{place}.{own}": parameters[id(parameter)] for place, part in held.items() for own, parameter in part.named_parameters()
+    }
+
+
+def _is_named(initializer: str, stored: str, tables: Mapping[str, str]) -> bool:
     """True if an initializer (named by the step module) and a tensor of the checkpoint are the same part of the model."""
-    one, two = _LAYER.search(initializer), _LAYER.search(stored)
-    if one or two:
-        return bool(one and two and one.groups() == two.groups())
-    expected = [pattern for prefix, pattern in _TOP.items() if initializer.startswith(prefix)]
-    return bool(expected) and re.search(expected[0], stored) is not None
+    if initializer in tables:
+        return stored == tables[initializer]
+    part = initializer.removeprefix(_DECODER)
+    return part != initializer and f".{stored}".endswith(f".{part}")
 
 
 def _mismatch(graph: Path, name: str, expected: str, found: StoredTensor | None) -> ExportMismatchError:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
+import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backbone.record import Backbone
@@ -12,9 +15,10 @@ from .optimise import optimise
 from .quiet import quiet
 
 
-def link_weights(model: ir.Model, backbone: Backbone) -> None:
+def link_weights(model: ir.Model, backbone: Backbone, mapped: Mapping[int, StoredTensor]) -> None:
     """Optimise a graph that was traced from fake parameters, and let its initializers refer to the stored tensors.
 
+    ``mapped``: places of further tensors, by the address that they are mapped to.
     Leaves a graph alone whose backbone is in memory: the exporter has optimised it.
     """
     named = ((parameter, backbone.weights.stored(name)) for name, parameter in backbone.module.named_parameters())
@@ -24,8 +28,13 @@ def link_weights(model: ir.Model, backbone: Backbone) -> None:
     linked = {}
     for value in model.graph.initializers.values():
         raw = getattr(value.const_value, "raw", None)
+        found: StoredTensor | None = None
         if isinstance(raw, FakeTensor):
-            linked[value] = places[id(raw)]
+            found = places[id(raw)]
+        elif isinstance(raw, torch.Tensor):
+            found = mapped.get(raw.data_ptr())
+        if found is not None:
+            linked[value] = found
             value.const_value = None  # nothing that depends on it may be folded
     with quiet():
         optimise(model, _keeps_weights)

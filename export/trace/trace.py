@@ -37,7 +37,7 @@ def trace_step(backbone: Backbone, heads: HeadStack, rows: int, capacity: int) -
     """
     with backbone.weights.tracing():
         model = _trace_step(backbone, heads, rows, capacity)
-    link_weights(model, backbone)
+    link_weights(model, backbone, heads.places)
     return model
 
 
@@ -46,7 +46,7 @@ def trace_heads(backbone: Backbone, heads: HeadStack) -> ir.Model:
     """Trace the heads alone: ``hidden`` [B, H] and ``root`` int64 [B] to ``candidates`` and ``log_probs``."""
     with backbone.weights.tracing():
         model = _trace_heads(backbone, heads)
-    link_weights(model, backbone)
+    link_weights(model, backbone, heads.places)
     return model
 
 

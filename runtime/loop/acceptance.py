@@ -148,5 +148,6 @@ class _Step:
 
 def _masked(scores: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     """Return scores with −∞ for tokens that aren't allowed. It takes a third of the time of ``np.where``."""
-    bounds = (allowed.view(np.int8) - np.float32(0.5)) * np.float32(np.inf)
-    return np.minimum(scores, bounds, out=bounds)
+    bounds: np.ndarray = (allowed.view(np.int8) - np.float32(0.5)) * np.float32(np.inf)
+    np.minimum(scores, bounds, out=bounds)
+    return bounds

@@ -207,8 +207,9 @@ class GuidanceMatcher:
         mask[: len(bits)] = np.frombuffer(bits, np.uint8)[: len(mask)]
         for token in self._never:
             mask[token >> 3] &= 255 ^ (1 << (token & 7))
-        only, accepting = _only(mask), self._inner.is_accepting()
-        if (only is not None and not self._takes(only)) or not (accepting or mask.any()):
+        # Where no token spells a character, llguidance may answer for the place behind it, with one token or with several.
+        first, accepting = _first(mask), self._inner.is_accepting()
+        if (first is not None and not self._takes(first)) or not (accepting or mask.any()):
             mask = self._by_each_token(len(mask))
         if accepting:
             for token in self._ends:
@@ -244,3 +245,11 @@ def _only(mask: np.ndarray) -> int | None:
     word = int(words[place])
     alone = word and not word & (word - 1) and np.count_nonzero(words) == 1
     return 32 * place + word.bit_length() - 1 if alone else None
+
+
+def _first(mask: np.ndarray) -> int | None:
+    """Return the smallest token of a packed mask; None where there are none."""
+    words = mask.view(np.uint32)
+    place = int((words != 0).argmax())
+    word = int(words[place])
+    return 32 * place + (word & -word).bit_length() - 1 if word else None

@@ -54,31 +54,15 @@ class _Found:
         return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
-class Agreement:
-    """Reads texts with two sessions of one vocabulary, of which A is the reference."""
+class Predictions:
+    """Collects what two backbones, of which A is the reference, predict at the same positions."""
 
-    def __init__(self, a: Session, b: Session, rows: int) -> None:
-        """``rows``: the most rows of a step. 1 computes every position as plain decoding does."""
-        self._sessions = (a, b)
-        self._most = min(rows, a.max_rows, b.max_rows)
+    def __init__(self) -> None:
         self._parts: list[_Found] = []
 
-    def read(self, tokens: Sequence[int], given: int) -> None:
-        """Compare both predictions of ``tokens[given:]``. The first token is given in any case.
-
-        Each side computes the given tokens as a prefill and the others in steps. Numbers of rows are powers of two: buffers are
-        kept for each. With padding instead, a variant that scales activations by the step would round otherwise.
-        """
-        at = max(1, given)
-        with Probe(self._sessions[0]) as a, Probe(self._sessions[1]) as b:
-            for probe in (a, b):
-                probe.restart(tokens[: at - 1])
-            first = at
-            while at < len(tokens):
-                rows = 1 << (min(self._most, len(tokens) - at).bit_length() - 1)
-                fed, labels = tokens[at - 1 : at - 1 + rows], tokens[at : at + rows]
-                self._parts.append(_Found.at(a.chain_logits(fed), b.chain_logits(fed), labels, at - first))
-                at += rows
+    def add(self, a: np.ndarray, b: np.ndarray, labels: Sequence[int], first: int) -> None:
+        """Compare logits [n, V] of both. ``labels``: the n tokens that come. ``first``: positions before."""
+        self._parts.append(_Found.at(a, b, labels, first))
 
     def report(self) -> dict[str, Any]:
         """Report perplexities, divergence and agreement of the argmax over all positions read so far.
@@ -116,6 +100,33 @@ class Agreement:
             },
             "by_position": _by_position(found),
         }
+
+
+class Agreement(Predictions):
+    """Reads texts with two sessions of one vocabulary, of which A is the reference."""
+
+    def __init__(self, a: Session, b: Session, rows: int) -> None:
+        """``rows``: the most rows of a step. 1 computes every position as plain decoding does."""
+        super().__init__()
+        self._sessions = (a, b)
+        self._most = min(rows, a.max_rows, b.max_rows)
+
+    def read(self, tokens: Sequence[int], given: int) -> None:
+        """Compare both predictions of ``tokens[given:]``. The first token is given in any case.
+
+        Each side computes the given tokens as a prefill and the others in steps. Numbers of rows are powers of two: buffers are
+        kept for each. With padding instead, a variant that scales activations by the step would round otherwise.
+        """
+        at = max(1, given)
+        with Probe(self._sessions[0]) as a, Probe(self._sessions[1]) as b:
+            for probe in (a, b):
+                probe.restart(tokens[: at - 1])
+            first = at
+            while at < len(tokens):
+                rows = 1 << (min(self._most, len(tokens) - at).bit_length() - 1)
+                fed, labels = tokens[at - 1 : at - 1 + rows], tokens[at : at + rows]
+                self.add(a.chain_logits(fed), b.chain_logits(fed), labels, at - first)
+                at += rows
 
 
 def _histogram(values: np.ndarray, edges: Sequence[float]) -> list[int]:

@@ -261,7 +261,8 @@ def test_a_weight_in_the_wrong_place_fails_the_check(bundle: Path, tmp_path: Pat
     needed: dict[str, Any] = {}
     for path in folder.glob("*.safetensors"):
         needed |= read_header(path)
-    assert check_places(folder / "step.onnx", needed, 2).layers == 2
+    tables = dict.fromkeys(("embedding.weight", "projection.weight", "heads.shared.weight"), "model.embed_tokens.weight")
+    assert check_places(folder / "step.onnx", needed, 2, tables).layers == 2
     model = onnx.load(folder / "step.onnx", load_external_data=False)
     one, two = (
         next(tensor for tensor in model.graph.initializer if tensor.name.endswith(f"layers.{layer}.mlp.up_proj.weight"))
@@ -273,7 +274,26 @@ def test_a_weight_in_the_wrong_place_fails_the_check(bundle: Path, tmp_path: Pat
     two.external_data.extend(places[0])
     onnx.save(model, folder / "swapped.onnx")
     with pytest.raises(ExportMismatchError, match="should be its own tensor"):
-        check_places(folder / "swapped.onnx", needed, 2)
+        check_places(folder / "swapped.onnx", needed, 2, tables)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "phi"])
+def test_names_of_other_families_are_linked(kind: str, tmp_path: Path) -> None:
+    """Tables of positions, layers that are called h, and norms with a name of their own."""
+    import transformers
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+    configs = {
+        "gpt2": lambda: transformers.GPT2Config(n_positions=128, n_embd=64, n_layer=2, n_head=4, vocab_size=128),
+        "opt": lambda: transformers.OPTConfig(**sizes, ffn_dim=128, word_embed_proj_dim=64, vocab_size=128),
+        "phi": lambda: transformers.PhiConfig(**sizes, intermediate_size=128, vocab_size=128),
+    }
+    config = configs[kind]()
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, None
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    export_bundle(tmp_path / "model", None, tmp_path / "bundle", weights="linked", **OPTIONS)
+    places = open_bundle(tmp_path / "bundle").manifest.provenance["weights"]["places"]
+    assert {found["layers"] for found in places.values()} == {2}
 
 
 @pytest.mark.parametrize("whole", [0, 1 << 30], ids=["first layers", "whole"])
@@ -309,3 +329,36 @@ def test_a_dry_run_says_what_would_be_linked(
     _truncate(broken)
     with pytest.raises(CheckpointError):
         plan_export(broken, None, weights="linked")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_large_heads_lie_in_a_file_that_all_graphs_read(
+    dtype: str, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Own projections, stored in float16: the file holds each matrix once, as the graphs' type."""
+    from medusa_deploy.export.heads import linked
+
+    rng = np.random.default_rng(3)
+    tensors: dict[str, Any] = {}
+    for head in range(HEADS):
+        tensors[f"{head}.0.linear.weight"] = rng.normal(0, 0.1, (HIDDEN, HIDDEN)).astype(np.float16)
+        tensors[f"{head}.0.linear.bias"] = np.zeros(HIDDEN, np.float16)
+        tensors[f"{head}.1.weight"] = rng.normal(0, 0.1, (128, HIDDEN)).astype(np.float16)
+    (tmp_path / "heads").mkdir()
+    save_file(tensors, tmp_path / "heads" / "medusa_lm_head.safetensors")
+    exported = {}
+    for limit in (0, 1 << 30):
+        monkeypatch.setattr(linked, "LINKED_BYTES", limit)
+        monkeypatch.setattr(linked, "_SMALLEST", 1024)
+        exported[limit] = tmp_path / f"bundle-{limit}"
+        report = export_bundle(sharded, tmp_path / "heads", exported[limit], weights="linked", dtype=dtype, **OPTIONS)
+        assert {check["head_agreement"] for check in report["check"].values()} == {1.0}
+    files = [{path.name for path in (bundle / "onnx").iterdir()} for bundle in exported.values()]
+    assert files[0] - files[1] == {linked.HEADS_FILE}
+    stored = read_header(exported[0] / "onnx" / linked.HEADS_FILE)
+    assert len(stored) == 2 * HEADS and {tensor.dtype for tensor in stored.values()} == {"F32" if dtype == "fp32" else "F16"}
+    model = onnx.load(exported[0] / "onnx" / "step.onnx", load_external_data=False)
+    places = [{entry.key: entry.value for entry in tensor.external_data} for tensor in model.graph.initializer]
+    assert sum(place.get("location") == linked.HEADS_FILE for place in places) == 2 * HEADS
+    one, other = (load(bundle, threads=1) for bundle in exported.values())
+    assert generated(one) == generated(other)

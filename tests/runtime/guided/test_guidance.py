@@ -84,6 +84,12 @@ def test_what_the_vocabulary_cannot_spell_ends_by_name(session: FakeSession) -> 
         assert isinstance(got.error, GrammarError) and got.text == '{"a": "'
 
 
+@pytest.mark.parametrize("source", ["日(ab|c)x", "\ud7ff[a-f]+", "a日(b|c)"])
+def test_nothing_behind_a_character_that_cannot_be_spelt_is_allowed(session: FakeSession, source: str) -> None:
+    got = dict(session.generate_many([Request("?", max_new_tokens=9, grammar=Grammar("regex", source))]))[0]
+    assert isinstance(got.error, GrammarError) and got.text == ("a" if source.startswith("a") else "")
+
+
 def test_forced_tokens(session: FakeSession) -> None:
     schema = {"type": "object", "properties": {"ab": {"const": 1}}, "required": ["ab"], "additionalProperties": False}
     matcher, path = _matcher(session, Grammar.json(schema)), list[int]()
