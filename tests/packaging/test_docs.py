@@ -21,9 +21,13 @@ from support.text import text_bundle
 FOLDERS = ("benchmarks", "calibration", "docs", "export", "heads", "runtime", "src", "tests", "tools")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
 # Commands of other programs, which no test here runs.
-FOREIGN = ("cd", "curl", "git", "ls", "source", ".", "cat")
+FOREIGN = ("cd", "curl", "git", "ls", "source", ".", "cat", "./commands.sh", "tritonserver")
 # Which test runs a verb, where it isn't tests/tools/verbs/test_VERB.py.
-RUN_BY = {"export": "tests/tools/verbs/test_export_verb.py", "triton": "tests/runtime/serve/test_triton.py"}
+RUN_BY = {
+    "debug": "tests/tools/debugging/test_kit.py",
+    "export": "tests/tools/verbs/test_export_verb.py",
+    "triton": "tests/runtime/serve/test_triton.py",
+}
 
 
 def slug(heading: str) -> str:

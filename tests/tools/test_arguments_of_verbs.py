@@ -34,7 +34,7 @@ from support.tiny import VOCAB
 
 PLAN = AnswerPlan(Path("model"), Path("work"))
 RECORDS: list[tuple[Callable[..., Any], dict[str, Any]]] = [
-    (EngineOptions, {"rows": np.array([1, 8]), "prefill": np.int64(16), "features": None, "int8": None}),
+    (EngineOptions, {"rows": np.array([1, 8]), "prefill": np.int64(16), "features": None, "quantised": None}),
     (PrecisionOptions, {"scales": "a.json", "keep": ["down"], "projection": None}),
     (CpuPrecision, {"layers": np.int64(4), "block": np.int32(32), "kept": None, "rescored": None}),
     (Method, {"name": None, "percentile": np.float32(50)}),
@@ -48,7 +48,7 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (EngineOptions, {"prefill": "16"}, "prefill"),
     (EngineOptions, {"backend": 3}, "backend"),
     (EngineOptions, {"features": "x"}, "features"),
-    (EngineOptions, {"int8": {}}, "int8"),
+    (EngineOptions, {"quantised": {}}, "quantised"),
     (PrecisionOptions, {"scales": 3}, "scales"),
     (PrecisionOptions, {"keep": "down", "scales": "a"}, "keep"),
     (CpuPrecision, {"layers": "8"}, "layers"),

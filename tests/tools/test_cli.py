@@ -98,7 +98,7 @@ def test_help_groups_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
         "make": ["prepare", "export", "train", "build"],
         "tune": ["calibrate", "quantise", "tree"],
         "run": ["generate", "serve", "triton"],
-        "check": ["verify", "bench", "compare", "inspect"],
+        "check": ["verify", "bench", "compare", "inspect", "debug"],
         "advise": ["plan", "doctor", "demo", "figure"],
     }
     modules = {path.stem for path in (SOURCE / "medusa_deploy" / "tools" / "verbs").glob("*.py")} - {"__init__"}

@@ -72,7 +72,9 @@ def test_the_device_graph_has_the_documented_inputs_and_outputs(graphs: dict[str
     inputs = [step_io.TOKENS, step_io.POSITIONS, step_io.ANCESTORS, step_io.FORCED, step_io.WRITE_INDEX, step_io.COLUMNS]
     inputs += [step_io.LOGIT_ROWS, step_io.KEPT, step_io.KEPT_COUNT, step_io.DRAFT_SLOTS]
     outputs = [step_io.LAST_ROW, step_io.NEXT_TOKEN, step_io.CANDIDATES, step_io.LOG_PROBS, step_io.LOGITS, step_io.HIDDEN]
-    assert [value.name for value in graph.input] == [*inputs, *step_io.past_names(LAYERS), *step_io.carried_names(LAYERS)]
+    assert [value.name for value in graph.input] == [
+        *inputs, *step_io.past_names(LAYERS), step_io.HEAD_ROWS, *step_io.carried_names(LAYERS)
+    ]  # fmt: skip
     present = [*step_io.CLOSING, *step_io.present_names(LAYERS), *step_io.new_names(LAYERS)]
     assert [value.name for value in graph.output] == outputs + present
 

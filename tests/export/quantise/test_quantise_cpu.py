@@ -194,10 +194,11 @@ def test_moments_of_uncorrelated_inputs_change_nothing_and_others_do(tiny_bundle
     sizes = {weight.name: product.shape[1] for product in find_matmuls(read_graph(source)) for weight in product.weights}
     rng = np.random.default_rng(6)
     mixed = {
-        name: (rows := rng.normal(size=(4 * size, size)) @ rng.normal(size=(size, size))).T @ rows for name, size in sizes.items()
+        name: [(rows := rng.normal(size=(4 * size, size)) @ rng.normal(size=(size, size))).T @ rows]
+        for name, size in sizes.items()
     }
     found = []
-    for given in (None, {name: np.eye(size) for name, size in sizes.items()}, mixed):
+    for given in (None, {name: [np.eye(size)] for name, size in sizes.items()}, mixed):
         model = read_graph(source)
         quantise_cpu(model, CpuPrecision(layers=4, projection=32, heads=32), None, given)
         found.append(divergence.of(model)[0])

@@ -35,7 +35,7 @@ def test_without_a_gpu_there_are_bytes_and_no_times(capsys: pytest.CaptureFixtur
     shown = capsys.readouterr().out
     assert "134,515,008 parameters" in shown
     assert "the embedding's memory: tied" in shown
-    assert "fits" not in shown
+    assert "fits:" not in shown
     assert "ms" not in shown
 
 
@@ -183,7 +183,7 @@ def test_a_window_limits_no_capacity(name: str, tmp_path: Path) -> None:
         ({"heads": "pruned"}, "unknown heads 'pruned'"),
         ({"heads": "own:64"}, "unknown heads 'own:64'"),
         ({"heads": "pruned:99999999"}, "over 99999999 tokens"),
-        ({"precision": "fp8"}, "unknown precision 'fp8'"),
+        ({"precision": "fp5"}, "unknown precision 'fp5'"),
         ({"capacity": 8192}, "the model attends to 4096"),
         ({"context": 5000}, "a context of 5000 tokens"),
         ({"acceptance": 9.0}, "a mean acceptance length of 9.0"),

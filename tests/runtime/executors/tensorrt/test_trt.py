@@ -300,8 +300,8 @@ def test_a_request_that_leaves_it_open_takes_the_bundles_tree_where_steps_run_ah
         (Request(token_ids=[1], keep_hidden=True), False),
         (Request(token_ids=[1], params=SamplingParams(mode="sample")), False),
     ):
-        assert isinstance(session._drafter(request, [1]), FixedTree) is is_fixed
-        assert not isinstance(tiny_session._drafter(request, [1]), FixedTree)
+        assert isinstance(session._drafter(request, [1], None), FixedTree) is is_fixed
+        assert not isinstance(tiny_session._drafter(request, [1], None), FixedTree)
 
 
 def test_a_tree_and_lookup_contradict_each_other(tiny_session: Session) -> None:
