@@ -75,7 +75,7 @@ def test_the_device_graph_has_the_documented_inputs_and_outputs(graphs: dict[str
     assert [value.name for value in graph.input] == [
         *inputs, *step_io.past_names(LAYERS), step_io.HEAD_ROWS, *step_io.carried_names(LAYERS)
     ]  # fmt: skip
-    present = [*step_io.CLOSING, *step_io.present_names(LAYERS), *step_io.new_names(LAYERS)]
+    present = [*step_io.CLOSING, *step_io.present_names(LAYERS), step_io.STATE_SUM, *step_io.new_names(LAYERS)]
     assert [value.name for value in graph.output] == outputs + present
 
 
