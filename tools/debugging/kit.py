@@ -145,6 +145,7 @@ def _commands(steps: Mapping[str, Any], outputs: Sequence[str]) -> str:
         "#     --save-outputs golden.json",
         "#   polygraphy data merge inputs/tree.json golden.json -o layerwise.json",
         "#   polygraphy debug reduce model/step.onnx -o reduced.onnx --mode bisect --load-inputs layerwise.json \\",
+        "#     --fail-regex 'Mismatched outputs' \\",
         '#     --check polygraphy run polygraphy_debug.onnx "$RUNNER" --load-inputs layerwise.json --load-outputs golden.json \\',
         "#     --atol 0.05 --rtol 0.05",
         "",

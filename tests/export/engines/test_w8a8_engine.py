@@ -81,7 +81,9 @@ def test_products_of_the_backbone_are_of_fp8(bundle: Bundle, target: str, weight
     log = built(bundle, "fp8", target, tmp_path / "fp8", weights, PrecisionOptions(bundle.folder.parent / "scales.json"))
     assert log.attention_calls == LAYERS
     assert log.kernels["product(fp8_e4m3, fp8_e4m3)"] >= 4 * LAYERS
-    assert (log.constants.get("fp8_e4m3", 0) > 0) == (weights == "inside")
+    matrices = LAYERS * (256 * (256 + 2 * 128 + 256) + 3 * 256 * 512)
+    small = LAYERS * 2 * 256 * 128  # keys and values: below 64 KiB matrices stay where they are
+    assert log.constants["fp8_e4m3"] == small if weights == "streamed" else log.constants["fp8_e4m3"] >= matrices
 
 
 def test_what_a_gpu_lacks_is_refused_before_anything_is_built(bundle: Bundle) -> None:
@@ -100,17 +102,19 @@ def test_streamed_weights_of_few_bits_lie_beside_the_plan(bundle: Bundle) -> Non
     [made] = build_engines(bundle.folder, ["sm_89"], options, force=True)
     opened, record = open_bundle(bundle.folder), made["record"]
     assert {weight.dtype for weight in record.weight_inputs} == {"float16", "float8_e4m3fn"}
+    stored = []
     for weight in record.weight_inputs:
         [piece] = weight.pieces
         assert piece.file == "engines/sm_89/weights.bin" and piece.file in opened.manifest.files
-        data = opened.path(piece.file).read_bytes()[piece.offset : piece.offset + piece.nbytes]
-        assert any(data)
+        stored.append(opened.path(piece.file).read_bytes()[piece.offset : piece.offset + piece.nbytes])
+        assert len(stored[-1]) == piece.nbytes
+    assert sum(any(data) for data in stored) > len(stored) / 2, "the head of a bundle without heads is zero"
 
 
 def test_the_record_says_with_which_scales_and_resume_looks_at_them(bundle: Bundle, tmp_path: Path) -> None:
     scales = bundle.folder.parent / "scales.json"
     options = EngineOptions(precision="int8", quantised=PrecisionOptions(scales, heads="fp16"), rows=[8])
-    [made] = build_engines(bundle.folder, ["sm_89"], options)
+    [made] = build_engines(bundle.folder, ["sm_89"], options, force=True)
     assert made["record"].quantised == {"heads": "fp16", "scales_sha256": sha256(scales), "keep": "auto"}
     [again] = build_engines(bundle.folder, ["sm_89"], options, resume=True)
     assert again["kept"]

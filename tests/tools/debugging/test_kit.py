@@ -109,6 +109,7 @@ def test_reduce_finds_the_node_with_the_fault(kit: Path, tmp_path: Path) -> None
     check = [sys.executable, "-c", code, "run", "polygraphy_debug.onnx"]
     reduced = polygraphy(
         faulty, "debug", "reduce", "model/step.onnx", "-o", "reduced.onnx", "--mode", "bisect", "--load-inputs", "layerwise.json",
+        "--fail-regex", "Mismatched outputs",
         "--check", *check, "--onnxrt", "--load-inputs", "layerwise.json", "--load-outputs", "golden.json", "--atol", "0.01",
         "--rtol", "0.01",
     )  # fmt: skip
