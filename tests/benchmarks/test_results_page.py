@@ -13,7 +13,7 @@ from results_sections import engines, markdown, slots, speed
 REPORTS = sorted(path.stem for path in markdown.RESULTS.glob("*.json"))
 # The table of families is docs/families.md, and the reports of the GPU are tables of docs/gpu.md; path_heads.py reads the costs
 # of the merged graph.
-ELSEWHERE = {"engine-builds", "families", "gpu-h200", "gpu-h200-tensorrt-rtx", "smollm2-grounded-merged"}
+ELSEWHERE = {"engine-builds", "families", "gpu-h200", "gpu-h200-tensorrt-rtx", "smollm2-grounded-merged", "soak"}
 
 
 def test_the_page_and_the_readme_are_what_the_reports_say() -> None:
