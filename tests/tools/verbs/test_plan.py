@@ -183,7 +183,7 @@ def test_a_window_limits_no_capacity(name: str, tmp_path: Path) -> None:
         ({"heads": "pruned"}, "unknown heads 'pruned'"),
         ({"heads": "own:64"}, "unknown heads 'own:64'"),
         ({"heads": "pruned:99999999"}, "over 99999999 tokens"),
-        ({"precision": "fp8"}, "unknown precision 'fp8'"),
+        ({"precision": "fp6"}, "unknown precision 'fp6'"),
         ({"capacity": 8192}, "the model attends to 4096"),
         ({"context": 5000}, "a context of 5000 tokens"),
         ({"acceptance": 9.0}, "a mean acceptance length of 9.0"),
