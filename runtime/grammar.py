@@ -94,7 +94,7 @@ class Matcher(Protocol):
         """Whether ``token`` may follow ``ahead``; no where ``ahead`` itself isn't allowed."""
         ...
 
-    def forced(self, ahead: Sequence[int] = ()) -> int | None:
+    def only(self, ahead: Sequence[int] = ()) -> int | None:
         """The only token that may follow ``ahead``, if there is only one and ``ahead`` is allowed."""
         ...
 

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .files.bundle import Bundle
-    from .grammar import Matcher
 
 __all__ = ["Chunk", "Generation", "Message", "Request", "Session", "load"]
 
@@ -171,18 +170,19 @@ class Session:
             raise PromptError("stop strings need a tokenizer, and the bundle has no tokenizer", hint="drop stop=…")
         eos = frozenset(() if request.ignore_eos else manifest.text.eos_token_ids)
         output = TextOutput(self.codec, StopChecker(request.stop, include_stop=request.include_stop), eos)
-        matcher = None if request.grammar is None else self.grammars.matcher(request.grammar, eos)
+        deepest, grammar = self.executor.abilities.deepest, request.grammar
+        guide = None if grammar is None else Guide(self.grammars.matcher(grammar, eos), deepest)
         sequence = Sequence(
             tokens=ids,
             prompt_length=len(ids),
             params=request.params.resolved(),
             max_new_tokens=request.max_new_tokens,
             eos_token_ids=eos,
-            drafter=self._drafter(request, ids, matcher),
+            drafter=self._drafter(request, ids, guide),
             keep_hidden=request.keep_hidden,
             salt=request.cache_salt,
             top_logprobs=None if request.logprobs is None else int(request.logprobs),
-            matcher=matcher,
+            matcher=guide,
             priority=request.priority,
             deadline=None if request.deadline is None else since + request.deadline,
             since=since,
@@ -190,7 +190,7 @@ class Session:
         )
         return Handle(sequence, output, self.driver, notify)
 
-    def _drafter(self, request: Request, tokens: list[int], matcher: Matcher | None) -> Drafter:
+    def _drafter(self, request: Request, tokens: list[int], guide: Guide | None) -> Drafter:
         """The drafter that the request asks for.
 
         Greedy requests that leave it open take the bundle's tree where the executor runs ahead: a tree known beforehand needs no
@@ -199,12 +199,11 @@ class Session:
         heads, asked = self.manifest.heads, request.drafting
         drafter: Drafter
         deepest = self.executor.abilities.deepest
-        guide = None if matcher is None else Guide(matcher, deepest)
         if isinstance(asked, Rows):
             rows, greedy = asked.count, request.params.plain_argmax and request.logprobs is None and guide is None
             if rows is None and not asked.lookup and self.executor.abilities.ahead and greedy and not request.keep_hidden:
                 return self._drafter_of(self.tree)
-            lookup = None if asked.lookup is False else PromptLookup(tokens, deepest)
+            lookup = None if asked.lookup is False else PromptLookup(tokens, deepest, self.grammars.unspaced if guide else None)
             if rows is None and request.params.mode != "typical":  # whose text must not depend on the machine's load
                 return self.row_budget.drafter(lookup, on_host=not greedy, guide=guide)
             drafter = BestRows(rows or self.tree.rows, heads.platt_scaling, lookup, guide)

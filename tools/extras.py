@@ -19,6 +19,7 @@ EXTRAS = {
     "figure": ("matplotlib",),
     "guided": ("llguidance",),
     "serve": (*_CPU, "msgspec", "prometheus-client", "starlette", "uvicorn"),
+    "ray": (*_CPU, "msgspec", "prometheus-client", "starlette", "uvicorn", "ray"),
     "train": (*_EXPORT, "peft"),
     "tensorrt": ("tensorrt", "cuda-bindings", "tokenizers", "minijinja"),
     "tensorrt-rtx": ("tensorrt-rtx", "cuda-bindings", "tokenizers", "minijinja"),

@@ -43,7 +43,8 @@ def link_heads(heads: HeadSet, dtype: torch.dtype, folder: Path) -> LinkedHeads:
     stored = read_header(target)
     mapped = {name: stored[name].mapped() for name in large}
     places = {array.ctypes.data: stored[name] for name, array in mapped.items()}
-    return LinkedHeads(replace(heads, tensors={**heads.tensors, **mapped}), places)
+    small = {name: array.copy() for name, array in heads.tensors.items() if name not in large}  # views keep a whole file mapped
+    return LinkedHeads(replace(heads, tensors={**small, **mapped}), places)
 
 
 def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Sequence
 from itertools import count as counting
+
+import numpy as np
 
 from ..grammar import Matcher
 from .draft import NOTHING, Candidates, Draft, Drafter, TokenPath, compiled
@@ -12,15 +15,63 @@ from .draft import NOTHING, Candidates, Draft, Drafter, TokenPath, compiled
 _SUREST = 0.98
 """Highest probability of a candidate beside which the grammar allows others."""
 
+_HINGES = 6
+"""Hinges that are remembered; a JSON answer has about so many."""
+
 
 class Guide:
-    """Knows which candidates the grammar of one request allows."""
+    """Knows which candidates the grammar of one request allows, and learns which of its own tokens an answer repeats.
+
+    A *hinge* is a chosen token behind which the grammar forces others: the end of a string is one, because the next name follows
+    it. Heads that were trained on free text seldom propose it. Its probability is the rate at which the answer chose it where it
+    could. The guide stands in for its matcher, so that it sees what is emitted.
+    """
 
     def __init__(self, matcher: Matcher, deepest: int) -> None:
         """``deepest``: drafted tokens that a step can accept."""
         self.forced: set[TokenPath] = set()
         """Paths of the newest ranking whose last token was the only one that the grammar allowed."""
         self._matcher, self._deepest = matcher, deepest
+        self._hinges: dict[int, list[int]] = {}  # the times that each was chosen, and could be; the newest last
+        self._chosen: int | None = None  # the newest token, if the grammar left a choice
+
+    # -- the matcher -----------------------------------------------------------------------------------------------
+
+    def allowed(self, ahead: Sequence[int] = ()) -> np.ndarray:
+        """See :class:`..grammar.Matcher`."""
+        return self._matcher.allowed(ahead)
+
+    def admits(self, ahead: Sequence[int], token: int) -> bool:
+        """See :class:`..grammar.Matcher`."""
+        return self._matcher.admits(ahead, token)
+
+    def only(self, ahead: Sequence[int] = ()) -> int | None:
+        """See :class:`..grammar.Matcher`."""
+        return self._matcher.only(ahead)
+
+    def finished(self, ahead: Sequence[int] = ()) -> bool:
+        """See :class:`..grammar.Matcher`."""
+        return self._matcher.finished(ahead)
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Take ``tokens`` as emitted; see which of them are hinges."""
+        for place, token in enumerate(tokens):
+            before = tokens[:place]
+            if self._matcher.only(before) is not None:
+                if self._chosen is not None and self._chosen not in self._hinges:
+                    self._hinges[self._chosen] = [1, 2]
+                    while len(self._hinges) > _HINGES:
+                        del self._hinges[next(iter(self._hinges))]
+                self._chosen = None
+                continue
+            for hinge, counts in self._hinges.items():
+                if hinge == token or self._matcher.admits(before, hinge):
+                    counts[0] += hinge == token
+                    counts[1] += 1
+            self._chosen = token
+        self._matcher.advance(tokens)
+
+    # -- drafts ----------------------------------------------------------------------------------------------------
 
     def ranked_paths(
         self,
@@ -72,7 +123,7 @@ class Guide:
         waiting = deque(paths)
         while waiting and len(paths) < rows:
             path = waiting.popleft()
-            token = self._matcher.forced(path) if len(path) < self._deepest else None
+            token = self._matcher.only(path) if len(path) < self._deepest else None
             if token is not None and (*path, token) not in paths:
                 paths.append((*path, token))
                 waiting.append(paths[-1])
@@ -82,7 +133,7 @@ class Guide:
         return tuple([int(draft.tokens[each - 1]) for each in draft.shape.row_paths[row]])
 
     def _forced(self, path: TokenPath) -> dict[int, float] | None:
-        token = self._matcher.forced(path)
+        token = self._matcher.only(path)
         if token is None:
             return None
         self.forced.add((*path, token))
@@ -92,7 +143,12 @@ class Guide:
         """Return the proposed tokens that may follow. The probability of the refused ones is shared out among all others."""
         allowed = {token: chance for token, chance in proposed.items() if self._matcher.admits(path, token)}
         left = 1 - sum(proposed.values()) + sum(allowed.values())
-        return {token: min(chance / left, _SUREST) for token, chance in allowed.items()} if left > 0 else allowed
+        found = {token: min(chance / left, _SUREST) for token, chance in allowed.items()} if left > 0 else allowed
+        for hinge, (chosen, possible) in self._hinges.items():
+            rate = chosen / (possible + 1)
+            if rate > found.get(hinge, 0.0) and self._matcher.admits(path, hinge):
+                found[hinge] = rate
+        return found
 
 
 class GuidedDrafter:

@@ -6,6 +6,8 @@ It looks for the newest tokens of a sequence earlier in it, the longest match fi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 LONGEST_MATCH = 8
 DEEPEST = 16
 
@@ -36,10 +38,14 @@ class PromptLookup:
     once, when the first question comes.
     """
 
-    def __init__(self, tokens: list[int], deepest: int = DEEPEST) -> None:
-        """``tokens``: the sequence's own list, which may grow between calls. ``deepest``: most tokens that it drafts."""
+    def __init__(self, tokens: list[int], deepest: int = DEEPEST, alike: Mapping[int, int] | None = None) -> None:
+        """``tokens``: the sequence's own list, which may grow between calls. ``deepest``: most tokens that it drafts.
+
+        ``alike``: tokens that match another one, such as a word with a space before it matches the word.
+        """
         self._deepest = deepest
-        self._tokens = tokens
+        self._tokens, self._alike = tokens, alike or {}
+        self._keys: list[int] = tokens if alike is None else []
         self._indexed = 0
         self._next: dict[tuple[int, ...], int] = {}
 
@@ -52,7 +58,7 @@ class PromptLookup:
         tokens = self._tokens
         length = len(tokens)
         for match in range(min(LONGEST_MATCH, length - 1), 0, -1):
-            start = self._next.get(tuple(tokens[length - match :]))
+            start = self._next.get(tuple(self._keys[length - match :]))
             if start is not None:
                 rates = RATES[match - 1][: min(depth, self._deepest)]
                 return [(tokens[start + step % (length - start)], rate) for step, rate in enumerate(rates)]
@@ -60,7 +66,9 @@ class PromptLookup:
 
     def _index(self) -> None:
         """Enter the runs before each new token. The newest run gets its entry when a token follows it."""
+        if self._keys is not self._tokens:
+            self._keys += [self._alike.get(token, token) for token in self._tokens[len(self._keys) :]]
         for position in range(max(self._indexed, 1), len(self._tokens)):
             for match in range(1, min(LONGEST_MATCH, position) + 1):
-                self._next[tuple(self._tokens[position - match : position])] = position
+                self._next[tuple(self._keys[position - match : position])] = position
         self._indexed = len(self._tokens)

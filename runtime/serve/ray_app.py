@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingDependencyError, UsageError
 from ..files.manifest import MANIFEST_NAME
+from .limits import read_keys
 from .service import Options, Service
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ def application(arguments: Mapping[str, Any]) -> Any:
     """Return the application for ``serve.run``. All values may be texts, as ``serve run`` hands them over.
 
     ``bundle``: its folder, on every node. ``replicas``: how many there are at least; ``most_replicas``: at most, by requests
-    under way. ``slots``, ``threads``: of each replica. Others are fields of :class:`.service.Options`. Requests with the same
-    header ``x-session-id`` go to the same replica, whose slots hold the rows of the session's earlier prompts.
+    under way. ``slots``, ``threads``: of each replica. ``api_keys``: a file of keys. Others are fields of
+    :class:`.service.Options`. Requests with the same header ``x-session-id`` go to the same replica, whose slots hold the rows of
+    the session's earlier prompts.
 
     Raises:
         MissingDependencyError: Ray isn't installed.
@@ -99,6 +101,8 @@ def _options(given: dict[str, Any], name: str) -> Options:
     """Return what is left as the server's options: texts become numbers where the default is one."""
     known = {each.name: each for each in fields_of(Options)}
     options = Options(name=name)
+    if (keys := given.pop("api_keys", None)) is not None:
+        options = replace(options, keys=read_keys(Path(str(keys))))
     for key, value in given.items():
         if key not in known or key == "keys":
             raise UsageError(f"there is no argument {key!r:.80}", hint=f"known: {', '.join(sorted(known))}")

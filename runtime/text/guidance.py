@@ -32,9 +32,17 @@ class GrammarCompiler:
 
     def __init__(self, encoder: PromptEncoder) -> None:
         self._encoder = encoder
+        self._unspaced: dict[int, int] | None = None
         self._tokenizer: Any = None
         self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
         self._lock = threading.Lock()
+
+    @property
+    def unspaced(self) -> dict[int, int]:
+        """Words with a space before them, and the same words without it: a string in JSON begins with the latter."""
+        if self._unspaced is None:
+            self._unspaced = {} if self._encoder.codec is None else self._encoder.codec.unspaced()
+        return self._unspaced
 
     def matcher(self, grammar: Grammar, eos_token_ids: frozenset[int]) -> GuidanceMatcher:
         """Return a matcher at the beginning of ``grammar``. ``eos_token_ids``: tokens that end the answer.
@@ -142,7 +150,7 @@ class GuidanceMatcher:
         except GrammarError:
             return False
 
-    def forced(self, ahead: Sequence[int] = ()) -> int | None:
+    def only(self, ahead: Sequence[int] = ()) -> int | None:
         """See :class:`..grammar.Matcher`."""
         try:
             return None if self.finished(ahead) else _only(self._packed(ahead))

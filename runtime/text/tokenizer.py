@@ -99,6 +99,12 @@ class TextCodec:
             return bytes(_BYTES[letter] for letter in piece)
         return str(piece).replace("▁", " ").encode() if self._spaced else str(piece).encode()
 
+    def unspaced(self) -> dict[int, int]:
+        """Returns, for each id that is a text behind a space, the id of the text alone, where there is one."""
+        spelt = {self.token_bytes(token): token for token in reversed(range(self._tokenizer.get_vocab_size()))}
+        pairs = {token: spelt.get(text[1:]) for text, token in spelt.items() if text[:1] == b" " and len(text) > 1}
+        return {token: alone for token, alone in pairs.items() if alone is not None}
+
     def is_text(self, token: int) -> bool:
         """Says whether decoded text shows the id: special tokens and unknown ids are left out."""
         return token not in self.special_tokens and self._tokenizer.id_to_token(token) is not None

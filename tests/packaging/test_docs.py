@@ -23,7 +23,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"][
 # Commands of other programs, which no test here runs.
 FOREIGN = ("cd", "curl", "git", "ls", "source", ".", "cat")
 # Which test runs a verb, where it isn't tests/tools/verbs/test_VERB.py.
-RUN_BY = {"export": "tests/tools/verbs/test_export_verb.py"}
+RUN_BY = {"export": "tests/tools/verbs/test_export_verb.py", "triton": "tests/runtime/serve/test_triton.py"}
 
 
 def slug(heading: str) -> str:

@@ -49,7 +49,7 @@ class HashedMatcher:
         except GrammarError:
             return False
 
-    def forced(self, ahead: Sequence[int] = ()) -> int | None:
+    def only(self, ahead: Sequence[int] = ()) -> int | None:
         try:
             mask = self.allowed(ahead) if self._reaches(ahead) and not self.finished(ahead) else None
         except GrammarError:
@@ -73,6 +73,7 @@ class HashedGrammars:
 
     def __init__(self) -> None:
         self.made: list[HashedMatcher] = []
+        self.unspaced = {token: token - 1 for token in range(10, 40, 2)}
 
     def matcher(self, grammar: Grammar, eos_token_ids: frozenset[int]) -> HashedMatcher:
         seed, ends_after, dead_end = grammar.source.split()

@@ -30,7 +30,9 @@ def figures() -> Iterator[dict[str, Any]]:
     if REPORT and found:
         path = Path(REPORT)
         before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        path.write_text(json.dumps(before | found, indent=1, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+        for subject, figures_of_it in found.items():
+            before[subject] = before.get(subject, {}) | figures_of_it
+        path.write_text(json.dumps(before, indent=1, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
     parser.add_argument("--threads", type=positive_int, help="CPU threads (default: all cores)")
     parser.add_argument("--no-hashes", action="store_true", help="don't read the whole bundle to check it first")
+    many = parser.add_argument_group("on Ray Serve")
+    many.add_argument("--ray", action="store_true", help="serve from replicas on a Ray cluster, or on one of this machine alone")
+    many.add_argument("--replicas", type=positive_int, default=2, metavar="N", help="at least (default: 2)")
+    many.add_argument("--most-replicas", type=positive_int, metavar="N", help="at most, by requests under way (default: no more)")
     limits = parser.add_argument_group("who may ask, and for how much")
     limits.add_argument("--api-keys", type=Path, metavar="FILE", help="a file of API keys, one a line (default: none is needed)")
     limits.add_argument("--max-waiting", type=int, default=64, metavar="N", help="requests that may wait (default: 64)")
@@ -47,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
     from ..extras import require
 
+    if args.ray:
+        return _run_on_ray(args)
     require("serve")
     import logging
     import sys
@@ -86,6 +92,28 @@ def run(args: argparse.Namespace) -> int:
         for logger in loggers:
             logger.removeHandler(handler)
             logger.propagate = True
+    return 0
+
+
+def _run_on_ray(args: argparse.Namespace) -> int:
+    """Serve from replicas until SIGINT."""
+    from ..extras import require
+
+    require("ray")
+    from ray import serve as ray_serve
+
+    from ...runtime.serve.ray_app import application
+
+    load_options = {"backend": args.backend, "target": args.target, "variant": args.variant}
+    load_options |= {"check_hashes": not args.no_hashes, "prefix_cache": not args.no_prefix_cache}
+    given = {"replicas": args.replicas, "most_replicas": args.most_replicas, "slots": args.slots, "threads": args.threads}
+    given |= {"name": args.name, "api_keys": args.api_keys, "max_tokens": args.max_tokens, "deadline": args.deadline}
+    given |= {"max_waiting": args.max_waiting, "max_concurrency": args.max_concurrency, "max_body_bytes": args.max_body}
+    given |= {"max_stops": args.max_stops, "stall_seconds": args.stall, "drain_seconds": args.drain}
+    given |= {"bundle": args.bundle, "load_options": load_options, "acceptance_metrics": args.acceptance_metrics}
+    made = application({name: value for name, value in given.items() if value is not None})
+    ray_serve.start(http_options={"host": args.host, "port": args.port})
+    ray_serve.run(made, name=args.name or args.bundle.resolve().name, route_prefix="/", blocking=True)
     return 0
 
 

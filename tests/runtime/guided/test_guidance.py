@@ -56,7 +56,7 @@ def test_a_place_depends_on_the_tokens_before_it_alone(session: FakeSession, gra
             assert fresh.finished(path) == matcher.finished(path)
             if not matcher.finished(path):
                 assert np.array_equal(fresh.allowed(path), matcher.allowed(path))
-                assert fresh.forced(path) == matcher.forced(path)
+                assert fresh.only(path) == matcher.only(path)
         if matcher.finished():
             return
         token = int(data.draw(st.sampled_from(list(np.flatnonzero(matcher.allowed())))))
@@ -93,7 +93,7 @@ def test_nothing_behind_a_character_that_cannot_be_spelt_is_allowed(session: Fak
 def test_forced_tokens(session: FakeSession) -> None:
     schema = {"type": "object", "properties": {"ab": {"const": 1}}, "required": ["ab"], "additionalProperties": False}
     matcher, path = _matcher(session, Grammar.json(schema)), list[int]()
-    while (token := matcher.forced(path)) is not None:
+    while (token := matcher.only(path)) is not None:
         path.append(token)
     assert path == encode('{"ab": 1}') and matcher.finished(path)
 
@@ -187,4 +187,4 @@ def test_compiled_grammars_are_kept(session: FakeSession, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "llguidance", None)  # compiling again would need it
     second = _matcher(session, grammar)
     first.advance(encode("kep"))
-    assert second.forced() == encode("k")[0] and first.forced() == encode("t")[0]
+    assert second.only() == encode("k")[0] and first.only() == encode("t")[0]

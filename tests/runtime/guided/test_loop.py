@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from medusa_deploy.runtime import ROOT_ONLY, Request, Rows, SamplingParams, Tree
 from medusa_deploy.runtime.drafting.draft import Candidates, Draft
+from medusa_deploy.runtime.drafting.guide import Guide
+from medusa_deploy.runtime.drafting.lookup import PromptLookup
 from medusa_deploy.runtime.errors import GrammarError
 from medusa_deploy.runtime.request import AUTOMATIC
 from medusa_deploy.runtime.sampling import draw, scores, uniform, weights
@@ -117,8 +121,8 @@ def test_refused_candidates_take_no_rows_and_forced_tokens_take_them(way: Rows |
         for row in range(1, rows.count):
             path = [int(rows.tokens[each]) for each in rows.shape.row_paths[row]]
             assert follow.admits(path[:-1], path[-1])
-            forced_rows += follow.forced(path[:-1]) == path[-1]
-        if (first := follow.forced()) is not None and rows.count > 1:
+            forced_rows += follow.only(path[:-1]) == path[-1]
+        if (first := follow.only()) is not None and rows.count > 1:
             assert list(rows.tokens[rows.shape.parents == 0]) == [first]
     assert forced_rows > 10
     assert got.stats.mean_acceptance_length > 1.8
@@ -169,3 +173,27 @@ def test_logprobs_are_the_models_own() -> None:
     got = session.generate(token_ids=[3], max_new_tokens=12, grammar=hashed(6), logprobs=1)
     assert got.logprobs is not None and [each.token_id for each in got.logprobs] == got.token_ids
     assert any(each.top[0][0] != each.token_id for each in got.logprobs)  # the grammar refused the likeliest token
+
+
+def test_a_hinge_is_proposed_where_the_answer_may_choose_it() -> None:
+    """Tokens 5 and 6 may follow each other as they like; 7 forces 8, 9 and 10, behind which all begins anew."""
+
+    class Sevens(HashedMatcher):
+        def _mask(self, tokens: Sequence[int]) -> np.ndarray:
+            mask = np.zeros(VOCAB, bool)
+            last = tokens[-1] if tokens else 5
+            mask[[last + 1] if last in (7, 8, 9) else [5, 6, 7]] = True
+            return mask
+
+    guide = Guide(Sevens(), 16)
+    guide.advance([5, 7, 8, 9, 10, 6, 7, 8, 9, 10, 5])
+    paths = dict(guide.ranked_paths([], [], [], 8))
+    assert list(paths) == [(7,), (7, 8), (7, 8, 9), (7, 8, 9, 10), *list(paths)[4:]]
+    assert 0.2 < paths[7,] < 0.8 and paths[7, 8, 9, 10] == paths[7,]
+    assert guide.forced == {(7, 8), (7, 8, 9), (7, 8, 9, 10), *[path for path in guide.forced if len(path) > 4]}
+
+
+def test_words_match_with_and_without_their_space() -> None:
+    lookup = PromptLookup([20, 31, 32, 3, 4, 10], 4, {20: 10})
+    assert [token for token, _ in lookup.continuation()] == [31, 32, 3, 4]
+    assert PromptLookup([20, 31, 32, 3, 4, 10], 4).continuation() == []
