@@ -89,7 +89,7 @@ def precisions() -> str:
 SmolLM2-135M-Instruct, against fp16 ({link(PRECISIONS)}). The networks are those that TensorRT-RTX is given, QuantizeLinear and
 DequantizeLinear included; ONNX Runtime ran them on the CPU, and **no GPU did**. KL, agreement and the first perplexity are over
 {positions} positions of {found["answers"]} held-out answers, the second perplexity over {text_positions} of held-out text.
-Tokens a step replay the answers on the bundle's tree with the heads of that precision. {found["moments_samples"]} training
-prompts and their answers gave the moments for GPTQ.
+Tokens a step replay the answers on the bundle's tree with the heads of that precision. So few positions say no more than the
+size of an effect. Not measured: {"; ".join(found["missing"]) or "nothing that is offered"}.
 
 {table(header, rows)}"""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import shutil
 import tempfile
 import time
@@ -31,12 +30,12 @@ from ...runtime.files.engine_record import RECORD_NAME, EngineRecord, parse_engi
 from ...runtime.files.manifest import Manifest
 from ...runtime.files.plan_file import Compression
 from ...runtime.files.weight_inputs import WeightInput
-from ..quantise.blocks import Moments
+from ..quantise.blocks import GptqMoments, Moments
 from ..quantise.w8a8 import PrecisionOptions
 from .builder_process import Advance, BuildRequest, BuiltPlan, build_plan
 from .features import CROSS_BUILD, has
 from .gpu import resolve_target
-from .network import VARIANT, WEIGHTS_FILE, NetworkSource, network_source, source_files
+from .network import VARIANT, NetworkSource, network_source, place_weights, source_files
 from .options import EngineOptions, EnginePlan, check_targets, plan_for, step_axes, step_sizes
 from .plan_packing import pack_plan
 from .tensorrt import TensorRT
@@ -44,14 +43,6 @@ from .tensorrt import TensorRT
 ENGINES = "engines"
 PLAN, HEADS_PLAN = "step.plan", "heads.plan"
 _SCRATCH = ".network.partial-"
-
-
-@dataclass(frozen=True, slots=True)
-class GptqMoments:
-    """E[xᵀx] of activations by the names of the weights that multiply them, and the hash of the texts they were measured on."""
-
-    means: Mapping[str, Moments]
-    data_sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +199,7 @@ def _build(bundle: Bundle, target: str, source: NetworkSource, job: _Job) -> tup
         slots = ({"B": (1, 1, manifest.limits.batch)},)
         heads = build_plan(request(_absolute(source.heads), _absolute(staging / HEADS_PLAN), fixed, slots), job.advance)
         plans, compression = _packed(staging, job)
-        inputs = _placed(source, staging, target)
+        inputs = place_weights(source, staging, f"{ENGINES}/{target}")
         record = _record(manifest, target, step, heads, job, inputs, plans, compression)
         (staging / RECORD_NAME).write_text(record.to_json(), "utf-8")
         job.report(f"{target}: hashing")
@@ -221,19 +212,6 @@ def _build(bundle: Bundle, target: str, source: NetworkSource, job: _Job) -> tup
     complete = replace(without, files=files, engines={**without.engines, target: f"{base}/{RECORD_NAME}"})
     write_manifest(bundle.folder, complete)
     return replace(bundle, manifest=complete), record
-
-
-def _placed(source: NetworkSource, staging: Path, target: str) -> tuple[WeightInput, ...]:
-    """Put weights that were made for the network beside the plan. Returns the inputs with the pieces' final places."""
-    if not any(piece.file == WEIGHTS_FILE for weight in source.weight_inputs for piece in weight.pieces):
-        return source.weight_inputs
-    made = source.step.parent / WEIGHTS_FILE
-    try:
-        os.link(made, staging / WEIGHTS_FILE)  # the engines of several targets share one file
-    except OSError:
-        shutil.copyfile(made, staging / WEIGHTS_FILE)
-    name = f"{ENGINES}/{target}/{WEIGHTS_FILE}"
-    return tuple(replace(w, pieces=tuple(piece._replace(file=name) for piece in w.pieces)) for w in source.weight_inputs)
 
 
 def _packed(folder: Path, job: _Job) -> tuple[tuple[str, str], dict[str, Compression]]:

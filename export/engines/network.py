@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -109,6 +111,22 @@ def network_source(
         write_quantised(bundle.path(step), made.step, file, quantise, turned=streamed)
         write_quantised(bundle.path(heads), made.heads, file, quantise, turned=streamed)
     yield replace(made, weight_inputs=stream_quantised(made.step, made.heads)) if streamed else made
+
+
+def place_weights(source: NetworkSource, staging: Path, folder: str) -> tuple[WeightInput, ...]:
+    """Put weights that were made for the network beside the plan in ``staging``, which becomes ``folder`` of the bundle.
+
+    Returns the inputs with the pieces' final places.
+    """
+    if not any(piece.file == WEIGHTS_FILE for weight in source.weight_inputs for piece in weight.pieces):
+        return source.weight_inputs
+    made = source.step.parent / WEIGHTS_FILE
+    try:
+        os.link(made, staging / WEIGHTS_FILE)  # the engines of several targets share one file
+    except OSError:
+        shutil.copyfile(made, staging / WEIGHTS_FILE)
+    name = f"{folder}/{WEIGHTS_FILE}"
+    return tuple(replace(w, pieces=tuple(piece._replace(file=name) for piece in w.pieces)) for w in source.weight_inputs)
 
 
 def source_files(bundle: Bundle) -> dict[str, str]:

@@ -8,7 +8,7 @@ A matrix W [N, K] has N outputs and blocks of ``block`` inputs each::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,14 @@ _SMALLEST = float(np.finfo(np.float32).smallest_normal)
 _SMALLEST_HALF = float(np.finfo(np.float16).smallest_normal)
 _SHRUNK = np.linspace(0.7, 1.0, 13)  # tried ranges of a 4-bit block, as shares of the whole range
 _DAMPING = 0.01  # share of the mean second moment, as in GPTQ's paper
+
+
+@dataclass(frozen=True, slots=True)
+class GptqMoments:
+    """E[xᵀx] of activations by the names of the weights that multiply them, and the hash of the texts they were measured on."""
+
+    means: Mapping[str, Moments]
+    data_sha256: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,11 +90,7 @@ class Stored:
         return {}
 
     def scales(self) -> np.ndarray:
-        """Compute the scales, in the matrix's type.
-
-        Raises:
-            QuantisationError: the matrix holds NaN or infinity.
-        """
+        """Compute the scales, in the matrix's type; NaN and infinity are a QuantisationError."""
         raise NotImplementedError
 
     def codes(self) -> np.ndarray:
@@ -242,8 +238,7 @@ def stored_as(
 def channel_scales(weight: np.ndarray, axis: int) -> np.ndarray:
     """Compute the scales [channels] of a matrix whose output channels lie along ``axis``: a channel's largest magnitude / 127.
 
-    Scales have the matrix's type. A channel of zeros gets scale 1: its values stay exactly zero. Scales are rounded up to fp16,
-    so that nothing is clipped.
+    Scales have the matrix's type, rounded up, so that nothing is clipped. A channel of zeros gets scale 1 and stays zero.
 
     Raises:
         QuantisationError: a channel holds NaN or infinity; the message has its index.

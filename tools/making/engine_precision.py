@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..console import positive_int
 
 if TYPE_CHECKING:
-    from ...export.engines.build import GptqMoments
+    from ...export.quantise.blocks import GptqMoments
     from ...export.quantise.w8a8 import PrecisionOptions
     from ..console import Progress
 
@@ -73,7 +73,7 @@ def gptq_moments(args: argparse.Namespace, bundle: Path, options: PrecisionOptio
     """
     if not gptq_is_needed(args, options):
         return None
-    from ...export.engines.build import GptqMoments
+    from ...export.quantise.blocks import GptqMoments
     from ...runtime.files.bundle import open_bundle
     from ..extras import require
     from .moments import measure_moments

@@ -147,10 +147,10 @@ def _precisions_text(plan: DeploymentPlan) -> str:
     from ..sizing.capacity import MEMORIES
 
     rows = [
-        [precision, human_bytes(total), *("fits" if total <= size * 10**9 else "" for size in MEMORIES)]
+        [precision, human_bytes(total), *("yes" if total <= size * 10**9 else "" for size in MEMORIES)]
         for precision, total in plan.totals.items()
     ]
-    return table(rows, ["precision", "total", *(f"{size} GB" for size in MEMORIES)])
+    return table(rows, ["precision", "total", *(f"in {size} GB" for size in MEMORIES)])
 
 
 def _fit_text(plan: DeploymentPlan, fit: Fit) -> str:

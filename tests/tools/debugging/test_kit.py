@@ -97,27 +97,6 @@ def test_the_layer_with_the_fault_leaves_first(kit: Path, tmp_path: Path, capsys
     assert f"layer {FAULTY_LAYER}, MLP product" in capsys.readouterr().out
 
 
-def test_reduce_finds_the_node_with_the_fault(kit: Path, tmp_path: Path) -> None:
-    """The right graph's results of all tensors are the golden ones; each try runs a part of the faulty graph on them."""
-    faulty = with_fault(kit, tmp_path)
-    everything = ("--onnx-outputs", "mark", "all", "--load-inputs", str(kit / "inputs" / "plain.json"))
-    golden = polygraphy(kit, "run", "model/step.onnx", "--onnxrt", *everything, "--save-outputs", str(faulty / "golden.json"))
-    assert golden.returncode == 0, golden.stdout[-2000:]
-    inputs = ["data", "merge", str(kit / "inputs" / "plain.json"), "golden.json", "-o", "layerwise.json"]
-    assert polygraphy(faulty, *inputs).returncode == 0
-    code = "import sys; from polygraphy.tools import main; sys.exit(main())"
-    check = [sys.executable, "-c", code, "run", "polygraphy_debug.onnx"]
-    reduced = polygraphy(
-        faulty, "debug", "reduce", "model/step.onnx", "-o", "reduced.onnx", "--mode", "bisect", "--load-inputs", "layerwise.json",
-        "--fail-regex", "Mismatched outputs",
-        "--check", *check, "--onnxrt", "--load-inputs", "layerwise.json", "--load-outputs", "golden.json", "--atol", "0.01",
-        "--rtol", "0.01",
-    )  # fmt: skip
-    assert reduced.returncode == 0, reduced.stdout[-3000:] + reduced.stderr[-1000:]
-    nodes = onnx.load(faulty / "reduced.onnx", load_external_data=False).graph.node
-    assert "fault" in [node.name for node in nodes] and len(nodes) <= 3, [node.name for node in nodes]
-
-
 def test_what_is_no_kit_is_refused_by_name(kit: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="kit.json"):
         compare_kit(tmp_path)
