@@ -56,6 +56,7 @@ def feeds(model: Any) -> dict[str, np.ndarray]:
             values[value.name] = rng.normal(0, 1, shape).astype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
     fixed = {
         "columns": np.arange(40),
+        "head_rows": np.zeros(1, np.int64),
         "write_index": np.array([12, 20]),
         "kept_count": np.array([1, 2]),
         "forced": np.array([5, 5]),
