@@ -44,7 +44,13 @@ def feeds(tokens: np.ndarray, shape: Any, head_rows: int) -> dict[str, np.ndarra
 
 @pytest.mark.parametrize(
     ("kind", "layers", "projection"),
-    [("grounded", 1, "pruned"), ("medusa", 1, "shared"), ("medusa", 1, "own"), ("grounded", 2, "own")],
+    [
+        ("grounded", 1, "pruned"),
+        *(
+            pytest.param(*form, marks=pytest.mark.slow)
+            for form in (("medusa", 1, "shared"), ("medusa", 1, "own"), ("grounded", 2, "own"))
+        ),
+    ],
 )
 def test_heads_of_every_form_run_at_one_row_or_at_none(tiny_model: Path, kind: str, layers: int, projection: str) -> None:
     loaded = backbone.load_backbone(tiny_model, "fp32", CAPACITY)
