@@ -15,8 +15,8 @@ from typing import Any
 from medusa_deploy.runtime import Session, load
 from medusa_deploy.runtime.text.prompts import PromptLine
 from medusa_deploy.tools.console import write_json
-from medusa_deploy.tools.environment import environment, plain_step_bytes, rounds_activations
-from medusa_deploy.tools.measure.bench import ways_of
+from medusa_deploy.tools.environment import environment
+from medusa_deploy.tools.measure.bench import session_report, ways_of
 from medusa_deploy.tools.measure.bench_report import describe, summarise
 from medusa_deploy.tools.measure.timed_run import TimedRun, in_turn, timed_run
 from medusa_deploy.tools.prompt_source import heldout_prompts
@@ -55,18 +55,14 @@ def by_category(runs: Runs, lines: Sequence[PromptLine]) -> dict[str, dict[str, 
     return found
 
 
-def report(session: Session, variant: str, runs: Runs, lines: Sequence[PromptLine], tokens: int) -> dict[str, Any]:
+def report(session: Session, runs: Runs, lines: Sequence[PromptLine], tokens: int) -> dict[str, Any]:
     """The report of one session, with the fields of ``bench``."""
-    summary = summarise(runs)
-    read = plain_step_bytes(session.manifest, variant)
     return {
         "environment": environment(session) | {"threads": None, "backend": "cpu"},
         "prompts": len(lines),
         "repeats": 1,
         "max_new_tokens": tokens,
-        **summary,
-        "bandwidth_gb_s": None if read is None else read / summary["plain"]["ms_per_step"] * 1e3 / 1e9,
-        "rounds_activations": rounds_activations(session),
+        **session_report(session, runs),
         "by_category": by_category(runs, lines),
     }
 
@@ -81,15 +77,15 @@ def main() -> int:
     parser.add_argument("--fixed-rows", default="", help="also measure so many rows in every step, for instance 4,8")
     args = parser.parse_args()
     lines, fixed = heldout_prompts()[: args.count], [int(rows) for rows in args.fixed_rows.split(",") if rows]
-    sessions, variants = {}, {}
+    sessions = {}
     for stage, bundle in enumerate(args.bundles, start=1):
         for variant in args.variants.split(","):
             name = f"{args.label}-medusa-{stage}-{VARIANTS.get(variant, variant)}"
-            sessions[name], variants[name] = load(bundle, variant=variant), variant
+            sessions[name] = load(bundle, variant=variant)
     runs = interleaved(sessions, lines, fixed, args.max_new_tokens)
     for name, session in sessions.items():
-        found = report(session, variants[name], runs[name], lines, args.max_new_tokens)
-        write_json(RESULTS / f"{name}.json", found)
+        found = report(session, runs[name], lines, args.max_new_tokens)
+        write_json(found, RESULTS / f"{name}.json")
         print(f"{name}\n{describe(found)}\n")
         for category, ways in found["by_category"].items():
             print(f"{category}: " + ", ".join(f"{way} {value:.2f}" for way, value in ways.items()))

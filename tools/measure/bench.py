@@ -79,15 +79,21 @@ def bench(
             for name in in_turn(ways, repeat + index):
                 runs[name][index].append(timed_run(session, prompt, ways[name], max_new_tokens))
                 progress(done := done + 1, f"prompt {index + 1}, {name}")
-    report = summarise(runs)
+    report = session_report(session, runs)
     if tree is not None:
         report["fixed_tree"]["choices"] = tree.choices()
+    sampled = {"temperature": temperature, "seed": seed} if temperature > 0 else {}
+    return {"prompts": len(prompts), "repeats": repeats, "max_new_tokens": max_new_tokens, **sampled, **report}
+
+
+def session_report(session: Session, runs: Mapping[str, Sequence[Sequence[TimedRun]]]) -> dict[str, Any]:
+    """Summarise the runs of a session, see :func:`.bench_report.summarise`, with what follows from the graph that it ran."""
+    report = summarise(runs)
     seconds = report["plain"]["ms_per_step"] / 1e3
     read = plain_step_bytes(session.manifest, variant(session))
     report["bandwidth_gb_s"] = None if read is None else read / seconds / 1e9
     report["rounds_activations"] = rounds_activations(session)
-    sampled = {"temperature": temperature, "seed": seed} if temperature > 0 else {}
-    return {"prompts": len(prompts), "repeats": repeats, "max_new_tokens": max_new_tokens, **sampled, **report}
+    return report
 
 
 def ways_of(

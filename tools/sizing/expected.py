@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ...runtime.errors import HeadsError, UsageError
 from ...runtime.files.heads import HeadConfig, config_from_json
@@ -49,15 +47,11 @@ def expected_speed(folder: str, bench: Path) -> tuple[Expected, ...]:
         HeadsError: the heads' config holds no rates of paths.
         UsageError: the report holds no times by rows.
     """
-    rates = _rates(folder)
+    rates, milliseconds = _rates(folder), _milliseconds(bench)
     return tuple(
-        Expected(found["rows"], times, found["tokens_per_step"], found["speedup"])
-        for found, times in _suggested(rates, _milliseconds(bench))
+        Expected(found["rows"], milliseconds[found["rows"]], found["tokens_per_step"], found["speedup"])
+        for found in suggest(rates, milliseconds)
     )
-
-
-def _suggested(rates: Mapping[RankPath, float], milliseconds: Mapping[int, float]) -> list[tuple[dict[str, Any], float]]:
-    return [(found, milliseconds[found["rows"]]) for found in suggest(rates, milliseconds)]
 
 
 def _rates(folder: str) -> dict[RankPath, float]:

@@ -77,11 +77,14 @@ def claim(plan: AnswerPlan) -> None:
 
 
 def open_backbone(plan: AnswerPlan, heads: Path | None = None) -> Backbone:
-    """Open the model, with the adapter of ``heads`` merged if they are given, ready to answer many prompts at a time."""
+    """Open the model, with the adapter of ``heads`` merged if they are given, ready to answer many prompts at a time.
+
+    A model with an adapter answers held-out prompts alone.
+    """
     if plan.device != "cpu":
         return _in_torch(plan, heads)
     backbone = _in_runtime(plan, heads)
-    return backbone._replace(answerer=_in_torch(plan, heads).answerer) if plan.autocast else backbone
+    return backbone._replace(answerer=_in_bfloat16(plan, backbone.encoder)) if plan.autocast and heads is None else backbone
 
 
 def answer_prompts(backbone: Backbone, plan: AnswerPlan, estimate: TimeEstimate | None = None) -> Answered:
@@ -194,6 +197,17 @@ def _in_runtime(plan: AnswerPlan, heads: Path | None) -> Backbone:
     warn(session.manifest.provenance.get("warnings", ()))
     answerer = RuntimeAnswerer(session)
     return Backbone(answerer, answerer, session.encoder)
+
+
+def _in_bfloat16(plan: AnswerPlan, encoder: PromptEncoder) -> Answerer:
+    """Open the model in torch beside the runtime, which has told what its text files lack."""
+    from ...calibration.answers.torch_answerer import TorchAnswerer
+    from ...export.backbone.adapter import backbone_digest
+    from ...export.backbone.backbone import load_module
+
+    module = load_module(plan.model, "fp32")
+    eos = encoder.text.eos_token_ids
+    return TorchAnswerer(module, backbone_digest(module), eos, plan.slots, plan.device, bfloat16=True)
 
 
 def _in_torch(plan: AnswerPlan, heads: Path | None) -> Backbone:

@@ -194,11 +194,13 @@ def _without(arguments: list[str], option: str) -> list[str]:
     return arguments[:at] + arguments[at + 2 :]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cpu:0"], ids=["runtime", "torch"])
+@pytest.mark.parametrize(
+    ("device", "autocast"), [("cpu", False), ("cpu:0", False), ("cpu", True)], ids=["runtime", "torch", "both"]
+)
 def test_what_a_tokenizer_or_model_lacks_is_said(
-    device: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    device: str, autocast: bool, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = AnswerPlan(tiny_model, tmp_path, slots=2, device=device)
+    plan = AnswerPlan(tiny_model, tmp_path, slots=2, device=device, autocast=autocast)
     for _ in range(2):  # the second run finds a bundle
         open_backbone(plan)
         assert capsys.readouterr().err.count("warning: the model has no tokenizer") == 1
