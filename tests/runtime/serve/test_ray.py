@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +29,22 @@ pytestmark = pytest.mark.ray
 
 # On a machine that does other work, Ray's processes take minutes to start, and Ray gives up after seconds.
 _PATIENCE = {
+    "RAY_AUTH_MODE": "disabled",
     "RAY_raylet_start_wait_time_s": "600",
-    "RAY_agent_register_timeout_ms": "600000",
     "RAY_worker_register_timeout_seconds": "600",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "600",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
 }
+# Where these ports are left to Ray, its scheduler waits 15 seconds for the processes that choose them, whatever is set.
+_PORTS = ("port", "dashboard-agent-grpc-port", "dashboard-agent-listen-port", "runtime-env-agent-port", "metrics-export-port")
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +53,42 @@ def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(bundle: Path) -> Iterator[str]:
-    ray = pytest.importorskip("ray", reason="needs ray: pip install 'medusa-deploy[ray]'")
+def cluster() -> Iterator[str]:
+    """A Ray cluster of one node with 2 CPUs and a small object store, whatever the machine has."""
+    pytest.importorskip("ray", reason="needs ray: pip install 'medusa-deploy[ray]'")
+    ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
+    command += ["--num-cpus=2", "--object-store-memory=104857600", "--include-dashboard=false", "--disable-usage-stats"]
+    command += [f"--{name}={port}" for name, port in ports.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in _PATIENCE.items():
+            patch.setenv(name, value)
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as started:
+            try:
+                yield f"127.0.0.1:{ports['port']}"
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(started.pid, signal.SIGTERM)
+                    started.wait(60)
+                    os.killpg(started.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def url(bundle: Path, cluster: str) -> Iterator[str]:
+    import ray
     from ray import serve
 
-    for name, value in _PATIENCE.items():
-        os.environ.setdefault(name, value)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
     environment = {"env_vars": {"PYTHONPATH": paths, "MEDUSA_DEPLOY_CACHE": os.environ["MEDUSA_DEPLOY_CACHE"]}}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment, object_store_memory=100 << 20)
+    end = time.monotonic() + 900
+    while True:
+        try:
+            ray.init(address=cluster, log_to_driver=False, runtime_env=environment)
+            break
+        except ConnectionError:
+            assert time.monotonic() < end, "Ray doesn't start"
+            time.sleep(5)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(ray_app.application({"bundle": str(bundle), "replicas": "2", "slots": "2"}), route_prefix="/")
