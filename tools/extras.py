@@ -18,6 +18,7 @@ EXTRAS = {
     "export": _EXPORT,
     "figure": ("matplotlib",),
     "guided": ("llguidance",),
+    "otel": ("opentelemetry-api", "opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"),
     "serve": (*_CPU, "msgspec", "prometheus-client", "starlette", "uvicorn"),
     "ray": (*_CPU, "msgspec", "prometheus-client", "starlette", "uvicorn", "ray"),
     "train": (*_EXPORT, "peft"),

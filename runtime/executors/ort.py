@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from ..files.cache import FOLDER_VARIABLE
 from . import step_io
 from .cpu_inputs import CpuInputs
 from .executor import Abilities
 from .ort_base import CPU_PROVIDER, OrtBase, OrtModel, fetched, import_onnxruntime, ort_path
 from .packed import SPARE_ROWS, PackedStep
-from .packed_weights import CACHE_VARIABLE, shared_graphs
+from .packed_weights import shared_graphs
 from .step_arrays import Recent, StepInputs, StepOutputs, visible_rows
 from .step_plan import NanSlots, SlotResult, SlotRows, StepPlan, StepResult, Wanted, wanted_by_any
 
@@ -69,7 +72,10 @@ class OrtExecutor(OrtBase):
             ProviderError: another provider than the CPU's answered.
         """
         ort, layout = import_onnxruntime("cpu"), model.layout
-        self._twins = _twins(model, ort) if layout.slots > 1 else {}
+        self._twins: dict[Path, Path] = {}
+        if layout.slots > 1 and (shared := _twins(model, ort)) is not None:
+            self._twins = shared[0]
+            weakref.finalize(self, os.close, shared[1])
         super().__init__(model, ort, (CPU_PROVIDER, {}), threads)
         self._packed_sessions = {places: self._open(path) for places, path in model.packed.items() if path in self._twins}
         shape = (2 * layout.layers, layout.slots, layout.kv_heads, layout.rows, layout.head_dim)
@@ -235,10 +241,11 @@ class OrtExecutor(OrtBase):
         return Bound(binding, inputs, outputs)
 
 
-def _twins(model: OrtModel, ort: Any) -> dict[Path, Path]:
+def _twins(model: OrtModel, ort: Any) -> tuple[dict[Path, Path], int] | None:
     """Return the graphs of ``model``, those for several slots among them, as twins that share one file of packed weights.
 
-    None are returned where there is no room for such a file: slots then run one after another.
+    The second value is a descriptor that keeps them in the cache. Without room for such a file there is nothing to return: slots
+    then run one after another, because packing in memory would take the memory of all weights once for each graph.
     """
 
     def save(source: Path, target: Path, entries: Mapping[str, str]) -> None:
@@ -252,15 +259,15 @@ def _twins(model: OrtModel, ort: Any) -> dict[Path, Path]:
     enough = [places for places in sorted(model.packed) if places >= model.layout.slots][:1]
     graphs = {1: model.step, **{places: path for places, path in model.packed.items() if not enough or places <= enough[0]}}
     if len(graphs) == 1:
-        return {}
+        return None
     try:
-        shared = shared_graphs(graphs, f"{model.identity}\n{ort.__version__}", save)
+        shared, handle = shared_graphs(graphs, model.identity, ort.__version__, save)
     except OSError as error:
         warnings.warn(
-            f"slots will run one after another: the cache of packed weights can't be written ({error}); "
-            f"name a folder with room for it in {CACHE_VARIABLE}",
+            f"slots will run one after another: the cache of packed weights can't be written ({error.strerror or error}); "
+            f"name a folder with room for it in {FOLDER_VARIABLE}",
             RuntimeWarning,
             stacklevel=2,
         )
-        return {}
-    return {graphs[number]: twin for number, twin in shared.items()}
+        return None
+    return {graphs[number]: twin for number, twin in shared.items()}, handle

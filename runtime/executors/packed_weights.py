@@ -5,6 +5,7 @@ whose weights lie packed in a file, and map that file when the graph is opened. 
 all of them refer to the file of the first one, and keeps them in a cache: the sessions then share one copy in memory.
 
 A cache entry belongs to one graph, one version of ONNX Runtime and one kind of processor. It is made whole or not at all.
+A record in it says what it was made from and by, so that :mod:`..files.cache` removes what can't be of use any more.
 """
 
 from __future__ import annotations
@@ -12,19 +13,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import os
+import json
 import platform
 import shutil
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-CACHE_VARIABLE = "MEDUSA_DEPLOY_CACHE"
-"""Environment variable that names the cache's folder."""
+from ..files import cache
 
-_UNUSED_DAYS = 14
+_RECORD = "made_from.json"
 _LOCATION = "session.optimized_model_external_initializers_file_name"
 _SAVING = {
     "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
@@ -33,49 +31,98 @@ _SAVING = {
 
 
 def shared_graphs(
-    graphs: Mapping[int, Path], identity: str, save: Callable[[Path, Path, Mapping[str, str]], None]
-) -> dict[int, Path]:
+    graphs: Mapping[int, Path], identity: str, version: str, save: Callable[[Path, Path, Mapping[str, str]], None]
+) -> tuple[dict[int, Path], int]:
     """Return the cached twin of each of ``graphs``, made where it is missing; all read one file of packed weights.
 
-    ``graphs``: by any number; the smallest one's weights are kept. ``identity``: what the weights depend on besides the machine.
-    ``save`` opens a graph, writes it optimised to a path, and passes entries of the session's configuration on.
+    The second value is a descriptor that holds the twins: as long as it is open, no process removes them.
+
+    ``graphs``: by any number; the smallest one's weights are kept. ``identity``: stands for the contents of graphs and weights.
+    ``version``: of ONNX Runtime. ``save`` opens a graph, writes it optimised to a path, and passes entries of the session's
+    configuration on.
 
     Raises:
         OSError: the cache can't be written.
+        UsageError: a setting of the cache has a wrong value.
     """
-    root = cache_folder()
-    root.mkdir(parents=True, exist_ok=True)
-    _remove_unused(root)
-    entry = root / hashlib.sha256(f"{identity}\n{_processor()}".encode()).hexdigest()[:32]
-    found = {number: entry / f"{number}.onnx" for number in graphs}
-    missing = [number for number in sorted(graphs) if not _is_whole(found[number])]
-    if missing:
-        _check_room(root, graphs[min(graphs)].parent)
-        first = min(graphs)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=root, ignore_cleanup_errors=True) as name:
-            staging = Path(name)
-            known = None if first in missing else _places(found[first].read_bytes())
-            for number in missing:
-                graph, weights = staging / f"{number}.onnx", staging / f"{number}.bin"
-                save(graphs[number], graph, {_LOCATION: weights.name, **_SAVING})
-                if known is None:
-                    known = _places(graph.read_bytes())
-                elif (changed := _with_places(graph.read_bytes(), known)) is not None:
-                    graph.write_bytes(changed)
-                    weights.unlink()
-            entry.mkdir(exist_ok=True)
-            for file in sorted(staging.iterdir()):  # weights before the graph that reads them
-                file.replace(entry / file.name)
-    os.utime(entry)
-    return found
+    root, maker, first = cache.cache_folder(), f"{version}\n{_processor()}", min(graphs)
+    entry = root / hashlib.sha256(f"{identity}\n{maker}".encode()).hexdigest()[:32]
+    source, made_by = graphs[first].parent, hashlib.sha256(maker.encode()).hexdigest()
+    handle = cache.hold(entry)
+    try:
+        found = {number: entry / f"{number}.onnx" for number in graphs}
+        missing = [number for number in sorted(graphs) if not _is_whole(found[number])]
+        needed = 3 * sum(file.stat().st_size for file in source.rglob("*") if file.is_file()) if missing else 0
+        cache.prune(root, lambda path: _is_stale(path, made_by), room=needed)
+        if missing:
+            if shutil.disk_usage(root).free < needed:  # begin nothing that the disk can't hold
+                raise _no_room(root, needed)
+            with cache.staging(root) as staging:
+                known = None if first in missing else _places(found[first].read_bytes())
+                try:
+                    for number in missing:
+                        known = _make(graphs[number], staging / f"{number}.onnx", known, save)
+                except OSError:
+                    raise
+                except Exception as error:
+                    raise _no_room(root, needed, error) from error
+                for file in sorted(staging.iterdir()):  # weights before the graph that reads them
+                    file.replace(entry / file.name)
+            cache.prune(root, lambda path: _is_stale(path, made_by))
+        _note_source(entry, {"folder": str(source.resolve()), "changed": source.stat().st_mtime_ns, "made_by": made_by})
+        return found, handle
+    except BaseException:
+        cache.let_go(entry, handle)
+        raise
 
 
-def cache_folder() -> Path:
-    """The folder of the cache: ``CACHE_VARIABLE``, or else the user's own folder for caches."""
-    named = os.environ.get(CACHE_VARIABLE)
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medusa-deploy"
+def _make(
+    source: Path, graph: Path, known: Mapping[str, list[bytes]] | None, save: Callable[[Path, Path, Mapping[str, str]], None]
+) -> Mapping[str, list[bytes]]:
+    """Save the twin of one graph, over the weights at ``known`` places if it has the same. Returns where weights lie.
+
+    Raises:
+        ValueError: what was saved ends too early.
+    """
+    weights = graph.with_suffix(".bin")
+    save(source, graph, {_LOCATION: weights.name, **_SAVING})
+    if not _is_whole(graph):  # ONNX Runtime may write on without a word where a disk is full
+        raise ValueError(f"{graph.name} was cut short")
+    if known is None:
+        return _places(graph.read_bytes())
+    if (changed := _with_places(graph.read_bytes(), known)) is not None:
+        graph.write_bytes(changed)
+        weights.unlink()
+    return known
+
+
+def _no_room(root: Path, needed: int, error: Exception | None = None) -> OSError:
+    free, where = shutil.disk_usage(root).free, cache.mount_point(root)
+    said = "" if error is None else f"; ONNX Runtime says: {str(error).strip().rpartition(' : ')[2][-200:]}"
+    return OSError(
+        errno.ENOSPC,
+        f"{-(-needed >> 20)} MiB may be needed, and {free >> 20} MiB are free on the file system {where}{said}",
+        str(root),
+    )
+
+
+def _note_source(entry: Path, record: Mapping[str, str | int]) -> None:
+    """Write down what an entry was last used for. Whoever may only read the cache leaves it."""
+    text, path = json.dumps(record), entry / _RECORD
+    with contextlib.suppress(OSError):
+        if not path.exists() or path.read_text("utf-8") != text:
+            staged = entry / f".{_RECORD}"
+            staged.write_text(text, "utf-8")
+            staged.replace(path)
+
+
+def _is_stale(entry: Path, made_by: str) -> bool:
+    """Whether the entry's graph is gone or changed, or it was made for another processor or version of ONNX Runtime."""
+    try:
+        record = json.loads((entry / _RECORD).read_bytes())
+        return bool(record["made_by"] != made_by or Path(record["folder"]).stat().st_mtime_ns != record["changed"])
+    except (OSError, LookupError, ValueError, TypeError):
+        return True
 
 
 def _is_whole(graph: Path) -> bool:
@@ -91,21 +138,6 @@ def _is_whole(graph: Path) -> bool:
         return all((graph.parent / file).stat().st_size >= end for file, end in ends.items())
     except (OSError, LookupError, ValueError):
         return False
-
-
-def _check_room(root: Path, folder: Path) -> None:
-    """Refuse to begin what the disk can't hold: ONNX Runtime writes on without a word."""
-    needed = 3 * sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    if shutil.disk_usage(root).free < needed:
-        raise OSError(errno.ENOSPC, f"{needed >> 20} MiB may be needed, and less is free", str(root))
-
-
-def _remove_unused(root: Path) -> None:
-    oldest = time.time() - _UNUSED_DAYS * 24 * 3600
-    for entry in root.iterdir():
-        with contextlib.suppress(OSError):
-            if entry.is_dir() and entry.stat().st_mtime < oldest:
-                shutil.rmtree(entry, ignore_errors=True)
 
 
 def _processor() -> str:

@@ -131,6 +131,7 @@ class _Routes:
         _ = self._service.session  # a server that isn't ready reads no body
         body = await read_body(request, self._options.max_body_bytes, self._options.body_seconds)
         fields, unknown = parse(body, kind)
+        request.scope["medusa_fields"] = fields
         if unknown:
             request.scope["medusa"]["unknown_fields"] = [name[:40] for name in unknown[:10]]
         return fields
@@ -173,10 +174,16 @@ class _Routes:
 def _note(request: HttpRequest, choices: list[Choice]) -> None:
     """Add the costs of a request to its log line."""
     firsts = [choice.first - choice.arrived for choice in choices if choice.first is not None]
+    stats = [choice.stats for choice in choices if choice.stats is not None]
+    steps = sum(each.steps for each in stats)
+    accepted = sum(count * many for each in stats for count, many in each.accepted.items())
     request.scope["medusa"] |= {
         "prompt_tokens": len(choices[0].prompt),
-        "cached_tokens": sum(choice.stats.cached_tokens for choice in choices if choice.stats is not None),
+        "cached_tokens": sum(each.cached_tokens for each in stats),
         "completion_tokens": sum(len(choice.token_ids) for choice in choices),
         "finish_reasons": [choice.finish_reason or "abort" for choice in choices],
         "first_token_seconds": round(min(firsts), 6) if firsts else None,
+        "queue_seconds": round(max(each.queue_seconds for each in stats), 6) if stats else None,
+        "steps": steps if stats else None,
+        "accepted_per_step": round(accepted / steps, 3) if steps else None,
     }

@@ -54,7 +54,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request, began, status = HttpRequest(scope), time.monotonic(), 0
+        request, began, began_ns, status = HttpRequest(scope), time.monotonic(), time.time_ns(), 0
         given = request.headers.get("x-request-id", "")
         request_id = given if _ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
         scope["medusa"] = facts = {"request_id": request_id}
@@ -84,6 +84,8 @@ class Gate:
                 seconds = round(time.monotonic() - began, 6)
                 line = {"method": scope["method"], "path": scope["path"][:80], "status": status, "seconds": seconds, **facts}
                 _log.info("request", extra={"fields": line})
+                if (spans := self._service.spans) is not None:
+                    spans.record(request, began_ns, status, facts)
 
     def _check(self, request: HttpRequest) -> None:
         options = self._service.options

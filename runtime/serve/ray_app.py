@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 _HEALTH_SECONDS = 5.0
+_KINDS: dict[type, Any] = {bool: {"true": True, "1": True, "false": False, "0": False}.__getitem__}
 
 
 class Replica:
@@ -37,6 +38,11 @@ class Replica:
         from .app import create_app
 
         return create_app(self.service)
+
+    def __del__(self) -> None:
+        """Ray calls this when it stops the replica."""
+        if (service := getattr(self, "service", None)) is not None and service.spans is not None:
+            service.spans.close()
 
     def check_health(self) -> None:
         """Raise where a step takes longer than it may: then Ray replaces the replica.
@@ -109,7 +115,8 @@ def _options(given: dict[str, Any], name: str) -> Options:
         default = known[key].default
         kind: Any = float if default is None and key == "deadline" else int if default is None else type(default)
         try:
-            options = replace(options, **{key: value if not isinstance(value, str) or kind is str else kind(value)})
-        except ValueError:
+            read = _KINDS.get(kind, kind) if isinstance(value, str) else lambda value: value
+            options = replace(options, **{key: read(value)})
+        except (ValueError, KeyError):
             raise UsageError(f"{key} is {value!r:.80}", hint=f"give a {kind.__name__}") from None
     return options

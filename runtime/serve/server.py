@@ -153,5 +153,7 @@ async def run(load: Callable[[], Session], options: Options, listening: socket.s
     finally:
         if not service.draining:
             await service.close()
+        if service.spans is not None:
+            await asyncio.to_thread(service.spans.close)
     if loading.done():
         loading.result()

@@ -18,6 +18,7 @@ from ..request import Chunk, Request, Stats
 from .errors import ApiError, api_error, not_ready, shutting_down
 from .fields import Fields
 from .metrics import Metrics
+from .spans import Spans
 
 if TYPE_CHECKING:
     from ..async_handle import AsyncHandle
@@ -33,7 +34,7 @@ class Options:
     ``deadline``: seconds of a request, from its arrival; None: no limit. ``body_seconds``: for a body to arrive.
     ``client_seconds``: for the head of a request to arrive, and for a client that doesn't read to read on. ``stall_seconds``: a
     step that takes longer makes the server unready. ``drain_seconds``: what running requests have left when the server is told to
-    stop. ``acceptance_metrics``: every answer reports its acceptance.
+    stop. ``acceptance_metrics``: every answer reports its acceptance. ``otel``: each request is a span of OpenTelemetry.
     """
 
     name: str = "model"
@@ -49,6 +50,7 @@ class Options:
     stall_seconds: float = 60.0
     drain_seconds: float = 30.0
     acceptance_metrics: bool = False
+    otel: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -87,10 +89,16 @@ class Choice:
 
 
 class Service:
-    """Owns the session of a server, and says who may use it."""
+    """Owns the session of a server, and says who may use it. ``spans``: where its requests are traced to, if they are."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, spans: Spans | None = None) -> None:
+        """Set the state up. Without ``spans``, the environment says where they go if the options ask for them.
+
+        Raises:
+            MissingDependencyError, UsageError: spans can't go there; see :meth:`.spans.Spans.from_environment`.
+        """
         self.options = options
+        self.spans = Spans.from_environment(options.name) if spans is None and options.otel else spans
         self.started = time.time()
         self.draining = False
         self._served: AsyncSession | None = None

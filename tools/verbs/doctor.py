@@ -44,6 +44,8 @@ def diagnose() -> dict[str, Any]:
     notes = []
     if version("tokenizers") is None or version("minijinja") is None:
         notes.append(f"without tokenizers and minijinja bundles take token ids only; {install_command('cpu')}")
+    cache, wrong = _cache()
+    problems += wrong
     if 0 < available < _LITTLE_MEMORY:
         notes.append(f"{available >> 20} MiB of memory are available: enough for small models only")
     return {
@@ -59,6 +61,7 @@ def diagnose() -> dict[str, Any]:
         "core_quota": core_quota(),
         "memory_bytes": total,
         "memory_available_bytes": available,
+        "cache": cache,
         "packages": {name: version(name) for name in PACKAGES},
         "providers": providers,
         "extras": {extra: {"missing": missing(extra), "install": install_command(extra)} for extra in EXTRAS},
@@ -72,6 +75,20 @@ def _providers() -> tuple[list[str], str]:
     except ImportError as error:
         return [], str(error)
     return list(onnxruntime.get_available_providers()), ""
+
+
+def _cache() -> tuple[dict[str, Any] | None, list[dict[str, str]]]:
+    """The cache of packed weights, and what is wrong with its settings. None without numpy, which the runtime needs."""
+    try:
+        from ...runtime.errors import UsageError
+        from ...runtime.files.cache import usage
+    except ImportError:
+        return None, []
+    try:
+        found = usage()
+    except UsageError as error:
+        return None, [{"problem": error.message, "hint": error.hint}]
+    return {"folder": str(found.folder), "entries": found.entries, "bytes": found.nbytes, "most_bytes": found.most}, []
 
 
 def _problems(providers: list[str], failure: str) -> list[dict[str, str]]:
@@ -101,6 +118,7 @@ def report_text(report: dict[str, Any]) -> str:
 
     quota = f", limited to {report['core_quota']:g}" if report["core_quota"] is not None else ""
     memory = f"{human_bytes(report['memory_bytes'])}, {human_bytes(report['memory_available_bytes'])} available"
+    cache = report["cache"] or {"folder": "unknown", "entries": 0, "bytes": 0, "most_bytes": 0}
     summary = facts(
         {
             "medusa-deploy": report["medusa_deploy"],
@@ -109,6 +127,7 @@ def report_text(report: dict[str, Any]) -> str:
             "CPU": f"{report['cpu']}, {report['cores']} cores{quota}",
             "features": " ".join(report["cpu_features"]) or "unknown",
             "memory": memory if report["memory_bytes"] else "unknown",
+            "cache": f"{cache['folder']}: {human_bytes(cache['bytes'])} of at most {human_bytes(cache['most_bytes'])}",
             "providers": ", ".join(report["providers"]) or "none",
         }
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drain", type=_seconds, default=30.0, metavar="SECONDS", help="for running requests after SIGTERM (default: 30)"
     )
     behaviour.add_argument("--no-prefix-cache", action="store_true", help="read every prompt from its first token on")
+    behaviour.add_argument("--otel", action="store_true", help="send a span of each request, as the OTEL_* variables say")
     behaviour.add_argument("--acceptance-metrics", action="store_true", help="report the acceptance of every answer in it")
 
 
@@ -55,7 +57,6 @@ def run(args: argparse.Namespace) -> int:
         return _run_on_ray(args)
     require("serve")
     import logging
-    import sys
 
     from ...runtime.serve.limits import JsonLines, read_keys
     from ...runtime.serve.server import serve
@@ -74,10 +75,11 @@ def run(args: argparse.Namespace) -> int:
         stall_seconds=args.stall,
         drain_seconds=args.drain,
         acceptance_metrics=args.acceptance_metrics,
+        otel=_otel(args),
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    loggers = [logging.getLogger(name) for name in ("medusa_deploy.serve", "uvicorn.error", "asyncio")]
+    loggers = [logging.getLogger(name) for name in ("medusa_deploy.serve", "uvicorn.error", "asyncio", "opentelemetry")]
     for logger in loggers:
         logger.addHandler(handler)
         logger.propagate = False
@@ -111,10 +113,25 @@ def _run_on_ray(args: argparse.Namespace) -> int:
     given |= {"max_waiting": args.max_waiting, "max_concurrency": args.max_concurrency, "max_body_bytes": args.max_body}
     given |= {"max_stops": args.max_stops, "stall_seconds": args.stall, "drain_seconds": args.drain}
     given |= {"bundle": args.bundle, "load_options": load_options, "acceptance_metrics": args.acceptance_metrics}
+    given |= {"otel": _otel(args)}
     made = application({name: value for name, value in given.items() if value is not None})
     ray_serve.start(http_options={"host": args.host, "port": args.port})
     ray_serve.run(made, name=args.name or args.bundle.resolve().name, route_prefix="/", blocking=True)
     return 0
+
+
+def _otel(args: argparse.Namespace) -> bool:
+    """Whether requests are traced: told to, or the environment names a collector and the package is there."""
+    from ...runtime.serve.spans import wanted
+    from ..extras import install_command, missing, require
+
+    if args.otel:
+        require("otel")
+    if args.otel or not wanted():
+        return bool(args.otel)
+    if absent := missing("otel"):
+        print(f"note: OTEL_* variables are set, and spans need {', '.join(absent)}: {install_command('otel')}", file=sys.stderr)
+    return not absent
 
 
 def _load(args: argparse.Namespace) -> Session:

@@ -25,6 +25,15 @@ from support.text import text_bundle
 
 pytestmark = pytest.mark.ray
 
+# On a machine that does other work, Ray's processes take minutes to start, and Ray gives up after seconds.
+_PATIENCE = {
+    "RAY_raylet_start_wait_time_s": "600",
+    "RAY_agent_register_timeout_ms": "600000",
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "600",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
+}
+
 
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -36,13 +45,14 @@ def url(bundle: Path) -> Iterator[str]:
     ray = pytest.importorskip("ray", reason="needs ray: pip install 'medusa-deploy[ray]'")
     from ray import serve
 
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
     environment = {"env_vars": {"PYTHONPATH": paths, "MEDUSA_DEPLOY_CACHE": os.environ["MEDUSA_DEPLOY_CACHE"]}}
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment, object_store_memory=100 << 20)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment, object_store_memory=100 << 20)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(ray_app.application({"bundle": str(bundle), "replicas": "2", "slots": "2"}), route_prefix="/")

@@ -96,6 +96,19 @@ def test_extras_and_oldest_versions_are_those_of_the_project() -> None:
         )
 
 
+def test_the_cache_is_shown_with_its_size_and_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MEDUSA_DEPLOY_CACHE", str(tmp_path))
+    (tmp_path / ("a" * 32)).mkdir()
+    (tmp_path / ("a" * 32) / "1.bin").write_bytes(bytes(5 << 20))
+    main(["doctor"])
+    assert f"{tmp_path}: 5.0 MiB of at most 16.00 GiB" in capsys.readouterr().out
+    monkeypatch.setenv("MEDUSA_DEPLOY_CACHE_BYTES", "much")
+    assert main(["doctor"]) == USER_ERROR
+    assert "MEDUSA_DEPLOY_CACHE_BYTES is 'much'" in capsys.readouterr().out
+
+
 def test_limits_of_a_container_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 8000 kB\nMemAvailable: 6000 kB\n\nHugePages_Total: 0\n", "utf-8")
     for name, text in {"memory.max": "4096000\n", "memory.current": "96000\n", "cpu.max": "150000 100000\n"}.items():
