@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from families_page import PAGE, REPORT, page
-from family_models import CAPACITY, HIDDEN, VOCABULARY, families, make_config, save_weights
+from family.models import CAPACITY, HIDDEN, VOCABULARY, families, make_config, save_weights
+from family.page import PAGE, REPORT, page
 
 from medusa_deploy import __version__
 from medusa_deploy.runtime.errors import DeployError

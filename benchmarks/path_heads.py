@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from path_replay import Proposer, Recorded, halves, path_hits, tokens_per_step
-from path_training import FrozenHeads, PathHeads, Schedule, train_inputs
+from paths.replay import Proposer, Recorded, halves, path_hits, tokens_per_step
+from paths.training import FrozenHeads, PathHeads, Schedule, train_inputs
 
 from medusa_deploy.calibration.answers.sequences import load_sequences
 from medusa_deploy.calibration.hit_rates import Hits, platt_scaling

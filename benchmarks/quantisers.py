@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from quantiser_judge import REFERENCE, Judge, Logits
-from quantiser_onnx import METHODS, Graph, quantise
+from quantiser.judge import REFERENCE, Judge, Logits
+from quantiser.onnx_libraries import METHODS, Graph, quantise
 
 from medusa_deploy.calibration.int8.samples import read_samples
 from medusa_deploy.runtime import load
@@ -164,11 +164,11 @@ def _modelopt(
 ) -> dict[str, Any]:
     if args.python is None:
         raise ValueError("give --python of an environment with nvidia-modelopt")
-    command = [str(args.python), str(HERE / "quantiser_modelopt.py"), str(args.work / "judge"), str(args.model), config]
+    command = [str(args.python), "-m", "quantiser.modelopt", str(args.work / "judge"), str(args.model), config]
     command += ["--block", str(args.block)] if in_blocks else []
     command += ["--keep", ",".join(keep)] if keep else []
     command += ["--texts", str(texts)] if texts is not None else []
-    env = {**os.environ, "PYTHONPATH": str(HERE.parent / "src")}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent / "src")))}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
         raise ValueError(done.stderr.strip().splitlines()[-1])

@@ -1,4 +1,6 @@
-"""Writes ``docs/results.md``, the README's table and that of ``docs/gpu.md``, out of the reports in ``benchmarks/results``.
+"""Writes ``docs/results.md``, ``docs/families.md`` and the tables of the README and of ``docs/gpu.md`` out of the reports.
+
+The reports lie in ``benchmarks/results``.
 
 Usage: ``python benchmarks/results_page.py``, or with ``--check`` to compare instead of to write.
 """
@@ -6,10 +8,12 @@ Usage: ``python benchmarks/results_page.py``, or with ``--check`` to compare ins
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from family.page import PAGE as FAMILIES, REPORT as OF_FAMILIES, page as families_page
 from results_sections import engines, quality, sizes, slots, speed
 from results_sections.markdown import ROOT, report, table, wrapped
 
@@ -84,7 +88,8 @@ def with_block(text: str, block: str) -> str:
 def wanted_pages() -> dict[Path, str]:
     """All pages as the reports want them."""
     blocks = {README: readme_block(), GPU: engines.coverage()}
-    return {PAGE: page(), **{path: with_block(path.read_text("utf-8"), block) for path, block in blocks.items()}}
+    whole = {PAGE: page(), FAMILIES: families_page(json.loads(OF_FAMILIES.read_text("utf-8")))}
+    return whole | {path: with_block(path.read_text("utf-8"), block) for path, block in blocks.items()}
 
 
 def stale() -> list[Path]:

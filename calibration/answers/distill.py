@@ -51,7 +51,8 @@ def distill(
 ) -> int:
     """Answer ``prompts`` (token ids) into ``output``, once for each temperature. Returns the number of tokens there.
 
-    Question t · len(prompts) + p is prompt p at temperature t. ``progress(done, total, tokens)`` is called after every answer.
+    Question t · len(prompts) + p is prompt p at temperature t. ``progress(done, total, tokens)`` is called before the
+    first answer and after each.
 
     Raises:
         TrainingError: ``output`` holds data made otherwise.
@@ -63,6 +64,7 @@ def distill(
     pairs = [(prompt, temperature) for temperature in temperatures for prompt in prompts]
     questions = [Question(*pair, seed + index) for index, pair in enumerate(pairs)]
     waiting = [index for index in range(len(questions)) if index not in folder.answered]
+    progress(len(folder.answered), len(questions), folder.tokens)
     for answer in answerer.answer([questions[index] for index in waiting], max_new_tokens):
         folder.add(Answer(waiting[answer.question], answer.tokens, answer.hidden))
         progress(len(folder.answered), len(questions), folder.tokens)

@@ -7,8 +7,8 @@ import path_heads
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from path_replay import Recorded, likeliest, path_hits, replay
-from path_training import FrozenHeads, PathHeads, Schedule, train_inputs
+from paths.replay import Recorded, likeliest, path_hits, replay
+from paths.training import FrozenHeads, PathHeads, Schedule, train_inputs
 
 from medusa_deploy.calibration.training.examples import Examples
 from medusa_deploy.runtime.drafting.draft import TokenPath, ranked_paths

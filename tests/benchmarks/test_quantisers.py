@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")
 
-from quantiser_judge import Judge
-from quantiser_modelopt import configured
-from quantiser_onnx import Graph, quantise
+from quantiser.judge import Judge
+from quantiser.modelopt import configured
+from quantiser.onnx_libraries import Graph, quantise
 from quantisers import SYSTEMS, markdown, of_session
 
 from medusa_deploy.runtime.errors import NumericsError

@@ -51,7 +51,7 @@ def test_every_prompt_is_answered_once_with_the_states_behind_each_token(tmp_pat
     answers = _answers(tmp_path / "data")
     assert sorted(answers) == list(range(len(PROMPTS)))
     assert total == TOKENS * len(PROMPTS)
-    assert seen == [(index + 1, len(PROMPTS), TOKENS * (index + 1)) for index in range(len(PROMPTS))]
+    assert seen == [(done, len(PROMPTS), TOKENS * done) for done in range(len(PROMPTS) + 1)]
     for index, answer in answers.items():
         assert answer.tokens.tolist() == session.language.greedy(PROMPTS[index], TOKENS)
         assert answer.hidden.dtype == np.float16
@@ -94,7 +94,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_data(tmp_path: Path, te
     again = fake_session(2)
     done: list[int] = []
     total = _distill(again, PROMPTS, tmp_path / "data", progress=lambda count, *rest: done.append(count), **options)
-    assert done == [5, 6, 7], "what was there is counted and not made again"
+    assert done == [4, 5, 6, 7], "what was there is counted and not made again"
     assert total == TOKENS * len(PROMPTS)
     assert _same(_answers(tmp_path / "data"), _answers(tmp_path / "whole"))
     finished = fake_session(2)

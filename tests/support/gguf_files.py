@@ -12,6 +12,16 @@ import torch
 Vocabulary = Callable[[Any], None]
 SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": None}  # fmt: skip
+WIDE = {"attention__key_length": 32, "attention__value_length": 32}
+"""Metadata of heads that are wider than hidden size ÷ heads."""
+GEMMA3 = {
+    "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "num_hidden_layers": 7,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}  # fmt: skip
+"""Fields of a config of Gemma 3 whose heads are ``WIDE``."""
 
 
 def random_model(config: str, **fields: Any) -> Any:

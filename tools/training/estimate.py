@@ -18,10 +18,11 @@ class TimeEstimate:
     """Says what answering and training will take.
 
     ``step``: seconds of a training step. ``heldout``: held-out prompts, which are answered behind the training prompts.
+    ``together``: prompts that are answered at a time. Before so many answers are there, their time says nothing.
     """
 
-    def __init__(self, config: TrainConfig, step: float, heldout: int) -> None:
-        self._config, self._step, self._heldout = config, step, heldout
+    def __init__(self, config: TrainConfig, step: float, heldout: int, together: int) -> None:
+        self._config, self._step, self._heldout, self._together = config, step, heldout, together
         self._first: tuple[int, float] | None = None
         self._said = False
 
@@ -30,10 +31,13 @@ class TimeEstimate:
         return self._config.epochs * max(1, tokens // self._config.batch_size) * self._step
 
     def first_words(self, done: int, total: int, tokens: int) -> str:
-        """Return a line on the whole run when the first answers are there, once; else an empty one."""
+        """Return a line on the whole run when the first answers are there, once; else an empty one.
+
+        The first call says what an earlier run answered.
+        """
         now = time.monotonic()
         first, since = self._first = self._first or (done, now)
-        if self._said or done <= first or tokens <= 0:
+        if self._said or tokens <= 0 or done - first < min(self._together, total - first):
             return ""
         self._said = True
         answers = (now - since) / (done - first) * (total - first + self._heldout)

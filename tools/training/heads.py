@@ -61,7 +61,7 @@ def train(
     with Progress("timing training steps"):
         hidden = backbone_shape(empty_module(load_config(plan.model, 1))).hidden_size
         step = time_steps(config, hidden, plan.device)
-    tokens = answer_prompts(open_backbone(plan), plan, TimeEstimate(config, step, heldout_count(plan))).tokens
+    tokens = answer_prompts(open_backbone(plan), plan, TimeEstimate(config, step, heldout_count(plan), plan.slots)).tokens
     backbone = load_module(plan.model, "fp32")
     with Progress("training") as progress:
         heads = train_heads(

@@ -213,12 +213,17 @@ def test_it_says_what_it_will_take(capsys: pytest.CaptureFixture[str], monkeypat
     now = [100.0]
     monkeypatch.setattr(estimate.time, "monotonic", lambda: now[0])
     config = TrainConfig(epochs=2, batch_size=10)
-    told = estimate.TimeEstimate(config, 0.5, heldout=4)
+    told = estimate.TimeEstimate(config, 0.5, heldout=4, together=2)
     assert told.training(100) == 2 * 10 * 0.5
     assert told.first_words(0, 8, 0) == ""
     now[0] += 3
+    assert told.first_words(1, 8, 20) == "", "answers that are made together end together"
     words = told.first_words(2, 8, 40)  # 1.5 s an answer: 8 and 4 of them; 160 tokens are 2 x 16 steps
     assert words == "estimate: 34.0 s in all: answers 18.0 s, training 16.0 s"
     assert told.first_words(3, 8, 60) == "", "once"
+    resumed = estimate.TimeEstimate(config, 0.5, heldout=4, together=2)
+    assert resumed.first_words(4, 8, 80) == "", "an earlier run's answers took no time of this one"
+    now[0] += 3
+    assert resumed.first_words(6, 8, 120) == "estimate: 28.0 s in all: answers 12.0 s, training 16.0 s"
     assert told.note(4, 8, 80) == "80 tokens, then training 16.0 s"
     assert estimate.time_steps(TrainConfig(batch_size=8, draft_vocab_size=32, num_heads=2), 16, "cpu") > 0

@@ -1,19 +1,13 @@
-"""Writes ``docs/families.md`` out of the report of ``families.py``.
-
-Usage: ``python benchmarks/families_page.py``, or with ``--check`` to compare instead of to write.
-"""
+"""The text of ``docs/families.md``, out of the report of ``families.py``. ``results_page.py`` writes it with the other pages."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections import Counter
 from typing import Any
 
 from results_sections.markdown import ROOT, table, wrapped
 
-COMMAND = "python benchmarks/families_page.py"
+COMMAND = "python benchmarks/results_page.py"
 PAGE, REPORT = ROOT / "docs" / "families.md", ROOT / "benchmarks" / "results" / "families.json"
 _SHOWN = {
     "not made": "not tried",
@@ -34,16 +28,16 @@ def page(report: dict[str, Any]) -> str:
     wrong = sum(each.get("wrong", 0) for each in families.values())
     first = f"""# Families
 
-transformers {report['transformers']} registers {len(families)} families of causal language models. `benchmarks/families.py`
+transformers {report["transformers"]} registers {len(families)} families of causal language models. `benchmarks/families.py`
 made a tiny random model of each, with sliding windows of 16 tokens where the family has windows, and exported it with a
-capacity of {report['capacity']}. It compared every greedy token with transformers' eager attention: plain and with a tree, on
+capacity of {report["capacity"]}. It compared every greedy token with transformers' eager attention: plain and with a tree, on
 the CPU graph and on the standard graph. `{COMMAND}` writes this page from
 [its report](../benchmarks/results/families.json).
 
 A refusal comes before a weight is loaded: `export` makes the model's modules without weights, looks at what they are, and runs
 them once on tensors without numbers. Each layer must ask once for attention that transformers lets others compute.
 
-{len(works)} families work: {tokens:,} tokens were compared, {wrong} were wrong. {counts['refused']} are refused by name."""
+{len(works)} families work: {tokens:,} tokens were compared, {wrong} were wrong. {counts["refused"]} are refused by name."""
     versions = [(name, each["architecture"], each["since"]) for name, each in works.items()]
     reasons = [(name, each["architecture"], _reason(each)) for name, each in others.items()]
     parts = [
@@ -60,22 +54,3 @@ def _reason(result: dict[str, Any]) -> str:
     reason = result.get("reason", f"{result.get('wrong')} of {result.get('tokens')} tokens")
     shown = _SHOWN.get(result["outcome"])
     return (f"{shown}: {reason}" if shown else reason).replace("|", "\\|").replace("<", "&lt;")
-
-
-def main() -> int:
-    """Write the page, or say whether it is what the report says."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare and write nothing")
-    args = parser.parse_args()
-    text = page(json.loads(REPORT.read_text("utf-8")))
-    if args.check:
-        if PAGE.read_text("utf-8") != text:
-            print(f"{PAGE.name} isn't what the report says: run {COMMAND}", file=sys.stderr)
-            return 1
-        return 0
-    PAGE.write_text(text, "utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

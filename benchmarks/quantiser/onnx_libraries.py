@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from quantiser_judge import Logits
 
 from medusa_deploy.runtime.backends import ort_model
 from medusa_deploy.runtime.executors import step_io
 from medusa_deploy.runtime.files.bundle import Bundle
+from quantiser.judge import Logits
 
 Text = tuple[list[int], list[int]]
 _COLUMNS_STEP = 64

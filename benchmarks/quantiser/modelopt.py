@@ -1,9 +1,9 @@
 """Measures one method of nvidia-modelopt on a Hugging Face folder, fake-quantised by torch on the CPU.
 
-Usage: ``python benchmarks/quantiser_modelopt.py JUDGE_FOLDER MODEL CONFIG [--block N] [--keep PATTERN,…] [--texts N]``
+Usage: ``python -m quantiser.modelopt JUDGE_FOLDER MODEL CONFIG [--block N] [--keep PATTERN,…] [--texts N]``
 
 Runs in an environment of its own: nvidia-modelopt, requests (which it needs and does not ask for), transformers, torch, numpy.
-PYTHONPATH has to name this repository's ``src``. The last line of stdout is the report.
+PYTHONPATH has to name this repository's ``benchmarks`` and ``src``. The last line of stdout is the report.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from quantiser_judge import Judge
+
+from quantiser.judge import Judge
 
 
 def configured(base: dict[str, Any], block: int | None, keep: list[str]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def train_inputs(
 
 
 class PathHeads:
-    """Heads with new inputs at the positions of examples: a :class:`path_replay.Proposer`. Heads without any are as they were."""
+    """Heads with new inputs at the positions of examples: a :class:`.replay.Proposer`. Heads without any are as they were."""
 
     def __init__(
         self, heads: FrozenHeads, inputs: Sequence[tuple[Sequence[int], np.ndarray] | None], examples: Any, size: int, top_k: int

@@ -1,0 +1,1 @@
+"""Tiny models of every family, for benchmarks/families.py."""
