@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from ..errors import DraftError
-from .draft import Candidates, Draft, Drafter
+from .draft import Candidates, Draft, Drafter, WrappedDrafter
 
 
-class CheckedDrafter:
+class CheckedDrafter(WrappedDrafter):
     """Passes on what ``drafter`` drafts, if a step can take it: up to ``rows`` rows, up to ``deepest`` below each other."""
 
     def __init__(self, drafter: Drafter, rows: int, deepest: int, vocab_size: int) -> None:
-        self._drafter = drafter
+        super().__init__(drafter)
         self._most, self._deepest, self._vocab_size = rows, deepest, vocab_size
-
-    @property
-    def rows(self) -> int:
-        """N of the next step."""
-        return self._drafter.rows
-
-    @property
-    def heads(self) -> bool:
-        """Whether the next step must bring candidates."""
-        return self._drafter.heads
 
     def draft(self, candidates: Candidates | None) -> Draft:
         """Return the drafter's rows.

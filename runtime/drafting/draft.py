@@ -71,6 +71,23 @@ class Drafter(Protocol):
         ...
 
 
+class WrappedDrafter:
+    """Asks for what ``drafter`` asks for; a subclass checks or changes its drafts."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self._drafter = drafter
+
+    @property
+    def rows(self) -> int:
+        """N of the next step."""
+        return self._drafter.rows
+
+    @property
+    def heads(self) -> bool:
+        """Whether the next step must bring candidates."""
+        return self._drafter.heads
+
+
 @dataclass(frozen=True, slots=True)
 class FixedTree:
     """Puts the candidates on the same tree in every step (arXiv 2401.10774, section 2.1.2)."""

@@ -10,7 +10,7 @@ from itertools import count as counting
 import numpy as np
 
 from ..grammar import Matcher
-from .draft import NOTHING, Candidates, Draft, Drafter, TokenPath, compiled
+from .draft import NOTHING, Candidates, Draft, Drafter, TokenPath, WrappedDrafter, compiled
 
 _SUREST = 0.98
 """Highest probability of a candidate beside which the grammar allows others."""
@@ -151,21 +151,12 @@ class Guide:
         return found
 
 
-class GuidedDrafter:
+class GuidedDrafter(WrappedDrafter):
     """Passes on what ``drafter`` drafts, as far as the grammar allows it."""
 
     def __init__(self, drafter: Drafter, guide: Guide) -> None:
-        self._drafter, self._guide = drafter, guide
-
-    @property
-    def rows(self) -> int:
-        """N of the next step."""
-        return self._drafter.rows
-
-    @property
-    def heads(self) -> bool:
-        """Whether the next step must bring candidates."""
-        return self._drafter.heads
+        super().__init__(drafter)
+        self._guide = guide
 
     def draft(self, candidates: Candidates | None) -> Draft:
         """Return the rows of the next step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -50,7 +51,7 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class Fields(msgspec.Struct, kw_only=True):
+class Fields(msgspec.Struct, kw_only=True, dict=True):
     """What both endpoints take. ``deadline``: seconds; ``include_metrics``: report the acceptance of this answer."""
 
     model: str | None = None
@@ -84,7 +85,7 @@ class Fields(msgspec.Struct, kw_only=True):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
 
-    @property
+    @cached_property
     def form(self) -> Form | None:
         """The form that the answer is asked for in."""
         return asked_form({name: getattr(self, name) for name in FORMS})
@@ -155,7 +156,7 @@ class ChatFields(Fields, kw_only=True):
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
 
-    @property
+    @cached_property
     def tool_use(self) -> ToolUse | None:
         """The tools that the answer may call, if there are any."""
         return tool_use(self.tools, self.tool_choice, several=self.parallel_tool_calls is not False)

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from support.graphs import opened
+
 onnx: Any = pytest.importorskip("onnx")
-ort: Any = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 ir: Any = pytest.importorskip("onnx_ir")
 fuse: Any = pytest.importorskip("medusa_deploy.export.passes.fuse")
 
@@ -64,8 +66,7 @@ def _run(model: Any) -> list[np.ndarray]:
     for value in model.graph.input:
         dims = value.type.tensor_type.shape.dim
         feeds[value.name] = rng.normal(size=[sizes.get(dim.dim_param, dim.dim_value) for dim in dims]).astype(np.float32)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return list(session.run(None, feeds))
+    return list(opened(model).run(None, feeds))
 
 
 def _fused(text: str) -> Counter[str]:

@@ -9,21 +9,18 @@ import numpy as np
 import pytest
 
 from medusa_deploy.runtime.executors import step_io
+from support.graphs import opened
 from support.tiny import HEADS, HIDDEN, VOCAB, random_heads
 
 torch: Any = pytest.importorskip("torch")
 ir: Any = pytest.importorskip("onnx_ir")
-ort: Any = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 backbone: Any = pytest.importorskip("medusa_deploy.export.backbone.backbone")
 heads: Any = pytest.importorskip("medusa_deploy.export.heads.module")
 trace: Any = pytest.importorskip("medusa_deploy.export.trace.trace")
 lower: Any = pytest.importorskip("medusa_deploy.export.passes.lower")
 
 TOP, ROWS, CAPACITY = 4, 80, 64
-
-
-def session(model: Any) -> Any:
-    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def feeds(tokens: np.ndarray, shape: Any, head_rows: int) -> dict[str, np.ndarray]:
@@ -57,7 +54,7 @@ def test_heads_of_every_form_run_at_one_row_or_at_none(tiny_model: Path, kind: s
     stack = heads.HeadStack(random_heads(kind, layers, projection), loaded.module.get_output_embeddings(), TOP, torch.float32)
     step, alone = trace.trace_step(loaded, stack, ROWS, CAPACITY), trace.trace_heads(loaded, stack)
     lower.lower_device(step)
-    engine, head_session = session(step), session(alone)
+    engine, head_session = opened(step), opened(alone)
     names = [value.name for value in engine.get_outputs()]
     shapes = {value.name: value.shape for value in engine.get_outputs()}
     assert isinstance(shapes["candidates"][1], str) and shapes["candidates"][2] == TOP, "the number of rows is free"

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from support.graphs import opened
+
 onnx: Any = pytest.importorskip("onnx")
-ort: Any = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 ir: Any = pytest.importorskip("onnx_ir")
 merge: Any = pytest.importorskip("medusa_deploy.export.passes.merge")
 
@@ -91,8 +93,7 @@ def _merged(text: str) -> Any:
     after = ir.to_proto(model)
     results = []
     for each in (before, after):
-        session = ort.InferenceSession(each.SerializeToString(), providers=["CPUExecutionProvider"])
-        feeds = _feeds(before)
+        session, feeds = opened(each), _feeds(before)
         results.append(session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()}))
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

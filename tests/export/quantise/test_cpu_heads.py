@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from medusa_deploy.runtime.errors import QuantisationError
+from support.graphs import opened
 from support.tiny import HEADS, HIDDEN, VOCAB, random_heads
 
 torch: Any = pytest.importorskip("torch")
 ir: Any = pytest.importorskip("onnx_ir")
-ort: Any = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 backbone: Any = pytest.importorskip("medusa_deploy.export.backbone.backbone")
 cpu_heads: Any = pytest.importorskip("medusa_deploy.export.quantise.cpu_heads")
 heads: Any = pytest.importorskip("medusa_deploy.export.heads.module")
@@ -31,8 +32,7 @@ def tiny_backbone(tiny_model: Path) -> Any:
 
 
 def run(model: Any, hidden: np.ndarray, root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    return tuple(session.run(["candidates", "log_probs"], {"hidden": hidden, "root": root}))
+    return tuple(opened(model).run(["candidates", "log_probs"], {"hidden": hidden, "root": root}))
 
 
 @pytest.mark.parametrize(

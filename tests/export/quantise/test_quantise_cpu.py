@@ -15,7 +15,6 @@ pytest.importorskip("onnx_ir")
 
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 
 from medusa_deploy.calibration.int8.matmuls import StepGraph
 from medusa_deploy.calibration.int8.takers import smoothable
@@ -34,6 +33,7 @@ from medusa_deploy.runtime.files.scales_file import Layer, Scales, Smoothing, Ta
 from medusa_deploy.runtime.session import load
 from medusa_deploy.tools.measure.kl import Divergence, taken_apart
 from medusa_deploy.tools.prompt_source import random_prompts
+from support.graphs import opened
 from support.plans import prefill
 from support.tiny import VOCAB
 
@@ -114,8 +114,8 @@ def test_a_layer_takes_factors_unless_a_bias_or_another_reader_is_in_the_way(bia
     scales = Scales("max", layers, {}, {}, {}, smoothing, {"m": Taker("layer", "up")})
 
     def run() -> Any:
-        session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-        return session.run(None, {name: np.linspace(-1, 1, 24, dtype=np.float32).reshape(3, 8) for name in ("x", "g")})[0]
+        feeds = {name: np.linspace(-1, 1, 24, dtype=np.float32).reshape(3, 8) for name in ("x", "g")}
+        return opened(model).run(None, feeds)[0]
 
     before = run()
     assert smooth(model.graph, matmuls, scales, {matmul.activation for matmul in matmuls}) == smoothed
@@ -239,8 +239,7 @@ def test_a_smaller_block_is_taken_where_the_default_does_not_fit(inputs: int, bi
     report = quantise_cpu(model, precision)
     [node] = model.graph
     assert node.attributes["block_size"].as_int() == block and set(report.bits.values()) == {bits}
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    [y] = session.run(None, {"x": x})
+    [y] = opened(model).run(None, {"x": x})
     assert np.linalg.norm(y - x @ weight) < (0.02 if bits == 8 else 0.2) * np.linalg.norm(y)
 
 

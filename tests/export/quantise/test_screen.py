@@ -17,7 +17,6 @@ pytest.importorskip("onnx_ir")
 
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 
 from medusa_deploy.export.passes import matmuls
 from medusa_deploy.export.quantise import screen as screening
@@ -28,6 +27,7 @@ from medusa_deploy.runtime.request import Request
 from medusa_deploy.runtime.sampling import SamplingParams
 from medusa_deploy.runtime.session import Session
 from medusa_deploy.tools.prompt_source import random_prompts
+from support.graphs import opened
 from support.tiny import VOCAB
 
 SIZE, TOKENS, CHOSEN = 64, 300, "greedy"
@@ -77,9 +77,7 @@ class Screened:
         proto = ir.to_proto(self.model)
         for name in (ROUGH, self._reach):
             proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        self._session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self._session = opened(proto)
 
     def run(self, hidden: np.ndarray, *, wanted: bool = False) -> dict[str, np.ndarray]:
         """``hidden`` [R, H]; the results are of its rows."""
@@ -189,7 +187,7 @@ def test_screening_can_be_taken_back(tied: bool):
     assert [node.op_type for node in after.graph.node] == [node.op_type for node in before.graph.node]
     assert [value.name for value in after.graph.initializer] == ["weight"]
     hidden = np.random.default_rng(6).normal(size=(1, 2, SIZE)).astype(np.float32)
-    results = [ort.InferenceSession(graph.SerializeToString()).run(None, {"hidden": hidden}) for graph in (before, after)]
+    results = [opened(graph).run(None, {"hidden": hidden}) for graph in (before, after)]
     for one, other in zip(*results, strict=True):
         assert np.array_equal(one, other)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 ir = pytest.importorskip("onnx_ir")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
@@ -44,6 +44,7 @@ from medusa_deploy.runtime.files.scales_file import (  # noqa: E402
 from medusa_deploy.runtime.session import load  # noqa: E402
 from medusa_deploy.tools.measure.probe import Probe  # noqa: E402
 from medusa_deploy.tools.prompt_source import random_prompts  # noqa: E402
+from support.graphs import opened  # noqa: E402
 from support.tiny import VOCAB  # noqa: E402
 
 C, M, V = 128, 160, 256
@@ -87,10 +88,7 @@ def mlp(half: bool = False) -> Any:
 
 
 def run(model: Any, *names: str) -> list[np.ndarray]:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    proto = ir.to_proto(model)
-    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = opened(model, optimised=False)
     dtype = np.float16 if "16" in session.get_inputs()[0].type else np.float32
     return session.run(list(names), {"x": X.astype(dtype)})  # type: ignore[no-any-return]
 
