@@ -17,6 +17,7 @@ from .trace.trace import trace_heads, trace_step
 from .weights import WeightsFile
 
 HEADS_GRAPH = "heads.onnx"
+STANDARD_GRAPH = "step.onnx"
 
 
 @named_failures("lowered")
@@ -46,7 +47,7 @@ def write_graphs(
     narrow_heads(for_cpu, shared=shared)
     screen(for_cpu, screened)
     graphs = {"standard": standard, "cpu": for_cpu, "device": for_device}
-    names = {"standard": f"{prefix}step.onnx", "cpu": f"{prefix}step.cpu.onnx", "device": f"{prefix}step.device.onnx"}
+    names = {"standard": f"{prefix}{STANDARD_GRAPH}", "cpu": f"{prefix}step.cpu.onnx", "device": f"{prefix}step.device.onnx"}
     report("writing graphs")
     with WeightsFile(folder / f"{prefix}weights.bin") as weights:
         for name, graph in graphs.items():
@@ -58,3 +59,15 @@ def write_graphs(
         weights.save(heads_for_cpu, folder / f"{prefix}{cpu_twin(HEADS_GRAPH)}")
     write_packed(folder / names["cpu"])
     return names
+
+
+@named_failures("lowered")
+def write_standard(backbone: Backbone, stack: HeadStack, rows: int, capacity: int, folder: Path) -> str:
+    """Write the standard step and the heads alone, as :func:`write_graphs` does. Returns the step's file name."""
+    standard = trace_step(backbone, stack, rows, capacity)
+    drop_closing(standard)
+    lower_standard(standard)
+    with WeightsFile(folder / "weights.bin") as weights:
+        weights.save(standard, folder / STANDARD_GRAPH)
+        weights.save(trace_heads(backbone, stack), folder / HEADS_GRAPH)
+    return STANDARD_GRAPH

@@ -80,10 +80,15 @@ def _cuda(bundle: Bundle, options: LoadOptions) -> Executor:
     from .executors.ort_cuda import OrtDeviceExecutor
 
     options.refuse("target", "threads", "warm")
-    if options.variant not in (None, "standard"):
-        raise UsageError(f"the backend cuda runs the standard graph, not {options.variant!r}", hint="leave the variant out")
+    variant = options.variant or "standard"
+    known = [name for name in bundle.manifest.variants if name == "standard" or name.startswith("cuda-")]
+    if variant not in known:
+        raise UsageError(
+            f"the backend cuda runs {', '.join(known) or 'no graph of this bundle'}, not {variant!r}",
+            hint="leave the variant out, or make one: medusa-deploy quantise BUNDLE --backend cuda",
+        )
     _check_slots(options.slots, bundle.manifest.limits.batch)
-    return OrtDeviceExecutor(ort_model(bundle, options.slots, "standard"))
+    return OrtDeviceExecutor(ort_model(bundle, options.slots, variant))
 
 
 def ort_model(bundle: Bundle, slots: int, variant: str) -> OrtModel:

@@ -38,15 +38,17 @@ def _ran() -> Iterator[tuple[str, ...]]:
     """Rows of the GPUs that ``gpu_check`` ran on."""
     for name, gpu in GPUS.items():
         stages = report(name)["stages"]
-        results = {stage: found.get("results", {}) for stage, found in stages.items()}
-        exact = results.get("exact", {}).get("executors", {})
+        results = {stage: found.get("results", {}) for stage, found in stages.items() if found.get("device") == "cuda"}
+        exact, filled = results.get("exact", {}).get("executors", {}), results.get("cuda-7b", {})
         for backend in ("cuda", "tensorrt-rtx", "tensorrt"):
             found = exact.get(backend)
             if found is None:
                 continue
             agreed = found["against_expected"]["unexplained"] == 0 and found["against_expected"]["tokens_compared"] > 0
-            curve = results.get("curve", {}).get("executors", {}).get(backend)
+            curve = results.get("curve", {}).get("executors", {}).get(backend) or (backend == "cuda" and filled.get("fp16"))
             yield backend, gpu, "fp16", _NONE, link(name, "yes"), link(name, "yes" if agreed else "no"), _cell(name, curve)
+        few = filled.get("int8")
+        yield "cuda", gpu, "int8, weights", _NONE, _cell(name, few), _NONE, _cell(name, few)
         if exists(f"{name}-tensorrt-rtx"):
             plans = report(f"{name}-tensorrt-rtx")
             small = [found for key, found in plans.items() if key.startswith("small:")]

@@ -82,8 +82,7 @@ class OrtBase:
         self._run_options.add_run_config_entry("gpu_graph_id", "-1")
 
     def _open(self, path: Path) -> Any:
-        options = self._ort.SessionOptions()
-        options.log_severity_level = 3
+        options = self._options()
         options.inter_op_num_threads = 1
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
@@ -98,6 +97,12 @@ class OrtBase:
         if not answered or answered[0] != self._provider[0]:
             raise ProviderError(f"asked for {self._provider[0]}, got {answered}", hint=self._fallback_hint())
         return session
+
+    def _options(self) -> Any:
+        """Options of every session."""
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        return options
 
     def _graph(self, path: Path, options: Any) -> str | bytes:  # noqa: ARG002 - a graph in memory must say where its data lies
         """What is opened for the file ``path``: its name, or the bytes of another graph in its place."""

@@ -32,6 +32,7 @@ class _Bound:
     outputs: StepOutputs
     first: int
     slots: int
+    fetched_bytes: int
     checked: bool = False
 
     @property
@@ -51,7 +52,7 @@ class OrtDeviceExecutor(OrtBase):
     call wants them.
 
     ONNX Runtime copies a host input to the device when it is *bound*, not when the graph runs: an input that is bound once would
-    keep its first value, so small inputs are bound again in every step.
+    keep its first value, so small inputs are bound again in every step. ``copied_bytes`` counts what calls have sent and fetched.
     """
 
     def __init__(self, model: OrtModel, device: str = "cuda", threads: int | None = None) -> None:
@@ -74,6 +75,7 @@ class OrtDeviceExecutor(OrtBase):
         self._bound: Recent[_Bound] = Recent()
         self._with_nan = NanSlots()
         self._margin = model.num_heads
+        self.copied_bytes = 0
         self.abilities = Abilities(layout.slots, model.num_heads, padded=layout.slots > 1)
 
     def _device_zeros(self) -> Any:
@@ -86,6 +88,27 @@ class OrtDeviceExecutor(OrtBase):
                 hint="load fewer slots, or export with a smaller --capacity",
             ) from error
         return value
+
+    def _options(self) -> Any:
+        options = super()._options()
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        return options
+
+    def placement(self) -> dict[str, dict[str, int]]:
+        """Count the step graph's nodes by provider and operator, as ONNX Runtime placed them.
+
+        Raises:
+            ProviderError: this version of ONNX Runtime doesn't say.
+        """
+        if not hasattr(self._session, "get_provider_graph_assignment_info"):
+            version = self._ort.__version__
+            raise ProviderError(f"onnxruntime {version} doesn't say where it placed nodes", hint="use a newer version")
+        found: dict[str, dict[str, int]] = {}
+        for part in self._session.get_provider_graph_assignment_info():
+            by_operator = found.setdefault(part.ep_name, {})
+            for node in part.get_nodes():
+                by_operator[node.op_type] = by_operator.get(node.op_type, 0) + 1
+        return found
 
     def _open(self, path: Path) -> Any:
         try:
@@ -149,15 +172,17 @@ class OrtDeviceExecutor(OrtBase):
 
     def _bind(self, first: int, slots: int, rows: int, logit_rows: int, wanted: Wanted) -> _Bound:
         binding, outputs = self._session.io_binding(), self._outputs(slots, logit_rows, wanted)
-        for name in fetched(wanted):
-            binding.bind_ortvalue_output(name, self._value(getattr(outputs, name)))
+        results = {name: getattr(outputs, name) for name in fetched(wanted)}
+        for name, array in results.items():
+            binding.bind_ortvalue_output(name, self._value(array))
         dtype = np.dtype(self.layout.dtype).type
         shape, layers = (slots, *self._shape[1:]), self.layout.layers
         for past, present, cache in zip(step_io.past_names(layers), step_io.present_names(layers), self.caches, strict=True):
             address = cache.data_ptr() + self._offset(first)
             binding.bind_input(past, self.device, 0, dtype, shape, address)
             binding.bind_output(present, self.device, 0, dtype, shape, address)
-        return _Bound(binding, StepInputs.allocate(slots, rows, logit_rows, self._margin), outputs, first, slots)
+        inputs = StepInputs.allocate(slots, rows, logit_rows, self._margin)
+        return _Bound(binding, inputs, outputs, first, slots, sum(array.nbytes for array in results.values()))
 
     def _call(self, bound: _Bound) -> float:
         """Run the graph; the results are in ``bound.outputs`` afterwards. Returns the seconds that it took."""
@@ -167,15 +192,16 @@ class OrtDeviceExecutor(OrtBase):
         ends = inputs.write_index[inputs.forced > 0]
         visible = visible_rows(int(ends.max(initial=self._margin)) + inputs.rows, self.layout.rows)
         started = time.perf_counter()
-        for name in step_io.STEP_INPUTS:
-            if name != step_io.COLUMNS and name in self._inputs:
-                bound.io.bind_ortvalue_input(name, self._value(getattr(inputs, name)))
-        bound.io.bind_ortvalue_input(step_io.COLUMNS, self._value(self._columns[:visible]))
+        sent = {name: getattr(inputs, name) for name in step_io.STEP_INPUTS if name != step_io.COLUMNS and name in self._inputs}
+        sent[step_io.COLUMNS] = self._columns[:visible]
+        for name, array in sent.items():
+            bound.io.bind_ortvalue_input(name, self._value(array))
         bound.io.synchronize_inputs()
         self._session.run_with_iobinding(bound.io, self._run_options)
         bound.io.synchronize_outputs()
         seconds = time.perf_counter() - started
         self.engine_seconds += seconds
+        self.copied_bytes += sum(array.nbytes for array in sent.values()) + bound.fetched_bytes
         if not bound.checked:
             self._check_in_place(bound)
         return seconds

@@ -9,9 +9,13 @@ from pathlib import Path
 
 from .shapes import SIZES
 
-STAGES = ("doctor", "exact", "memory", "curve", "batch", "sizes", "overhead", "breakdown")
+STAGES = ("doctor", "exact", "memory", "curve", "batch", "sizes", "overhead", "breakdown", "cuda-7b")
 LIMIT_SECONDS = 480
 """The longest that a stage may take, its start included."""
+LIMITS = {"cuda-7b": 240}
+"""Limits of stages that have their own."""
+SCRATCH = ".compiled"
+"""Folder below ``--out`` for what only lives while stages run."""
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -32,6 +36,10 @@ class Options:
     compile: bool
     strict: bool
     worker: str | None = None
+
+    def limit_of(self, stage: str) -> float:
+        """Seconds that a stage may take. Limits of its own are those of a GPU, whose time is lent."""
+        return min(self.limit, LIMITS.get(stage, self.limit)) if self.device == "cuda" else self.limit
 
     @property
     def dtype(self) -> str:

@@ -17,13 +17,12 @@ from ... import __version__
 from ...runtime.errors import DeployError
 from ..console import say, write_json
 from .machine import machine_facts
-from .options import Options, command_line, parse
+from .options import SCRATCH, Options, command_line, parse
 from .table import describe_check
 
 NAME = "gpu_check.json"
 SCHEMA_VERSION = 1
 _STDERR = 2
-_COMPILED = ".compiled"
 _PROGRAM = ["-m", str(__package__)]
 
 
@@ -70,18 +69,18 @@ def check(options: Options) -> dict[str, Any]:
         report["stages"][stage] = entry
         write_json(report, path)
         say(f"{stage}: {entry['status']} after {entry['seconds']:.0f} s")
-    shutil.rmtree(options.out / _COMPILED, ignore_errors=True)
+    shutil.rmtree(options.out / SCRATCH, ignore_errors=True)
     return report
 
 
 def _run_apart(stage: str, options: Options) -> dict[str, Any]:
     """Run one stage in a process of its own and end it when its time is up. Whatever it had found is kept."""
-    path = _stage_path(options, stage)
+    path, limit = _stage_path(options, stage), options.limit_of(stage)
     path.unlink(missing_ok=True)
     started = time.monotonic()
     command = [sys.executable, "-B", *_PROGRAM, *command_line(options, stage)]
     # Compiled kernels go where everything goes, unless the caller keeps them; stages of one call share them.
-    compiled = str((options.out / _COMPILED).absolute())
+    compiled = str((options.out / SCRATCH).absolute())
     search = [str(Path(__file__).absolute().parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
     caches = {name: os.environ.get(name, compiled) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     added = {**caches, "PYTHONPATH": os.pathsep.join(search)}
@@ -89,7 +88,7 @@ def _run_apart(stage: str, options: Options) -> dict[str, Any]:
     # What it prints belongs to no result.
     with subprocess.Popen(command, stdout=_STDERR, env=os.environ | added) as process:
         try:
-            code = process.wait(options.limit)
+            code = process.wait(limit)
         except subprocess.TimeoutExpired:
             process.kill()
             code = None
@@ -101,7 +100,7 @@ def _run_apart(stage: str, options: Options) -> dict[str, Any]:
     entry = {"status": "running", "error": None, "skipped": {}, "wrong": {}, "results": {}} | entry
     entry["seconds"] = round(time.monotonic() - started, 1)
     if entry["status"] == "running":
-        what = f"stopped after {options.limit:g} s" if code is None else f"the process ended with code {code}"
+        what = f"stopped after {limit:g} s" if code is None else f"the process ended with code {code}"
         status = "partial" if entry["results"] else "failed"
         entry |= {"status": status, "error": {"exception": "StageEnded", "message": what}}
     return {**entry, "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), "device": options.device}

@@ -134,6 +134,27 @@ def _breakdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _cuda_7b(results: Mapping[str, Any]) -> str:
+    found = {precision: entry for precision, entry in results.items() if isinstance(entry, Mapping) and "load_s" in entry}
+    counts = sorted({int(n) for entry in found.values() for n in entry["rows"]})
+    rows, lines = [], []
+    for precision, entry in found.items():
+        graph, nodes = entry.get("cuda_graph", {}), entry.get("nodes", {})
+        by_kind = {
+            "step": {n: f"{each['ms']:.2f}" for n, each in entry["rows"].items()},
+            "bound": {n: f"{each['bound_ms']:.2f}" for n, each in entry["rows"].items() if each["bound_ms"] is not None},
+            "CUDA graph": {n: f"{ms:.2f}" for n, ms in graph.get("ms", {}).items() if graph["captured"]},
+        }
+        rows += [[precision, kind, *(by_count.get(str(n)) for n in counts)] for kind, by_count in by_kind.items()]
+        said = [f"loaded in {entry['load_s']} s", *(f"{count} nodes on {provider}" for provider, count in nodes.items())]
+        said += [f"{max(each['copied_bytes'] for each in entry['rows'].values())} bytes copied a step at most"]
+        said += [f"attention: {kernel['name'][:60]}" for kernel in entry.get("profile", {}).get("1", {}).get("attention", ())[:2]]
+        said += [] if graph.get("captured", True) else [f"no CUDA graph: {graph['reason'][:100]}"]
+        lines += [f"{precision}: {part}" for part in said]
+    size = results.get("made", {}).get("size", "")
+    return "\n".join([table(rows, [f"cuda-7b: ms, {size}", "", *(f"{n} rows" for n in counts)]), *lines]) if rows else ""
+
+
 _SECTIONS = {
     "doctor": _doctor,
     "exact": _exact,
@@ -143,4 +164,5 @@ _SECTIONS = {
     "sizes": _sizes,
     "overhead": _overhead,
     "breakdown": _breakdown,
+    "cuda-7b": _cuda_7b,
 }

@@ -21,10 +21,11 @@ def run_stage(name: str, options: Options, path: Path | None = None) -> Report:
     Its status becomes ``ok``; ``wrong``: a result is not what it must be; ``partial``: something was skipped or time ran out; or
     ``failed``: an error ended it.
     """
-    report = Report(path, max(options.limit - _RESERVE, options.limit / 2))
+    limit = options.limit_of(name)
+    report = Report(path, max(limit - _RESERVE, limit / 2))
     report.save()
     try:
-        stage: Callable[[Options, Report], None] = importlib.import_module(f".stages.{name}", __package__).run
+        stage: Callable[[Options, Report], None] = importlib.import_module(f".stages.{name.replace('-', '_')}", __package__).run
         stage(options, report)
         report.status = "partial" if report.skipped else "ok"
     except OutOfTimeError as error:

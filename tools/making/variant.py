@@ -1,4 +1,4 @@
-"""Makes a variant of a bundle's CPU graph with weights in 8 or 4 bits, in the same bundle."""
+"""Makes variants of a bundle's graphs with weights in 8 or 4 bits, in the same bundle."""
 
 from __future__ import annotations
 
@@ -97,6 +97,34 @@ def quantise(
         }
         after = add_variant(opened, name, model, facts)
     return {"bundle": str(bundle), "variant": name, "file": after.manifest.variants[name], **facts}
+
+
+def quantise_for_cuda(bundle: Path | str, *, force: bool = False) -> dict[str, Any]:
+    """Add the variant ``cuda-int8`` to a bundle in fp16: weights in 8 bits, for the backend cuda. Returns the verb's report.
+
+    Raises:
+        BundleError, BundleBusyError, BundleExistsError: the bundle can't take the variant.
+        QuantisationError: no weights that can be quantised.
+        OutputError: the file system refused.
+    """
+    from ..extras import require
+
+    require("calibrate")
+    from ...export.quantise.cuda import NAME, write_cuda_variant
+    from ...runtime.files.bundle import locked, open_bundle
+    from ..console import Progress
+
+    bundle, force = path("bundle", bundle), flag("force", force)
+    with locked(bundle), Progress("quantise"):
+        after, report = write_cuda_variant(open_bundle(bundle), force=force)
+    return {
+        "bundle": str(bundle),
+        "variant": NAME,
+        "file": after.manifest.variants[NAME],
+        "products": {"8": report.products, "16": report.left},
+        "bytes_before": report.before,
+        "bytes_after": report.after,
+    }
 
 
 def _check(bundle: Bundle, name: str, precision: CpuPrecision, *, force: bool) -> None:

@@ -1,4 +1,4 @@
-"""``medusa-deploy quantise``: a variant of a bundle's CPU graph with weights in 8 or 4 bits, put into the same bundle."""
+"""``medusa-deploy quantise``: a variant of a bundle's graph with weights in 8 or 4 bits, put into the same bundle."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 from ..making.moments import MOMENT_PROMPTS
 from ..making.variant import BITS
 
-HELP = "add a variant of 8-bit or 4-bit weights for the CPU to a bundle"
+HELP = "add a variant of 8-bit or 4-bit weights to a bundle"
 BLOCKS = (16, 32, 64, 128)
 ROUNDINGS = ("gptq", "nearest")
+_OF_CPU: dict[str, Any] = {"scales": None, "name": None, "bits": 8, "projection_bits": 8, "heads_bits": 8, "block": None}
+_OF_CPU |= {"budget": None, "data": None, "samples": None, "rounding": "gptq", "threads": None}
+"""Choices of the CPU's variants, with their defaults."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..console import add_json_argument, non_negative, positive_int
 
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle that the variant is put into")
+    parser.add_argument(
+        "--backend", choices=("cpu", "cuda"), default="cpu", help="cuda: the graph in fp16 as cuda-int8; no option but --force"
+    )
     parser.add_argument("--scales", type=Path, metavar="FILE", help="what calibrate wrote: its smoothing is applied (advised)")
     parser.add_argument("--name", metavar="NAME", help="of the variant (default: cpu-int8 or cpu-int4)")
     parser.add_argument("--bits", type=int, choices=BITS, default=8, help="of the layers' weights (default: %(default)s)")
@@ -58,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     from ..extras import require
 
     require("calibrate")
+    if args.backend == "cuda":
+        return _run_cuda(args)
     from ...export.quantise.cpu import CpuPrecision
     from ..console import emit
     from ..making.variant import quantise
@@ -79,6 +87,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_cuda(args: argparse.Namespace) -> int:
+    """Quantise the standard graph for the backend cuda, which takes none of the choices that the CPU has.
+
+    Raises:
+        UsageError: names those that were given.
+    """
+    from ...runtime.errors import UsageError
+    from ..console import emit
+    from ..making.variant import quantise_for_cuda
+
+    given = [f"--{name.replace('_', '-')}" for name, default in _OF_CPU.items() if getattr(args, name) != default]
+    if given:
+        raise UsageError(f"{', '.join(given)}: cuda-int8 has 8 bits, rounded to the nearest", hint="leave that out")
+    report = quantise_for_cuda(args.bundle, force=args.force)
+    emit(report_text(report), report, args.json)
+    return 0
+
+
 def report_text(report: Mapping[str, Any]) -> str:
     """Describe the variant that was made."""
     from ..console import facts, human_bytes
@@ -88,10 +114,12 @@ def report_text(report: Mapping[str, Any]) -> str:
         "variant": f"{report['variant']} ({report['file']})",
         "products": products,
         "weights": f"{human_bytes(report['bytes_before'])} to {human_bytes(report['bytes_after'])}",
-        "smoothed": f"{report['smoothed']} activations" + ("" if report["scales"] else " (no scales were given)"),
     }
+    if "smoothed" in report:
+        lines["smoothed"] = f"{report['smoothed']} activations" + ("" if report["scales"] else " (no scales were given)")
     if "budget" in report:
         lines["divergence"] = f"{report['divergence']:.4g} nats of {report['budget']:g}, at {report['positions']} positions"
         lines["kept"] = ", ".join(f"{name} ({bits})" for name, bits in report["kept"].items()) or "nothing needed more bits"
-    run = f"medusa-deploy bench {report['bundle']} --variant {report['variant']}"
+    backend = "" if "smoothed" in report else " --backend cuda"
+    run = f"medusa-deploy bench {report['bundle']}{backend} --variant {report['variant']}"
     return f"{facts(lines)}\n\n{run}"

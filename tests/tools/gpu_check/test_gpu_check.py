@@ -53,6 +53,7 @@ def test_every_stage_measures_what_it_can(measured: dict[str, Any]) -> None:
     stages = measured["stages"]
     assert {name: (stage["error"], stage["wrong"]) for name, stage in stages.items()} == dict.fromkeys(STAGES, (None, {}))
     assert [name for name, stage in stages.items() if stage["status"] == "ok"] == ["memory", "sizes", "overhead", "breakdown"]
+    assert stages["cuda-7b"]["status"] == "partial" and set(stages["cuda-7b"]["results"]) == {"made", "memory", "fp16", "int8"}
     for name in ("doctor", "exact", "curve", "batch"):
         assert "executor cuda" in stages[name]["skipped"], "the executor for a GPU is skipped, with the reason"
     results = {name: stage["results"] for name, stage in stages.items()}
@@ -265,3 +266,4 @@ def test_nothing_but_numpy_is_needed_to_say_what_is_missing(tmp_path: Path) -> N
     assert stages["exact"]["skipped"]["torch"] == missing
     for name in ("memory", "curve", "sizes", "overhead", "breakdown"):
         assert (stages[name]["status"], stages[name]["error"]["message"]) == ("failed", missing)
+    assert stages["cuda-7b"]["status"] == "failed" and "No module named" in stages["cuda-7b"]["error"]["message"]
