@@ -19,7 +19,7 @@ from .service import Options, Service
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+_ROUTER = f"{__package__}.ray_router:SessionRouter"
 _HEALTH_SECONDS = 5.0
 _KINDS: dict[type, Any] = {bool: {"true": True, "1": True, "false": False, "0": False}.__getitem__}
 
@@ -85,7 +85,7 @@ def application(arguments: Mapping[str, Any]) -> Any:
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name="medusa-deploy",
-        max_ongoing_requests=slots + options.max_waiting,
+        max_ongoing_requests=slots + options.max_waiting + slots,  # those beyond the first two are told 429
         max_queued_requests=max(1, options.max_waiting) * most,
         health_check_period_s=_HEALTH_SECONDS,
         graceful_shutdown_timeout_s=options.drain_seconds,

@@ -8,32 +8,12 @@ from __future__ import annotations
 
 import json
 import textwrap
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from string import Formatter
 from typing import Any, NoReturn
 
-MAX_CHARS = 16 << 20
-"""Characters that these functions read and make while a thread renders once: minijinja's budget doesn't count them."""
-
-
-class _Spent(threading.local):
-    chars = 0
-
-
-_spent = _Spent()
-
-
-def begin_rendering() -> None:
-    """Give the functions of this thread their whole budget."""
-    _spent.chars = 0
-
-
-def _spend(chars: int) -> None:
-    _spent.chars += max(chars, 16)
-    if _spent.chars > MAX_CHARS:
-        raise ValueError(f"its functions read more than {MAX_CHARS} characters")
+from .jinja_budget import MAX_WIDTH, bounded, checked_width, size, spend
 
 
 class Undefined:
@@ -116,18 +96,18 @@ def to_json(
     sort_keys: bool = False,
 ) -> str:
     """Write minijinja's JSON as transformers writes it, without escapes for HTML."""
-    _spend(len(text) + _width(indent or 0))
+    spend(len(text) + checked_width(indent or 0))
     value = json.loads(text)
     if value == str(NO_JSON):
         raise TypeError("an undefined value is no JSON")
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    _spend(len(text))
+    spend(len(text))
     return text
 
 
 def to_int(value: Any, default: Any = 0, base: int = 10) -> Any:
     """Return a whole number, or ``default`` for what is none."""
-    if _bounded(value) is UNDEFINED:
+    if bounded(value) is UNDEFINED:
         raise TypeError("an undefined value is no number")
     try:
         return int(value, base) if isinstance(value, str) else int(value)
@@ -140,7 +120,7 @@ def to_int(value: Any, default: Any = 0, base: int = 10) -> Any:
 
 def to_float(value: Any, default: Any = 0.0) -> Any:
     """Return a number, or ``default`` for what is none."""
-    if _bounded(value) is UNDEFINED:
+    if bounded(value) is UNDEFINED:
         raise TypeError("an undefined value is no number")
     try:
         return float(value)
@@ -162,7 +142,7 @@ def sort(value: Any, reverse: bool = False, case_sensitive: bool = False, attrib
 
 def wordcount(value: Any) -> int:
     """Count the words of a text."""
-    return len([word for word in _words(str(_bounded(value))) if word])
+    return len([word for word in _words(str(bounded(value))) if word])
 
 
 def _words(text: str) -> list[str]:
@@ -171,7 +151,7 @@ def _words(text: str) -> list[str]:
 
 def center(value: Any, width: int = 80) -> str:
     """Put spaces around a text."""
-    return str(_bounded(value)).center(_width(width))
+    return str(bounded(value)).center(checked_width(width))
 
 
 def wordwrap(
@@ -189,7 +169,7 @@ def wordwrap(
         )
         for line in _text(value).splitlines()
     ]
-    _spend(_width(len(wrapstring)) * sum(map(len, lines)))
+    spend(checked_width(len(wrapstring)) * sum(map(len, lines)))
     return wrapstring.join(wrapstring.join(wrapped) for wrapped in lines)
 
 
@@ -198,7 +178,7 @@ def percent(pattern: str, values: Any) -> str:
     if "*" in pattern or _has_width(pattern):
         raise ValueError("a format with such a width")
     text = str(pattern % values)
-    _spend(len(text))
+    spend(len(text))
     return text
 
 
@@ -207,7 +187,14 @@ def _has_width(pattern: str) -> bool:
     return any(len(number) > 4 for number in "".join(letter if letter.isdigit() else " " for letter in pattern).split())
 
 
-_MAX_WIDTH = 10_000
+def times(value: Any, count: Any) -> Any:
+    """Multiply; what is repeated counts as read so many times."""
+    for repeated, number in ((value, count), (count, value)):
+        if isinstance(number, int) and not isinstance(repeated, (int, float)):
+            spend(size(repeated) * max(number, 1))
+    return value * count
+
+
 REWRITTEN_METHODS = frozenset(
     ("casefold", "center", "expandtabs", "format", "index", "isdecimal", "isidentifier", "isprintable", "istitle", "ljust",
      "partition", "removeprefix", "removesuffix", "rindex", "rjust", "rpartition", "rsplit", "split", "swapcase", "title",
@@ -225,48 +212,35 @@ def method(value: Any, name: str, *arguments: Any, **named: Any) -> Any:
     if name == "format":
         return _formatted(value, arguments, named)
     if name in ("ljust", "rjust", "center", "zfill", "expandtabs"):
-        _width(arguments[0] if arguments else named.get("tabsize", 0))
-        _spend(value.count("\t") * (arguments[0] if arguments else named.get("tabsize", 8)))
-    return getattr(_bounded(value), name)(*arguments, **named)
+        checked_width(arguments[0] if arguments else named.get("tabsize", 0))
+        spend(value.count("\t") * (arguments[0] if arguments else named.get("tabsize", 8)))
+    return getattr(bounded(value), name)(*arguments, **named)
 
 
 def _formatted(pattern: str, arguments: Sequence[Any], named: Mapping[str, Any]) -> str:
     """Format with Python's ``str.format``, without fields of values and without widths that would make a long string."""
-    for _, field, spec, _ in Formatter().parse(str(_bounded(pattern))):
+    for _, field, spec, _ in Formatter().parse(str(bounded(pattern))):
         if field and not (field.isdecimal() or field.isidentifier()):
             raise ValueError("a format with a field of a value")
         if "{" in (spec or "") or _has_width(spec or ""):
             raise ValueError("a format with such a width")
-        _spend(_MAX_WIDTH if spec else 0)
+        spend(MAX_WIDTH if spec else 0)
     text = pattern.format(*arguments, **named)
-    _spend(len(text))
+    spend(len(text))
     return text
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{type(value).__name__} is not a string")
-    return str(_bounded(value))
-
-
-def _bounded(value: Any) -> Any:
-    if isinstance(value, str):
-        _spend(len(value))
-    return value
-
-
-def _width(width: int) -> int:
-    if width > _MAX_WIDTH:
-        raise ValueError(f"a width of more than {_MAX_WIDTH} characters")
-    _spend(width)
-    return width
+    return str(bounded(value))
 
 
 def _items(value: Any) -> list[Any]:
     if value is None or not is_iterable(value):
         raise TypeError(f"{type(value).__name__} is not iterable")
     items: list[Any] = list(value)
-    _spend(sum(len(item) if isinstance(item, str) else 16 for item in items))
+    spend(sum(len(item) if isinstance(item, str) else 16 for item in items))
     return items
 
 
@@ -301,6 +275,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "wordwrap": wordwrap,
     "_json": to_json,
     "_percent": percent,
+    "_times": times,
     "_method": method,
 }
 TESTS: dict[str, Callable[..., bool]] = {"iterable": is_iterable, "sequence": is_sequence}

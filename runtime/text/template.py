@@ -7,7 +7,8 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import MissingDependencyError, PromptError, TemplateError
-from .jinja_functions import FILTERS, FUNCTIONS, TESTS, RefusedError, begin_rendering
+from .jinja_budget import SpentError, begin_rendering
+from .jinja_functions import FILTERS, FUNCTIONS, TESTS, RefusedError
 from .jinja_source import UnsupportedError, rewrite
 from .unicode import check_json, check_text
 
@@ -22,8 +23,9 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 class ChatTemplate:
     """A compiled chat template. It renders as transformers renders it with jinja2: names, functions, whitespace, thoughts.
 
-    A template reads the messages and nothing else: no files, no Python objects. ``FUEL`` bounds its running time, except for
-    lists nested in themselves many times over: look at a template from an unknown source before you use it.
+    A template reads the messages and nothing else: no files, no Python objects. ``FUEL`` bounds its running time, and a budget of
+    characters what its functions read and what it repeats. A list that is nested in itself many times over is counted by neither:
+    look at a template from an unknown source before you use it.
 
     Raises:
         TemplateError: the template is too long, or isn't valid Jinja.
@@ -89,6 +91,10 @@ class ChatTemplate:
         except RefusedError as error:
             raise TemplateError(
                 f"the chat template refuses the messages: {error}", hint="change the messages accordingly"
+            ) from None
+        except SpentError as error:
+            raise TemplateError(
+                f"the chat template repeats or reads too much: {error}", hint="shorten the messages, or correct the template"
             ) from None
         except self._errors as error:
             if error.kind == "OutOfFuel":

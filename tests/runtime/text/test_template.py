@@ -117,6 +117,27 @@ def test_a_template_without_end_is_stopped(source: str) -> None:
     assert time.process_time() - started < 20
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ 2 * 3 }} {{ 4 / 2 * 3 }} {{ (4 / 2) * 3 }} {{ 10 - 2 * -3 }}", "6 6.0 6.0 16"),
+        ("{{ 2 ** 3 * 2 ** 2 }} {{ 7 // 2 * 2 % 4 }} {{ 1.5 * 2 * 3 }}", "32 2 9.0"),
+        ("{{ '-' * 3 }} {{ ['a'] * 2 }} {{ (2 * [1, 2])|join }} {{ 'a' ~ 'b' * 2 }}", "--- ['a', 'a'] 1212 abb"),
+        ("{% for m in messages %}{{ '=' * loop.index }}{{ loop.index * 2 * messages|length }}{% endfor %}", "=2"),
+        ("{% if 0 %}{% elif 2 * messages|length == 2 %}{{ messages[0 * 1].content * 2 }}{% endif %}", "hihi"),
+    ],
+)
+def test_products_are_those_of_python(source: str, expected: str) -> None:
+    assert ChatTemplate(source).render([{"role": "user", "content": "hi"}]) == expected
+
+
+@pytest.mark.parametrize("source", ["{{ ['a' * 9999] * 9999 }}", "{{ (9999 * messages)[0] * 9999 }}", "{{ 'ab' * 10 ** 9 }}"])
+def test_repetition_without_measure_is_refused_by_name(source: str) -> None:
+    with pytest.raises(TemplateError, match="repeats or reads too much") as caught:
+        ChatTemplate(source).render([{"role": "user", "content": "hi" * 999}])
+    assert "correct the template" in caught.value.hint
+
+
 def test_more_output_than_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medusa_deploy.runtime.text.template.MAX_OUTPUT_CHARS", 20)
     with pytest.raises(TemplateError, match="over the limit of 20"):
