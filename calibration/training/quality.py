@@ -27,9 +27,10 @@ def perplexity(module: Any, sequences: Iterable[tuple[Sequence[int], int]], devi
             if len(tokens) <= given:
                 continue
             ids = torch.tensor([list(tokens)], device=device)
-            logits = module(input_ids=ids[:, :-1], use_cache=False).logits[0, given - 1 :]
+            predicted = len(tokens) - given
+            logits = module(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=predicted).logits[0, -predicted:]
             total += float(functional.cross_entropy(logits.float(), ids[0, given:], reduction="sum"))
-            count += len(tokens) - given
+            count += predicted
     if not count or not math.isfinite(total):
         raise TrainingError(f"the log-likelihood of {count} tokens is {total}", hint="give longer texts, and check the weights")
     return math.exp(total / count)

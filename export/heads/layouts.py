@@ -32,8 +32,8 @@ from ...runtime.files.heads import HeadConfig, HeadSet, PlattScaling, Projection
 from ...runtime.files.heads_file import (
     CONFIG_NAME,
     FORMAT,
-    TENSORS_NAME,
     check_tensors,
+    is_tensors_file,
     named_trees,
     open_heads_folder,
     platt_scaling,
@@ -80,7 +80,7 @@ def read_heads(source: Path | str) -> ReadHeads:
     check_path(source, HeadsError)
     folder = source if source.is_dir() else source.parent
     config, warnings = _config(folder)
-    if config.get("format") == FORMAT and (source.is_dir() or source.name == TENSORS_NAME):
+    if config.get("format") == FORMAT and (source.is_dir() or is_tensors_file(source.name)):
         heads, adapter = open_heads_folder(folder)
         count = heads.config.num_heads
         measured: dict[str, Any] = {name: config[name] for name in ("hit_rates", "path_rates") if name in config}

@@ -1,5 +1,6 @@
 """Reads and writes Medusa heads in this project's own layout: a folder with ``heads.safetensors`` and ``config.json``.
 
+Large heads lie in several files, ``heads-00001-of-00002.safetensors`` and so on: code repositories take files of a few megabytes.
 Tensors have the canonical names of :class:`.heads.HeadSet`. ``config.json`` holds ``format``, ``format_version`` and the fields
 of :class:`.heads.HeadConfig`. Optional fields:
 
@@ -18,7 +19,8 @@ them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,10 @@ FORMAT_VERSION = 2
 _WITHOUT_ADAPTER = 1
 CONFIG_NAME = "config.json"
 TENSORS_NAME = "heads.safetensors"
+FILE_BYTES = 9_500_000
+"""Tensors of more bytes than this are written into several files. A tensor stays whole."""
 MAX_CONFIG_BYTES = 16 << 20
+_PART = re.compile(r"heads-\d{5}-of-(\d{5})\.safetensors")
 _NUMPY_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "I64": "int64", "I32": "int32"}
 _AGAIN = "write the heads again, or copy the whole folder again"
 
@@ -67,11 +72,12 @@ def write_heads(
     config.update(extra or {})
     named_trees(config, heads.config.num_heads)
     platt_scaling(config, heads.config.num_heads)
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in heads.tensors.items()}
-    data = _safetensors().numpy.save(tensors, metadata={"format": FORMAT})
+    parts = _parts({name: np.ascontiguousarray(tensor) for name, tensor in heads.tensors.items()})
     with staged_folder(Path(folder), force=force) as staging:
-        # safetensors' save_file raises an error of its own for a full disk: write the bytes here.
-        (staging / TENSORS_NAME).write_bytes(data)
+        for number, tensors in enumerate(parts, 1):
+            name = TENSORS_NAME if len(parts) == 1 else f"heads-{number:05}-of-{len(parts):05}.safetensors"
+            # safetensors' save_file raises an error of its own for a full disk: write the bytes here.
+            (staging / name).write_bytes(_safetensors().numpy.save(tensors, metadata={"format": FORMAT}))
         if adapter is not None:
             adapter.write(staging / FOLDER)
         (staging / CONFIG_NAME).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", "utf-8")
@@ -93,9 +99,53 @@ def open_heads_folder(folder: Path | str) -> tuple[HeadSet, Adapter | None]:
     raw = read_heads_config(folder)
     config = config_from_json(raw)
     adapter = read_adapter(folder, raw)
-    path = folder / TENSORS_NAME
-    if not path.is_file():
-        raise HeadsError(f"{path} is missing", hint=_AGAIN)
+    tensors: dict[str, np.ndarray] = {}
+    for path in _files(folder):
+        for name, tensor in _read_tensors(path):
+            if name in tensors:
+                raise HeadsError(f"{path} holds {name}, and a file before it does", hint=_AGAIN)
+            tensors[name] = tensor
+    heads = HeadSet(config, tensors)
+    check_tensors(heads)
+    return heads, adapter
+
+
+def is_tensors_file(name: str) -> bool:
+    """Tell whether a file of this name holds heads in this layout."""
+    return name == TENSORS_NAME or _PART.fullmatch(name) is not None
+
+
+def _parts(tensors: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Divide tensors, in their order, among files of at most ``FILE_BYTES`` and at least one tensor."""
+    parts: list[dict[str, np.ndarray]] = [{}]
+    for name, tensor in tensors.items():
+        if parts[-1] and sum(each.nbytes for each in parts[-1].values()) + tensor.nbytes > FILE_BYTES:
+            parts.append({})
+        parts[-1][name] = tensor
+    return parts
+
+
+def _files(folder: Path) -> list[Path]:
+    """Find the files of a folder's tensors: one, or all parts."""
+    parts = sorted(path for path in folder.iterdir() if _PART.fullmatch(path.name))
+    whole = folder / TENSORS_NAME
+    if whole.is_file():
+        if parts:
+            raise HeadsError(f"{folder} holds {TENSORS_NAME} and {parts[0].name}", hint="remove those of other heads")
+        return [whole]
+    if not parts:
+        raise HeadsError(f"{whole} is missing", hint=_AGAIN)
+    count = int(parts[0].name.split("-of-")[1][:5])
+    for number in range(1, count + 1):
+        path = folder / f"heads-{number:05}-of-{count:05}.safetensors"
+        if path not in parts:
+            raise HeadsError(f"{path} is missing", hint=_AGAIN)
+    if len(parts) != count:
+        raise HeadsError(f"{folder} holds {len(parts)} files of heads, and {parts[0].name} is one of {count}", hint=_AGAIN)
+    return parts
+
+
+def _read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     library = _safetensors()
     try:
         with library.safe_open(path, framework="numpy") as file:
@@ -107,12 +157,10 @@ def open_heads_folder(folder: Path | str) -> tuple[HeadSet, Adapter | None]:
                     f"{path.name} holds {unusable[0]} as {kinds[unusable[0]]}",
                     hint=f"this layout knows {', '.join(_NUMPY_DTYPES)}",
                 )
-            tensors = {name: file.get_tensor(name) for name in names}
+            for name in names:
+                yield name, file.get_tensor(name)
     except (library.SafetensorError, OSError) as error:
         raise HeadsError(f"{path} can't be read: {error}", hint="the file is damaged or truncated: copy it again") from error
-    heads = HeadSet(config, tensors)
-    check_tensors(heads)
-    return heads, adapter
 
 
 def read_heads_config(folder: Path | str) -> dict[str, Any]:

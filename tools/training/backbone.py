@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,7 +149,7 @@ def _within_budget(
 
     def level(share: float) -> float:
         keep_share(module, share)
-        return perplexity(module, judged, device)
+        return perplexity(module, _shown(f"judging a share of {share:.2f}", judged), device)
 
     module.to(device)
 
@@ -187,9 +187,18 @@ def _perplexities(module: Any, texts: Mapping[str, list[tuple[list[int], int]]],
     from ...calibration.training.quality import perplexity
 
     module.to(device)
-    found = {name: perplexity(module, part, device) for name, part in texts.items() if part}
+    found = {name: perplexity(module, _shown(f"reading {name}", part), device) for name, part in texts.items() if part}
     module.to("cpu")
     return found
+
+
+def _shown(what: str, texts: Sequence[tuple[list[int], int]]) -> Iterator[tuple[list[int], int]]:
+    from ..console import Progress
+
+    with Progress(what, len(texts)) as bar:
+        for done, text in enumerate(texts, 1):
+            yield text
+            bar.update(done)
 
 
 def _text(encoder: PromptEncoder, tokens: list[int]) -> Any:

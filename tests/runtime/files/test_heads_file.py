@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from medusa_deploy.export.heads.layouts import read_heads
 from medusa_deploy.runtime.errors import BundleExistsError, HeadsError, OutputError, TreeError
+from medusa_deploy.runtime.files import heads_file
 from medusa_deploy.runtime.files.heads import HeadConfig, HeadSet
 from medusa_deploy.runtime.files.heads_file import (
     CONFIG_NAME,
@@ -202,6 +204,41 @@ def test_truncated_tensors_are_refused(folder: Path, size: int) -> None:
     with pytest.raises(HeadsError, match="can't be read") as caught:
         read_heads_folder(folder)
     assert "truncated" in caught.value.hint
+
+
+@pytest.fixture
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Heads whose every tensor is larger than a file should be."""
+    monkeypatch.setattr(heads_file, "FILE_BYTES", 1)
+    heads = make_heads()
+    write_heads(heads, tmp_path / "parts")
+    found = sorted((tmp_path / "parts").glob("*.safetensors"))
+    assert len(found) == len(heads.tensors)
+    return found
+
+
+def test_large_heads_lie_in_several_files(parts: list[Path]) -> None:
+    assert read_heads_folder(parts[0].parent).digest() == make_heads().digest()
+    assert read_heads(parts[0].parent).heads.digest() == read_heads(parts[1]).heads.digest() == make_heads().digest()
+
+
+def test_a_missing_part_and_one_too_many_are_named(parts: list[Path]) -> None:
+    first, second = parts[0].read_bytes(), parts[1].read_bytes()
+    parts[1].unlink()
+    with pytest.raises(HeadsError, match=rf"{parts[1].name} is missing"):
+        read_heads_folder(parts[0].parent)
+    parts[1].write_bytes(first)
+    with pytest.raises(HeadsError, match=f"{parts[1].name} holds .*, and a file before it does"):
+        read_heads_folder(parts[0].parent)
+    parts[1].write_bytes(second)
+    other = parts[0].with_name("heads-00001-of-00002.safetensors")
+    other.write_bytes(first)
+    with pytest.raises(HeadsError, match=r"is missing|files of heads"):
+        read_heads_folder(parts[0].parent)
+    other.unlink()
+    parts[0].with_name(TENSORS_NAME).write_bytes(first)
+    with pytest.raises(HeadsError, match=f"holds {TENSORS_NAME} and {parts[0].name}"):
+        read_heads_folder(parts[0].parent)
 
 
 def test_missing_files_are_named(folder: Path) -> None:
