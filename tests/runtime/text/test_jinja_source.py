@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from medusa_deploy.runtime.text.jinja_source import UnsupportedError, rewrite
+from medusa_deploy.runtime.text.jinja_source import rewrite
+from medusa_deploy.runtime.text.jinja_writer import UnsupportedError
 
 
 @pytest.mark.parametrize(
