@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak lint clean
+.PHONY: help setup demo test soak figure lint clean
 
 help:
 	@echo "make demo    get the real model, export it with its heads, generate, measure: build/demo/"
 	@echo "make test    run all tests"
 	@echo "make soak    run tests/soak and tests/attacks in full, half an hour, and write benchmarks/results/soak.json"
+	@echo "make figure  draw docs/speedup.svg from the committed reports of model sizes"
 	@echo "make lint    ruff, mypy, import direction"
 	@echo "make setup   install everything that developing needs into $(VENV)"
 	@echo "make clean   remove $(VENV), build/ and caches"
@@ -28,6 +29,12 @@ test: $(VENV)/dev.stamp
 
 soak: $(VENV)/dev.stamp
 	MEDUSA_DEPLOY_SOAK=full MEDUSA_DEPLOY_SOAK_REPORT=benchmarks/results/soak.json $(BIN)/python -m pytest tests/soak tests/attacks
+
+# In the order of their size.
+SIZES = smollm2-135m qwen2.5-coder-0.5b qwen2.5-coder-1.5b
+figure: $(VENV)/dev.stamp
+	$(BIN)/medusa-deploy figure $(foreach size,$(SIZES),$(sort $(wildcard benchmarks/results/$(size)-medusa-?-*.json))) \
+		-o docs/speedup.svg --force
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check

@@ -1,7 +1,7 @@
 """One size of the figure: its bundles and their variants in one run, whose ways take turns prompt by prompt.
 
 Usage: ``python benchmarks/model_sizes.py LABEL BUNDLE [BUNDLE …]``: Medusa-1, then Medusa-2. Every bundle and variant gets a
-report as ``medusa-deploy bench`` writes it, with ``by_category`` in it.
+report as ``medusa-deploy bench`` writes it, with ``label``, ``stage``, ``precision`` and ``by_category`` in it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def report(session: Session, runs: Runs, lines: Sequence[PromptLine], tokens: in
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("label", help="of the model, in the reports' names: results/LABEL-medusa-1-fp32.json")
+    parser.add_argument("label", help='of the model in tables and in the figure, for instance "SmolLM2 135M"')
     parser.add_argument("bundles", type=Path, nargs="+", help="Medusa-1, then Medusa-2")
     parser.add_argument("--variants", default="cpu,cpu-int8", help="those that every bundle has (default: %(default)s)")
     parser.add_argument("--count", type=int, default=32, help="held-out prompts (default: %(default)s)")
@@ -77,14 +77,16 @@ def main() -> int:
     parser.add_argument("--fixed-rows", default="", help="also measure so many rows in every step, for instance 4,8")
     args = parser.parse_args()
     lines, fixed = heldout_prompts()[: args.count], [int(rows) for rows in args.fixed_rows.split(",") if rows]
-    sessions = {}
+    sessions, names = {}, {}
     for stage, bundle in enumerate(args.bundles, start=1):
         for variant in args.variants.split(","):
-            name = f"{args.label}-medusa-{stage}-{VARIANTS.get(variant, variant)}"
+            precision = VARIANTS.get(variant, variant)
+            name = f"{args.label.lower().replace(' ', '-')}-medusa-{stage}-{precision}"
+            names[name] = {"label": args.label, "stage": stage, "precision": precision}
             sessions[name] = load(bundle, variant=variant)
     runs = interleaved(sessions, lines, fixed, args.max_new_tokens)
     for name, session in sessions.items():
-        found = report(session, runs[name], lines, args.max_new_tokens)
+        found = names[name] | report(session, runs[name], lines, args.max_new_tokens)
         write_json(found, RESULTS / f"{name}.json")
         print(f"{name}\n{describe(found)}\n")
         for category, ways in found["by_category"].items():

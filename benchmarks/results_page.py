@@ -11,16 +11,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from family.page import PAGE as FAMILIES, REPORT as OF_FAMILIES, page as families_page
-from results_sections import engines, quality, sizes, slots, speed
-from results_sections.markdown import ROOT, report, table, wrapped
+from results_sections import engines, model_sizes, quality, sizes, slots, speed
+from results_sections.markdown import ROOT, report, wrapped
 
 COMMAND = "python benchmarks/results_page.py"
 PAGE, README, GPU = ROOT / "docs" / "results.md", ROOT / "README.md", ROOT / "docs" / "gpu.md"
 START, END = "<!-- results -->", "<!-- end -->"
 SECTIONS = (
+    model_sizes.section,
     speed.medusa,
     speed.peers,
     slots.at_once,
@@ -53,29 +53,12 @@ def page() -> str:
 
 
 def readme_block() -> str:
-    """The README's table, and two sentences that say how it was measured."""
-    first, second, peers = report("smollm2-grounded"), report("smollm2-medusa-2"), report(speed.PEERS)["systems"]
-    plain, medusa, llama = peers["ours-plain"], peers["ours-medusa"], peers["llama.cpp"]
-    rows = [
-        ("plain", first["plain"]["tokens_per_s"], 1.0, 1.0),
-        _bench_row("Medusa-1 + prompt lookup", first),
-        _bench_row("Medusa-2 + prompt lookup", second),
-        ("llama.cpp F32", llama["tokens_per_s"], speed.ratio(llama, plain), 1.0),
-    ]
-    shown = [(name, f"{rate:.1f}", f"{ratio:.2f}×", f"{length:.2f}") for name, rate, ratio, length in rows]
-    environment = first["environment"]
-    header = ("32-bit floats (fp32)", "tokens/s", "× plain in the same run", "tokens a step")
-    return wrapped(f"""{table(header, shown)}
-
-SmolLM2-135M-Instruct, greedy, {first["prompts"]} held-out chat prompts of at most {first["max_new_tokens"]} new tokens,
-{environment["cores"]} cores of an {environment["cpu"]}, medians of {first["repeats"]} runs.
-llama.cpp's run counts reading the prompt, too: beside its {llama["tokens_per_s"]:.1f} tokens/s,
-plain decoding had {plain["tokens_per_s"]:.1f} and Medusa-1 {medusa["tokens_per_s"]:.1f}.""")
-
-
-def _bench_row(name: str, found: dict[str, Any]) -> tuple[str, float, float, float]:
-    way = found["medusa"]
-    return name, way["tokens_per_s"], way["speedup"], way["mean_acceptance_length"]
+    """The README's table, and how it was measured; plain decoding beside another engine's."""
+    peers = report(speed.PEERS)["systems"]
+    plain, llama = peers["ours-plain"], peers["llama.cpp"]
+    ratio = speed.ratio(llama, plain)
+    beside = f"llama.cpp F32 has {ratio:.2f} times the speed of plain decoding (SmolLM2, with prefill)."
+    return f"{model_sizes.readme_table()}\n\n{wrapped(beside)}"
 
 
 def with_block(text: str, block: str) -> str:

@@ -25,11 +25,9 @@ def exists(name: str) -> bool:
     return (RESULTS / f"{name}.json").is_file()
 
 
-def heads_record(name: str) -> dict[str, Any]:
-    """The record of the committed heads in the folder ``name``."""
-    path = ROOT / "heads" / "smollm2-135m-instruct" / name / "config.json"
-    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return found
+def heads_records(model: str) -> dict[str, dict[str, Any]]:
+    """The records of a model's committed heads, by the names of their folders."""
+    return {path.parent.name: json.loads(path.read_text("utf-8")) for path in (ROOT / "heads" / model).glob("*/config.json")}
 
 
 def link(name: str, text: str = "report") -> str:

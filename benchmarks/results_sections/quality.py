@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from .markdown import MIB, change, heads_record, link, rate, report, share, signed, table
+from .markdown import MIB, change, heads_records, link, rate, report, share, signed, table
 
 _VERIFIED = {
-    "verify-prompts-1-50": "grounded heads, prompts 1 to 50",
-    "verify-prompts-51-100": "grounded heads, prompts 51 to 100",
-    "verify-medusa-2": "Medusa-2",
-    "verify-medusa": "heads of the paper's form",
+    "verify-prompts-1-50": "SmolLM2, grounded heads, prompts 1 to 50",
+    "verify-prompts-51-100": "SmolLM2, grounded heads, prompts 51 to 100",
+    "verify-medusa-2": "SmolLM2, Medusa-2",
+    "verify-medusa": "SmolLM2, heads of the paper's form",
+    "verify-qwen2.5-coder-0.5b": "Qwen2.5-Coder 0.5B, grounded heads",
 }
 _TOGETHER = "verify-slots-fp32"
 
@@ -30,7 +31,10 @@ def exactness() -> str:
         (
             way,
             str(entry["rows"] or "chosen"),
-            *(f"{found['trees'][way]['mean_acceptance_length']:.3f}" for found in reports.values()),
+            *(
+                f"{found['trees'][way]['mean_acceptance_length']:.3f}" if way in found["trees"] else "–"
+                for found in reports.values()
+            ),
         )
         for way, entry in ways.items()
     ]
@@ -64,35 +68,54 @@ The ways and their mean acceptance lengths, in the same order of reports:
 
 
 _HEADS = {"medusa": "paper's form", "grounded": "grounded", "medusa-2": "Medusa-2"}
+_TRAINED = {
+    "smollm2-135m-instruct": "SmolLM2-135M-Instruct",
+    "qwen2.5-coder-0.5b-instruct": "Qwen2.5-Coder-0.5B-Instruct",
+    "qwen2.5-coder-1.5b-instruct": "Qwen2.5-Coder-1.5B-Instruct",
+}
 
 
 def heads() -> str:
     """Hit rates of the committed heads, and what Medusa-2 does to the backbone."""
-    records = {name: heads_record(name) for name in _HEADS}
-    held = [found["hit_rates"]["heldout"] for found in records.values()]
-    rows = [
-        (str(head + 1), *(f"{rate(found[head][0])} / {rate(sum(found[head][:5]))}" for found in held))
-        for head in range(records["grounded"]["num_heads"])
-    ]
-    before, after = (records["medusa-2"]["quality"][key] for key in ("backbone", "tuned"))
-    answers = "the backbone's own answers"
+    records = {name: heads_records(folder) for folder, name in _TRAINED.items()}
+    links = [f"[{name}](../heads/{folder}/README.md)" for folder, name in _TRAINED.items() if records[name]]
+    tuned = [_tuned(name, found["medusa-2"]) for name, found in records.items() if "medusa-2" in found]
+    header = ("model", "tokens of answers", "head", *(f"{name}: top-1 / top-5" for name in _HEADS.values()))
     grounded, second = report("smollm2-grounded"), report("smollm2-medusa-2")
     first_lengths = [grounded[key]["mean_acceptance_length"] for key in ("medusa", "heads_only")]
     second_lengths = [second[key]["mean_acceptance_length"] for key in ("medusa", "heads_only")]
     return f"""## Heads
 
-How often a head's best candidate is right, and one of its 5 best, on answers to held-out prompts
-([how the heads were made](../heads/smollm2-135m-instruct/README.md)):
+How often a head's best candidate is right, and one of its 5 best, on answers to held-out prompts. How the heads were made:
+{", ".join(links)}.
 
-{table(("head", *(f"{name}: top-1 / top-5" for name in _HEADS.values())), rows, texts=4)}
+{table(header, _hit_rates(records), texts=6)}
 
-Medusa-2 moves the perplexity of the backbone's own held-out answers from {before[answers]:.3f} to {after[answers]:.3f},
-and that of held-out prose from {before["prose"]:.1f} to {after["prose"]:.1f}. That buys little: {second_lengths[0]:.2f} tokens
-a step instead of {first_lengths[0]:.2f} with prompt lookup, {second_lengths[1]:.2f}
-instead of {first_lengths[1]:.2f} without. The speed-ups
+Medusa-2 moves perplexities:
+
+{table(("", "own held-out answers", "held-out prose"), tuned)}
+
+That buys SmolLM2 little: {second_lengths[0]:.2f} tokens a step instead of {first_lengths[0]:.2f} with prompt lookup,
+{second_lengths[1]:.2f} instead of {first_lengths[1]:.2f} without. The speed-ups
 [above](#medusa-beside-plain-decoding) are of minutes in which the machine read memory at different speeds. All that was learnt,
 with an earlier lookup, accepted 2.32 tokens a step instead of 2.1, at +10.7 % perplexity
 ([the second stage and its budget](notes/heads.md#the-second-stage-and-its-budget))."""
+
+
+def _hit_rates(records: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    for model, found in records.items():
+        for head in range(max((each["num_heads"] for each in found.values()), default=0)):
+            cells = []
+            for form in _HEADS:
+                rates = found[form]["hit_rates"]["heldout"][head] if form in found else []
+                cells.append(f"{rate(rates[0])} / {rate(sum(rates[:5]))}" if rates else "–")
+            yield model, f"{found['grounded']['tokens']['train']:,}", str(head + 1), *cells
+
+
+def _tuned(model: str, found: Mapping[str, Any]) -> tuple[str, str, str]:
+    before, after = (found["quality"][key] for key in ("backbone", "tuned"))
+    answers = "the backbone's own answers"
+    return model, f"{before[answers]:.3f} to {after[answers]:.3f}", f"{before['prose']:.1f} to {after['prose']:.1f}"
 
 
 def path_heads() -> str:

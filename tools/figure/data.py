@@ -101,8 +101,8 @@ def figure_data(
 ) -> FigureData:
     """Build the figure of bench reports by file. Reports with one label and the same settings share a group.
 
-    ``labels`` name models; a file without one is named by its stem. ``stages`` are 1 or 2; without one the report says it, else
-    1.
+    ``labels`` name models. A file without one is named by the ``label`` in it, else by its stem. ``stages`` are 1 or 2; without
+    one the report says it, else 1.
 
     Raises:
         UsageError: no report, one of another schema or without steps, a label or stage for no report, or a stage twice.
@@ -119,10 +119,11 @@ def figure_data(
         stage = stages.get(path) or report["environment"]["bundle"].get("stage", 1)
         if stage not in (1, 2):
             raise UsageError(f"{path}: stage {stage!r} is neither 1 nor 2", hint="say which with --stage")
-        group = parts.setdefault((labels.get(path, path.stem), precision(report), settings(report)), [])
+        model = labels.get(path) or str(report.get("label", path.stem))
+        group = parts.setdefault((model, precision(report), settings(report)), [])
         if stage in (earlier for earlier, _ in group):
             raise UsageError(
-                f"{path} is a second report of Medusa-{stage} for {labels.get(path, path.stem)}",
+                f"{path} is a second report of Medusa-{stage} for {model}",
                 hint="tell them apart with --label FILE=NAME or --stage FILE=2",
             )
         group.append((stage, report))

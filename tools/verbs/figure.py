@@ -28,7 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the picture: .svg or .png")
     parser.add_argument(
-        "--label", action="append", default=[], metavar="FILE=NAME", help="a report's model (default: the file's name)"
+        "--label",
+        action="append",
+        default=[],
+        metavar="FILE=NAME",
+        help="a report's model (default: the label in it, or the file's name)",
     )
     parser.add_argument(
         "--stage", action="append", default=[], metavar="FILE=1|2", help="whether a report's heads are Medusa-1 or Medusa-2"

@@ -19,6 +19,7 @@ from medusa_deploy.tools import extras
 from medusa_deploy.tools.cli import OK, USER_ERROR, main
 from medusa_deploy.tools.figure.data import figure_data
 from medusa_deploy.tools.figure.draw import describe, draw
+from medusa_deploy.tools.figure.sizes import draw_sizes
 from medusa_deploy.tools.verbs.figure import draw_figure
 
 ROOT = Path(__file__).parents[3]
@@ -249,18 +250,30 @@ def test_help_does_not_import_matplotlib() -> None:
 
 def test_the_committed_figure_says_what_the_committed_results_say() -> None:
     committed = COMMITTED.read_text("utf-8")
-    results = {path: json.loads(path.read_text("utf-8")) for path in (RESULTS, RESULTS.with_name("smollm2-medusa-2.json"))}
-    labels = dict.fromkeys(results, "SmolLM2-135M-Instruct")
-    data = figure_data(results, labels=labels)
+    sizes = re.findall(r"^SIZES = (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)[0].split()
+    paths = [path for size in sizes for path in sorted(RESULTS.parent.glob(f"{size}-medusa-?-*.json"))]
+    results = {path: json.loads(path.read_text("utf-8")) for path in paths}
+    data = figure_data(results)
     [described] = re.findall(r'<desc id="desc">(.*?)</desc>', committed, re.DOTALL)
-    assert unescape(described) == describe(data)
+    assert unescape(described) == describe(data), "run make figure"
     # Ticks are matplotlib's choice and may change with its version; everything else is ours.
-    ours = [text for text in texts(draw(data, "svg").decode()) if not text.isdigit()]
-    assert [text for text in texts(committed) if not text.isdigit()] == ours
+    ours = [text for text in texts(draw_sizes(data, "svg").decode()) if not is_number(text)]
+    assert [text for text in texts(committed) if not is_number(text)] == ours, "run make figure"
     for report in results.values():
         for way in ("medusa", "heads_only"):
             assert f"{report[way]['speedup']:.2f}×" in ours
-            assert f"{report[way]['tokens_per_s']:.1f}" in ours
+            assert f"{report[way]['tokens_per_s']:.1f}" in texts(committed)
     other = copy.deepcopy(results)
-    other[RESULTS]["medusa"]["speedup"] += 0.1
-    assert describe(figure_data(other, labels=labels)) != describe(data)
+    other[paths[0]]["medusa"]["speedup"] += 0.1
+    assert describe(figure_data(other)) != describe(data)
+
+
+def is_number(text: str) -> bool:
+    return re.fullmatch(r"[0-9.]+", text) is not None
+
+
+def test_a_report_may_say_its_label() -> None:
+    labelled = report(label="A model")
+    assert figure_data({ONE: labelled}).groups[0].model == "A model"
+    assert figure_data({ONE: labelled}, labels={ONE: "Another"}).groups[0].model == "Another"
+    assert figure_data({ONE: report()}).groups[0].model == "one"
