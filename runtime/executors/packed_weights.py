@@ -77,8 +77,8 @@ def shared_graphs(
 
 
 def _make(
-    source: Path, graph: Path, known: Mapping[str, list[bytes]] | None, save: Callable[[Path, Path, Mapping[str, str]], None]
-) -> Mapping[str, list[bytes]]:
+    source: Path, graph: Path, known: dict[str, list[bytes]] | None, save: Callable[[Path, Path, Mapping[str, str]], None]
+) -> dict[str, list[bytes]]:
     """Save the twin of one graph, over the weights at ``known`` places if it has the same. Returns where weights lie.
 
     Raises:

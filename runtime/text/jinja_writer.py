@@ -42,7 +42,7 @@ class _Level:
     pending: bool = False  # whether the newest operand is the right side of a format
     drops: tuple[str, ...] = ()  # names of arguments that are dropped: minijinja takes them by position
     term: int | None = None  # where the newest product or quotient begins
-    factor: str | None = None  # left side of a product whose right side is being written, from ``term`` on
+    factors: list[str] = field(default_factory=list)  # of a product whose last one is being written, from ``term`` on
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class _Writer:
 
     def begin(self) -> None:
         level = self.levels[-1]
-        if level.term is None or (level.operand and level.factor is None):
+        if level.term is None or (level.operand and not level.factors):
             level.term = len(self.out)
         level.start, level.operand = len(self.out), True
 
@@ -76,10 +76,9 @@ class _Writer:
     def finish_product(self) -> None:
         """Write a product behind its right side."""
         level = self.levels[-1]
-        if level.factor is not None and level.term is not None:
-            product = _product(level.factor, "".join(self.out[level.term :]))
-            self.out[level.term :] = [product]
-            level.factor, level.start = None, level.term
+        if level.factors and level.term is not None:
+            self.out[level.term :] = [_product([*level.factors, "".join(self.out[level.term :])])]
+            level.factors, level.start = [], level.term
 
     def finish_format(self) -> None:
         """Close a format behind its right side."""
@@ -161,7 +160,7 @@ class _Writer:
             return self.attribute(index, follower)
         if level.operand and text == "|":
             return self.filter(index, follower)
-        if level.operand and text in _PRODUCTS:
+        if level.operand and text in _PRODUCTS[1:]:
             self.finish_product()
         newest = "".join(self.out[level.start :]).rstrip() if text == "%" and level.operand else ""
         if newest[:1] in ("'", '"') and newest == self.out[level.start]:
@@ -171,12 +170,14 @@ class _Writer:
             return index + 1
         self.finish_format()
         if text == "*" and level.operand and level.term is not None:
-            level.factor = "".join(self.out[level.term :])
+            level.factors.append("".join(self.out[level.term :]))
             del self.out[level.term :]
         elif level.operand or text != "+":
             if level.operand and text not in ("**", *_PRODUCTS):
                 self.finish_product()
                 level.term = None
+            elif not level.operand and text == "-" and level.term is None:
+                level.term = len(self.out)
             self.out.append(text)
         level.operand = False
         return index + 1
@@ -217,16 +218,17 @@ class _Writer:
         return call + 1
 
 
-def _product(left: str, right: str) -> str:
-    """Return the product of two operands: of numbers as minijinja multiplies, which keeps 2.0 apart from 2."""
-    if _FRACTION.fullmatch(left) or _FRACTION.fullmatch(right):
-        return f"{left}*{right}"
-    space = right[len(right.rstrip()) :]
-    left, right = left.strip(), right.strip()
-    repeated = f"(({left})|_times({right}))"
-    if _TWICE.search(left) or _TWICE.search(right):  # must not be written, or evaluated, several times
-        return repeated + space
-    return f"({left} * {right} if ({left}) is number and ({right}) is number else {repeated}){space}"
+def _product(factors: list[str]) -> str:
+    """Return the product of operands: of numbers as minijinja multiplies, which keeps 2.0 apart from 2."""
+    space = factors[-1][len(factors[-1].rstrip()) :]
+    if any(_FRACTION.fullmatch(factor) for factor in factors):
+        return "*".join(factors)
+    first, *others = [factor.strip() for factor in factors]
+    repeated = f"({first})" + "".join(f"|_times({other})" for other in others)
+    if any(_TWICE.search(factor) for factor in factors):  # must not be written, or evaluated, several times
+        return f"({repeated}){space}"
+    numbers = " and ".join(f"({factor}) is number" for factor in (first, *others))
+    return f"({' * '.join((first, *others))} if {numbers} else {repeated}){space}"
 
 
 def _check_number(text: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 from ..errors import MissingDependencyError, PromptError, TemplateError
 from .jinja_budget import SpentError, begin_rendering
 from .jinja_functions import FILTERS, FUNCTIONS, TESTS, RefusedError
-from .jinja_source import UnsupportedError, rewrite
+from .jinja_source import rewrite
+from .jinja_writer import UnsupportedError
 from .unicode import check_json, check_text
 
 MAX_TEMPLATE_CHARS = 1 << 20

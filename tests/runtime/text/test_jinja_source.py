@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from medusa_deploy.runtime.text.jinja_source import UnsupportedError, rewrite
+from medusa_deploy.runtime.text.jinja_source import rewrite
+from medusa_deploy.runtime.text.jinja_writer import UnsupportedError
 
 
 @pytest.mark.parametrize(
@@ -28,10 +29,10 @@ from medusa_deploy.runtime.text.jinja_source import UnsupportedError, rewrite
         ("{% set kwargs = 1 %}{% macro m(varargs) %}{{ varargs ~ kwargs }}{% endmacro %}{{ kwargs }}",
          "{% set kwargs = 1 %}{% macro m(varargs) %}{{ varargs ~ kwargs }}{% endmacro %}{{ kwargs }}"),
         ("{{ +1 - +2 }}", "{{ 1 - 2 }}"),
-        ("{{ a / b * c + 1 }}", "{{ (a / b * c if (a / b) is number and (c) is number else ((a / b)|_times(c))) + 1 }}"),
+        ("{{ a / b * c + 1 }}", "{{ (a / b * c if (a / b) is number and (c) is number else (a / b)|_times(c)) + 1 }}"),
         ("{{ f(x) * n }}", "{{ ((f(x))|_times(n)) }}"),
-        ("{{ a * b * c|int }}",
-         "{{ (((a * b if (a) is number and (b) is number else ((a)|_times(b))))|_times(c|default(_undefined)|int)) }}"),
+        ("{{ a * b * c }}",
+         "{{ (a * b * c if (a) is number and (b) is number and (c) is number else (a)|_times(b)|_times(c)) }}"),
         ("{% if 0 %}{% elif a * 2.0 and b %}", "{% if 0 %}{% elif a * 2.0 and b %}"),
         ("{%- generation -%}a{% endgeneration %}", "{%- with -%}a{% endwith %}"),
         ("{{ '{% generation %}' }}{# {% generation %} #}", "{{ '{% generation %}' }}{# {% generation %} #}"),

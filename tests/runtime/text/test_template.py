@@ -121,7 +121,7 @@ def test_a_template_without_end_is_stopped(source: str) -> None:
     ("source", "expected"),
     [
         ("{{ 2 * 3 }} {{ 4 / 2 * 3 }} {{ (4 / 2) * 3 }} {{ 10 - 2 * -3 }}", "6 6.0 6.0 16"),
-        ("{{ 2 ** 3 * 2 ** 2 }} {{ 7 // 2 * 2 % 4 }} {{ 1.5 * 2 * 3 }}", "32 2 9.0"),
+        ("{{ 2 ** 3 * 2 ** 2 }} {{ 7 // 2 * 2 % 4 }} {{ 1.5 * 2 * 3 }} {{ -1 % 3 * 2 }}|{{ -2 * 'a' }}|", "32 2 9.0 4||"),
         ("{{ '-' * 3 }} {{ ['a'] * 2 }} {{ (2 * [1, 2])|join }} {{ 'a' ~ 'b' * 2 }}", "--- ['a', 'a'] 1212 abb"),
         ("{% for m in messages %}{{ '=' * loop.index }}{{ loop.index * 2 * messages|length }}{% endfor %}", "=2"),
         ("{% if 0 %}{% elif 2 * messages|length == 2 %}{{ messages[0 * 1].content * 2 }}{% endif %}", "hihi"),
