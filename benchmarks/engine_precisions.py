@@ -46,6 +46,8 @@ WAYS: dict[str, tuple[str, dict[str, Any], bool, bool]] = {
     "int4 with the projection, smoothed, GPTQ": ("int4", {"projection": "int4"}, True, True),
     "fp8, weights": ("fp8", {}, False, False),
     "fp8, weights and activations": ("fp8", {}, True, False),
+    "fp8, GPTQ, weights and activations": ("fp8", {}, True, True),
+    "fp8 with projection and heads, weights and activations": ("fp8", {"projection": "fp8", "heads": "fp8"}, True, False),
     "fp8, projection fp16": ("fp8", {"projection": "fp16"}, True, False),
 }
 """Ways to build an engine, by the name in the report."""

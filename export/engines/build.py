@@ -93,10 +93,10 @@ def build_engines(
 ) -> list[dict[str, Any]]:
     """Build an engine for each target into ``engines/<target>`` of the bundle and list it in the manifest.
 
-    ``moments``: what GPTQ rounds int4 weights with; None rounds to the nearest. ``resume``: keep the engines that were built from
-    the same files, by the same version, with the same options. An interrupted build leaves the bundle as it was. A build that is
-    killed leaves files on disk, which the next one removes. Returns seconds (0 for an engine that was kept), bytes and the record
-    of each target.
+    ``moments``: what GPTQ rounds int4 and fp8 weights with; None rounds to the nearest. ``resume``: keep the engines that were
+    built from the same files, by the same version, with the same options. An interrupted build leaves the bundle as it was. A
+    build that is killed leaves files on disk, which the next one removes. Returns seconds (0 for an engine that was kept), bytes
+    and the record of each target.
 
     Raises:
         BundleError: no bundle, or files that aren't its own.
@@ -141,9 +141,10 @@ def build_engines(
 
 
 def _rounding(options: EngineOptions, moments: GptqMoments | None) -> dict[str, object]:
-    if "int4" not in options.quantised.precisions(options.precision):
-        return {}
-    return {"rounding": "nearest"} if moments is None else {"rounding": "gptq", "data_sha256": moments.data_sha256}
+    precisions = options.quantised.precisions(options.precision)
+    if moments is None:
+        return {"rounding": "nearest"} if "int4" in precisions else {}
+    return {"rounding": "gptq", "data_sha256": moments.data_sha256} if {"int4", "fp8"} & precisions else {}
 
 
 def _resolved(tensorrt: TensorRT, plan: EnginePlan) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ def network_source(
 ) -> Iterator[NetworkSource]:
     """Provide the files to parse, valid inside the block. Files that have to be made go into the empty folder ``scratch``.
 
-    ``moments``: E[xᵀx] by the names of weights, for int4.
+    ``moments``: E[xᵀx] by the names of weights, for int4 and fp8.
 
     Raises:
         UsageError, ScalesError: see :func:`check_source`; or a layer to keep isn't there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,9 @@ from ...runtime.arguments import MAX_INTEGER, integers, settings, settle, string
 from ...runtime.errors import UsageError
 from ...runtime.executors import step_io
 from ...runtime.files.bundle import Bundle, sha256
-from ...runtime.files.engine_record import Profile, Range
+from ...runtime.files.engine_record import OLDEST_TARGETS, Profile, Range
 from ...runtime.files.manifest import Manifest
-from ..quantise.engine_formats import DEFAULT_BLOCK, check_format
+from ..quantise.engine_formats import DEFAULT_BLOCK
 from ..quantise.w8a8 import DEFAULTS, PrecisionOptions
 from .features import TIMING_CACHE, check_features, features_of
 from .network import check_source, weights_bytes
@@ -182,3 +183,17 @@ def step_sizes(profile: Profile) -> dict[str, Range]:
     """Return the ranges of the step graph's axes in a profile."""
     fields = {"B": "slots", "N": "rows", "R": "logit_rows", "T": "columns", "P": "carried", "W": "head_rows"}
     return {axis: getattr(profile, field) for axis, field in fields.items()}
+
+
+def check_format(precision: str, target: str) -> None:
+    """Refuse a GPU that lacks the numbers of a precision. ``here`` is left to the builder.
+
+    Raises:
+        UsageError: the GPU is too old.
+    """
+    found, oldest = re.fullmatch(r"sm_(\d+)", target), OLDEST_TARGETS.get(precision, 0)
+    if found and int(found[1]) < oldest:
+        raise UsageError(
+            f"{precision} needs sm_{oldest} or newer, and {target} has no such numbers",
+            hint=f"build {target} with --precision {'int4 or int8' if int(found[1]) >= OLDEST_TARGETS['int4'] else 'int8'}",
+        )

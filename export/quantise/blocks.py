@@ -8,8 +8,9 @@ A matrix W [N, K] has N outputs and blocks of ``block`` inputs each::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -91,39 +92,60 @@ def compensated(weight: np.ndarray, grid: Grid, moments: Moments, *, largest_fir
     unchanged weights, so that codes can be made of it alone. ``largest_first``: inputs of large E[x²] are rounded first, so that
     most others can take back their errors.
     """
-    block, at, parts = weight.shape[1] // grid.scales.shape[1], 0, []
+    block = weight.shape[1] // grid.scales.shape[1]
+
+    def rounded(column: np.ndarray, at: int) -> np.ndarray:
+        scale, zero = (part[:, at // block].astype(np.float64) for part in (grid.scales, grid.zero_points))
+        return (_codes(column, scale, zero, grid.bits) - zero) * scale
+
+    found = taken_back(weight, rounded, moments, largest_first=largest_first, apart=block)
+    return nearest(found, grid)
+
+
+Round = Callable[[np.ndarray, int], np.ndarray]
+"""Rounds the weights [N] of one input, whose number comes second, to values that can be stored."""
+
+
+def taken_back(
+    weight: np.ndarray, rounded: Round, moments: Moments, *, largest_first: bool = False, apart: int = 64
+) -> np.ndarray:
+    """Round as :func:`compensated` does, to whatever values ``rounded`` gives. Returns them, float64 [N, K].
+
+    ``apart``: inputs whose errors are spread to all others at once; it changes times, not results.
+    """
+    at, parts = 0, []
     for tile in moments:
         end = at + len(tile)
-        of_tile = Grid(grid.bits, *(part[:, at // block : end // block] for part in (grid.scales, grid.zero_points)))
         order = np.argsort(-np.diag(tile), kind="stable") if largest_first else np.arange(len(tile))
-        parts.append(_compensated(weight[:, at:end], of_tile, tile, order))
+        parts.append(_taken_back(weight[:, at:end], partial(_shifted, rounded, at), tile, order, apart))
         at = end
     assert at == weight.shape[1], "tiles cover all inputs"
     return np.concatenate(parts, 1)
 
 
-def _compensated(weight: np.ndarray, grid: Grid, moments: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Round inputs in ``order``. All arrays but the codes and the grid are in that order."""
+def _shifted(rounded: Round, first: int, column: np.ndarray, at: int) -> np.ndarray:
+    return rounded(column, first + at)
+
+
+def _taken_back(weight: np.ndarray, rounded: Round, moments: np.ndarray, order: np.ndarray, apart: int) -> np.ndarray:
+    """Round inputs in ``order``. All arrays but the result are in that order."""
     count, size = weight.shape
-    block = size // grid.scales.shape[1]
     moments = moments[np.ix_(order, order)].astype(np.float64)
     dead = np.diag(moments) <= 0
     moments[dead, dead] = 1.0
     moments[np.diag_indices(size)] += _DAMPING * np.diag(moments).mean()
     spread = np.linalg.cholesky(np.linalg.inv(moments)).T  # upper; row i: how input i's error spreads to those after it
     left = weight[:, order].astype(np.float64)
-    codes = np.empty((count, size), np.uint8)
-    for start in range(0, size, block):
-        end = start + block
-        errors = np.empty((count, block))
+    result = np.empty((count, size))
+    for start in range(0, size, apart):
+        end = min(start + apart, size)
+        errors = np.empty((count, end - start))
         for index, at in enumerate(range(start, end)):
-            scale, zero = (part[:, order[at] // block].astype(np.float64) for part in (grid.scales, grid.zero_points))
-            code = _codes(left[:, at], scale, zero, grid.bits)
-            codes[:, order[at]] = code
-            errors[:, index] = (left[:, at] - (code - zero) * scale) / spread[at, at]
+            result[:, order[at]] = rounded(left[:, at], order[at])
+            errors[:, index] = (left[:, at] - result[:, order[at]]) / spread[at, at]
             left[:, at + 1 : end] -= errors[:, index, None] * spread[at, at + 1 : end]
         left[:, end:] -= errors @ spread[start:end, end:]
-    return codes.reshape(count, -1, block)
+    return result
 
 
 def values(codes: np.ndarray, grid: Grid) -> np.ndarray:

@@ -14,7 +14,6 @@ All are symmetric, with positive scales of the matrix's own type. Values are com
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -23,9 +22,8 @@ from typing import TypeVar
 import numpy as np
 import onnx_ir as ir
 
-from ...runtime.errors import QuantisationError, UsageError
-from ...runtime.files.engine_record import OLDEST_TARGETS
-from .blocks import Grid, Moments, compensated, nearest, positive_grid, rescaled
+from ...runtime.errors import QuantisationError
+from .blocks import Grid, Moments, compensated, nearest, positive_grid, rescaled, taken_back
 
 _T = TypeVar("_T")
 FORMATS = ("int8", "int4", "fp8")
@@ -39,7 +37,7 @@ _SMALLEST_SCALE = float(np.finfo(np.float16).smallest_subnormal)
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """Says how int4 rounds: ``block`` inputs share a scale.
+    """Says how int4 and fp8 round: ``block`` inputs share a scale in int4.
 
     ``moments(weight)``: E[xᵀx] of what a weight, by the name it was exported with, multiplies (:data:`.blocks.Moments`), or
     None. With them GPTQ rounds, without them each value goes to the nearest.
@@ -54,20 +52,6 @@ class Rounding:
 
 
 NEAREST = Rounding()
-
-
-def check_format(precision: str, target: str) -> None:
-    """Refuse a GPU that lacks the numbers of a precision. ``here`` is left to the builder.
-
-    Raises:
-        UsageError: the GPU is too old.
-    """
-    found, oldest = re.fullmatch(r"sm_(\d+)", target), OLDEST_TARGETS.get(precision, 0)
-    if found and int(found[1]) < oldest:
-        raise UsageError(
-            f"{precision} needs sm_{oldest} or newer, and {target} has no such numbers",
-            hint=f"build {target} with --precision {'int4 or int8' if int(found[1]) >= OLDEST_TARGETS['int4'] else 'int8'}",
-        )
 
 
 class Stored:
@@ -188,6 +172,10 @@ class Fp8(Stored):
 
     dtype = ir.DataType.FLOAT8E4M3FN
 
+    def __init__(self, tensor: ir.TensorProtocol, axis: int, moments: Callable[[], Moments | None]) -> None:
+        super().__init__(tensor, axis)
+        self._moments = moments
+
     @property
     def scale_shape(self) -> tuple[int, ...]:
         """One."""
@@ -199,20 +187,31 @@ class Fp8(Stored):
         return _rounded_up(np.float32(largest / LARGEST_FP8 if largest else 1.0), self.tensor.dtype.numpy())
 
     def codes(self) -> np.ndarray:
-        """Round each value to the nearest."""
-        import ml_dtypes
+        """Round by GPTQ, or each value to the nearest."""
+        scale, moments = self.scales().astype(np.float32), self._moments()
+        if moments is None:
+            return self._of_matrix(lambda matrix: _by_pieces(matrix, self.shape, scale))
+        weight = self._of_matrix(partial(_by_output, axis=self.axis))
 
-        scale = self.scales().astype(np.float32)
+        def rounded(column: np.ndarray, _at: int) -> np.ndarray:
+            return _to_fp8(column / scale).astype(np.float64) * scale
 
-        def rounded(matrix: np.ndarray) -> np.ndarray:
-            result = np.empty(self.shape, ml_dtypes.float8_e4m3fn)
-            flat, source = result.reshape(-1), matrix.reshape(-1)
-            for at in range(0, len(flat), _BLOCK):
-                whole = np.clip(source[at : at + _BLOCK].astype(np.float32) / scale, -LARGEST_FP8, LARGEST_FP8)
-                flat[at : at + _BLOCK] = whole.astype(ml_dtypes.float8_e4m3fn)
-            return result
+        found = taken_back(weight, rounded, moments, largest_first=True)
+        return _by_pieces(found if self.axis == 0 else found.T, self.shape, scale)
 
-        return self._of_matrix(rounded)
+
+def _by_pieces(values: np.ndarray, shape: tuple[int, ...], scale: np.ndarray) -> np.ndarray:
+    """Round to fp8, a few rows at a time."""
+    step = max(1, _BLOCK // shape[1])
+    pieces = [_to_fp8(values[at : at + step].astype(np.float32) / scale) for at in range(0, shape[0], step)]
+    return np.concatenate(pieces)
+
+
+def _to_fp8(steps: np.ndarray) -> np.ndarray:
+    import ml_dtypes
+
+    whole: np.ndarray = np.clip(steps, -LARGEST_FP8, LARGEST_FP8).astype(ml_dtypes.float8_e4m3fn)
+    return whole
 
 
 def stored_as(
@@ -222,16 +221,16 @@ def stored_as(
 
     ``exported``: name that the matrix had before it was smoothed. ``factors`` [in]: what its activation was divided by.
     """
-    if precision == "fp8":
-        return Fp8(tensor, axis)
-    block = rounding.block_of(int(tensor.shape[1 - axis])) if precision == "int4" else None  # type: ignore[arg-type]
-    if block is None:
-        return Int8(tensor, axis)
 
     def moments() -> Moments | None:
         found = rounding.moments(exported)
         return found if found is None or factors is None else rescaled(found, factors)
 
+    if precision == "fp8":
+        return Fp8(tensor, axis, moments)
+    block = rounding.block_of(int(tensor.shape[1 - axis])) if precision == "int4" else None  # type: ignore[arg-type]
+    if block is None:
+        return Int8(tensor, axis)
     return Int4(tensor, axis, block, moments)
 
 

@@ -36,8 +36,8 @@ HEADROOM = 2.0
 """Factor of fp8's range over what calibration saw: what it didn't see isn't clipped, and an exponent bit less costs little."""
 _SMALLEST_HALF = float(np.finfo(np.float16).smallest_normal)
 _CHOICES = ("fp16", *FORMATS)
-_OTHER_PARTS = {"int8": "int8", "int4": "int8", "fp8": "fp8"}
-"""Precision of projection and heads by the backbone's, unless they are given one."""
+_OTHER_PARTS = {"int8": "int8", "int4": "int8", "fp8": "int8"}
+"""Precision of projection and heads by the backbone's, unless they are given one. Their activations stay fp16."""
 _WEIGHTS_ALONE = "block"
 """Grid whose factors are folded in for int4: its activations stay fp16, so no channel of theirs has to be tamed."""
 _ZEROS = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
@@ -50,7 +50,7 @@ class PrecisionOptions:
     ``scales``: int8 and fp8 put the backbone's activations into 8 bits, too; int8 and int4 smooth them first. ``keep``: layers of
     the backbone whose activations stay as they are, by their names in ``scales``. None keeps those whose simulated int8 error is
     above ``LARGEST_ERROR``, and none in fp8. ``projection`` (onto the vocabulary) and ``heads``: of weights; None takes the
-    backbone's, and int8 for int4. ``block``: inputs that share an int4 scale.
+    backbone's, and int8 for int4 and fp8. ``block``: inputs that share an int4 scale.
     """
 
     scales: Path | None = None

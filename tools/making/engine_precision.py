@@ -29,9 +29,11 @@ def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep", type=_layers, metavar="LAYER,…", help="whose activations stay fp16 (default in int8: what it changes most)"
     )
     for name, what in (("projection", "onto the vocabulary"), ("heads", "of the heads")):
-        few.add_argument(f"--{name}-precision", choices=PRECISIONS, help=f"weights {what} (default: same, int8 for int4)")
+        few.add_argument(f"--{name}-precision", choices=PRECISIONS, help=f"weights {what} (default: same, int8 for int4 and fp8)")
     few.add_argument("--block", type=int, choices=(32, 64, 128), help="inputs that share a scale in int4 (default: 64)")
-    few.add_argument("--rounding", choices=("gptq", "nearest"), help="of int4; gptq runs the model (default: gptq)")
+    few.add_argument(
+        "--rounding", choices=("gptq", "nearest"), help="of int4 (default: gptq) and fp8 (default: nearest); gptq runs the model"
+    )
     few.add_argument("--data", type=Path, metavar="FILE", help="texts for gptq (default: prompts of the package, answered)")
     few.add_argument("--samples", type=positive_int, metavar="N", help="of them (default: 48)")
 
@@ -48,7 +50,7 @@ def precision_options(args: argparse.Namespace) -> PrecisionOptions:
 
 
 def check_rounding(args: argparse.Namespace, options: PrecisionOptions) -> None:
-    """Refuse options of int4 where nothing is in int4.
+    """Refuse options of rounding where nothing is in int4 or fp8.
 
     Raises:
         UsageError: names them.
@@ -56,13 +58,14 @@ def check_rounding(args: argparse.Namespace, options: PrecisionOptions) -> None:
     from ...runtime.errors import UsageError
 
     given = [f"--{name}" for name in ("rounding", "data", "samples") if getattr(args, name) is not None]
-    if given and "int4" not in options.precisions(args.precision):
-        raise UsageError(f"{', '.join(given)}: nothing is in int4", hint="give --precision int4")
+    if given and not {"int4", "fp8"} & options.precisions(args.precision):
+        raise UsageError(f"{', '.join(given)}: nothing is in int4 or fp8", hint="give --precision int4 or fp8")
 
 
 def gptq_is_needed(args: argparse.Namespace, options: PrecisionOptions) -> bool:
-    """True if something is in int4 and rounded by GPTQ, which is the default."""
-    return "int4" in options.precisions(args.precision) and args.rounding != "nearest"
+    """True if GPTQ rounds something: int4 unless it is told not to, fp8 if it is told to."""
+    precisions = options.precisions(args.precision)
+    return args.rounding != "nearest" and ("int4" in precisions or ("fp8" in precisions and args.rounding == "gptq"))
 
 
 def gptq_moments(args: argparse.Namespace, bundle: Path, options: PrecisionOptions, progress: Progress) -> GptqMoments | None:

@@ -1,8 +1,8 @@
 """Computes the bytes of a deployment's weights, heads, caches and workspace. Takes and returns plain numbers.
 
 Precisions are those of ``build``. ``fp16``: all numbers. ``int8``: the matrices of products, with one fp16 scale an output
-channel. ``int4``: half a byte and an fp16 scale for 64 inputs; projection and heads are int8. ``fp8``: one byte. Everything else
-(the embedding's rows, norms, biases, caches) stays fp16.
+channel. ``int4``: half a byte and an fp16 scale for 64 inputs. ``fp8``: one byte. Projection and heads are int8 in both.
+Everything else (the embedding's rows, norms, biases, caches) stays fp16.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .model_sizes import ModelShape
 PRECISIONS = ("fp16", "int8", "int4", "fp8")
 MEMORIES = (8, 16, 24)
 """GB of the GPUs that a plan is held against in every precision."""
-_OF_OTHERS = {"int4": "int8"}
+_OF_OTHERS = {"int4": "int8", "fp8": "int8"}
 """Precision of projection and heads where it isn't that of the layers, as ``build`` chooses it."""
 _HALF = 2  # bytes
 _BLOCK = 64  # inputs that share a scale in int4

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(args: argparse.Namespace) -> dict[str, Any]:
-    from ...export.quantise.engine_formats import check_format
+    from ...export.engines.options import check_format
     from ...runtime.files.bundle import open_bundle, refuse_existing
     from ..console import Progress
     from ..debugging.kit import write_kit

@@ -84,6 +84,8 @@ def test_products_of_the_backbone_are_of_fp8(bundle: Bundle, target: str, weight
     matrices = LAYERS * (256 * (256 + 2 * 128 + 256) + 3 * 256 * 512)
     small = LAYERS * 2 * 256 * 128  # keys and values: below 64 KiB matrices stay where they are
     assert log.constants["fp8_e4m3"] == small if weights == "streamed" else log.constants["fp8_e4m3"] >= matrices
+    if weights == "inside":
+        assert log.constants["int8"] >= VOCAB * 256, "the projection is int8 unless it is asked to be fp8"
 
 
 def test_what_a_gpu_lacks_is_refused_before_anything_is_built(bundle: Bundle) -> None:
@@ -101,7 +103,7 @@ def test_streamed_weights_of_few_bits_lie_beside_the_plan(bundle: Bundle) -> Non
     options = EngineOptions(precision="fp8", weights="streamed", rows=[8])
     [made] = build_engines(bundle.folder, ["sm_89"], options, force=True)
     opened, record = open_bundle(bundle.folder), made["record"]
-    assert {weight.dtype for weight in record.weight_inputs} == {"float16", "float8_e4m3fn"}
+    assert {weight.dtype for weight in record.weight_inputs} == {"float16", "float8_e4m3fn", "int8"}
     stored = []
     for weight in record.weight_inputs:
         [piece] = weight.pieces

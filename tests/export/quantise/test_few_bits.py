@@ -15,10 +15,10 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 
 from onnx import helper, numpy_helper  # noqa: E402
 
+from medusa_deploy.export.engines.options import check_format  # noqa: E402
 from medusa_deploy.export.quantise.engine_formats import (  # noqa: E402
     NEAREST,
     Rounding,
-    check_format,
     stored_as,
 )
 from medusa_deploy.export.quantise.engine_weights import quantise_weights, write_quantised  # noqa: E402
@@ -107,6 +107,11 @@ def test_gptq_and_factors_lessen_the_error_of_correlated_inputs() -> None:
     weight = RNG.normal(size=(N, K)).astype(np.float16)
     moments = [(mixed.T @ mixed / len(mixed)).astype(np.float32)]
 
+    def fp8_error(rounding: Rounding) -> float:
+        stored = stored_as("fp8", ir.tensor(weight, name="w"), 0, rounding, "w", None)
+        off = (stored.codes().astype(np.float64) * float(stored.scales()) - weight) @ mixed.T
+        return float(np.linalg.norm(off) / np.linalg.norm(weight @ mixed.T))
+
     def error(rounding: Rounding, factors: np.ndarray | None) -> float:
         scaled = weight if factors is None else (weight * factors).astype(np.float16)
         stored = stored_as("int4", ir.tensor(scaled, name="w/smoothed"), 0, rounding, "w", factors)
@@ -118,6 +123,7 @@ def test_gptq_and_factors_lessen_the_error_of_correlated_inputs() -> None:
     with_moments = Rounding(moments=lambda name: moments if name == "w" else None)
     errors = [error(NEAREST, None), error(NEAREST, factors), error(with_moments, None), error(with_moments, factors)]
     assert errors[3] < errors[2] < errors[0] / 4, errors
+    assert fp8_error(with_moments) < fp8_error(NEAREST) / 4
 
 
 def test_a_matrix_that_no_block_divides_is_int8_and_nan_is_named() -> None:
