@@ -26,8 +26,7 @@ def add_adapter(module: Any, rank: int, alpha: float) -> LoraShape:
         raise TrainingError(f"{type(module).__name__} has no linear layers to adapt", hint="train heads alone: --stage 1")
     shape = LoraShape(rank, alpha, tuple(sorted(linear)))
     peft.inject_adapter_in_model(
-        peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(shape.targets)),
-        module,  # type: ignore[arg-type]
+        peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(shape.targets)), module  # type: ignore[arg-type]
     )
     return shape
 
