@@ -225,5 +225,7 @@ def test_it_says_what_it_will_take(capsys: pytest.CaptureFixture[str], monkeypat
     assert resumed.first_words(4, 8, 80) == "", "an earlier run's answers took no time of this one"
     now[0] += 3
     assert resumed.first_words(6, 8, 120) == "estimate: 28.0 s in all: answers 12.0 s, training 16.0 s"
+    finished = estimate.TimeEstimate(config, 0.5, heldout=4, together=2)
+    assert finished.first_words(8, 8, 160) == "", "an earlier run answered everything"
     assert told.note(4, 8, 80) == "80 tokens, then training 16.0 s"
     assert estimate.time_steps(TrainConfig(batch_size=8, draft_vocab_size=32, num_heads=2), 16, "cpu") > 0
