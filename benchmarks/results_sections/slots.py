@@ -64,7 +64,7 @@ def long_prompts() -> str:
 
 A prompt of {found["long_prompt"]} tokens arrives while {found["streams"]} answers stream, {found["repeats"]} times
 ({", ".join(link(name, LONG[name]) for name in names)}). Limit: one of its chunks of {found["prefill_chunk"]} tokens, and two
-gaps of before. Since then sessions with several slots compute at most 128 rows of a prompt in a step, which isn't measured here:
+gaps of before. Sessions with several slots compute at most 128 rows of a prompt in a step:
 
 {table(header, rows, texts=2)}"""
 
