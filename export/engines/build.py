@@ -93,10 +93,9 @@ def build_engines(
 ) -> list[dict[str, Any]]:
     """Build an engine for each target into ``engines/<target>`` of the bundle and list it in the manifest.
 
-    ``moments``: what GPTQ rounds int4 and fp8 weights with; None rounds to the nearest. ``resume``: keep the engines that were
-    built from the same files, by the same version, with the same options. An interrupted build leaves the bundle as it was. A
-    build that is killed leaves files on disk, which the next one removes. Returns seconds (0 for an engine that was kept), bytes
-    and the record of each target.
+    ``moments``: for GPTQ of int4 and fp8 weights; None rounds to the nearest. ``resume``: keep the engines that were built from
+    the same files, by the same version, with the same options. An interrupted build leaves the bundle as it was. What a killed
+    one leaves on disk, the next removes. Returns seconds (0 for an engine that was kept), bytes and the record of each target.
 
     Raises:
         BundleError: no bundle, or files that aren't its own.

@@ -51,6 +51,16 @@ def new_constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
     return value
 
 
+def take_place(value: ir.Value, node: ir.Node) -> None:
+    """Let ``value`` stand for the output of ``node``, under its name, and remove the node."""
+    old, graph = node.outputs[0], node.graph
+    assert graph is not None
+    name = old.name
+    ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
+    old.name, value.name = f"{name}/exact", name
+    graph.remove(node, safe=True)
+
+
 def replace_uses(value: ir.Value, old: ir.Value) -> None:
     """Let ``value`` be read where ``old`` was, as an output of the graph too; what nobody reads any more is removed later."""
     value.type = old.type if value.type is None else value.type

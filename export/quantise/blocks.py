@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -117,18 +116,16 @@ def taken_back(
     for tile in moments:
         end = at + len(tile)
         order = np.argsort(-np.diag(tile), kind="stable") if largest_first else np.arange(len(tile))
-        parts.append(_taken_back(weight[:, at:end], partial(_shifted, rounded, at), tile, order, apart))
+        parts.append(_taken_back(weight[:, at:end], rounded, at, tile, order, apart))
         at = end
     assert at == weight.shape[1], "tiles cover all inputs"
     return np.concatenate(parts, 1)
 
 
-def _shifted(rounded: Round, first: int, column: np.ndarray, at: int) -> np.ndarray:
-    return rounded(column, first + at)
-
-
-def _taken_back(weight: np.ndarray, rounded: Round, moments: np.ndarray, order: np.ndarray, apart: int) -> np.ndarray:
-    """Round inputs in ``order``. All arrays but the result are in that order."""
+def _taken_back(
+    weight: np.ndarray, rounded: Round, first: int, moments: np.ndarray, order: np.ndarray, apart: int
+) -> np.ndarray:
+    """Round inputs in ``order``, the first of which has the number ``first``. All arrays but the result are in that order."""
     count, size = weight.shape
     moments = moments[np.ix_(order, order)].astype(np.float64)
     dead = np.diag(moments) <= 0
@@ -141,7 +138,7 @@ def _taken_back(weight: np.ndarray, rounded: Round, moments: np.ndarray, order: 
         end = min(start + apart, size)
         errors = np.empty((count, end - start))
         for index, at in enumerate(range(start, end)):
-            result[:, order[at]] = rounded(left[:, at], order[at])
+            result[:, order[at]] = rounded(left[:, at], first + order[at])
             errors[:, index] = (left[:, at] - result[:, order[at]]) / spread[at, at]
             left[:, at + 1 : end] -= errors[:, index, None] * spread[at, at + 1 : end]
         left[:, end:] -= errors @ spread[start:end, end:]

@@ -19,7 +19,7 @@ from ...runtime.arguments import settle, shown
 from ...runtime.errors import QuantisationError, UsageError
 from ...runtime.files.scales_file import Scales
 from ..passes.matmuls import CpuMatmul, find_matmuls, plain_step_bytes
-from ..passes.patterns import MICROSOFT, new_constant, new_node
+from ..passes.patterns import MICROSOFT, new_constant, new_node, take_place
 from ..passes.rescore import rescore
 from .blocks import Grid, Moments, compensated, make_grid, nearest, packed, rescaled
 from .smooth_cpu import smooth
@@ -204,10 +204,7 @@ def put_bits(graph: ir.Graph, matmul: CpuMatmul, grid: Grid, codes: np.ndarray, 
     if matmul.is_projection and rescored and len(matmul.weights) == 1:
         result = rescore(graph, matmul, result, rescored)
         result.type, result.shape = old.type, old.shape
-    name = old.name
-    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-    old.name, result.name = f"{name}/exact", name
-    home.remove(node, safe=True)
+    take_place(result, node)
     return size
 
 

@@ -17,7 +17,7 @@ from onnx_ir.passes import common as passes
 from ...runtime.errors import BundleExistsError, QuantisationError
 from ...runtime.files.bundle import Bundle
 from ..passes.matmuls import NUMBERS_AT_A_TIME, Matrix, constant_matrix
-from ..passes.patterns import MICROSOFT, new_node
+from ..passes.patterns import MICROSOFT, new_node, take_place
 from ..variant import add_variant
 from ..weights import read_graph
 from .blocks import Grid, make_grid, nearest
@@ -117,7 +117,7 @@ def quantise_cuda(model: ir.Model, store: Store | None = None) -> CudaReport:
             continue
         if found.name not in made:
             made[found.name] = found, _values(graph, found, store)
-        _multiply(node, found, made[found.name][1])
+        _multiply(graph, node, found, made[found.name][1])
         products += 1
     if not products:
         raise QuantisationError(
@@ -177,17 +177,11 @@ def _values(graph: ir.Graph, matrix: Matrix8, store: Store) -> list[ir.Value]:
     return values
 
 
-def _multiply(node: ir.Node, matrix: Matrix8, values: list[ir.Value]) -> None:
+def _multiply(graph: ir.Graph, node: ir.Node, matrix: Matrix8, values: list[ir.Value]) -> None:
     """Put MatMulNBits in the place of ``node``."""
     outputs, size = matrix.shape
     attributes = {"K": size, "N": outputs, "bits": _BITS, "block_size": BLOCK}
     made = new_node("MatMulNBits", [node.inputs[0], *values], attributes, str(node.name), domain=MICROSOFT)
-    old, result = node.outputs[0], made.outputs[0]
-    result.type, result.shape = old.type, old.shape
-    graph = node.graph
-    assert graph is not None
+    made.outputs[0].type, made.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
     graph.insert_before(node, [made])
-    name = old.name
-    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-    old.name, result.name = f"{name}/exact", name
-    graph.remove(node, safe=True)
+    take_place(made.outputs[0], node)

@@ -20,7 +20,7 @@ from .step_plan import NanSlots, SlotResult, SlotRows, StepPlan, StepResult, Wan
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 # Without TF32 an fp32 bundle is decoded in fp32; without growth by powers of two the arena takes what it needs.
-_CUDA_OPTIONS = {"device_id": "0", "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+CUDA_OPTIONS = {"device_id": "0", "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
 
 
 @dataclass(slots=True)
@@ -32,7 +32,9 @@ class _Bound:
     outputs: StepOutputs
     first: int
     slots: int
-    fetched_bytes: int
+    copied_bytes: int
+    """What a call sends and fetches, but for the columns."""
+
     checked: bool = False
 
     @property
@@ -65,7 +67,7 @@ class OrtDeviceExecutor(OrtBase):
         ort = import_onnxruntime("gpu" if device == "cuda" else "cpu")
         self.device = device
         self._said = _prepare_cuda(ort) if device == "cuda" else ""
-        provider = (CUDA_PROVIDER, _CUDA_OPTIONS) if device == "cuda" else (CPU_PROVIDER, {})
+        provider = (CUDA_PROVIDER, CUDA_OPTIONS) if device == "cuda" else (CPU_PROVIDER, {})
         super().__init__(model, ort, provider, threads)
         layout = model.layout
         self._shape = (layout.slots, layout.kv_heads, layout.rows, layout.head_dim)
@@ -75,6 +77,7 @@ class OrtDeviceExecutor(OrtBase):
         self._bound: Recent[_Bound] = Recent()
         self._with_nan = NanSlots()
         self._margin = model.num_heads
+        self._sent = [name for name in step_io.STEP_INPUTS if name != step_io.COLUMNS and name in self._inputs]
         self.copied_bytes = 0
         self.abilities = Abilities(layout.slots, model.num_heads, padded=layout.slots > 1)
 
@@ -182,7 +185,8 @@ class OrtDeviceExecutor(OrtBase):
             binding.bind_input(past, self.device, 0, dtype, shape, address)
             binding.bind_output(present, self.device, 0, dtype, shape, address)
         inputs = StepInputs.allocate(slots, rows, logit_rows, self._margin)
-        return _Bound(binding, inputs, outputs, first, slots, sum(array.nbytes for array in results.values()))
+        copied = [*results.values(), *(getattr(inputs, name) for name in self._sent)]
+        return _Bound(binding, inputs, outputs, first, slots, sum(array.nbytes for array in copied))
 
     def _call(self, bound: _Bound) -> float:
         """Run the graph; the results are in ``bound.outputs`` afterwards. Returns the seconds that it took."""
@@ -192,16 +196,16 @@ class OrtDeviceExecutor(OrtBase):
         ends = inputs.write_index[inputs.forced > 0]
         visible = visible_rows(int(ends.max(initial=self._margin)) + inputs.rows, self.layout.rows)
         started = time.perf_counter()
-        sent = {name: getattr(inputs, name) for name in step_io.STEP_INPUTS if name != step_io.COLUMNS and name in self._inputs}
-        sent[step_io.COLUMNS] = self._columns[:visible]
-        for name, array in sent.items():
-            bound.io.bind_ortvalue_input(name, self._value(array))
+        for name in self._sent:
+            bound.io.bind_ortvalue_input(name, self._value(getattr(inputs, name)))
+        columns = self._columns[:visible]
+        bound.io.bind_ortvalue_input(step_io.COLUMNS, self._value(columns))
         bound.io.synchronize_inputs()
         self._session.run_with_iobinding(bound.io, self._run_options)
         bound.io.synchronize_outputs()
         seconds = time.perf_counter() - started
         self.engine_seconds += seconds
-        self.copied_bytes += sum(array.nbytes for array in sent.values()) + bound.fetched_bytes
+        self.copied_bytes += bound.copied_bytes + columns.nbytes
         if not bound.checked:
             self._check_in_place(bound)
         return seconds

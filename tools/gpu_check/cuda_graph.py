@@ -13,7 +13,7 @@ import numpy as np
 
 from ...runtime.executors import step_io
 from ...runtime.executors.ort_base import ort_path
-from ...runtime.executors.ort_cuda import CUDA_PROVIDER
+from ...runtime.executors.ort_cuda import CUDA_OPTIONS, CUDA_PROVIDER
 from ...runtime.executors.step_arrays import StepInputs, StepOutputs, visible_rows
 from ...runtime.executors.step_plan import StepPlan, Wanted
 
@@ -38,7 +38,7 @@ class CapturedSteps:
         options.log_severity_level = 3
         provider: Any = "CPUExecutionProvider"
         if device == "cuda":
-            provider = (CUDA_PROVIDER, {"enable_cuda_graph": "1", "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"})
+            provider = (CUDA_PROVIDER, CUDA_OPTIONS | {"enable_cuda_graph": "1"})
         self._session = ort.InferenceSession(ort_path(model.step), options, providers=[provider], enable_fallback=0)
         self._inputs = {value.name for value in self._session.get_inputs()}
         layout = model.layout

@@ -37,7 +37,7 @@ class TimeEstimate:
         """
         now = time.monotonic()
         first, since = self._first = self._first or (done, now)
-        if self._said or tokens <= 0 or done <= first or done - first < min(self._together, total - first):
+        if self._said or tokens <= 0 or done - first < max(1, min(self._together, total - first)):
             return ""
         self._said = True
         answers = (now - since) / (done - first) * (total - first + self._heldout)

@@ -28,10 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--scales", type=Path, metavar="FILE", help="what calibrate wrote: its smoothing is applied (advised)")
     parser.add_argument("--name", metavar="NAME", help="of the variant (default: cpu-int8 or cpu-int4)")
-    parser.add_argument("--bits", type=int, choices=BITS, default=8, help="of the layers' weights (default: %(default)s)")
-    parser.add_argument("--projection-bits", type=int, choices=BITS, default=8, help="onto the vocabulary (default: %(default)s)")
+    parser.add_argument("--bits", type=int, choices=BITS, help="of the layers' weights (default: %(default)s)")
+    parser.add_argument("--projection-bits", type=int, choices=BITS, help="onto the vocabulary (default: %(default)s)")
     parser.add_argument(
-        "--heads-bits", type=int, choices=BITS, default=8, help="of heads that an older export left in 32 (default: %(default)s)"
+        "--heads-bits", type=int, choices=BITS, help="of heads that an older export left in 32 (default: %(default)s)"
     )
     parser.add_argument(
         "--block",
@@ -52,9 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=positive_int, metavar="N", help=f"of them, for 4 bits (default: {MOMENT_PROMPTS} of the package's)"
     )
     parser.add_argument(
-        "--rounding", choices=ROUNDINGS, default="gptq", help="of 4-bit weights; gptq takes minutes (default: %(default)s)"
+        "--rounding", choices=ROUNDINGS, help="of 4-bit weights; gptq takes minutes (default: %(default)s)"
     )
     parser.add_argument("--threads", type=positive_int, metavar="N", help="engine threads (default: all cores)")
+    parser.set_defaults(**_OF_CPU)
     parser.add_argument("--force", action="store_true", help="replace a variant of this name")
     add_json_argument(parser)
 
