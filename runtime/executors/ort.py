@@ -19,6 +19,7 @@ from ..files.cache import FOLDER_VARIABLE
 from . import step_io
 from .cpu_inputs import CpuInputs
 from .executor import Abilities
+from .huge_pages import huge_pages
 from .ort_base import CPU_PROVIDER, OrtBase, OrtModel, fetched, import_onnxruntime, ort_path
 from .packed import SPARE_ROWS, PackedStep
 from .packed_weights import shared_graphs
@@ -76,8 +77,9 @@ class OrtExecutor(OrtBase):
         if layout.slots > 1 and (shared := _twins(model, ort)) is not None:
             self._twins = shared[0]
             weakref.finalize(self, os.close, shared[1])
-        super().__init__(model, ort, (CPU_PROVIDER, {}), threads)
-        self._packed_sessions = {places: self._open(path) for places, path in model.packed.items() if path in self._twins}
+        with huge_pages():
+            super().__init__(model, ort, (CPU_PROVIDER, {}), threads)
+            self._packed_sessions = {places: self._open(path) for places, path in model.packed.items() if path in self._twins}
         shape = (2 * layout.layers, layout.slots, layout.kv_heads, layout.rows, layout.head_dim)
         self.caches = np.zeros(shape, layout.dtype)
         self._cache_values = [[self._value(cache[slot : slot + 1]) for cache in self.caches] for slot in range(layout.slots)]
