@@ -19,7 +19,7 @@ from ...runtime.executors import step_io
 from .patterns import producer_if
 
 MATMULS = ("MatMul", "Gemm")
-_MULTIPLY = ("MatMul", "MatMulNBits")
+_MULTIPLY = ("MatMul", "MatMulNBits", "MatMulIntegerToFloat")
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 NUMBERS_AT_A_TIME = 1 << 19
 _CACHE = re.compile(step_io.past_names(1)[0].replace("0", r"(\d+)"))

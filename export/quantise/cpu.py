@@ -1,7 +1,8 @@
-"""Rewrites the CPU graph with weights in 8 or 4 bits: matmuls become ONNX Runtime's MatMulNBits.
+"""Rewrites the CPU graph with weights in 8 or 4 bits: matmuls become ONNX Runtime's MatMulNBits, or products in integers.
 
-That operator rounds its activation to 8 bits in blocks of each row (accuracy level 4). So a row of the result doesn't depend on
-the rows beside it, as it would with a scale for a whole activation. docs/quantisation.md says what rounding does to exactness.
+MatMulNBits rounds its activation to 8 bits in blocks of each row (accuracy level 4). Products in integers (:mod:`.cpu_w8a8`) have
+a scale that calibration found. So a row of the result never depends on the rows beside it. docs/quantisation.md says what
+rounding does to exactness.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from ..passes.matmuls import CpuMatmul, find_matmuls, plain_step_bytes
 from ..passes.patterns import MICROSOFT, new_constant, new_node, take_place
 from ..passes.rescore import rescore
 from .blocks import Grid, Moments, compensated, make_grid, nearest, packed, rescaled
+from .cpu_w8a8 import IntegerProducts, suited
 from .smooth_cpu import smooth
 
 PRECISIONS = (4, 8, 32)
 BLOCKS = (16, 32, 64, 128)
-DEFAULT_BLOCKS = {4: 32, 8: 64}
-"""Block by bits. A step of a few rows takes a ninth less with 64 than with 32; 4 bits can't afford the coarser scales."""
+DEFAULT_BLOCKS = {4: 32, 8: 128}
+"""Block by bits. A step of a few rows takes a sixth less with 128 than with 32; 4 bits can't afford the coarser scales."""
 _ROUND_ACTIVATIONS_TO_INT8 = 4  # MatMulNBits' accuracy_level
 
 
@@ -79,21 +81,23 @@ class CpuPrecision:
 
 @dataclass(frozen=True, slots=True)
 class CpuReport:
-    """Reports a quantised graph: ``bits`` of each matmul, ``smoothed`` activations, weights' bytes ``before`` and ``after``.
+    """Reports a quantised graph: ``bits`` of each matmul, weights' bytes ``before`` and ``after``.
 
-    ``plain``: bytes of the weights that a plain step reads afterwards.
+    ``integers``: names matmuls in integers (:mod:`.cpu_w8a8`). ``smoothed``: counts activations. ``plain``: bytes of the weights
+    that a plain step reads afterwards.
     """
 
     bits: Mapping[str, int]
-    smoothed: Sequence[str]
+    integers: Sequence[str]
+    smoothed: int
     before: int
     after: int
     plain: int
 
 
 Advance = Callable[[int, str], object]
-Made = dict[tuple[str, int], tuple[Grid, np.ndarray]]
-"""Grids and codes by matmul and bits: several graphs share them, and each is rounded once."""
+Made = dict[tuple[str, int, int], tuple[Grid, np.ndarray]]
+"""Grids and codes by matmul, bits and block: several graphs share them, and each is rounded once."""
 
 
 def quantise_cpu(
@@ -106,10 +110,11 @@ def quantise_cpu(
 ) -> CpuReport:
     """Rewrite the matmuls of a CPU graph, in place.
 
-    ``scales``: smooth the activations of quantised matmuls first. ``moments``: E[xᵀx] of a weight's activation before
-    smoothing, by the weight's name (:data:`.blocks.Moments`). GPTQ rounds a weight with moments to 4 bits; all others are
-    rounded to the nearest. They are asked for in the order of the layers. ``made`` keeps codes from call to call with the same
-    scales, moments and blocks. ``advance(done, name)`` is called before each matmul.
+    ``scales``: smooth the activations of quantised matmuls first, and compute those that suit in integers, unless ``precision``
+    names a block. ``moments``: E[xᵀx] of a weight's activation before smoothing, by the weight's name (:data:`.blocks.Moments`).
+    GPTQ rounds a weight with moments to 4 bits; all others are rounded to the nearest. They are asked for in the order of the
+    layers. ``made`` keeps codes from call to call with the same scales and moments. ``advance(done, name)`` is called before
+    each matmul.
 
     Raises:
         QuantisationError: a weight holds NaN or infinity, there is nothing to quantise, or heads of 8 bits are to have 4.
@@ -127,26 +132,44 @@ def quantise_cpu(
             hint=f"their inputs have to be multiples of {precision.block or min(BLOCKS)}: "
             + ("leave --block out" if precision.block else "they stay in fp32"),
         )
-    smoothed = [] if scales is None else smooth(graph, matmuls, scales, read)
+    chosen = {} if scales is None or precision.block is not None else suited(_in_8_bits(matmuls, bits), scales)
+    smoothed = [] if scales is None else smooth(graph, matmuls, scales, read, chosen)
+    integers, in_integers = IntegerProducts(graph, chosen, smoothed, scales), []
     before, after = 0, 0
     for done, matmul in enumerate(matmuls):
         advance(done, matmul.name)
-        size, wanted, block = 4 * int(np.prod(matmul.shape)), bits[matmul], blocks[matmul]
-        before += size
+        wanted, block = bits[matmul], blocks[matmul]
+        before += (size := 4 * math.prod(matmul.shape))
         if wanted == 32 or block is None:
             take_in(graph, matmul)
+            after += size
+            continue
+        if matmul in integers:
+            integers.take_factors(matmul)
+            block = matmul.shape[1]
+        key = (matmul.name, wanted, block)
+        found = made.get(key) if made is not None else None
+        if found is None:
+            of_input = None if moments is None or wanted != 4 else moments.get(str(matmul.weights[0].name))
+            found = rounded(matmul, wanted, block, of_input)
+        if made is not None:
+            made[key] = found
+        if matmul in integers:
+            in_integers.append(matmul.name)
+            node, size = integers.make(matmul, *found)
         else:
-            key = (matmul.name, wanted)
-            found = made.get(key) if made is not None else None
-            if found is None:
-                of_input = None if moments is None or wanted != 4 else moments.get(str(matmul.weights[0].name))
-                found = rounded(matmul, wanted, block, of_input)
-            if made is not None:
-                made[key] = found
-            size = put_bits(graph, matmul, *found, precision.rescored)
+            node, size = few_bits(graph, matmul, *found, str(matmul.node.name))
+        _put(graph, matmul, node, precision.rescored)
         after += size
     passes.RemoveUnusedNodesPass()(model)
-    return CpuReport({matmul.name: wanted for matmul, wanted in bits.items()}, smoothed, before, after, plain_step_bytes(model))
+    found_bits = {matmul.name: wanted for matmul, wanted in bits.items()}
+    return CpuReport(found_bits, in_integers, len(smoothed), before, after, plain_step_bytes(model))
+
+
+def _in_8_bits(matmuls: Sequence[CpuMatmul], bits: Mapping[CpuMatmul, int]) -> list[CpuMatmul]:
+    """List the layers' products, and the projection, whose activations only products in 8 bits read."""
+    others = {matmul.activation for matmul in matmuls if bits[matmul] != 8}
+    return [each for each in matmuls if each.activation not in others and not each.of_heads]
 
 
 def largest_block(block: int, inputs: int) -> int | None:
@@ -193,11 +216,15 @@ def _check_finite(matmul: CpuMatmul, values: np.ndarray) -> None:
         raise QuantisationError(f"the weight of {matmul.name} holds NaN or infinity", hint="the checkpoint's weights are broken")
 
 
-def put_bits(graph: ir.Graph, matmul: CpuMatmul, grid: Grid, codes: np.ndarray, rescored: int = 0) -> int:
-    """Put MatMulNBits in a matmul's place. Returns the bytes of its weights."""
+def put_bits(graph: ir.Graph, matmul: CpuMatmul, grid: Grid, codes: np.ndarray) -> None:
+    """Put MatMulNBits in a matmul's place."""
+    _put(graph, matmul, few_bits(graph, matmul, grid, codes, str(matmul.node.name))[0])
+
+
+def _put(graph: ir.Graph, matmul: CpuMatmul, made: ir.Node, rescored: int = 0) -> None:
     node = matmul.node
-    made, size = few_bits(graph, matmul, grid, codes, str(node.name))
     old, result = node.outputs[0], made.outputs[0]
+    result.type, result.shape = old.type, old.shape
     home = node.graph
     assert home is not None
     home.insert_before(node, [made])
@@ -205,7 +232,6 @@ def put_bits(graph: ir.Graph, matmul: CpuMatmul, grid: Grid, codes: np.ndarray, 
         result = rescore(graph, matmul, result, rescored)
         result.type, result.shape = old.type, old.shape
     take_place(result, node)
-    return size
 
 
 def few_bits(graph: ir.Graph, matmul: CpuMatmul, grid: Grid, codes: np.ndarray, name: str) -> tuple[ir.Node, int]:

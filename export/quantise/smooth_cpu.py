@@ -8,12 +8,13 @@ says what takes the factors.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
 
-from ...runtime.files.scales_file import Scales
+from ...runtime.files.scales_file import Scales, Smoothing
 from ..passes.matmuls import CpuMatmul
 from ..passes.patterns import new_constant
 
@@ -22,8 +23,16 @@ _NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization":
 """Fused norms: by operator, the input that its weight is."""
 
 
-def smooth(graph: ir.Graph, matmuls: Sequence[CpuMatmul], scales: Scales, values: Collection[ir.Value]) -> list[str]:
+def smooth(
+    graph: ir.Graph,
+    matmuls: Sequence[CpuMatmul],
+    scales: Scales,
+    values: Collection[ir.Value],
+    others: Mapping[ir.Value, Smoothing] = MappingProxyType({}),
+) -> list[ir.Value]:
     """Take the factors of ``scales`` for these ``values`` into norms and matmuls, in place.
+
+    ``others``: factors of values that don't have those of blocks.
 
     ``scales`` have to say what takes the factors (:func:`.takers.with_takers`). An activation stays as it is if its taker isn't
     there as such: the CPU graph computes a norm in several nodes, or multiplies queries, keys and values in one.
@@ -39,7 +48,7 @@ def smooth(graph: ir.Graph, matmuls: Sequence[CpuMatmul], scales: Scales, values
     done = []
     for value, readers in by_value.items():
         name = activations.get(readers[0])
-        found, taker = scales.smoothing.get(name or "", {}).get(GRID), scales.takers.get(name or "")
+        found, taker = others.get(value, scales.smoothing.get(name or "", {}).get(GRID)), scales.takers.get(name or "")
         if value not in values or name is None or found is None or found.alpha is None or taker is None:
             continue
         if len(value.uses()) > len(readers) or value.is_graph_output():
@@ -53,7 +62,7 @@ def smooth(graph: ir.Graph, matmuls: Sequence[CpuMatmul], scales: Scales, values
         if taken:
             for reader in readers:
                 reader.multipliers = reader.multipliers * found.factors
-            done.append(name)
+            done.append(value)
     return done
 
 

@@ -20,7 +20,7 @@ from . import step_io
 from .cpu_inputs import CpuInputs
 from .executor import Abilities
 from .huge_pages import huge_pages
-from .ort_base import CPU_PROVIDER, OrtBase, OrtModel, fetched, import_onnxruntime, ort_path
+from .ort_base import CPU_PROVIDER, OrtBase, OrtModel, fetched, import_onnxruntime, ort_path, session_options
 from .packed import SPARE_ROWS, PackedStep
 from .packed_weights import shared_graphs
 from .step_arrays import Recent, StepInputs, StepOutputs, visible_rows
@@ -251,8 +251,7 @@ def _twins(model: OrtModel, ort: Any) -> tuple[dict[Path, Path], int] | None:
     """
 
     def save(source: Path, target: Path, entries: Mapping[str, str]) -> None:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options = session_options(ort, source)
         options.optimized_model_filepath = ort_path(target)
         for key, entry in entries.items():
             options.add_session_config_entry(key, entry)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import time
 import weakref
 from collections.abc import Mapping
@@ -20,6 +21,20 @@ from .step_arrays import StepOutputs
 from .step_plan import Wanted
 
 CPU_PROVIDER = "CPUExecutionProvider"
+_INTEGER_PRODUCT = b"MatMulIntegerToFloat"
+
+
+def _has_vnni() -> bool:
+    """Whether the processor multiplies 8-bit integers without overflow. No x86 processor is known to where Linux doesn't say."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    try:
+        return any(flag in Path("/proc/cpuinfo").read_text("ascii", "replace") for flag in ("avx512_vnni", "avx_vnni"))
+    except OSError:
+        return False
+
+
+VNNI = _has_vnni()
 
 _open_sessions: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -82,7 +97,7 @@ class OrtBase:
         self._run_options.add_run_config_entry("gpu_graph_id", "-1")
 
     def _open(self, path: Path) -> Any:
-        options = self._options()
+        options = self._options(path)
         options.inter_op_num_threads = 1
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
@@ -98,11 +113,9 @@ class OrtBase:
             raise ProviderError(f"asked for {self._provider[0]}, got {answered}", hint=self._fallback_hint())
         return session
 
-    def _options(self) -> Any:
-        """Options of every session."""
-        options = self._ort.SessionOptions()
-        options.log_severity_level = 3
-        return options
+    def _options(self, path: Path) -> Any:
+        """Options of the session of the graph at ``path``."""
+        return session_options(self._ort, path)
 
     def _graph(self, path: Path, options: Any) -> str | bytes:  # noqa: ARG002 - a graph in memory must say where its data lies
         """What is opened for the file ``path``: its name, or the bytes of another graph in its place."""
@@ -142,6 +155,17 @@ def fetched(wanted: Wanted) -> list[str]:
     names += [step_io.LOGITS] if wanted.logits else []
     names += [step_io.HIDDEN] if wanted.hidden or not wanted.heads else []
     return names
+
+
+def session_options(ort: Any, path: Path) -> Any:
+    """Make the options that every session has, for the graph at ``path``."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if not VNNI and path.is_file() and _INTEGER_PRODUCT in path.read_bytes():
+        # They overflow there, unless ONNX Runtime is told to take kernels that take twice as long.
+        # It also rewrites DequantizeLinear then, wrongly where that has zero points of a channel each.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
 
 
 def ort_path(path: Path) -> str:

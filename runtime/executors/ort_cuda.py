@@ -92,8 +92,8 @@ class OrtDeviceExecutor(OrtBase):
             ) from error
         return value
 
-    def _options(self) -> Any:
-        options = super()._options()
+    def _options(self, path: Path) -> Any:
+        options = super()._options(path)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         return options
 

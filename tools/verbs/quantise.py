@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--block",
         type=int,
         choices=BLOCKS,
-        help="inputs that share a scale (default: 64, in 4 bits 32; smaller where a product's inputs aren't a multiple)",
+        help="inputs that share a scale, in every product (default: 128, in 4 bits 32, smaller where that doesn't divide a product's "
+        "inputs; with scales, products that suit are in integers)",
     )
     parser.add_argument(
         "--budget",
@@ -117,6 +118,7 @@ def report_text(report: Mapping[str, Any]) -> str:
         "weights": f"{human_bytes(report['bytes_before'])} to {human_bytes(report['bytes_after'])}",
     }
     if "smoothed" in report:
+        lines["in integers"] = f"{report['integers']} of them, activations too"
         lines["smoothed"] = f"{report['smoothed']} activations" + ("" if report["scales"] else " (no scales were given)")
     if "budget" in report:
         lines["divergence"] = f"{report['divergence']:.4g} nats of {report['budget']:g}, at {report['positions']} positions"
