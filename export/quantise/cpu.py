@@ -132,7 +132,7 @@ def quantise_cpu(
             hint=f"their inputs have to be multiples of {precision.block or min(BLOCKS)}: "
             + ("leave --block out" if precision.block else "they stay in fp32"),
         )
-    chosen = {} if scales is None or precision.block is not None else suited(_in_8_bits(matmuls, bits), scales)
+    chosen = {} if scales is None or precision.block is not None else suited(_may_be_integers(matmuls, bits, precision), scales)
     smoothed = [] if scales is None else smooth(graph, matmuls, scales, read, chosen)
     integers, in_integers = IntegerProducts(graph, chosen, smoothed, scales), []
     before, after = 0, 0
@@ -166,10 +166,11 @@ def quantise_cpu(
     return CpuReport(found_bits, in_integers, len(smoothed), before, after, plain_step_bytes(model))
 
 
-def _in_8_bits(matmuls: Sequence[CpuMatmul], bits: Mapping[CpuMatmul, int]) -> list[CpuMatmul]:
-    """List the layers' products, and the projection, whose activations only products in 8 bits read."""
+def _may_be_integers(matmuls: Sequence[CpuMatmul], bits: Mapping[CpuMatmul, int], precision: CpuPrecision) -> list[CpuMatmul]:
+    """List products of layers whose activations only products in 8 bits read, and the projection if logits are rescored."""
     others = {matmul.activation for matmul in matmuls if bits[matmul] != 8}
-    return [each for each in matmuls if each.activation not in others and not each.of_heads]
+    found = (each for each in matmuls if each.activation not in others)
+    return [each for each in found if each.layer is not None or (each.is_projection and precision.rescored)]
 
 
 def largest_block(block: int, inputs: int) -> int | None:

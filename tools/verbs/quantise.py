@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--block",
         type=int,
         choices=BLOCKS,
-        help="inputs that share a scale, in every product (default: 128, in 4 bits 32, smaller where that doesn't divide a product's "
-        "inputs; with scales, products that suit are in integers)",
+        help="inputs that share a scale, in every product (default: 128, in 4 bits 32, smaller where that doesn't divide a "
+        "product's inputs; with scales, products that suit are in integers)",
     )
     parser.add_argument(
         "--budget",

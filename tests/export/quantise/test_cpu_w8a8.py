@@ -104,6 +104,11 @@ def test_all_products_have_blocks_where_that_is_said(settings: dict[str, Any], t
     assert not report.integers and not operators(model)["MatMulIntegerToFloat"]
 
 
+def test_a_projection_whose_logits_are_not_computed_again_has_blocks(tiny_bundle: Path):
+    _, report = quantised(tiny_bundle, scales_with(tiny_bundle, SMALL), rescored=0)
+    assert set(report.integers) == products_of_norms(tiny_bundle)
+
+
 def test_a_product_that_is_kept_keeps_those_beside_it_out_of_integers(tiny_bundle: Path):
     products = [each for each in find_matmuls(read_graph(tiny_bundle / "onnx" / "step.cpu.onnx")) if each.layer == 1]
     one = next(each for each in products if each.name in products_of_norms(tiny_bundle))
