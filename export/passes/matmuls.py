@@ -98,6 +98,11 @@ class CpuMatmul:
         return sum(self.widths), int(_shape(self.weights[0])[1 if self.transposed else 0])
 
     @property
+    def places(self) -> set[object]:
+        """Where its weights are stored: matmuls may share them under different names."""
+        return {place_of(weight.const_value) for weight in self.weights}
+
+    @property
     def activation(self) -> ir.Value:
         """The value [.., K] that it reads."""
         value = self.node.inputs[0]
@@ -133,6 +138,11 @@ class CpuMatmul:
             if isinstance(tensor, ir.ExternalTensor):
                 with contextlib.suppress(BufferError):  # somebody else reads it, too
                     tensor.release()
+
+
+def place_of(tensor: ir.TensorProtocol | None) -> object:
+    """Return where a tensor is stored: the file and the offset, or what stands for the tensor itself."""
+    return (str(tensor.path), tensor.offset or 0) if isinstance(tensor, ir.ExternalTensor) else id(tensor)
 
 
 def find_matmuls(model: ir.Model) -> list[CpuMatmul]:

@@ -167,10 +167,15 @@ def quantise_cpu(
 
 
 def _may_be_integers(matmuls: Sequence[CpuMatmul], bits: Mapping[CpuMatmul, int], precision: CpuPrecision) -> list[CpuMatmul]:
-    """List products of layers whose activations only products in 8 bits read, and the projection if logits are rescored."""
+    """List products of layers whose activations only products in 8 bits read, and the projection if logits are rescored.
+
+    A projection that heads share stays in blocks, as theirs does: then both are stored once.
+    """
     others = {matmul.activation for matmul in matmuls if bits[matmul] != 8}
-    found = (each for each in matmuls if each.activation not in others)
-    return [each for each in found if each.layer is not None or (each.is_projection and precision.rescored)]
+    of_heads = {place for matmul in matmuls if matmul.of_heads for place in matmul.places}
+    found = [each for each in matmuls if each.activation not in others]
+    layers = [each for each in found if each.layer is not None]
+    return layers + [each for each in found if each.is_projection and precision.rescored and not of_heads & each.places]
 
 
 def largest_block(block: int, inputs: int) -> int | None:

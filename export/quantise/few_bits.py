@@ -17,7 +17,7 @@ from ...runtime.files.backbone import BackboneShape
 from ...runtime.files.bundle import Bundle, record_files
 from ...runtime.files.manifest import MANIFEST_NAME, cpu_twin
 from ...runtime.files.scales_file import Scales
-from ..passes.matmuls import find_matmuls
+from ..passes.matmuls import find_matmuls, place_of
 from ..passes.pack import write_packed
 from ..passes.patterns import new_node, replace_uses
 from ..weights import WeightsFile, read_graph
@@ -97,11 +97,7 @@ def _is_embedding(step: ir.Model) -> bool:
     gathered = [node.inputs[0] for node in step.graph if node.op_type == "Gather"]
     tables = [value.const_value for value in gathered if value is not None and value.const_value is not None]
     weights = [weight.const_value for matmul in find_matmuls(step) if matmul.is_projection for weight in matmul.weights]
-    return any(_place(weight) == _place(table) for weight in weights for table in tables)
-
-
-def _place(tensor: Any) -> Any:
-    return (tensor.path, tensor.offset) if isinstance(tensor, ir.ExternalTensor) else id(tensor)
+    return any(place_of(weight) == place_of(table) for weight in weights for table in tables)
 
 
 def _write(model: ir.Model, path: Path, weights: WeightsFile) -> None:

@@ -49,10 +49,10 @@ def test_a_bundle_is_served(tiny_bundle: Path, tmp_path: Path) -> None:
 
     bundle = text_bundle(tiny_bundle, tmp_path / "talking")
     (tmp_path / "keys").write_text("a-key\n", "utf-8")
-    wanted = load(bundle, threads=1).generate("abc", max_new_tokens=20)
+    wanted = load(bundle, threads=1).generate("xyz", max_new_tokens=20)
     options = ["--threads", "1", "--api-keys", str(tmp_path / "keys"), "--acceptance-metrics"]
     with running(str(bundle), *options) as (url, lines):
-        body = {"model": "talking", "prompt": "abc", "max_tokens": 20, "temperature": 0}
+        body = {"model": "talking", "prompt": "xyz", "max_tokens": 20, "temperature": 0}
         assert httpx.post(f"{url}/v1/completions", json=body).status_code == 401
         found = httpx.post(f"{url}/v1/completions", json=body, headers={"Authorization": "Bearer a-key"}, timeout=60).json()
         assert found["choices"][0]["text"] == wanted.text and found["usage"]["completion_tokens"] == len(wanted.token_ids)
@@ -60,7 +60,7 @@ def test_a_bundle_is_served(tiny_bundle: Path, tmp_path: Path) -> None:
     assert lines[-1]["event"] == "stopping" and [line["slots"] for line in lines if line["event"] == "ready"] == [4]
     requests = [line for line in lines if line["event"] == "request"]
     assert [line["status"] for line in requests] == [401, 200] and requests[1]["completion_tokens"] == len(wanted.token_ids)
-    assert "abc" not in json.dumps(requests)
+    assert "xyz" not in json.dumps(requests)
 
 
 @pytest.mark.model
