@@ -194,7 +194,7 @@ def test_an_engine_that_fails_ends_its_own_requests_and_says_so(text_folder: Pat
 
 def test_9_and_10_overload_is_answered_and_health_stays(text_folder: Path) -> None:
     session = fake_session(1, text_folder=text_folder)
-    fast = slow(session, 0.05)
+    fast = slow(session, 10)
     with serving(session, max_waiting=2) as server:
 
         async def work() -> list[httpx.Response]:
