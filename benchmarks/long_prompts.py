@@ -4,7 +4,7 @@
 with transformers' eager attention over the whole sequence, in float32. A token whose logit is behind the largest by less than
 10⁻⁴ of it is a tie, which rounding decides.
 
-The report goes to ``results/long_prompts_NAME.json``.
+The report goes to ``results/long-prompts-NAME.json``.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main() -> int:
         export = export_bundle(args.model, None, bundle, capacity=args.capacity)
         found = compare(args.model, bundle, [int(length) for length in args.prompts.split(",")], args.tokens)
     report = {"model": args.name, "capacity": args.capacity, "prompts": found}
-    write_json(report | {name: export[name] for name in ("check", "warnings")}, str(RESULTS / f"long_prompts_{args.name}.json"))
+    write_json(report | {name: export[name] for name in ("check", "warnings")}, str(RESULTS / f"long-prompts-{args.name}.json"))
     return int(any(each["wrong"] or not each["same when drafted"] for each in found))
 
 
