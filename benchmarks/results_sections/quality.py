@@ -15,6 +15,7 @@ _VERIFIED = {
     "verify-qwen2.5-coder-0.5b": "Qwen2.5-Coder 0.5B, grounded heads",
 }
 _TOGETHER = "verify-slots-fp32"
+_PAST_WINDOWS = "long-prompts-gemma-3-270m"
 
 
 def exactness() -> str:
@@ -64,7 +65,19 @@ The ways and their mean acceptance lengths, in the same order of reports:
 ({link(_TOGETHER)}); the two ways of the table gave {together["trees"]["automatic"]["divergences"]} and
 {together["trees"]["best-rows"]["divergences"]} divergences alone:
 
-{table(("together", "tokens compared", "divergences", "mean acceptance length"), each)}"""
+{table(("together", "tokens compared", "divergences", "mean acceptance length"), each)}
+
+{_past_windows()}"""
+
+
+def _past_windows() -> str:
+    """Tokens of a model with windows behind prompts that are longer, against transformers' eager attention."""
+    found = report(_PAST_WINDOWS)
+    prompts = found["prompts"]
+    return f"""Gemma 3 270M, whose layers see {found["check"]["cpu"]["windows"][0]} tokens at most, behind prompts of
+{", ".join(str(each["prompt"]) for each in prompts)} tokens ({link(_PAST_WINDOWS)}): {sum(each["wrong"] for each in prompts)} of
+{sum(each["tokens"] for each in prompts)} tokens differ from those of transformers' eager attention. Logits differ by
+{found["check"]["cpu"]["max_logit_error"]:.2g} at most, where the largest is {found["check"]["cpu"]["logit_scale"]:.1f}."""
 
 
 _HEADS = {"medusa": "paper's form", "grounded": "grounded", "medusa-2": "Medusa-2"}
