@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from ...runtime.executors import step_io
-from ..passes.matmuls import CpuMatmul, find_matmuls
+from ..passes.matmuls import CpuMatmul, find_matmuls, place_of
 from ..passes.patterns import MICROSOFT, Nodes, new_constant, replace_uses
 from ..passes.rescore import exact_logits, greedy_choices, largest, likeliest
 from ..weights import read_graph
@@ -35,7 +35,7 @@ _WORTH_IT = 1 << 20  # weights of a projection; reading a smaller one costs less
 _SLACK = 1.01  # covers what float32 rounds, also in the bounds
 
 
-Rounded = dict[tuple[str, int], tuple[Grid, np.ndarray, np.ndarray, np.ndarray]]
+Rounded = dict[object, tuple[Grid, np.ndarray, np.ndarray, np.ndarray]]
 """By the place of a stored projection: its grid and codes, and both lengths of each row."""
 
 
@@ -128,7 +128,7 @@ def _bounded(build: Nodes, projection: CpuMatmul, known: Rounded) -> tuple[ir.Va
 def _rounded(projection: CpuMatmul, known: Rounded) -> tuple[Grid, np.ndarray, np.ndarray, np.ndarray]:
     """Round a projection to a grid and codes, and measure its rows, unless it is known by its place in a file."""
     tensor = projection.weights[0].const_value
-    place = (str(tensor.path), tensor.offset or 0) if isinstance(tensor, ir.ExternalTensor) else None
+    place = place_of(tensor) if isinstance(tensor, ir.ExternalTensor) else None
     if place is not None and place in known:
         return known[place]
     grid, codes = rounded(projection, _BITS, _BLOCK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import time
@@ -17,24 +18,12 @@ import numpy as np
 from ..errors import MissingDependencyError, ProviderError
 from . import step_io
 from .executor import CacheLayout
+from .packed_weights import processor
 from .step_arrays import StepOutputs
 from .step_plan import Wanted
 
 CPU_PROVIDER = "CPUExecutionProvider"
 _INTEGER_PRODUCT = b"MatMulIntegerToFloat"
-
-
-def _has_vnni() -> bool:
-    """Whether the processor multiplies 8-bit integers without overflow. No x86 processor is known to where Linux doesn't say."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    try:
-        return any(flag in Path("/proc/cpuinfo").read_text("ascii", "replace") for flag in ("avx512_vnni", "avx_vnni"))
-    except OSError:
-        return False
-
-
-VNNI = _has_vnni()
 
 _open_sessions: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -157,11 +146,18 @@ def fetched(wanted: Wanted) -> list[str]:
     return names
 
 
+@functools.cache
+def has_vnni() -> bool:
+    """Whether the processor multiplies 8-bit integers without overflow: on x86 only if the system says so."""
+    described = processor()
+    return platform.machine().lower() not in ("x86_64", "amd64") or "avx512_vnni" in described or "avx_vnni" in described
+
+
 def session_options(ort: Any, path: Path) -> Any:
     """Make the options that every session has, for the graph at ``path``."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    if not VNNI and path.is_file() and _INTEGER_PRODUCT in path.read_bytes():
+    if not has_vnni() and path.is_file() and _INTEGER_PRODUCT in path.read_bytes():
         # They overflow there, unless ONNX Runtime is told to take kernels that take twice as long.
         # It also rewrites DequantizeLinear then, wrongly where that has zero points of a channel each.
         options.add_session_config_entry("session.x64quantprecision", "1")

@@ -45,7 +45,7 @@ def shared_graphs(
         OSError: the cache can't be written.
         UsageError: a setting of the cache has a wrong value.
     """
-    root, maker, first = cache.cache_folder(), f"{version}\n{_processor()}", min(graphs)
+    root, maker, first = cache.cache_folder(), f"{version}\n{processor()}", min(graphs)
     entry = root / hashlib.sha256(f"{identity}\n{maker}".encode()).hexdigest()[:32]
     source, made_by = graphs[first].parent, hashlib.sha256(maker.encode()).hexdigest()
     handle = cache.hold(entry)
@@ -140,8 +140,8 @@ def _is_whole(graph: Path) -> bool:
         return False
 
 
-def _processor() -> str:
-    """What packing depends on: the kind of processor and the instructions that it has."""
+def processor() -> str:
+    """Describe the kind of processor and the instructions that it has, on which packing depends."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").split("\n\n")[0].splitlines()

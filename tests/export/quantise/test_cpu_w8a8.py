@@ -195,7 +195,7 @@ def test_requests_in_one_step_get_the_tokens_that_they_get_alone(pruned_copy: Pa
 
 def test_processors_without_vnni_get_kernels_that_do_not_overflow(pruned_copy: Path, monkeypatch: pytest.MonkeyPatch):
     expected = load(add(pruned_copy), variant="cpu-int8", threads=1).generate(token_ids=PROMPTS[0], max_new_tokens=12)
-    monkeypatch.setattr(ort_base, "VNNI", False)
+    monkeypatch.setattr(ort_base, "has_vnni", lambda: False)
     session = load(pruned_copy, variant="cpu-int8", threads=1)
     options = session.executor._session.get_session_options()
     assert options.get_session_config_entry("session.x64quantprecision") == "1"
